@@ -1,0 +1,44 @@
+"""promprune-vllm: keep only the K most useful visual tokens of each image, K chosen per request.
+
+The library: ``select(VisionFeatures(...), keep, method="promprune").indices``. The vLLM plugin registers
+itself through the entry point ``vllm.general_plugins`` and is not imported from here.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "Budget": "promprune_vllm.core.budget",
+    "BudgetPolicy": "promprune_vllm.core.budget",
+    "Need": "promprune_vllm.core.features",
+    "Selection": "promprune_vllm.core.selection",
+    "VisionFeatures": "promprune_vllm.core.features",
+    "get_method": "promprune_vllm.core.registry",
+    "methods": "promprune_vllm.core.registry",
+    "select": "promprune_vllm.core.selection",
+}
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from promprune_vllm.core.budget import Budget as Budget
+    from promprune_vllm.core.budget import BudgetPolicy as BudgetPolicy
+    from promprune_vllm.core.features import Need as Need
+    from promprune_vllm.core.features import VisionFeatures as VisionFeatures
+    from promprune_vllm.core.registry import get_method as get_method
+    from promprune_vllm.core.registry import methods as methods
+    from promprune_vllm.core.selection import Selection as Selection
+    from promprune_vllm.core.selection import select as select
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `promprune --help` and vLLM's plugin discovery do not pay for what they do not use.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

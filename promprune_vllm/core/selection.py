@@ -1,0 +1,101 @@
+"""The outcome of a method, and the one place that owns the edges and checks the invariants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import index
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.core.features import VisionFeatures
+from promprune_vllm.errors import BudgetError, SettingsError
+
+if TYPE_CHECKING:
+    from promprune_vllm.core.registry import Selector
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which tokens stay.
+
+    Args:
+        indices: ``(K,)`` int64, strictly increasing: raster order, no duplicates.
+        rows: ``(K, D)`` where a method merges tokens into the kept ones; ``None`` means plain gathering.
+        report: 0-d tensors on the device of the features, such as ``spectral_entropy`` and
+            ``saliency_tokens``.
+    """
+
+    indices: Tensor
+    rows: Tensor | None = None
+    report: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def select(
+    features: VisionFeatures, keep: int, method: str | Selector = "promprune", **options: Any
+) -> Selection:
+    """Choose which ``keep`` of an image's N visual tokens stay.
+
+    Args:
+        features: The tokens of one group, ``(N, D)`` and what else the method needs.
+        keep: Tokens to keep, at least 1; ``keep >= N`` keeps all.
+        method: A name of ``methods()``, or a method with its options set.
+        options: Options of the named method.
+
+    Returns:
+        Exactly ``min(keep, N)`` tokens. Deterministic: the same input gives the same set.
+
+    Raises:
+        BudgetError: ``keep`` is not a positive integer.
+        UnknownMethodError, SettingsError: See ``get_method``.
+        ValueError: The features lack something the method needs.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, SupportsIndex) or (keep := index(keep)) < 1:
+        raise BudgetError(f"keep must be a positive integer, got {keep!r}.", param="keep")
+    selector = _resolve(method, options)
+    total = features.tokens
+    if keep >= total:
+        return Selection(torch.arange(total, device=features.projected.device))
+    missing = selector.needs & ~features.has
+    if missing:
+        raise ValueError(
+            f"Method {selector.name!r} needs {missing.name} and the features do not carry it. "
+            "Pass it in VisionFeatures, or choose another method."
+        )
+    selection = selector.select(features, keep)
+    check_selection(selection, total, keep, selector.name)
+    return selection
+
+
+def check_selection(selection: Selection, total: int, keep: int, method: str) -> None:
+    """Raise ``RuntimeError`` if a method broke the contract of ``Selection``.
+
+    Values are looked at on the CPU only: on an accelerator that would stall the device for every image, and
+    the shapes alone already keep the placeholder and the rows in step.
+    """
+    indices, rows = selection.indices, selection.rows
+    problem = None
+    if indices.dtype != torch.int64 or tuple(indices.shape) != (keep,):
+        problem = f"indices of {indices.dtype} {tuple(indices.shape)} instead of int64 ({keep},)"
+    elif rows is not None and (rows.ndim != 2 or rows.shape[0] != keep):
+        problem = f"{tuple(rows.shape)} merged rows instead of ({keep}, D)"
+    elif indices.device.type == "cpu":
+        if int(indices[0]) < 0 or int(indices[-1]) >= total:
+            problem = f"indices outside 0 … {total - 1}"
+        elif not bool((indices[1:] > indices[:-1]).all()):
+            problem = "indices that are not strictly increasing"
+    if problem:
+        raise RuntimeError(f"Method {method!r} returned {problem}. This is a bug of the method.")
+
+
+def _resolve(method: str | Selector, options: Mapping[str, Any]) -> Selector:
+    if isinstance(method, str):
+        from promprune_vllm.core.registry import get_method
+
+        return get_method(method, **options)
+    if options:
+        raise SettingsError("Options belong to a method given by name; this one is already set up.")
+    return method

@@ -1,0 +1,44 @@
+"""Every error this package raises on purpose.
+
+    PromPruneError
+    ├── BudgetError              a budget that cannot be honoured: HTTP 400
+    ├── SettingsError            a server setting that cannot be honoured: no start
+    │   └── UnknownMethodError
+    ├── UnsupportedModelError    a model whose visual tokens we cannot prune
+    └── IncompatibleVllmError    a vLLM this release was not written for
+
+A message carries the value found, the limit, and what to do next.
+"""
+
+
+class PromPruneError(Exception):
+    """Base of every error raised on purpose by promprune-vllm."""
+
+
+class BudgetError(PromPruneError, ValueError):
+    """A budget that cannot be honoured.
+
+    Args:
+        message: What is wrong, with the value, the limits and the next step.
+        param: The request field it came from, as OpenAI's error form names it.
+    """
+
+    def __init__(self, message: str, *, param: str = "visual_token_budget") -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class SettingsError(PromPruneError, ValueError):
+    """A setting of the server or of a method that cannot be honoured."""
+
+
+class UnknownMethodError(SettingsError):
+    """A method name that is not in the registry."""
+
+
+class UnsupportedModelError(PromPruneError):
+    """A model whose visual tokens cannot be pruned, with the reason."""
+
+
+class IncompatibleVllmError(PromPruneError, RuntimeError):
+    """A vLLM whose private names are not the ones this release relies on."""

@@ -1,0 +1,53 @@
+"""Controls every method has to beat: ``random`` and ``uniform``.
+
+Random selection is a strong baseline: UniPruneBench (arXiv 2511.02650) reports that it beats most published
+methods on LLaVA-1.5-7B at 66.7 % and 77.8 % pruned. It is shown wherever methods are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.registry import register
+from promprune_vllm.core.selection import Selection
+from promprune_vllm.kernels.ops import token_keys
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Uniformly without replacement, seeded by the image's content so that caches stay valid.
+
+    Args:
+        seed: Another seed draws another set for the same image.
+    """
+
+    name: ClassVar[str] = "random"
+    needs: ClassVar[Need] = Need.PROJECTED
+    paper: ClassVar[str] = "control"
+
+    seed: int = 0
+
+    def select(self, features: VisionFeatures, keep: int) -> Selection:
+        """Keep the tokens with the smallest content-seeded keys."""
+        keys = token_keys(features.projected, self.seed)  # (N,)
+        return Selection(torch.argsort(keys, stable=True)[:keep].sort().values)
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Evenly spaced in raster order, whatever the content: token ``floor((i + 1/2) N / K)`` for each i."""
+
+    name: ClassVar[str] = "uniform"
+    needs: ClassVar[Need] = Need.PROJECTED
+    paper: ClassVar[str] = "control"
+
+    def select(self, features: VisionFeatures, keep: int) -> Selection:
+        """Keep every (N/K)-th token."""
+        steps = torch.arange(keep, device=features.projected.device)
+        return Selection((2 * steps + 1) * features.tokens // (2 * keep))
