@@ -1,0 +1,45 @@
+# `make` lists the targets. Set-up talks on stderr only, so `make demo ARGS="--once --json" | jq .` works.
+MAKEFLAGS += --no-print-directory
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
+LOCK := deploy/environment/cpu-lock.txt
+NOT_LOCKED := torch torchvision torchaudio torchcodec triton
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## make the CPU environment in .venv, or bring it up to date (PYTHON=python3.12 to choose the Python)
+	@$(SETUP)
+
+demo: setup ## start the demo; ARGS="--once --json" for one run with machine-readable results
+	@$(BIN)/promprune demo $(ARGS)
+
+test: setup ## run the whole test suite; ARGS go to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lock: ## compile the lock anew, keeping its versions where they still fit; ARGS=--upgrade moves them
+	@uv="$$(command -v uv || echo $(BIN)/uv)"; \
+	links="$${PIP_FIND_LINKS:-$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)}"; \
+	torch="$$(for link in $$links; do echo "--find-links=$$link"; done)"; \
+	"$$uv" pip compile --quiet --no-header --no-annotate --extra cpu --extra dev pyproject.toml \
+	  --override deploy/environment/overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  $(NOT_LOCKED:%=--no-emit-package=%) $${torch:---torch-backend=cpu} $(ARGS) --output-file $(LOCK)
+	@sed -i -E -e 's/^(intel-[^ ]+)$$/\1 ; platform_machine == "x86_64"/' \
+	  -e '1i # What a CPU install needs beside torch and torchvision, which setup_env.py takes first.' \
+	  -e '1i # Install with --no-deps. `make lock` compiles it from pyproject.toml (extras cpu, dev) and overrides.txt.' \
+	  $(LOCK)
+
+clean: ## remove .venv, caches and build output
+	@rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

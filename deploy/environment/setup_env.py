@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Make, bring up to date or repair the CPU virtual environment: `setup_env.py --venv .venv`.
+
+torch and torchvision come in a step of their own (from where pip's find-links point, else from
+PyTorch's CPU index), then the lock, then this project, editable. A finished environment carries a
+stamp, so that a second call returns at once. Everything is said on stderr: stdout stays free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LOCK = HERE / "cpu-lock.txt"
+SHIM = HERE / "torchvision_ops_shim.py"
+TORCH, TORCHVISION = "torch==2.13.0+cpu", "torchvision==0.28.0+cpu"
+TORCH_INDEX = "--index-url=https://download.pytorch.org/whl/cpu"
+PIP = ("-m", "pip", "--disable-pip-version-check")
+STAMP = "promprune-setup"  # file in the venv: where it was made, then a digest, "incomplete" or "failed"
+IMPATIENT = {"UV_HTTP_TIMEOUT": "5", "UV_HTTP_RETRIES": "0", "PIP_DEFAULT_TIMEOUT": "5", "PIP_RETRIES": "0"}
+
+
+class SetupError(Exception):
+    """A step failed; the text is what the user reads."""
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", file=sys.stderr, flush=True)
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> str:
+    """Run a command, say every 10 s that it still runs, return what it printed; raise when it fails."""
+    started, over = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(10):
+            say(f"  ... still at it after {time.monotonic() - started:.0f} s")
+
+    threading.Thread(target=beat, daemon=True).start()
+    env = {**os.environ, "PIP_USER": "0", **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    over.set()
+    if done.returncode:
+        shown = " ".join(command).replace("\n", "; ")
+        tail = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise SetupError(f"`{shown}` failed with exit code {done.returncode}:\n    {tail}")
+    return done.stdout.strip()
+
+
+class Environment:
+    """The virtual environment, and the tool that fills it: uv where it can be had, else pip."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.python = str(path / "bin" / "python")
+        self.uv: str | None = None
+
+    def recorded(self) -> list[str]:
+        stamp = self.path / STAMP
+        return stamp.read_text().splitlines() if stamp.is_file() else []
+
+    def record(self, state: str) -> None:
+        (self.path / STAMP).write_text(f"{self.path}\n{state}\n")
+
+    def create(self) -> None:
+        """Make the venv unless a sound one is there; an interrupted or moved one is made anew."""
+        record = self.recorded()
+        sound = not record or (record[0] == str(self.path) and record[1:] != ["incomplete"])
+        if not (sound and Path(self.python).exists()):
+            if self.path.exists() and any(self.path.iterdir()):
+                if not record and not (self.path / "pyvenv.cfg").is_file():
+                    raise SetupError(f"{self.path} is not a virtual environment: name another with --venv.")
+                say(f"{self.path} is incomplete or was moved: making it anew")
+                shutil.rmtree(self.path)
+            say(f"making {self.path} (Python {sys.version.split()[0]})")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.record("incomplete")
+            run(getattr(sys, "_base_executable", sys.executable), "-m", "venv", str(self.path))
+        run(self.python, "-c", "import sys; assert sys.version_info >= (3, 11), 'older than Python 3.11'")
+        self.record("incomplete")
+
+    def get_uv(self) -> None:
+        own = self.path / "bin" / "uv"
+        self.uv = shutil.which("uv") or shutil.which(own)
+        try:
+            if not self.uv:
+                run(self.python, *PIP, "install", "--quiet", "uv", env=IMPATIENT)
+                self.uv = str(own)
+        except SetupError:
+            say("uv cannot be had here: going on with pip, which is slower")
+
+    def install(self, what: str, *sources: list[str]) -> None:
+        """Install from the first source that has it, without dependencies; only the last is waited for."""
+        say(f"installing {what}")
+        pip = (self.python, *PIP, "install", "--quiet", "--no-input", "--no-deps")
+        uv = (self.uv or "", "pip", "install", "--python", self.python, "--no-deps")
+        for tool in [uv, pip] if self.uv else [pip]:
+            for source in sources:
+                try:
+                    run(*tool, *source, env=IMPATIENT if source is not sources[-1] else None)
+                    return
+                except SetupError as error:
+                    failure = error
+            if tool is uv:  # it reads none of pip's configuration: a private index, say
+                say(f"{failure}\nsetup: trying the same with pip")
+        raise failure
+
+    def fill(self) -> None:
+        config = (self.python, *PIP, "config", "get", "global.find-links")  # prints nothing where none is set
+        configured = subprocess.run(config, capture_output=True, text=True, check=False).stdout
+        links = os.environ.get("PIP_FIND_LINKS", configured)
+        local = ["--no-index", *(f"--find-links={link}" for link in links.split())]
+        plain = TORCHVISION.partition("+")[0]
+        self.install(TORCH, [*local, TORCH], [TORCH_INDEX, TORCH])
+        self.install(plain, [*local, TORCHVISION], [TORCH_INDEX, TORCHVISION], [plain])
+        self.install(f"vLLM and the rest of {LOCK.name}", ["-r", str(LOCK)])
+        self.install("promprune-vllm, editable", ["-e", str(ROOT)])
+        say("checking that torchvision can be imported")
+        run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
+        run(self.python, "-c", "import torchvision")
+
+
+def ensure_libnuma() -> None:
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        say("vLLM needs libnuma.so.1, which is missing")
+        apt = "apt-get update -qq && apt-get install -y -qq --no-install-recommends libnuma1"
+        if os.geteuid() or subprocess.run(apt, shell=True, stdout=sys.stderr, check=False).returncode:
+            say("install libnuma1 (Fedora: numactl-libs) before starting vLLM; going on with the rest")
+
+
+def set_up(venv: Environment, use_uv: bool) -> None:
+    """Bring the environment up to date, one process at a time."""
+    guard = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another set-up is at work here: waiting for it")
+        fcntl.flock(guard, fcntl.LOCK_EX)
+    inputs = b"".join(path.read_bytes() for path in (LOCK, SHIM, Path(__file__), ROOT / "pyproject.toml"))
+    digest, started = hashlib.sha256(inputs).hexdigest(), time.monotonic()
+    if Path(venv.python).exists() and venv.recorded() == [str(venv.path), digest]:
+        say(f"{venv.path} is up to date")
+        return
+    try:
+        venv.create()
+        if use_uv:
+            venv.get_uv()
+        venv.fill()
+    except SetupError:
+        if venv.recorded():
+            venv.record("failed")  # it was not cut short: what is installed is whole
+        raise
+    venv.record(digest)
+    say(f"{venv.path} is ready ({time.monotonic() - started:.0f} s)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's folder")
+    parser.add_argument("--no-uv", action="store_true", help="install with pip only (slower)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if not (3, 11) <= sys.version_info[:2] < (3, 15):
+            found = sys.version.split()[0]
+            raise SetupError(f"vLLM needs Python 3.11 to 3.14, this is {found}: make setup PYTHON=python3.11")
+        ensure_libnuma()
+        set_up(Environment(arguments.venv.absolute()), use_uv=not arguments.no_uv)
+    except (SetupError, OSError) as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; the next call starts over")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

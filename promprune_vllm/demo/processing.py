@@ -1,0 +1,79 @@
+"""The demo model's input side: a byte tokenizer, LLaVA-1.5's chat template and its image preprocessing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
+PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
+ROLE_IDS = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+FIRST_BYTE_ID = len(SPECIAL_TOKENS)  # byte b has the id FIRST_BYTE_ID + b
+VOCAB_SIZE = 320  # 260 tokens, padded to a multiple of 64
+
+# Images first, as LLaVA-1.5 was trained. The template writes <s> and the tokenizer never adds one by itself:
+# there is exactly one, whether or not the caller asks the tokenizer for special tokens.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+  {%- if message['role'] == 'user' %}{{- 'USER: ' }}
+  {%- elif message['role'] == 'assistant' %}{{- 'ASSISTANT: ' }}
+  {%- endif %}
+  {%- if message['content'] is string %}{{- message['content'] }}
+  {%- else %}
+    {%- for part in message['content'] %}
+      {%- if part['type'] in ('image', 'image_url') %}{{- '<image>\\n' }}{%- endif %}
+    {%- endfor %}
+    {%- for part in message['content'] %}
+      {%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
+    {%- endfor %}
+  {%- endif %}
+  {{- eos_token if message['role'] == 'assistant' else ' ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"""
+
+
+def byte_tokenizer(max_tokens: int) -> Any:
+    """A `PreTrainedTokenizerFast`; a text of n bytes is n tokens, and "<image>" is one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, eos, image = SPECIAL_TOKENS
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    vocabulary |= {f"<0x{byte:02X}>": FIRST_BYTE_ID + byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        extra_special_tokens={"image_token": image},
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def unprintable_ids() -> list[int]:
+    """All ids but those of the 95 printable ASCII characters."""
+    return [token for token in range(VOCAB_SIZE) if not 0x20 <= token - FIRST_BYTE_ID < 0x7F]
+
+
+def llava_processor(image_px: int, patch_px: int, *, class_token: bool, max_tokens: int) -> Any:
+    """A `LlavaProcessor`: CLIP's preprocessing for a tower with a class token, SigLIP's for one without."""
+    from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
+
+    side = {"height": image_px, "width": image_px}
+    if class_token:
+        images = CLIPImageProcessor(size={"shortest_edge": image_px}, crop_size=side)
+    else:
+        images = SiglipImageProcessor(size=side)
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=byte_tokenizer(max_tokens),
+        patch_size=patch_px,
+        vision_feature_select_strategy="default" if class_token else "full",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=int(class_token),
+    )

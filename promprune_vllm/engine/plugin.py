@@ -1,0 +1,21 @@
+"""The entry point ``vllm.general_plugins``. vLLM calls it in every process it starts, possibly twice."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Register the model families and the request field with vLLM.
+
+    Raises:
+        IncompatibleVllmError: This vLLM is not one the release was written for.
+        SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
+    """
+    from promprune_vllm.config import Settings
+    from promprune_vllm.engine import checks, families, request
+    from promprune_vllm.metrics import recorder
+
+    checks.require_supported_version()
+    Settings.from_environment()
+    recorder.prepare_directory()
+    families.register()
+    request.install()

@@ -1,0 +1,1 @@
+"""Metrics: the catalogue of what exists, and the one writer."""
