@@ -43,11 +43,12 @@ def _root(
 def serve(
     context: typer.Context,
     method: Annotated[
-        str | None, typer.Option("--visual-token-method", help="Method that selects tokens (default: promprune).")
+        str | None,
+        typer.Option("--visual-token-method", help="Method that selects tokens (default: promprune)."),
     ] = None,
     options: Annotated[
         str | None,
-        typer.Option("--visual-token-method-options", help='Its options as JSON, such as \'{"mu": 0.42}\'.'),
+        typer.Option("--visual-token-method-options", help="Its options as JSON, such as '{\"mu\": 0.42}'."),
     ] = None,
 ) -> None:
     """Serve MODEL with vLLM and pruning. Takes every option of `vllm serve`."""
@@ -92,7 +93,10 @@ def list_methods(
     for row in rows:
         options: Any = row["options"]
         table.add_row(
-            str(row["name"]), str(row["paper"]), ", ".join(row["needs"]), ", ".join(f"{k}={v}" for k, v in options.items())
+            str(row["name"]),
+            str(row["paper"]),
+            ", ".join(row["needs"]),
+            ", ".join(f"{k}={v}" for k, v in options.items()),
         )
     Console().print(table)
 
@@ -101,7 +105,9 @@ def list_methods(
 def demo(
     once: Annotated[bool, typer.Option("--once", help="Stop the server after the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to serve on; 0 takes a free one.")
+    ] = 8000,
 ) -> None:
     """Serve a small model, send it one photograph under several budgets, and show what each one costs."""
     from promprune_vllm.demo.run import DemoError, run_demo
@@ -136,7 +142,7 @@ def _run_vllm(arguments: list[str]) -> None:
         )
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    importlib.metadata.version = _version_of  # vLLM's command line asks for a distribution named "vllm"
+    importlib.metadata.version = _version_of  # type: ignore[assignment]  # vLLM's command line asks for a distribution named "vllm"
     sys.argv = ["vllm", *arguments]
     vllm_main()
 

@@ -39,7 +39,8 @@ class Budget:
             raise BudgetError("A budget is either a number of tokens or a share of them: give exactly one.")
         if self.tokens is not None and not 1 <= self.tokens <= MAX_BUDGET_TOKENS:
             raise BudgetError(
-                f"{FIELD} must be between 1 and {MAX_BUDGET_TOKENS} tokens, got {_shown(self.tokens)}. {_NEXT_STEP}"
+                f"{FIELD} must be between 1 and {MAX_BUDGET_TOKENS} tokens, got {_shown(self.tokens)}. "
+                f"{_NEXT_STEP}"
             )
         if self.share is not None and not 0 < self.share <= 1:
             raise BudgetError(f"A share of visual tokens must be above 0 and at most 1, got {self.share}.")
@@ -140,5 +141,11 @@ def _shown(value: object, limit: int = 80) -> str:
 
 
 def _json_type(value: object) -> str:
-    names = {bool: "boolean", float: "number with a fraction or exponent", str: "string", dict: "object", list: "array"}
+    names = {
+        bool: "boolean",
+        float: "number with a fraction or exponent",
+        str: "string",
+        dict: "object",
+        list: "array",
+    }
     return names.get(type(value), type(value).__name__)

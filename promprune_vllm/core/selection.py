@@ -34,9 +34,7 @@ class Selection:
     report: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def select(
-    features: VisionFeatures, keep: int, method: str | Selector = "promprune", **options: Any
-) -> Selection:
+def select(features: VisionFeatures, keep: int, method: str | Selector = "promprune", **options: Any) -> Selection:
     """Choose which ``keep`` of an image's N visual tokens stay.
 
     Args:

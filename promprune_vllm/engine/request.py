@@ -50,9 +50,7 @@ def read(request: Any) -> object:
     top = (getattr(request, "model_extra", None) or {}).get(FIELD)
     nested = (getattr(request, "vllm_xargs", None) or {}).get(FIELD)
     if top is not None and nested is not None and top != nested:
-        raise BudgetError(
-            f"{FIELD} is {top!r} at the top level and {nested!r} in vllm_xargs: send it once."
-        )
+        raise BudgetError(f"{FIELD} is {top!r} at the top level and {nested!r} in vllm_xargs: send it once.")
     return nested if top is None else top
 
 

@@ -125,7 +125,8 @@ def token_keys(features: Tensor, seed: int) -> Tensor:
 def _unit_rows(features: Tensor) -> Tensor:
     """Return ``(N, D)`` float64 rows of length 1; a zero row stays zero."""
     x = features.double()
-    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    unit: Tensor = x / x.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    return unit
 
 
 def _mix(x: Tensor) -> Tensor:

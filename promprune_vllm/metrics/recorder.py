@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from promprune_vllm.metrics import catalog
@@ -80,7 +80,7 @@ def _recorder(pid: int, directory: str) -> Recorder:  # noqa: ARG001  a forked c
     return Recorder(directory)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _attach(directory: str) -> None:
     from prometheus_client import REGISTRY
     from prometheus_client.multiprocess import MultiProcessCollector

@@ -14,9 +14,12 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.engine import checks
 from promprune_vllm.engine.capture import cls_attention
 from promprune_vllm.engine.model import PrunedModelMixin
 from promprune_vllm.engine.processor import PrunedProcessorMixin
+
+checks.require_names(checks.LLAVA_NAMES)
 
 
 def why_not(hf_config: LlavaConfig) -> str | None:
