@@ -106,11 +106,15 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="Stop the server after the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to serve on; 0 takes a free one.")
-    ] = 8000,
+        int | None,
+        typer.Option(
+            "--port", min=0, max=65535, help="Port; 0 takes a free one. Default: 8000, a free one with --once."
+        ),
+    ] = None,
 ) -> None:
     """Serve a small model, send it one photograph under several budgets, and show what each one costs."""
-    from promprune_vllm.demo.run import DemoError, run_demo
+    from promprune_vllm.demo.run import run_demo
+    from promprune_vllm.errors import DemoError
 
     try:
         run_demo(once=once, as_json=as_json, port=port)

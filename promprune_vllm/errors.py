@@ -5,7 +5,8 @@
     ├── SettingsError            a server setting that cannot be honoured: no start
     │   └── UnknownMethodError
     ├── UnsupportedModelError    a model whose visual tokens we cannot prune
-    └── IncompatibleVllmError    a vLLM this release was not written for
+    ├── IncompatibleVllmError    a vLLM this release was not written for
+    └── DemoError                the demo's own server did not start or did not stay
 
 A message carries the value found, the limit, and what to do next.
 """
@@ -42,3 +43,7 @@ class UnsupportedModelError(PromPruneError):
 
 class IncompatibleVllmError(PromPruneError, RuntimeError):
     """A vLLM whose private names are not the ones this release relies on."""
+
+
+class DemoError(PromPruneError):
+    """The server of the demo did not start, or ended."""

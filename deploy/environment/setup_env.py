@@ -54,8 +54,8 @@ def run(*command: str, env: dict[str, str] | None = None) -> str:
     over.set()
     if done.returncode:
         shown = " ".join(command).replace("\n", "; ")
-        tail = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-        raise SetupError(f"`{shown}` failed with exit code {done.returncode}:\n    {tail}")
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line and "WARNING" not in line]
+        raise SetupError("\n    ".join([f"`{shown}` failed with exit code {done.returncode}:", *said[-5:]]))
     return done.stdout.strip()
 
 

@@ -79,5 +79,5 @@ def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
         missing = [parameter for parameter in parameters if parameter not in found]
         if missing:
             raise IncompatibleVllmError(
-                f"promprune-vllm relies on {path} taking {', '.join(missing)}, which this vLLM has changed. {_CURE}"
+                f"promprune-vllm relies on {path} taking {', '.join(missing)}, which this vLLM does not. {_CURE}"
             )

@@ -1,0 +1,248 @@
+"""``promprune demo``: one real photograph, four budgets, and what each one costs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from promprune_vllm.core.budget import FIELD
+from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.model import find_or_build_demo_model
+from promprune_vllm.demo.server import Server, free_port, serving
+from promprune_vllm.errors import DemoError
+
+BUDGETS = (None, 256, 128, 64)
+PHOTO, WARM_UP_PHOTO = "astronaut", "chelsea"
+QUESTION = "What is in the picture?"
+MODEL_NAME = "demo"
+DEFAULT_PORT = 8000
+_ANSWER_TOKENS = 96  # long enough for /metrics to be read while the request still holds its blocks
+_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one request cost, as the server's own accounting tells it.
+
+    Args:
+        budget: What was asked, ``None`` for nothing.
+        seen: Visual tokens of the photograph before pruning.
+        kept: Visual tokens that entered the language model.
+        prompt_tokens: ``usage.prompt_tokens`` of the reply.
+        kv_blocks: KV-cache blocks in use right after the first token; ``None`` if the gauge never showed any.
+        first_token_ms: From sending the request to the first streamed token.
+        selection_ms: Time the selection took; ``None`` where nothing was selected.
+    """
+
+    budget: int | None
+    seen: int
+    kept: int
+    prompt_tokens: int
+    kv_blocks: int | None
+    first_token_ms: float
+    selection_ms: float | None
+
+
+def run_demo(*, once: bool, as_json: bool, port: int | None) -> None:
+    """Serve the demo model, measure, show, and keep serving unless ``once``.
+
+    Args:
+        once: End after the table.
+        as_json: One JSON document on standard output instead of the table.
+        port: ``None`` is 8000, or any free port with ``once``; 0 is any free port.
+
+    Raises:
+        DemoError: The server could not be started, or ended by itself.
+    """
+    err = Console(stderr=True)
+    chosen = port if port is not None else (0 if once else DEFAULT_PORT)
+    with (
+        tempfile.TemporaryDirectory(prefix="promprune-demo-") as scratch,
+        _demo_server(err, Path(scratch) / "server.log", chosen or free_port()) as server,
+    ):
+        rows = list(_measured(err, server))
+        if as_json:
+            document = {"model": MODEL_NAME, "photo": PHOTO, "rows": [asdict(row) for row in rows]}
+            print(json.dumps(document, indent=2), flush=True)
+        else:
+            Console().print(_table(rows))
+        if not once:
+            (err if as_json else Console()).print(_next_steps(server.url), highlight=False, soft_wrap=True)
+            _serve_until_interrupted(server)
+
+
+@contextmanager
+def _demo_server(err: Console, log: Path, port: int) -> Iterator[Server]:
+    with err.status("Making the demo model: a small LLaVA-1.5 with seeded random weights …"):
+        model = find_or_build_demo_model()
+    options = ["--served-model-name", MODEL_NAME, "--enforce-eager", "--max-model-len", "2048"]
+    options += ["--block-size", str(_BLOCK_TOKENS), *_device_options()]
+    started = time.monotonic()
+    with ExitStack() as stack:
+        with err.status("Starting the server …") as status:
+            starting = serving(
+                model,
+                *options,
+                log=log,
+                port=port,
+                environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+                on_stage=lambda stage: status.update(f"Starting the server: {stage} …"),
+            )
+            server = stack.enter_context(starting)
+        err.print(f"The server is up at {server.url} after {time.monotonic() - started:.0f} s.", highlight=False)
+        yield server
+
+
+def _device_options() -> tuple[str, ...]:
+    import torch
+
+    # On a CPU float32 is the fastest type vLLM computes exactly in; GPUs take the model's default.
+    return () if torch.cuda.is_available() else ("--dtype", "float32")
+
+
+def _measured(err: Console, server: Server) -> Iterator[Row]:
+    with err.status("Warming up with another photograph …"):
+        for budget in BUDGETS:
+            _ask(server, WARM_UP_PHOTO, budget)
+    for budget in BUDGETS:
+        with err.status(f"Sending the photograph with {_asked(budget)} …"):
+            row = _measure(server, budget)
+        yield row
+
+
+def _measure(server: Server, budget: int | None) -> Row:
+    before = server.metrics()
+    reply = _ask(server, PHOTO, budget)
+    after = server.metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before[name]
+
+    selections = grown("promprune_selection_seconds_count")
+    seconds = grown("promprune_selection_seconds_sum")
+    return Row(
+        budget=budget,
+        seen=round(grown("promprune_visual_tokens_seen_total")),
+        kept=round(grown("promprune_visual_tokens_kept_total")),
+        prompt_tokens=reply["prompt_tokens"],
+        kv_blocks=reply["kv_blocks"],
+        first_token_ms=round(reply["first_token_seconds"] * 1000, 1),
+        selection_ms=round(seconds / selections * 1000, 2) if selections else None,
+    )
+
+
+def _ask(server: Server, photo: str, budget: int | None) -> dict[str, Any]:
+    """Stream one answer with the OpenAI SDK; read the KV cache's usage while it holds its blocks."""
+    from openai import OpenAI
+
+    extra: dict[str, Any] = {"ignore_eos": True} | ({} if budget is None else {FIELD: budget})
+    reply: dict[str, Any] = {"kv_blocks": None}
+    started = time.perf_counter()
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        stream = client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": _content(photo)}],
+            max_tokens=_ANSWER_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=extra,
+        )
+        for chunk in stream:
+            if chunk.usage:
+                reply["prompt_tokens"] = chunk.usage.prompt_tokens
+            elif chunk.choices[0].delta.content:
+                reply.setdefault("first_token_seconds", time.perf_counter() - started)
+                reply["kv_blocks"] = reply["kv_blocks"] or _blocks_in_use(server)
+    return reply
+
+
+def _content(photo: str) -> Any:
+    image = base64.b64encode(photo_path(photo).read_bytes()).decode()
+    return [
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
+        {"type": "text", "text": QUESTION},
+    ]
+
+
+def _blocks_in_use(server: Server) -> int | None:
+    return round(server.metrics()["vllm:kv_cache_usage_perc"] * _total_blocks(server)) or None
+
+
+@cache
+def _total_blocks(server: Server) -> int:
+    """KV-cache blocks of the server, less the one vLLM keeps for itself."""
+    for family in server.families():
+        for sample in family.samples:
+            if sample.name == "vllm:cache_config_info":
+                return int(sample.labels["num_gpu_blocks"]) - 1
+    raise DemoError("vLLM's /metrics does not show vllm:cache_config_info, which holds the number of KV blocks.")
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title=f"One photograph ({PHOTO}), one question, four budgets", title_justify="left")
+    table.add_column("budget")
+    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "selection"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            "none" if row.budget is None else str(row.budget),
+            str(row.seen),
+            str(row.kept),
+            str(row.prompt_tokens),
+            "not seen" if row.kv_blocks is None else str(row.kv_blocks),
+            f"{row.first_token_ms:.0f} ms",
+            "" if row.selection_ms is None else f"{row.selection_ms:.1f} ms",
+        )
+    return table
+
+
+def _asked(budget: int | None) -> str:
+    return "no budget" if budget is None else f"{FIELD}={budget}"
+
+
+def _next_steps(url: str) -> str:
+    photo = photo_path(PHOTO)
+    return f"""
+The server goes on at {url} (Ctrl-C ends it). Try it with curl:
+
+curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<EOF
+{{"model": "{MODEL_NAME}", "{FIELD}": 64, "max_tokens": 16, "messages": [{{"role": "user", "content": [
+  {{"type": "image_url", "image_url": {{"url": "data:image/jpeg;base64,$(base64 -w0 {photo})"}}}},
+  {{"type": "text", "text": "{QUESTION}"}}]}}]}}
+EOF
+
+or with the OpenAI SDK:
+
+import base64
+from openai import OpenAI
+image = base64.b64encode(open("{photo}", "rb").read()).decode()
+reply = OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(
+    model="{MODEL_NAME}", max_tokens=16, extra_body={{"{FIELD}": 64}},
+    messages=[{{"role": "user", "content": [
+        {{"type": "image_url", "image_url": {{"url": f"data:image/jpeg;base64,{{image}}"}}}},
+        {{"type": "text", "text": "{QUESTION}"}}]}}])
+print(reply.usage.prompt_tokens, "prompt tokens")
+
+The model has random weights: its answers mean nothing, what it saves is real.
+Metrics: curl -s {url}/metrics | grep promprune
+"""
+
+
+def _serve_until_interrupted(server: Server) -> None:
+    try:
+        status = server.process.wait()
+    except KeyboardInterrupt:
+        return
+    raise DemoError(f"The server ended with status {status}.")

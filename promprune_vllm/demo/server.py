@@ -1,0 +1,166 @@
+"""Starts ``promprune serve`` as a process of its own and waits until it answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from promprune_vllm.errors import DemoError
+
+# What a newcomer is told while vLLM starts, by what its log says.
+_STAGES = (
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading the weights"),
+    ("Loading weights took", "sizing the KV cache"),
+    ("GPU KV cache size", "warming up"),
+    ("KV cache size", "warming up"),
+    ("Started server process", "opening the port"),
+)
+_SHUTDOWN_SECONDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers.
+
+    Args:
+        url: Base address, without a slash at the end.
+        log: Everything the server printed.
+        process: The process; its group holds the workers.
+    """
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def families(self) -> list[Metric]:
+        """Return every metric family of ``/metrics``."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
+        return list(text_string_to_metric_families(text))
+
+    def metrics(self) -> dict[str, float]:
+        """Return every sample of ``/metrics`` by name, summed over its labels."""
+        totals: dict[str, float] = {}
+        for family in self.families():
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return totals
+
+
+def free_port() -> int:
+    """Return a port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    model: Path,
+    *options: str,
+    log: Path,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "promprune_vllm", "serve"),
+    timeout_seconds: float = 600,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> Iterator[Server]:
+    """Serve a model on the loopback interface while the block is open.
+
+    Args:
+        model: Directory of the checkpoint.
+        options: Options of ``promprune serve`` after the model.
+        log: File that gets the server's output.
+        port: 0 takes a free one.
+        environment: Added to this process's environment.
+        command: What to start; tests of plain vLLM start that instead.
+        timeout_seconds: How long the server may take until ``/health`` is 200.
+        on_stage: Told what the server is doing while it starts.
+
+    Raises:
+        DemoError: The port is taken, or the server ended or did not answer in time; with the end of its log.
+    """
+    port = port or free_port()
+    _require_free(port)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, str(model), "--host", "127.0.0.1", "--port", str(port), *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **_QUIET, **(environment or {})},
+            start_new_session=True,  # so that the workers can be ended with it
+        )
+    server = Server(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _wait_until_healthy(server, timeout_seconds, on_stage)
+        yield server
+    finally:
+        _stop(process)
+
+
+_QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise DemoError(f"Port {port} is taken ({error.strerror}). Choose another with --port.") from error
+
+
+def _wait_until_healthy(server: Server, timeout_seconds: float, on_stage: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    told = ""
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise DemoError(f"The server ended with status {server.process.returncode}.\n{_log_end(server.log)}")
+        stage = _stage(server.log)
+        if stage != told:
+            told = stage
+            on_stage(stage)
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.25)
+    raise DemoError(f"The server did not answer within {timeout_seconds:.0f} s.\n{_log_end(server.log)}")
+
+
+def _stage(log: Path) -> str:
+    text = log.read_text(errors="replace")
+    reached = "importing vLLM"
+    for mark, stage in _STAGES:
+        if mark in text:
+            reached = stage
+    return reached
+
+
+def _log_end(log: Path, lines: int = 25) -> str:
+    end = log.read_text(errors="replace").splitlines()[-lines:]
+    return "\n".join([f"The end of its log, {log}:", *(f"  {line}" for line in end)])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and, should it hang, everything it started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SHUTDOWN_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
