@@ -1,0 +1,20 @@
+"""Shared by the whole suite: no network, quiet engines, one demo model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")
+
+QUESTION = "What is in the picture?"
+VISUAL_TOKENS = 576
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    from promprune_vllm.demo.model import find_or_build_demo_model
+
+    return find_or_build_demo_model()

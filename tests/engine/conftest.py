@@ -1,0 +1,104 @@
+"""One vLLM engine inside this process, so that a test can look at what enters the language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from promprune_vllm.demo import photo_path
+from tests.conftest import QUESTION
+
+Ask = tuple[str, int | None]  # (photograph, budget)
+
+
+@dataclass
+class Seen:
+    """What the language model and the vision tower were given while somebody watched."""
+
+    embeds: list[torch.Tensor] = field(default_factory=list)
+    images_per_tower_call: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """The offline engine with the demo model, and ways to look inside."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(model), dtype="float32", max_model_len=2048, enforce_eager=True, block_size=32, seed=0, **options
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.model = self.runner.model
+
+    def prompt(self, *asks: Ask, question: str = QUESTION, uuids: Sequence[str] | None = None) -> dict[str, Any]:
+        """A prompt with one image per ask; they share the first one's budget."""
+        from PIL import Image
+
+        images = [Image.open(photo_path(name)).convert("RGB") for name, _ in asks]
+        text = "".join("<image>\n" for _ in asks)
+        prompt: dict[str, Any] = {
+            "prompt": f"<s>USER: {text}{question} ASSISTANT:",
+            "multi_modal_data": {"image": images if len(images) != 1 else images[0]},
+        }
+        if asks[0][1] is not None:
+            prompt["mm_processor_kwargs"] = {"visual_token_budget": asks[0][1]}
+        if uuids:
+            prompt["multi_modal_uuids"] = {"image": list(uuids)}
+        return prompt
+
+    def generate(self, prompts: Sequence[dict[str, Any]], tokens: int = 6) -> list[Any]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=3)
+        return self.llm.generate(list(prompts), sampling, use_tqdm=False)
+
+    def forget(self) -> None:
+        """Empty every cache, so that the next request is encoded and prefilled."""
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.core.reset_encoder_cache()
+
+    @contextmanager
+    def watched(self) -> Iterator[Seen]:
+        seen = Seen()
+
+        def before_model(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get("inputs_embeds") is not None:
+                seen.embeds.append(kwargs["inputs_embeds"].clone())
+
+        def before_tower(_: Any, args: tuple[Any, ...]) -> None:
+            seen.images_per_tower_call.append(len(args[0]))
+
+        handles = [
+            self.model.register_forward_pre_hook(before_model, with_kwargs=True),
+            self.model.vision_tower.register_forward_pre_hook(before_tower),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pixels(self, photo: str) -> torch.Tensor:
+        """``(1, 3, 336, 336)``: a photograph as the Hugging Face processor prepares it."""
+        from PIL import Image
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.llm.model_config.model)
+        image = Image.open(photo_path(photo)).convert("RGB")
+        return processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+
+
+@pytest.fixture(scope="session")
+def engine(demo_model: Path) -> Engine:
+    return Engine(demo_model)

@@ -1,0 +1,239 @@
+"""LLaVA-1.5 inside real vLLM: what enters the language model, and what the engine accounts for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from promprune_vllm import select
+from promprune_vllm.config import Settings
+from promprune_vllm.demo import PHOTOS
+from tests.conftest import QUESTION, VISUAL_TOKENS
+from tests.engine.conftest import Engine
+
+pytestmark = pytest.mark.engine
+BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "64", True, float("nan"), {}, [])
+
+
+def _features(engine: Engine, photo: str) -> Any:
+    (features,) = engine.model.capture({"pixel_values": engine.pixels(photo)}, slice(0, 1))
+    return features
+
+
+def _image_rows(engine: Engine, output: Any, embeds: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of the prompt's prefill at the image's placeholder."""
+    image = engine.llm.model_config.hf_config.image_token_index
+    where = [i for i, token in enumerate(output.prompt_token_ids) if token == image]
+    return torch.cat(embeds)[where]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 64, 575])
+@pytest.mark.parametrize("photo", ["astronaut", "rocket"])
+def test_rows_of_the_language_model_are_the_selected_ones_bit_for_bit(
+    engine: Engine, photo: str, keep: int
+) -> None:
+    engine.forget()
+    with torch.inference_mode():
+        features = _features(engine, photo)
+        full = engine.model.embed_unpruned(pixel_values=engine.pixels(photo))[0]
+    assert torch.equal(features.projected, full)
+    expected = full[select(features, keep).indices]
+    with engine.watched() as seen:
+        (output,) = engine.generate([engine.prompt((photo, keep))], tokens=1)
+    assert torch.equal(_image_rows(engine, output, seen.embeds), expected)
+
+
+def test_both_stages_of_promprune_are_exercised(engine: Engine) -> None:
+    with torch.inference_mode():
+        salient = [int(select(_features(engine, photo), 64).report["saliency_tokens"]) for photo in PHOTOS]
+    assert min(salient) < 64
+    assert max(salient) > 0
+
+
+@pytest.mark.parametrize("photo", ["astronaut", "coffee"])
+def test_saliency_equals_eager_attention_of_transformers(engine: Engine, photo: str) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    reference = LlavaForConditionalGeneration.from_pretrained(
+        engine.llm.model_config.model, attn_implementation="eager", dtype=torch.float32
+    )
+    tower = reference.model.vision_tower
+    with torch.inference_mode():
+        attentions = tower(engine.pixels(photo), output_attentions=True).attentions
+        saliency = _features(engine, photo).saliency
+    # hidden_states[-2] is the output of the last layer but one: its attention is attentions[-2]
+    wanted, off_by_one = (attentions[layer][0, :, 0, 1:].mean(dim=0) for layer in (-2, -3))
+    assert float((saliency - wanted).abs().max()) < 1e-6
+    assert float((saliency - off_by_one).abs().max()) > 1e-4, "the wrong layer would pass as well"
+
+
+def test_prompt_tokens_drop_by_exactly_what_is_pruned(engine: Engine) -> None:
+    budgets = (None, 576, 5000, 575, 256, 64, 2, 1)
+    outputs = engine.generate([engine.prompt(("coffee", budget)) for budget in budgets], tokens=1)
+    lengths = [len(output.prompt_token_ids) for output in outputs]
+    kept = [min(budget or VISUAL_TOKENS, VISUAL_TOKENS) for budget in budgets]
+    assert [lengths[0] - length for length in lengths] == [VISUAL_TOKENS - k for k in kept]
+
+
+def test_each_of_several_images_keeps_the_budget(engine: Engine) -> None:
+    outputs = engine.generate(
+        [engine.prompt(("coffee", budget), ("rocket", budget)) for budget in (None, 40)], tokens=1
+    )
+    full, pruned = (len(output.prompt_token_ids) for output in outputs)
+    assert full - pruned == 2 * (VISUAL_TOKENS - 40)
+
+
+def test_budgets_that_prune_share_nothing_and_the_others_share_one_entry(engine: Engine) -> None:
+    engine.forget()
+    cached = {}
+    with engine.watched() as seen:
+        for budget in (None, 576, 5000, 64, 63, 64):
+            (output,) = engine.generate([engine.prompt(("chelsea", budget))], tokens=1)
+            cached.setdefault(budget, []).append(output.num_cached_tokens)
+    # Without a budget, 64 and 63 are encoded; everything else comes from a cache.
+    assert seen.images_per_tower_call == [1, 1, 1]
+    assert cached[None] == [0]
+    assert cached[576] == cached[5000] != [0]
+    # 64 misses, and hits when repeated. Blocks before the image's first one hold no image: nothing is shared.
+    assert cached[64][0] == 0
+    assert cached[64][1] > 32
+    assert cached[63] == [0]
+
+
+def _keys(engine: Engine, prompt: dict[str, Any]) -> list[str]:
+    (processed,) = engine.llm.llm_engine.renderer.render_cmpl([prompt])
+    return list(processed["mm_hashes"]["image"])
+
+
+def test_cache_keys(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(budget: int | None, **more: Any) -> str:
+        return _keys(engine, engine.prompt(("chelsea", budget), **more))[0]
+
+    assert key(None) == key(576) == key(5000)
+    pruned = [key(budget) for budget in (1, 2, 64, 575)]
+    assert len({key(None), *pruned}) == 5
+    # A client's uuid names the image, not what is kept of it; and it cannot pass for somebody's pruned image.
+    assert key(None, uuids=["mine"]) == "mine"
+    assert key(64, uuids=["mine"]) not in {"mine", key(64), key(63, uuids=["mine"])}
+    assert key(None, uuids=[key(64)]) != key(64)
+    processor = engine.llm.llm_engine.renderer.get_mm_processor()
+    monkeypatch.setattr(processor, "_digest", Settings(method="random").digest())
+    assert key(64) not in pruned, "another method would be served from promprune's cache entry"
+
+
+def test_client_uuid_with_two_budgets_is_encoded_twice(engine: Engine) -> None:
+    engine.forget()
+    with engine.watched() as seen:
+        lengths = [
+            len(engine.generate([engine.prompt(("rocket", budget), uuids=["U1"])], tokens=1)[0].prompt_token_ids)
+            for budget in (None, 64, 16, 64)
+        ]
+    assert seen.images_per_tower_call == [1, 1, 1]
+    assert [lengths[0] - length for length in lengths] == [0, 512, 560, 512]
+
+
+def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    scheduler = engine.core.scheduler
+    used = {}
+    for budget in (None, 64):
+        engine.forget()
+        free_rows = scheduler.encoder_cache_manager.num_free_slots
+        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        engine.llm.llm_engine.add_request(f"r{budget}", engine.prompt(("coffee", budget)), sampling)
+        before = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        engine.llm.llm_engine.step()
+        used[budget] = {
+            "blocks": before - scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            "encoder rows": free_rows - scheduler.encoder_cache_manager.num_free_slots,
+            "stored rows": sum(rows.shape[0] for rows in engine.runner.encoder_cache.values()),
+        }
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.llm.llm_engine.step()
+    assert used[None]["encoder rows"] - used[64]["encoder rows"] == VISUAL_TOKENS - 64
+    assert used[None]["blocks"] - used[64]["blocks"] == (VISUAL_TOKENS - 64) // 32
+    assert used[64]["stored rows"] == 64
+
+
+def test_encoder_calls_are_bounded_by_unpruned_tokens(engine: Engine) -> None:
+    """The scheduler charges 16 tokens an image; all of them in one call would exceed the memory profile."""
+    engine.forget()
+    limit = engine.model._encoder_tokens // VISUAL_TOKENS
+    asks = [engine.prompt((PHOTOS[i % 4], 16 + i), question=f"{i}?") for i in range(3 * limit)]
+    with engine.watched() as seen:
+        engine.generate(asks, tokens=1)
+    assert sum(seen.images_per_tower_call) == len(asks)
+    assert max(seen.images_per_tower_call) <= limit
+
+
+def test_mixed_batch_equals_one_by_one(engine: Engine) -> None:
+    asks = [
+        engine.prompt((PHOTOS[i % 4], budget), question=f"{QUESTION} {i}")
+        for i, budget in enumerate((None, 16, 64, 192, 576, 1, 575, 64))
+    ]
+    engine.forget()
+    alone = [engine.generate([ask])[0] for ask in asks]
+    engine.forget()
+    together = engine.generate(asks)
+    again = engine.generate(asks)  # every cache hot
+    for one, batched, hot in zip(alone, together, again, strict=True):
+        assert one.outputs[0].token_ids == batched.outputs[0].token_ids == hot.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("value", BAD, ids=repr)
+def test_bad_budgets_are_refused_offline_too(engine: Engine, value: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    prompt = engine.prompt(("coffee", 64))
+    prompt["mm_processor_kwargs"] = {"visual_token_budget": value}
+    with pytest.raises(VLLMValidationError, match=r"visual_token_budget must be .* 1000000") as refused:
+        engine.generate([prompt], tokens=1)
+    assert refused.value.parameter == "visual_token_budget"
+    del prompt["multi_modal_data"]
+    prompt["prompt"] = "no image"
+    with pytest.raises(VLLMValidationError):
+        engine.generate([prompt], tokens=1)
+
+
+def test_budget_without_images_changes_nothing(engine: Engine) -> None:
+    plain = {"prompt": "<s>USER: Hello. ASSISTANT:"}
+    budgeted = {**plain, "mm_processor_kwargs": {"visual_token_budget": 64}}
+    one, other = engine.generate([plain, budgeted])
+    assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_chat_takes_the_budget(engine: Engine) -> None:
+    from PIL import Image
+
+    from promprune_vllm.demo import photo_path
+    from vllm import SamplingParams
+
+    image = Image.open(photo_path("coffee")).convert("RGB")
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": QUESTION}]
+    lengths = [
+        len(
+            engine.llm.chat(
+                [{"role": "user", "content": content}],
+                SamplingParams(max_tokens=1),
+                use_tqdm=False,
+                mm_processor_kwargs=kwargs,
+            )[0].prompt_token_ids
+        )
+        for kwargs in (None, {"visual_token_budget": 100})
+    ]
+    assert lengths[0] - lengths[1] == VISUAL_TOKENS - 100
+
+
+def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+
+    processor = engine.llm.llm_engine.renderer.get_mm_processor()
+    items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
+    (plan,) = processor._plan(items, None)
+    assert (plan.seen, plan.kept) == (10, 10)
+    with pytest.raises(VLLMValidationError, match="image_embeds"):
+        processor._plan(items, 4)
