@@ -1,5 +1,5 @@
-# `make` lists the targets. Set-up talks on stderr only, so `make demo ARGS="--once --json" | jq .` works.
-MAKEFLAGS += --no-print-directory
+# `make` lists the targets. Set-up talks on stderr only, so `make demo ARGS="--once --json" | jq .` works
+# (from another folder: `make -s -C ...`, else make itself prints the folder's name).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -92,12 +92,12 @@ class Environment:
         self.record("incomplete")
 
     def get_uv(self) -> None:
-        own = self.path / "bin" / "uv"
+        own = str(self.path / "bin" / "uv")
         self.uv = shutil.which("uv") or shutil.which(own)
         try:
             if not self.uv:
                 run(self.python, *PIP, "install", "--quiet", "uv", env=IMPATIENT)
-                self.uv = str(own)
+                self.uv = own
         except SetupError:
             say("uv cannot be had here: going on with pip, which is slower")
 
@@ -128,8 +128,10 @@ class Environment:
         self.install(f"vLLM and the rest of {LOCK.name}", ["-r", str(LOCK)])
         self.install("promprune-vllm, editable", ["-e", str(ROOT)])
         say("checking that torchvision can be imported")
-        run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
-        run(self.python, "-c", "import torchvision")
+        news = run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
+        if news:
+            say(news)
+            run(self.python, "-c", "import torchvision")
 
 
 def ensure_libnuma() -> None:
@@ -160,7 +162,7 @@ def set_up(venv: Environment, use_uv: bool) -> None:
         if use_uv:
             venv.get_uv()
         venv.fill()
-    except SetupError:
+    except Exception:
         if venv.recorded():
             venv.record("failed")  # it was not cut short: what is installed is whole
         raise

@@ -79,8 +79,10 @@ def install_where_needed():
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
-        shutil.copyfile(source, shim)
-        hook.write_text(f"import {source.stem}\n")
+        if not (hook.exists() and shim.exists() and shim.read_bytes() == source.read_bytes()):
+            shutil.copyfile(source, shim)
+            hook.write_text(f"import {source.stem}\n")
+            print(f"this torchvision is a CUDA build: its operators are declared by {shim}")
     else:
         hook.unlink(missing_ok=True)
         shim.unlink(missing_ok=True)

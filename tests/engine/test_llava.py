@@ -207,9 +207,9 @@ def test_budget_without_images_changes_nothing(engine: Engine) -> None:
 
 def test_chat_takes_the_budget(engine: Engine) -> None:
     from PIL import Image
+    from vllm import SamplingParams
 
     from promprune_vllm.demo import photo_path
-    from vllm import SamplingParams
 
     image = Image.open(photo_path("coffee")).convert("RGB")
     content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": QUESTION}]

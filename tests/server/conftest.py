@@ -1,0 +1,90 @@
+"""Real servers, each started once: ours, and plain vLLM with the plugin switched off."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.model import DemoModelSpec, build_demo_model, build_text_model
+from promprune_vllm.demo.server import Server, serving
+from tests.conftest import QUESTION
+
+MODEL = "demo"
+# A block of 32 tokens, so that the prefix cache is hit; a step of 256, so that one image spans several chunks.
+OPTIONS = (
+    *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
+    *("--max-model-len", "2048", "--block-size", "32", "--max-num-batched-tokens", "256"),
+    *("--max-num-seqs", "32"),
+)
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(demo_model, *OPTIONS, log=log, environment=ENVIRONMENT) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("stock") / "log"
+    environment = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
+    with serving(demo_model, *OPTIONS, log=log, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def siglip_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("siglip")
+    spec = DemoModelSpec(vision="siglip", image_px=56, hidden=64, heads=2, mlp=128, layers=2)
+    with serving(
+        build_demo_model(directory / "model", spec), *OPTIONS, log=directory / "log", environment=ENVIRONMENT
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("text")
+    with serving(
+        build_text_model(directory / "model"), *OPTIONS, log=directory / "log", environment=ENVIRONMENT
+    ) as running:
+        yield running
+
+
+def image_url(photo: str) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(photo_path(photo).read_bytes()).decode()
+
+
+def body(*photos: str, question: str = QUESTION, **fields: Any) -> dict[str, Any]:
+    """A chat request; fields are added at the top level."""
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": image_url(name)}} for name in photos
+    ]
+    content.append({"type": "text", "text": question})
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 6,
+        "ignore_eos": True,
+        **fields,
+    }
+
+
+def post(server: Server, path: str, json: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=json, timeout=300)
+
+
+def ask(server: Server, *photos: str, **fields: Any) -> dict[str, Any]:
+    response = post(server, "/v1/chat/completions", body(*photos, **fields))
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer

@@ -1,0 +1,185 @@
+"""``visual_token_budget`` over HTTP: obeyed, refused in OpenAI's form, and neutral when unused."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from promprune_vllm.demo import PHOTOS
+from promprune_vllm.demo.server import Server
+from tests.conftest import QUESTION, VISUAL_TOKENS
+from tests.server.conftest import MODEL, ask, body, image_url, post
+
+pytestmark = pytest.mark.server
+BAD = ("0", "-3", "1e12", "1000001", "64.5", "64.0", '"abc"', '"64"', "true", "NaN", "{}", "[]", "[64]")
+LIMITS = "1000000"
+
+
+def _prompt_tokens(answer: dict[str, Any]) -> int:
+    return int(answer["usage"]["prompt_tokens"])
+
+
+def _said(answer: dict[str, Any]) -> Any:
+    """Token ids and log-probabilities, as the server computed them."""
+    choice = answer["choices"][0]
+    return choice["token_ids"], choice["logprobs"]
+
+
+def test_chat_obeys(server: Server) -> None:
+    full = _prompt_tokens(ask(server, "coffee"))
+    for budget in (575, 64, 1):
+        pruned = _prompt_tokens(ask(server, "coffee", visual_token_budget=budget))
+        assert full - pruned == VISUAL_TOKENS - budget
+
+
+def test_openai_sdk_obeys_on_chat_and_responses(server: Server) -> None:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        extra = {"visual_token_budget": 64}
+        messages: Any = body("coffee")["messages"]
+        chat = [
+            client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1, extra_body=e).usage
+            for e in ({}, extra)
+        ]
+        parts: Any = [
+            {"type": "input_image", "image_url": image_url("coffee"), "detail": "auto"},
+            {"type": "input_text", "text": QUESTION},
+        ]
+        items: Any = [{"role": "user", "content": parts}]
+        responses = [
+            client.responses.create(model=MODEL, input=items, max_output_tokens=16, extra_body=e).usage
+            for e in ({}, extra)
+        ]
+    assert chat[0].prompt_tokens - chat[1].prompt_tokens == VISUAL_TOKENS - 64
+    assert responses[0].input_tokens - responses[1].input_tokens == VISUAL_TOKENS - 64
+
+
+def test_vllm_xargs_obeys_on_chat_and_messages(server: Server) -> None:
+    xargs = {"vllm_xargs": {"visual_token_budget": 64}}
+    assert _prompt_tokens(ask(server, "coffee", **xargs)) == _prompt_tokens(
+        ask(server, "coffee", visual_token_budget=64)
+    )
+    media = {"type": "base64", "media_type": "image/jpeg", "data": image_url("coffee").partition(",")[2]}
+    content = [{"type": "image", "source": media}, {"type": "text", "text": QUESTION}]
+    message = {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+    lengths = [
+        post(server, "/v1/messages", {**message, **more}).json()["usage"]["input_tokens"] for more in ({}, xargs)
+    ]
+    assert lengths[0] - lengths[1] == VISUAL_TOKENS - 64
+
+
+def test_tokenize_counts_what_would_be_kept(server: Server) -> None:
+    request = {key: body("coffee")[key] for key in ("model", "messages")}
+    counts = [
+        post(server, "/tokenize", {**request, **more}).json()["count"]
+        for more in ({}, {"visual_token_budget": 64})
+    ]
+    assert counts[0] - counts[1] == VISUAL_TOKENS - 64
+
+
+def test_same_value_twice_is_fine_and_a_contradiction_is_refused(server: Server) -> None:
+    twice = {"visual_token_budget": 64, "vllm_xargs": {"visual_token_budget": 64}}
+    assert ask(server, "coffee", **twice)
+    response = post(
+        server,
+        "/v1/chat/completions",
+        body("coffee", visual_token_budget=64, vllm_xargs={"visual_token_budget": 65}),
+    )
+    assert response.status_code == 400
+    assert "64 at the top level and 65 in vllm_xargs" in response.json()["error"]["message"]
+
+
+def test_null_is_no_budget(server: Server) -> None:
+    assert _prompt_tokens(ask(server, "coffee", visual_token_budget=None)) == _prompt_tokens(ask(server, "coffee"))
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("photos", [("coffee",), ()], ids=["image", "no image"])
+def test_bad_values_get_400_in_openai_form(server: Server, value: str, photos: tuple[str, ...]) -> None:
+    content = json.dumps(body(*photos)).removesuffix("}") + f', "visual_token_budget": {value}}}'
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        content=content,
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "visual_token_budget"
+    assert error["type"] == "BadRequestError"
+    shown = repr(json.loads(value))
+    assert shown in error["message"]
+    assert LIMITS in error["message"]
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/completions", "/tokenize"])
+def test_bad_values_get_400_on_the_other_routes(server: Server, path: str) -> None:
+    request = {
+        "/v1/responses": {"model": MODEL, "input": "hello"},
+        "/v1/completions": {"model": MODEL, "prompt": "hello", "max_tokens": 1},
+        "/tokenize": {"model": MODEL, "prompt": "hello"},
+    }[path]
+    good = post(server, path, {**request, "visual_token_budget": 64})
+    assert good.status_code == 200, good.text
+    refused = post(server, path, {**request, "visual_token_budget": "abc"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "visual_token_budget"
+
+
+def test_a_request_without_images_may_carry_a_budget(server: Server) -> None:
+    plain, budgeted = (
+        ask(server, return_token_ids=True),
+        ask(server, visual_token_budget=64, return_token_ids=True),
+    )
+    assert plain["choices"][0]["token_ids"] == budgeted["choices"][0]["token_ids"]
+    assert plain["usage"] == budgeted["usage"]
+
+
+@pytest.mark.parametrize("more", [{}, {"visual_token_budget": 64}], ids=["alone", "with our field"])
+@pytest.mark.parametrize("field", ["mm_processor_kwargs", "media_io_kwargs"])
+def test_the_trust_gate_stays_shut(server: Server, stock: Server, field: str, more: dict[str, Any]) -> None:
+    for smuggled in ({"visual_token_budget": 9}, {"image": {"do_resize": False}}, {"size": {"shortest_edge": 9}}):
+        request = body("coffee", **{field: smuggled})
+        ours = post(server, "/v1/chat/completions", {**request, **more})
+        theirs = post(stock, "/v1/chat/completions", request)
+        assert ours.status_code == theirs.status_code == 400
+        assert ours.json() == theirs.json()
+        assert ours.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize("budget", [None, 576, 5000])
+@pytest.mark.parametrize("photos", [("astronaut",), ("rocket", "coffee"), ()], ids=["one", "two", "none"])
+def test_neutral_when_unused(server: Server, stock: Server, photos: tuple[str, ...], budget: int | None) -> None:
+    """Without a budget, or with one that keeps everything, the answer is stock vLLM's bit for bit."""
+    telling = {"logprobs": True, "top_logprobs": 5, "return_token_ids": True, "max_tokens": 16}
+    theirs = ask(stock, *photos, **telling)
+    ours = ask(server, *photos, **telling, **({} if budget is None else {"visual_token_budget": budget}))
+    assert _said(ours) == _said(theirs)
+    assert _prompt_tokens(ours) == _prompt_tokens(theirs)
+
+
+def test_concurrent_requests_answer_as_one_by_one(server: Server) -> None:
+    """32 in flight: 4 images, mixed budgets and none, every cache on, an image longer than a step."""
+    budgets = (None, 1, 16, 64, 65, 192, 576, 575)
+    asks = [(photo, budget) for budget in budgets for photo in PHOTOS]
+    telling = {"return_token_ids": True, "max_tokens": 8}
+
+    def answer(request: tuple[str, int | None], **more: Any) -> list[int]:
+        photo, budget = request
+        fields = {} if budget is None else {"visual_token_budget": budget}
+        ids: list[int] = ask(server, photo, **telling, **fields, **more)["choices"][0]["token_ids"]
+        return ids
+
+    # One salt a round: the first answers of each come from prefill, not from the other round's blocks.
+    alone = [answer(request, cache_salt="alone") for request in asks]
+    with ThreadPoolExecutor(len(asks)) as pool:
+        together = list(pool.map(lambda request: answer(request, cache_salt="together"), asks))
+        hot = list(pool.map(lambda request: answer(request, cache_salt="together"), asks))
+    assert together == alone
+    assert hot == alone
+    assert len({tuple(ids) for ids in alone}) > len(PHOTOS), "budgets would make no difference to these answers"

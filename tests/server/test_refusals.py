@@ -1,0 +1,89 @@
+"""Models and versions that cannot be pruned: said once at start-up, and never a silent no-op."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promprune_vllm.demo.server import Server
+from tests.server.conftest import ask, body, post
+
+pytestmark = pytest.mark.server
+
+
+def _announcements(server: Server) -> list[str]:
+    return [line for line in server.log.read_text().splitlines() if "PromPrune" in line]
+
+
+def _refused(server: Server, *photos: str) -> str:
+    response = post(server, "/v1/chat/completions", body(*photos, visual_token_budget=8))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "visual_token_budget"
+    return str(error["message"])
+
+
+def test_a_model_that_can_be_pruned_says_so(server: Server) -> None:
+    (line,) = _announcements(server)
+    assert "prunes the images" in line
+    assert "method promprune" in line
+
+
+def test_text_only_model(text_server: Server) -> None:
+    (line,) = _announcements(text_server)
+    assert "WARNING" in line
+    assert "it takes no images" in line
+    assert ask(text_server)["usage"]["completion_tokens"] == 6
+    assert "it takes no images" in _refused(text_server)
+    assert ask(text_server)
+
+
+def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) -> None:
+    (line,) = _announcements(siglip_server)
+    assert "WARNING" in line
+    assert "siglip_vision_model, which has no CLS token" in line
+    before = ask(siglip_server, "coffee")["usage"]
+    assert "no CLS token" in _refused(siglip_server, "coffee")
+    assert "no CLS token" in _refused(siglip_server)
+    assert ask(siglip_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
+
+
+_OTHER_VERSION = "import sys, vllm; vllm.__version__ = '0.99.1'; sys.argv = ['promprune', *sys.argv[1:]]\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        _OTHER_VERSION + "from promprune_vllm.cli import main; main()",
+        _OTHER_VERSION + "from vllm.engine.arg_utils import EngineArgs; EngineArgs(model=sys.argv[2])",
+    ],
+    ids=["promprune serve", "vLLM itself"],
+)
+def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", start, "serve", str(demo_model)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "works with vLLM 0.32.x and found vLLM 0.99.1" in last
+    assert "Install a supported vLLM" in last
+    assert "VLLM_PLUGINS=''" in last
+
+
+def test_a_setting_that_cannot_be_honoured_is_refused_at_start_up(demo_model: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "promprune_vllm", "serve", str(demo_model), "--visual-token-method", "promprun"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "There is no method 'promprun'. Did you mean 'promprune'?" in result.stderr
