@@ -149,7 +149,7 @@ def test_the_trust_gate_stays_shut(server: Server, stock: Server, field: str, mo
         theirs = post(stock, "/v1/chat/completions", request)
         assert ours.status_code == theirs.status_code == 400
         assert ours.json() == theirs.json()
-        assert ours.json()["error"]["param"] == field
+        assert field in ours.json()["error"]["param"]
 
 
 @pytest.mark.parametrize("budget", [None, 576, 5000])

@@ -1,0 +1,134 @@
+"""The pieces at the seam with vLLM, one by one: checks, wraps, families, micro-batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from promprune_vllm.engine import checks, families, plugin, request
+from promprune_vllm.errors import BudgetError, IncompatibleVllmError
+from tests.engine.conftest import Engine
+
+pytestmark = pytest.mark.engine
+
+
+def test_every_private_name_is_there() -> None:
+    for names in (checks.REQUEST_NAMES, checks.PROCESSOR_NAMES, checks.LLAVA_NAMES):
+        checks.require_names(names)
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "complaint"),
+    [
+        ("vllm.no_such_module:X", (), "which this vLLM lacks"),
+        ("vllm.renderers.base:BaseRenderer.no_such_method", (), "which this vLLM lacks"),
+        ("vllm.renderers.base:BaseRenderer._apply_prompt_extras", ("extras",), "taking extras"),
+    ],
+)
+def test_a_changed_name_is_refused_with_the_cure(path: str, parameters: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(IncompatibleVllmError, match=complaint) as refused:
+        checks.require_names({path: parameters})
+    assert path in str(refused.value)
+    assert "VLLM_PLUGINS=''" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "fine"), [("0.32.0", True), ("0.32.1rc1", True), ("0.320.0", False), ("0.33.0", False)]
+)
+def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, fine: bool) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    if fine:
+        checks.require_supported_version()
+    else:
+        with pytest.raises(IncompatibleVllmError, match=f"found vLLM {version}"):
+            checks.require_supported_version()
+
+
+def test_registering_twice_wraps_once() -> None:
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    plugin.register()
+    wrapped = (OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl, BaseRenderer._apply_prompt_extras)
+    plugin.register()
+    assert wrapped == (
+        OnlineRenderer.preprocess_chat,
+        OnlineRenderer.preprocess_cmpl,
+        BaseRenderer._apply_prompt_extras,
+    )
+    for function in wrapped:
+        assert not hasattr(function.__wrapped__, request._WRAPPED)
+
+
+def _request(top: Any = None, nested: Any = None) -> Any:
+    return SimpleNamespace(
+        model_extra={} if top is None else {"visual_token_budget": top},
+        vllm_xargs=None if nested is None else {"visual_token_budget": nested},
+    )
+
+
+def test_reading_the_field() -> None:
+    assert request.read(_request()) is None
+    assert request.read(_request(top=64)) == 64
+    assert request.read(_request(nested=64)) == 64
+    assert request.read(_request(64, 64)) == 64
+    assert request.read(SimpleNamespace()) is None
+    with pytest.raises(BudgetError, match="send it once"):
+        request.read(_request(64, 65))
+
+
+def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
+    """gpt-oss models have no chat template and no images; vLLM renders them elsewhere."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    plugin.register()
+    config = SimpleNamespace(model="gpt-oss", architectures=["GptOssForCausalLM"], hf_config=None)
+    renderer = SimpleNamespace(parser=None, renderer=SimpleNamespace(mm_processor=None, model_config=config))
+    OnlineRenderer.adjust_harmony_request(renderer, _request())  # type: ignore[arg-type]
+    with pytest.raises(VLLMValidationError, match="gpt-oss cannot be pruned, it takes no images"):
+        OnlineRenderer.adjust_harmony_request(renderer, _request(top=64))  # type: ignore[arg-type]
+
+
+def test_families_say_why_not(engine: Engine) -> None:
+    from transformers import LlavaConfig
+
+    ours = ["LlavaForConditionalGeneration"]
+    assert families.why_not(ours, engine.llm.model_config.hf_config) is None
+    reason = families.why_not(["Qwen9ForConditionalGeneration"], None)
+    assert reason == "no model family for Qwen9ForConditionalGeneration (supported: LlavaForConditionalGeneration)"
+    for changed, said in (
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "no CLS token"),
+        ({"vision_feature_layer": [-2, -3]}, "mixes the vision layers"),
+        ({"vision_feature_select_strategy": "full"}, "feeds the CLS token"),
+    ):
+        assert said in (families.why_not(ours, LlavaConfig(**changed)) or "")
+
+
+@pytest.mark.parametrize(
+    ("seen", "limit", "sizes"),
+    [
+        ([576] * 5, 1200, [2, 2, 1]),
+        ([576] * 3, 100, [1, 1, 1]),
+        ([10, 10, 2000, 10], 100, [2, 1, 1]),
+        ([], 100, []),
+        ([576], 4096, [1]),
+    ],
+)
+def test_micro_batches(seen: list[int], limit: int, sizes: list[int]) -> None:
+    from promprune_vllm.engine.model import micro_batches
+
+    batches = list(micro_batches(seen, limit))
+    assert [len(seen[batch]) for batch in batches] == sizes
+    assert [count for batch in batches for count in seen[batch]] == seen
+
+
+def test_the_profile_run_is_not_pruned(engine: Engine) -> None:
+    """Memory must be profiled with every token, whatever requests will ask for."""
+    processor = engine.llm.llm_engine.renderer.get_mm_processor()
+    dummy = processor.get_dummy_mm_inputs({"image": 1})
+    assert [place.length for place in dummy["mm_placeholders"]["image"]] == [576]

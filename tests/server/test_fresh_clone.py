@@ -1,0 +1,53 @@
+"""What a newcomer does first: clone, ``make demo``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import VISUAL_TOKENS
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fresh") / "clone"
+    made = subprocess.run(
+        ["git", "clone", "-q", str(ROOT), str(directory)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"this is not a git checkout that can be cloned: {made.stderr.strip()}")
+    return directory
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("call", ["first", "second"])
+def test_make_demo_in_a_fresh_clone(clone: Path, call: str) -> None:
+    assert (clone / ".venv").exists() == (call == "second")
+    environment = {**os.environ, "PROMPRUNE_CACHE": str(clone / "cache"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    result = subprocess.run(
+        ["make", "demo", "ARGS=--once --json"],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["budget"] for row in rows] == [None, 256, 128, 64]
+    assert [row["seen"] for row in rows] == [VISUAL_TOKENS] * 4
+    assert [row["kept"] for row in rows] == [VISUAL_TOKENS, 256, 128, 64]
+    full, *pruned = rows
+    for row in pruned:
+        assert full["prompt_tokens"] - row["prompt_tokens"] == VISUAL_TOKENS - row["kept"]
+        assert row["selection_ms"] > 0
+        assert row["kv_blocks"] is None or row["kv_blocks"] < full["kv_blocks"]
+    assert full["selection_ms"] is None

@@ -1,0 +1,68 @@
+"""Who may import whom, and how large a file may grow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "promprune_vllm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HOST = {"vllm", "fastapi", "starlette", "transformers", "prometheus_client"}
+FORBIDDEN = {
+    "core": HOST | {"triton", "numba"},
+    "methods": HOST | {"triton", "numba"},
+    "kernels": HOST | {"promprune_vllm"},
+    "metrics": {"vllm", "torch", "transformers"},
+    "server": {"vllm", "torch", "transformers"},
+    "demo": {"vllm"},
+}
+OURS_ALLOWED = {
+    "core": {"core", "errors"},
+    "methods": {"core", "kernels", "methods"},
+    "kernels": {"kernels"},
+    "metrics": {"metrics", "errors"},
+    "engine": {"core", "engine", "config", "metrics", "errors"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_plan(path: Path) -> None:
+    folder = path.relative_to(PACKAGE).parts[0]
+    names = _imports(path)
+    outside = {name.split(".")[0] for name in names}
+    ours = {name.split(".")[1] for name in names if name.startswith("promprune_vllm.")}
+    forbidden = FORBIDDEN.get(folder, set())
+    if folder == "kernels":  # they know nothing of ours but each other
+        outside = {name for name in outside if name != "promprune_vllm"}
+    assert not outside & forbidden
+    assert ours <= OURS_ALLOWED.get(folder, ours)
+    if "vllm" in outside:
+        assert folder == "engine" or path.name == "cli.py"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            assert (node.end_lineno or 0) - node.lineno + 1 - docstring <= 45, node.name
+
+
+def test_importing_the_package_stays_light() -> None:
+    code = "import sys, promprune_vllm; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"vllm", "torch", "fastapi", "transformers", "triton"} & set(result.stdout.split())

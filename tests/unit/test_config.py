@@ -1,0 +1,49 @@
+"""Settings: read from the environment, frozen, and identified by everything that decides a selection."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from promprune_vllm.config import Settings
+from promprune_vllm.errors import SettingsError
+
+
+def test_defaults() -> None:
+    settings = Settings.from_environment()
+    assert (settings.method, settings.method_options) == ("promprune", {})
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMPRUNE_METHOD", "random")
+    monkeypatch.setenv("PROMPRUNE_METHOD_OPTIONS", '{"seed": 7}')
+    settings = Settings.from_environment()
+    assert settings.selector().seed == 7  # type: ignore[attr-defined]
+    with pytest.raises(ValidationError):
+        settings.method = "uniform"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "complaint"),
+    [
+        ("nope", "{}", "There is no method 'nope'"),
+        ("random", '{"sead": 1}', "no option 'sead'"),
+        ("promprune", '{"tau": 0}', "refuses"),
+        ("promprune", "not json", "PROMPRUNE_METHOD_OPTIONS is a JSON object"),
+        ("promprune", "[1]", "PROMPRUNE_METHOD_OPTIONS is a JSON object"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    monkeypatch: pytest.MonkeyPatch, method: str, options: str, complaint: str
+) -> None:
+    monkeypatch.setenv("PROMPRUNE_METHOD", method)
+    monkeypatch.setenv("PROMPRUNE_METHOD_OPTIONS", options)
+    with pytest.raises(SettingsError, match=complaint):
+        Settings.from_environment()
+
+
+def test_digest_tells_settings_apart_and_spelled_out_defaults_not() -> None:
+    plain = Settings().digest()
+    assert plain == Settings(method_options={"mu": 0.42}).digest()
+    others = {Settings(method_options={"mu": 0.43}).digest(), Settings(method="random").digest()}
+    assert len({plain, *others}) == 3
