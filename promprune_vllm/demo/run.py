@@ -27,7 +27,7 @@ PHOTO, WARM_UP_PHOTO = "astronaut", "chelsea"
 QUESTION = "What is in the picture?"
 MODEL_NAME = "demo"
 DEFAULT_PORT = 8000
-_ANSWER_TOKENS = 96  # long enough for /metrics to be read while the request still holds its blocks
+_ANSWER_TOKENS = 1024  # the request must hold its blocks until /metrics was read; then the stream is closed
 _BLOCK_TOKENS = 32
 
 
@@ -40,7 +40,7 @@ class Row:
         seen: Visual tokens of the photograph before pruning.
         kept: Visual tokens that entered the language model.
         prompt_tokens: ``usage.prompt_tokens`` of the reply.
-        kv_blocks: KV-cache blocks in use right after the first token; ``None`` if the gauge never showed any.
+        kv_blocks: KV-cache blocks in use while it is answered; ``None`` if vLLM's gauge never showed it.
         first_token_ms: From sending the request to the first streamed token.
         selection_ms: Time the selection took; ``None`` where nothing was selected.
     """
@@ -122,9 +122,9 @@ def _measured(err: Console, server: Server) -> Iterator[Row]:
 
 
 def _measure(server: Server, budget: int | None) -> Row:
-    before = server.metrics()
+    before = server.metrics("promprune")
     reply = _ask(server, PHOTO, budget)
-    after = server.metrics()
+    after = server.metrics("promprune")
 
     def grown(name: str) -> float:
         return after[name] - before[name]
@@ -143,29 +143,33 @@ def _measure(server: Server, budget: int | None) -> Row:
 
 
 def _ask(server: Server, photo: str, budget: int | None) -> dict[str, Any]:
-    """Stream one answer with the OpenAI SDK; read the KV cache's usage while it holds its blocks."""
+    """Start an answer with the OpenAI SDK; end it once the KV blocks it holds have been read."""
     from openai import OpenAI
 
     extra: dict[str, Any] = {"ignore_eos": True} | ({} if budget is None else {FIELD: budget})
-    reply: dict[str, Any] = {"kv_blocks": None}
+    usage: Any = {"include_usage": True, "continuous_usage_stats": True}
+    _wait_until_idle(server)
     started = time.perf_counter()
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-        stream = client.chat.completions.create(
+    with (
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client,
+        client.chat.completions.create(
             model=MODEL_NAME,
             messages=[{"role": "user", "content": _content(photo)}],
             max_tokens=_ANSWER_TOKENS,
             temperature=0,
             stream=True,
-            stream_options={"include_usage": True},
+            stream_options=usage,
             extra_body=extra,
-        )
+        ) as stream,
+    ):
         for chunk in stream:
-            if chunk.usage:
-                reply["prompt_tokens"] = chunk.usage.prompt_tokens
-            elif chunk.choices[0].delta.content:
-                reply.setdefault("first_token_seconds", time.perf_counter() - started)
-                reply["kv_blocks"] = reply["kv_blocks"] or _blocks_in_use(server)
-    return reply
+            if chunk.usage and chunk.choices and chunk.choices[0].delta.content:
+                return {
+                    "first_token_seconds": time.perf_counter() - started,
+                    "prompt_tokens": chunk.usage.prompt_tokens,
+                    "kv_blocks": _blocks_in_use(server),
+                }
+    raise DemoError("The server ended the stream without an answer.")
 
 
 def _content(photo: str) -> Any:
@@ -177,13 +181,28 @@ def _content(photo: str) -> Any:
 
 
 def _blocks_in_use(server: Server) -> int | None:
-    return round(server.metrics()["vllm:kv_cache_usage_perc"] * _total_blocks(server)) or None
+    """Read vLLM's gauge until it shows the request that is being answered: it follows a step behind."""
+    total = _total_blocks(server)
+    for _ in range(100):
+        usage = server.metrics("vllm:kv_cache_usage_perc")["vllm:kv_cache_usage_perc"]
+        if blocks := round(usage * total):
+            return blocks
+    return None
+
+
+def _wait_until_idle(server: Server, timeout_seconds: float = 60) -> None:
+    """Wait until the stream closed before has given its blocks back: they must not count for the next one."""
+    deadline = time.monotonic() + timeout_seconds
+    while server.metrics("vllm:kv_cache_usage_perc")["vllm:kv_cache_usage_perc"]:
+        if time.monotonic() > deadline:
+            raise DemoError(f"The server still holds KV blocks {timeout_seconds:.0f} s after its last request.")
+        time.sleep(0.02)
 
 
 @cache
 def _total_blocks(server: Server) -> int:
     """KV-cache blocks of the server, less the one vLLM keeps for itself."""
-    for family in server.families():
+    for family in server.families("vllm:cache_config_info"):
         for sample in family.samples:
             if sample.name == "vllm:cache_config_info":
                 return int(sample.labels["num_gpu_blocks"]) - 1

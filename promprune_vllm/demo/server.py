@@ -43,15 +43,17 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def families(self) -> list[Metric]:
-        """Return every metric family of ``/metrics``."""
+    def families(self, prefix: str = "") -> list[Metric]:
+        """Return the metric families of ``/metrics``, or only the samples whose name starts with ``prefix``."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
+        if prefix:
+            text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(prefix))
         return list(text_string_to_metric_families(text))
 
-    def metrics(self) -> dict[str, float]:
-        """Return every sample of ``/metrics`` by name, summed over its labels."""
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Return the samples of ``/metrics`` by name, summed over their labels."""
         totals: dict[str, float] = {}
-        for family in self.families():
+        for family in self.families(prefix):
             for sample in family.samples:
                 totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         return totals
