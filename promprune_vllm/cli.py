@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -70,34 +70,29 @@ def serve(
 @app.command("methods")
 def list_methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the methods that can select tokens, with what they need and their defaults."""
-    from promprune_vllm.core.registry import methods, options_of
+    from promprune_vllm.methods_table import describe, markdown
 
-    rows = [
-        {
-            "name": name,
-            "paper": method.paper,
-            "needs": [need.name.lower() for need in method.needs if need.name],
-            "options": options_of(method()),
-        }
-        for name, method in methods().items()
-    ]
+    if as_markdown:
+        try:
+            typer.echo(markdown())
+        except FileNotFoundError as error:
+            _fail(f"--markdown needs a checkout of the repository: {error}")
+        return
+    rows = describe()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "paper", "needs", "options (defaults)")
+    table = Table("method", "paper", "needs", "tokens are", "options (defaults)")
     for row in rows:
-        options: Any = row["options"]
-        table.add_row(
-            str(row["name"]),
-            str(row["paper"]),
-            ", ".join(row["needs"]),
-            ", ".join(f"{k}={v}" for k, v in options.items()),
-        )
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        merging = "merged" if row["merges"] else "dropped"
+        table.add_row(row["name"], row["paper"], ", ".join(row["needs"]), merging, options)
     Console().print(table)
 
 

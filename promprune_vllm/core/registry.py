@@ -16,11 +16,15 @@ from promprune_vllm.errors import SettingsError, UnknownMethodError
 
 
 class Selector(Protocol):
-    """A method: a frozen dataclass whose fields are the paper's symbols, with the paper's defaults."""
+    """A method: a frozen dataclass whose fields are the paper's symbols, with the paper's defaults.
+
+    ``merges`` says whether its selections carry ``rows``, merged out of several tokens, or only drop tokens.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Need]
     paper: ClassVar[str]
+    merges: ClassVar[bool]
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Choose ``keep`` of N tokens. May assume ``1 <= keep < N`` and that every need is there."""

@@ -12,9 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-EXHAUSTED = 1e-5
-"""Residual volume (squared distance, in units of the token's norm) below which a token adds nothing."""
-
 
 def cosine_gram(features: Tensor) -> Tensor:
     """Cosine of every pair of tokens.
@@ -23,10 +20,63 @@ def cosine_gram(features: Tensor) -> Tensor:
         features: ``(N, D)`` tokens of any floating type.
 
     Returns:
-        ``(N, N)`` float64. A zero row has cosine 0 with everything.
+        ``(N, N)`` float64. A zero row has cosine 0 with everything, and so has a row that is not finite.
     """
     x = _unit_rows(features)
     return x @ x.T
+
+
+def cross_cosine(features: Tensor, others: Tensor) -> Tensor:
+    """Cosine of every token with every row of another set, ``(N, M)`` float64; rules as for ``cosine_gram``."""
+    return _unit_rows(features) @ _unit_rows(others).T
+
+
+def settled(values: Tensor) -> Tensor:
+    """Cosines or distances in whole steps of 2**-32, ``float64``, so that equal ones compare equal.
+
+    The last bits of a float64 sum depend on the order of the columns and on the matrix product's tiling; a
+    step is far above that and far below any difference that means something.
+    """
+    steps: Tensor = (values.double() * 2.0**32).round()
+    return steps
+
+
+def max_min_select(gram: Tensor, keep: int) -> Tensor:
+    """Choose tokens one by one, each as far as possible from the nearest one chosen before.
+
+    The distance is ``1 - cosine``. The first token is the one farthest from its own nearest neighbour; equal
+    ones go to the lowest index, also when every distance left is 0; a chosen token never returns.
+
+    Args:
+        gram: ``(N, N)`` cosines.
+        keep: Size of the set, ``1 <= keep < N``.
+
+    Returns:
+        ``(keep,)`` int64, in the order they were chosen.
+    """
+    n = gram.shape[0]
+    distance = settled(1 - gram)
+    itself = torch.eye(n, dtype=torch.bool, device=gram.device)
+    room = distance.masked_fill(itself, torch.inf).amin(dim=0)  # (N,) to the nearest other token
+    closest = torch.full_like(room, torch.inf)  # (N,) to the nearest chosen token; -inf for the chosen ones
+    picks = torch.empty(keep, dtype=torch.int64, device=gram.device)
+    for t in range(keep):
+        pick = (room if t == 0 else closest).argmax(dim=0, keepdim=True)  # (1,) the first of equal ones
+        picks[t : t + 1] = pick
+        closest = torch.minimum(closest, distance.index_select(0, pick).squeeze(0))
+        closest.index_fill_(0, pick, -torch.inf)
+    return picks
+
+
+def complement(chosen: Tensor, total: int) -> Tensor:
+    """Tokens that are not among the K chosen ones, which differ: ``(total - K,)`` int64 in raster order."""
+    taken = torch.zeros(total, dtype=torch.int8, device=chosen.device).index_fill_(0, chosen, 1)
+    return torch.argsort(taken, stable=True)[: total - chosen.shape[0]]
+
+
+def finite_rows(features: Tensor) -> Tensor:
+    """``(N, D)`` float64, with a zero row in place of every row that holds NaN or infinity."""
+    return features.masked_fill(~features.isfinite().all(dim=1, keepdim=True), 0).double()
 
 
 def spectral_entropy(features: Tensor) -> Tensor:
@@ -57,49 +107,66 @@ def spectral_entropy(features: Tensor) -> Tensor:
     return torch.where(flat, torch.ones_like(entropy), entropy)
 
 
-def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int) -> Tensor:
-    """Extend a given set by greedy MAP inference of a determinantal point process over the rest.
-
-    Well-conditioned form of the fast greedy algorithm (Chen et al., NeurIPS 2018): the diagonal is taken as
-    exactly 1 and the explained part of each token, ``acc = sum e**2``, is accumulated from exactly 0, so that
-    no choice is decided by the rounding of ``1 - 1``. The next token is the least explained one; equal ones
-    go to the lowest index; a chosen one never returns. Once nothing is left to explain (``1 - acc`` at most
-    1e-5) the remaining places go down ``order``.
+def share_entropy(weights: Tensor) -> Tensor:
+    """Normalised entropy of weights taken as shares of their sum.
 
     Args:
-        gram: ``(N, N)`` cosines.
-        order: ``(N,)`` int64, tokens by descending saliency.
-        given: 0-d int64, on the device: the first ``given`` tokens of ``order`` are already in the set. They
-            exclude themselves, and the first new token is the one least similar to them; the determinant is
-            not conditioned on them.
-        keep: Size of the set, ``1 <= keep < N``.
+        weights: ``(N,)`` of any floating type. What is negative or not finite counts as 0.
 
     Returns:
-        ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
+        0-d float64 in [0, 1]: 0 when one token has all the weight, 1 when all have the same. Weights that sum
+        to 0 favour nobody; they are given 1.
     """
-    n = gram.shape[0]
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(n, device=order.device)
-    is_given = rank < given  # (N,)
-    nearest = gram.masked_fill(~is_given[None, :], -torch.inf).amax(dim=1)  # (N,) -inf where nothing is given
-    open_ = torch.ones(n, dtype=torch.bool, device=gram.device)
-    acc = gram.new_zeros(n)
-    factors = gram.new_zeros(keep, n)  # row t: the component of every token along the t-th new direction
-    picks = order.new_empty(keep)
-    for t in range(keep):
-        blocked = ~(open_ & ~is_given)
-        least = torch.where(given == t, nearest, acc).masked_fill(blocked, torch.inf).argmin()
-        exhausted = (acc[least] >= 1 - EXHAUSTED) & (given != t)
-        next_salient = rank.masked_fill(~open_, n).argmin()
-        pick = torch.where((t < given) | exhausted, next_salient, least)
-        picks[t] = pick
-        open_[pick] = False
-        residual = gram[pick] - factors[:t, pick] @ factors[:t]
-        e = residual / (1 - acc[pick]).clamp_min(EXHAUSTED).sqrt()
-        e = torch.where((t < given) | exhausted, torch.zeros_like(e), e)
-        factors[t] = e
-        acc = acc + e * e
-    return picks
+    n = weights.shape[0]
+    if n < 2:
+        return weights.new_ones((), dtype=torch.float64)
+    w = weights.double()
+    w = torch.where(w.isfinite(), w, torch.zeros_like(w)).clamp_min(0)
+    total = w.sum()
+    entropy = torch.special.entr(w / torch.where(total > 0, total, 1)).sum() / math.log(n)
+    return torch.where(total > 0, entropy, torch.ones_like(entropy))
+
+
+def descending_order(scores: Tensor) -> Tensor:
+    """Tokens from the highest to the lowest score, ``(N,)`` int64. Equal ones: lowest index first; NaN last."""
+    ranked = torch.where(scores.isnan(), -torch.inf, scores.double())
+    return torch.argsort(ranked, descending=True, stable=True)
+
+
+def min_max(scores: Tensor) -> Tensor:
+    """Scores scaled to [0, 1], ``(N,)`` float64.
+
+    Scores that do not differ (by more than 1e-12 of the largest) are all 1, so that as a factor or a weight
+    they leave the decision to others. NaN and -inf give 0, +inf gives 1.
+    """
+    x = torch.where(scores.isnan(), -torch.inf, scores.double())
+    finite = x.isfinite()
+    low = x.masked_fill(~finite, torch.inf).amin()
+    high = x.masked_fill(~finite, -torch.inf).amax()
+    flat = ~(high - low > 1e-12 * torch.maximum(high.abs(), low.abs()))
+    scaled = ((x - low) / torch.where(flat, 1, high - low)).clamp(0, 1)
+    return torch.where(flat, (x > -torch.inf).double(), scaled)
+
+
+def merge_rows(features: Tensor, indices: Tensor, into: Tensor, weights: Tensor) -> Tensor:
+    """Kept rows, each averaged by weight with the rows that are merged into it.
+
+    Args:
+        features: ``(N, D)``. Rows that are not finite are merged as zero rows.
+        indices: ``(K,)`` int64, the kept tokens.
+        into: ``(N,)`` int64: the token a token is merged into, -1 for none; kept tokens have -1.
+        weights: ``(N,)`` at least 0.
+
+    Returns:
+        ``(K, D)`` in the type of the features. A kept token nothing is merged into keeps its row bit by bit.
+    """
+    weights = weights.double()
+    share = (into[None, :] == indices[:, None]) * weights[None, :]  # (K, N)
+    added = share.sum(dim=1, keepdim=True)
+    own = weights[indices][:, None]
+    x = finite_rows(features)
+    mean = (own * x[indices] + share @ x) / (own + added).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(added > 0, mean.to(features.dtype), features[indices])
 
 
 def token_keys(features: Tensor, seed: int) -> Tensor:
@@ -123,10 +190,11 @@ def token_keys(features: Tensor, seed: int) -> Tensor:
 
 
 def _unit_rows(features: Tensor) -> Tensor:
-    """Return ``(N, D)`` float64 rows of length 1; a zero row stays zero."""
+    """Return ``(N, D)`` float64 rows of length 1; a row that is zero or not finite becomes zero."""
     x = features.double()
-    unit: Tensor = x / x.norm(dim=1, keepdim=True).clamp_min(1e-8)
-    return unit
+    norm = x.norm(dim=1, keepdim=True)
+    unit: Tensor = x / norm
+    return unit.masked_fill_(~((norm > 0) & norm.isfinite()), 0)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Random:
     name: ClassVar[str] = "random"
     needs: ClassVar[Need] = Need.PROJECTED
     paper: ClassVar[str] = "control"
+    merges: ClassVar[bool] = False
 
     seed: int = 0
 
@@ -46,6 +47,7 @@ class Uniform:
     name: ClassVar[str] = "uniform"
     needs: ClassVar[Need] = Need.PROJECTED
     paper: ClassVar[str] = "control"
+    merges: ClassVar[bool] = False
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Keep every (N/K)-th token."""

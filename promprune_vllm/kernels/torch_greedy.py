@@ -1,0 +1,149 @@
+"""Plain torch reference of the rules that grow a set token by token: DPP, farthest points, facility location.
+
+All three extend a set that is partly given, on the device alone: how many tokens are given is a tensor, and no
+choice ever goes through the host. They share their conventions:
+
+* The next token is the one of least cost. Costs are compared in steps of 2**-32, far above the rounding of
+  float64 and far below any difference that means something, so equal tokens tie exactly on every machine, and
+  the lowest index wins.
+* A chosen token never returns.
+* A token that adds nothing (it is within ``EXHAUSTED`` of what the set already explains, or it is a zero row,
+  which has no direction) is not chosen by the rule. Once no other is left, the places are filled down ``order``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.kernels.torch_ops import settled
+
+EXHAUSTED = 1e-5
+"""Residual volume (squared distance, in units of the token's norm) below which a token adds nothing."""
+
+
+def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
+    """Extend a given set by greedy MAP inference of a determinantal point process over the rest.
+
+    Well-conditioned form of the fast greedy algorithm (Chen et al., NeurIPS 2018): the diagonal is taken as
+    exactly 1 and the explained part of each token, ``acc = sum e**2``, is accumulated from exactly 0, so that
+    no choice is decided by the rounding of ``1 - 1``. The next token is the least explained one. Once nothing
+    is left to explain (``1 - acc`` at most 1e-5) the remaining places go down ``order``.
+
+    Args:
+        gram: ``(N, N)`` cosines.
+        order: ``(N,)`` int64, tokens by descending saliency.
+        given: 0-d int64, on the device: the first ``given`` tokens of ``order`` are already in the set. They
+            exclude themselves, and the first new token is the one least similar to them; the determinant is
+            not conditioned on them.
+        keep: Size of the set, ``1 <= keep < N``.
+        quality: ``(N,)`` at least 0: the kernel becomes ``diag(quality) gram diag(quality)``. Its factor is
+            that of ``gram`` with scaled columns, so a token's gain is ``quality**2 * (1 - acc)``.
+
+    Returns:
+        ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
+    """
+    state = _Growing(gram, order, given, keep)
+    nearest = _nearest_given(gram, state.is_given)
+    acc = state.hollow.to(gram.dtype)
+    factors = gram.new_zeros(keep, gram.shape[0])  # row t: every token along the t-th new direction
+    for t in range(keep):
+        cost = acc.sqrt() if quality is None else -quality * (1 - acc).clamp_min(0).sqrt()
+        cost = torch.where(state.is_seed(t), nearest, cost).masked_fill(acc >= 1 - EXHAUSTED, torch.inf)
+        pick, chosen = state.take(t, cost)
+        known = factors[:t].index_select(1, pick).squeeze(1) @ factors[:t]
+        residual = gram.index_select(0, pick).squeeze(0) - known
+        e = residual / (1 - acc.index_select(0, pick)).clamp_min(EXHAUSTED).sqrt()
+        factors[t] = torch.where(chosen, e, torch.zeros_like(e))
+        acc = acc + factors[t] * factors[t]
+    return state.picks
+
+
+def farthest_points(gram: Tensor, order: Tensor, given: Tensor, keep: int, *, from_given: bool = False) -> Tensor:
+    """Extend a given set by farthest-point sampling: the token whose nearest chosen one is farthest.
+
+    Args:
+        gram: ``(N, N)`` cosines; the distance is ``1 - cosine``.
+        order: As for ``greedy_dpp``.
+        given: As for ``greedy_dpp``: the first new token is the one least similar to the given ones.
+        keep: Size of the set.
+        from_given: Keep away from the given tokens at every step, not at the first alone.
+
+    Returns:
+        ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
+    """
+    state = _Growing(gram, order, given, keep)
+    nearest = _nearest_given(gram, state.is_given)
+    closest = nearest if from_given else torch.full_like(nearest, -torch.inf)  # (N,) cosine to the set
+    for t in range(keep):
+        known = state.hollow | (1 - closest <= EXHAUSTED)
+        cost = torch.where(state.is_seed(t), nearest, closest).masked_fill(known, torch.inf)
+        pick, chosen = state.take(t, cost)
+        closer = torch.maximum(closest, gram.index_select(0, pick).squeeze(0))
+        closest = torch.where(chosen, closer, closest)
+    return state.picks
+
+
+def facility_location(gram: Tensor, order: Tensor, given: Tensor, keep: int) -> Tensor:
+    """Extend a given set by the tokens that best represent all tokens outside it.
+
+    Greedily maximises ``sum_i max_j cos(i, j)`` over the tokens i that are not given and the new tokens j. Each
+    of the ``keep`` steps looks at the whole matrix: O(keep N^2).
+
+    Args:
+        gram: ``(N, N)`` cosines.
+        order: As for ``greedy_dpp``.
+        given: As for ``greedy_dpp``, but given tokens exclude themselves only: there is no seed.
+        keep: Size of the set.
+
+    Returns:
+        ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
+    """
+    state = _Growing(gram, order, given, keep)
+    ground = (~state.is_given & ~state.hollow).to(gram.dtype)
+    covered = torch.full_like(ground, -1)  # (N,) cosine to the best new token so far
+    for t in range(keep):
+        gain = ground @ (gram - covered[:, None]).clamp_min(0)
+        cost = (-gain).masked_fill(state.hollow | (gain <= EXHAUSTED), torch.inf)
+        pick, chosen = state.take(t, cost)
+        nearer = torch.maximum(covered, gram.index_select(0, pick).squeeze(0))
+        covered = torch.where(chosen, nearer, covered)
+    return state.picks
+
+
+def _nearest_given(gram: Tensor, is_given: Tensor) -> Tensor:
+    """Return each token's largest cosine to a given one, ``(N,)``; -inf where nothing is given."""
+    return gram.masked_fill(~is_given[None, :], -torch.inf).amax(dim=1)
+
+
+class _Growing:
+    """A set on its way to ``keep`` tokens; what the rules share."""
+
+    def __init__(self, gram: Tensor, order: Tensor, given: Tensor, keep: int) -> None:
+        self._total = gram.shape[0]
+        self._given = given
+        self._rank = torch.empty_like(order)
+        self._rank[order] = torch.arange(self._total, device=order.device)
+        self._open = torch.ones_like(order, dtype=torch.bool)
+        self.is_given = self._rank < given  # (N,)
+        self.hollow = gram.diagonal() < 0.5  # (N,) zero rows; every other cosine with itself is 1
+        self.picks = order.new_empty(keep)
+
+    def is_seed(self, t: int) -> Tensor:
+        """Whether the t-th token is the first new one beside given ones, 0-d bool."""
+        return (self._given == t) & (self._given > 0)
+
+    def take(self, t: int, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the t-th token: a given one, else the one of least cost, else the next of the order.
+
+        Returns:
+            The token, ``(1,)`` int64, and whether the rule chose it, ``(1,)`` bool.
+        """
+        steps = settled(cost).masked_fill(~self._open | self.is_given, torch.inf)
+        least = steps.argmin(dim=0, keepdim=True)
+        following = self._rank.masked_fill(~self._open, self._total).argmin(dim=0, keepdim=True)
+        chosen = (steps.index_select(0, least) < torch.inf) & (self._given <= t)
+        pick = torch.where(chosen, least, following)
+        self.picks[t : t + 1] = pick
+        self._open.index_fill_(0, pick, False)
+        return pick, chosen

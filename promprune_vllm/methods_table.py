@@ -1,0 +1,83 @@
+"""The registry as the command line and the README show it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from promprune_vllm.core.registry import Selector, methods, options_of
+
+AGREEMENT = Path(__file__).parents[1] / "tests" / "golden" / "agreement.json"
+"""Written by ``python -m tests.golden.measure`` in a checkout; an installed package does not carry it."""
+
+UNSERVABLE = {
+    "fastv": (
+        "arXiv 2403.06764",
+        "Not servable this way: it prunes inside the decoder, behind layer 2, after the KV blocks of all N "
+        "tokens are allocated.",
+    ),
+    "sparsevlm": (
+        "arXiv 2410.04417",
+        "Not servable this way: it prunes inside the decoder, at layers 2, 6 and 15, after the KV blocks of all "
+        "N tokens are allocated.",
+    ),
+}
+"""Published methods that need the decoder's attention maps: name -> paper, and why they cannot be here."""
+
+_COLUMNS = ("method", "paper", "needs", "what it does", "merges or drops", "golden agreement")
+_ABSENT = "-"
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every method as plain data: name, paper, summary, needs, whether it merges, and its default options."""
+    return [
+        {
+            "name": name,
+            "paper": method.paper,
+            "summary": summary(method),
+            "needs": [need.name.lower() for need in method.needs if need.name],
+            "merges": method.merges,
+            "options": options_of(method()),
+        }
+        for name, method in methods().items()
+    ]
+
+
+def summary(method: type[Selector]) -> str:
+    """First line of a method's docstring: what it does."""
+    return (inspect.getdoc(method) or "").partition("\n")[0]
+
+
+def markdown() -> str:
+    """Render the README's table of methods.
+
+    Raises:
+        FileNotFoundError: Outside a checkout, where the measured agreement is not at hand.
+    """
+    measured: Mapping[str, Any] = json.loads(AGREEMENT.read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"`{row['name']}`",
+            row["paper"],
+            ", ".join(row["needs"]),
+            row["summary"],
+            "merges" if row["merges"] else "drops",
+            _agreement(measured.get(row["name"])),
+        )
+        for row in describe()
+    ]
+    rows += [(name, paper, _ABSENT, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()]
+    return "\n".join(_line(cells) for cells in (_COLUMNS, ("---",) * len(_COLUMNS), *rows))
+
+
+def _agreement(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return _ABSENT
+    return f"{measured['equal']}/{measured['total']} sets equal ({measured['against']})"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
