@@ -1,4 +1,4 @@
-"""Reads what a vision tower's attention looked at, without asking it for attention maps."""
+"""Reads what a vision tower computed on its way, without asking it for attention maps."""
 
 from __future__ import annotations
 
@@ -10,38 +10,58 @@ import torch
 from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from promprune_vllm.core.features import Need
+
 
 @contextmanager
-def cls_attention(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect the attention CLS pays to every patch while the block is open.
-
-    One query row of the layer: O(N) memory, and the tower keeps its fast attention kernel.
+def clip_attention(attention: Any, needs: Need) -> Iterator[dict[Need, Tensor]]:
+    """Capture what a method needs of one CLIP attention layer while the block is open.
 
     Args:
         attention: A ``CLIPAttention`` of vLLM. Its inner ``attn`` is called with q, k, v of
             ``(B, 1 + N, heads * head_dim)``; heads are those of this tensor-parallel rank.
+        needs: ``SALIENCY``, ``KEYS``, both or neither; anything else is left alone.
 
     Yields:
-        A list that gets one ``(B, N)`` float32 tensor per call of the layer: softmax over CLS and patches,
-        mean over all heads of all ranks, the CLS column dropped and the rest not renormalised.
+        Filled by the layer's call, each a mean over all heads of all ranks, float32: ``SALIENCY`` ``(B, N)``,
+        the attention CLS pays to every patch, softmax over CLS and patches, the CLS column dropped and the rest
+        not renormalised; ``KEYS`` ``(B, N, head_dim)``.
     """
-    rows: list[Tensor] = []
+    captured: dict[Need, Tensor] = {}
 
     def hook(_: Any, args: tuple[Tensor, ...]) -> None:
         q, k = args[0], args[1]
-        batch, length, _width = k.shape
         heads = attention.num_heads_per_partition
-        cls = q[:, 0].float().view(batch, heads, 1, -1)  # (B, H, 1, d)
-        keys = k.float().view(batch, length, heads, -1).permute(0, 2, 3, 1)  # (B, H, d, 1 + N)
-        weights = torch.softmax((cls @ keys) * attention.scale, dim=-1)  # (B, H, 1, 1 + N)
-        mean = weights[:, :, 0, 1:].mean(dim=1)  # (B, N)
-        if attention.tp_size > 1:
-            # Without this each rank would select by its own heads, and the ranks would disagree.
-            mean = tensor_model_parallel_all_reduce(mean) / attention.tp_size
-        rows.append(mean)
+        keys = k.float().reshape(*k.shape[:2], heads, -1)  # (B, 1 + N, H, d)
+        if Need.SALIENCY in needs:
+            # One query row: O(N) memory, and the tower keeps its fast attention kernel.
+            cls = q[:, 0].float().reshape(q.shape[0], heads, -1)  # (B, H, d)
+            weights = torch.softmax(torch.einsum("bhd,bnhd->bhn", cls, keys) * attention.scale, dim=-1)
+            captured[Need.SALIENCY] = _mean_over_ranks(weights[:, :, 1:].mean(dim=1), attention.tp_size)
+        if Need.KEYS in needs:
+            captured[Need.KEYS] = _mean_over_ranks(keys[:, 1:].mean(dim=2), attention.tp_size)
 
-    handle = attention.attn.register_forward_pre_hook(hook)
+    with _before(attention.attn, hook):
+        yield captured
+
+
+@contextmanager
+def inputs_of(module: Any) -> Iterator[list[Tensor]]:
+    """Collect the first argument of every call of a module while the block is open."""
+    seen: list[Tensor] = []
+    with _before(module, lambda _, args: seen.append(args[0])):
+        yield seen
+
+
+@contextmanager
+def _before(module: Any, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
     try:
-        yield rows
+        yield
     finally:
         handle.remove()
+
+
+def _mean_over_ranks(mean: Tensor, ranks: int) -> Tensor:
+    # Without this each rank would select by its own heads, and the ranks would disagree.
+    return tensor_model_parallel_all_reduce(mean) / ranks if ranks > 1 else mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,8 @@ from promprune_vllm.metrics.recorder import recorder
 class PrunedModelMixin:
     """Goes before vLLM's model class in a family's bases.
 
-    A family sets ``supplies`` and defines ``capture(inputs, items)``.
+    A family defines ``capture(inputs, items, needs)`` and, where it supplies ``ENCODER``, ``project(rows)``.
     """
-
-    supplies: ClassVar[Need]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -57,7 +55,8 @@ class PrunedModelMixin:
             return self.embed_unpruned(**inputs)
         outputs: list[Tensor] = []
         for items in micro_batches([seen for seen, _ in pairs], self._encoder_tokens):
-            groups: Sequence[VisionFeatures] = self.capture(inputs, items)  # type: ignore[attr-defined]
+            groups: Sequence[VisionFeatures]
+            groups = self.capture(inputs, items, self._method.needs)  # type: ignore[attr-defined]
             outputs += [self._prune(group, *pair) for group, pair in zip(groups, pairs[items], strict=True)]
         return outputs
 
@@ -71,8 +70,13 @@ class PrunedModelMixin:
                 selection = select(features, kept, self._method)
         else:
             selection = select(features, kept, self._method)
-        # A new tensor, not a view: the encoder cache must not hold the unpruned rows alive.
-        return features.projected[selection.indices] if selection.rows is None else selection.rows
+        if selection.rows is None:
+            # A new tensor, not a view: the encoder cache must not hold the unpruned rows alive.
+            return features.projected[selection.indices]
+        if selection.space is Need.ENCODER:
+            projected: Tensor = self.project(selection.rows)  # type: ignore[attr-defined]
+            return projected
+        return selection.rows
 
 
 def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:

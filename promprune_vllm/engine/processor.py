@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.exceptions import VLLMValidationError
@@ -19,9 +19,11 @@ from vllm.multimodal.parse import ImageEmbeddingItems
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, Budget, BudgetPolicy
+from promprune_vllm.core.features import Need
+from promprune_vllm.core.registry import methods
 from promprune_vllm.engine import checks
 from promprune_vllm.engine.request import SUMMARY
-from promprune_vllm.errors import BudgetError
+from promprune_vllm.errors import BudgetError, SettingsError
 
 COUNTS = "visual_token_counts"
 """Field of every image: ``(2,)`` int64, tokens seen and kept. Read by ``PrunedModelMixin``."""
@@ -42,10 +44,25 @@ class ImagePlan:
 class PrunedProcessorMixin:
     """Goes before vLLM's processor class in a family's bases. A family defines ``_image_tokens``."""
 
+    supplies: ClassVar[Need]
+    """What the family's model can capture for a method."""
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
-        self._digest = Settings.from_environment().digest()
+        settings = Settings.from_environment()
+        self._require_supplied(settings)
+        self._digest = settings.digest()
         self._policy = BudgetPolicy()
+
+    def _require_supplied(self, settings: Settings) -> None:
+        missing = settings.selector().needs & ~self.supplies
+        if missing:
+            names = ", ".join(need.name or "" for need in missing)
+            able = [name for name, method in methods().items() if not method.needs & ~self.supplies]
+            raise SettingsError(
+                f"Method {settings.method!r} needs {names}, which {type(self).__name__} does not supply. "
+                f"Methods for this model: {', '.join(able)}."
+            )
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""

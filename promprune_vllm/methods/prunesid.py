@@ -17,8 +17,9 @@ CLS row, so T = K + 1 and the K others are what we select.
 Deviations:
 * Exact eigenvectors of the token Gram (or of the feature Gram where that is smaller) in float64. The
   reference's randomised PCA gives another set on every run: its Jaccard with itself is 0.2 to 0.7.
-* Groups that survived in equal numbers share what is left over in order of the components; the reference
-  leaves that order to an unstable sort. Score ties go to the lowest index.
+* Score ties go to the lowest index. One tie is left to torch's unstable sort, as the reference leaves it: which
+  of two groups with equally many survivors is first offered the places that limits held back. The order is fixed
+  on one machine and may differ between kinds of processor; a stable one would disagree with the authors' sets.
 * A component without variance has no direction of its own and gets no token. At least one component, at most
   as many as there are dimensions.
 * One N x N matrix and group numbers; the reference builds one N x N matrix per group.
@@ -151,7 +152,7 @@ def group_quotas(size: Tensor, survivors: Tensor, keep: int) -> Tensor:
     reached = reached.round().to(torch.int64)  # half to even
     quota = torch.minimum(least + reached.diff(prepend=reached.new_zeros(1)), most)
     # What the limits held back goes to the groups with the most survivors, as far as their limits allow.
-    turn = torch.argsort(survivors, descending=True, stable=True)
+    turn = torch.argsort(survivors, descending=True)  # unstable like the reference's: see the deviations
     room = (most - quota)[turn]
     extra = (keep - quota.sum() - (room.cumsum(dim=0) - room)).clamp_min(0).minimum(room)
     return quota.index_add(0, turn, extra)

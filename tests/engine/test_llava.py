@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from promprune_vllm import select
+from promprune_vllm import Need, get_method, methods, select
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
+from promprune_vllm.errors import SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.engine.conftest import Engine
 
 pytestmark = pytest.mark.engine
+EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "64", True, float("nan"), {}, [])
 
 
 def _features(engine: Engine, photo: str) -> Any:
-    (features,) = engine.model.capture({"pixel_values": engine.pixels(photo)}, slice(0, 1))
+    (features,) = engine.model.capture({"pixel_values": engine.pixels(photo)}, slice(0, 1), EVERYTHING)
     return features
 
 
@@ -45,6 +47,35 @@ def test_rows_of_the_language_model_are_the_selected_ones_bit_for_bit(
     assert torch.equal(_image_rows(engine, output, seen.embeds), expected)
 
 
+SERVABLE = [name for name, method in methods().items() if not method.needs & ~EVERYTHING]
+
+
+@pytest.mark.parametrize("name", SERVABLE)
+def test_every_method_the_family_supplies_is_served_exactly(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    engine.forget()
+    method = get_method(name)
+    monkeypatch.setattr(engine.model, "_method", method)
+    with torch.inference_mode():
+        features = _features(engine, "coffee")
+        chosen = select(features, 50, method)
+        rows = features.projected[chosen.indices] if chosen.rows is None else engine.model.project(chosen.rows)
+    with engine.watched() as seen:
+        (output,) = engine.generate([engine.prompt(("coffee", 50))], tokens=1)
+    assert torch.equal(_image_rows(engine, output, seen.embeds), rows)
+
+
+def test_a_method_the_family_cannot_supply_is_refused_at_start_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    monkeypatch.setenv("PROMPRUNE_METHOD", "cdpruner")
+    with pytest.raises(SettingsError, match=r"'cdpruner' needs TEXT.*Methods for this model: .*promprune"):
+        MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
+
+
 def test_both_stages_of_promprune_are_exercised(engine: Engine) -> None:
     with torch.inference_mode():
         salient = [int(select(_features(engine, photo), 64).report["saliency_tokens"]) for photo in PHOTOS]
@@ -67,6 +98,22 @@ def test_saliency_equals_eager_attention_of_transformers(engine: Engine, photo: 
     wanted, off_by_one = (attentions[layer][0, :, 0, 1:].mean(dim=0) for layer in (-2, -3))
     assert float((saliency - wanted).abs().max()) < 1e-6
     assert float((saliency - off_by_one).abs().max()) > 1e-4, "the wrong layer would pass as well"
+
+
+def test_encoder_features_and_keys_equal_those_of_transformers(engine: Engine) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    reference = LlavaForConditionalGeneration.from_pretrained(engine.llm.model_config.model, dtype=torch.float32)
+    tower, pixels = reference.model.vision_tower, engine.pixels("coffee")
+    attention = dict(tower.named_modules())["encoder.layers.3.self_attn"]
+    keys: list[torch.Tensor] = []
+    attention.k_proj.register_forward_hook(lambda _, __, out: keys.append(out))
+    with torch.inference_mode():
+        hidden = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+        features = _features(engine, "coffee")
+    assert torch.allclose(features.encoder, hidden, atol=1e-5)
+    heads = keys[0][0, 1:].unflatten(-1, (attention.num_heads, -1))  # (N, H, d)
+    assert torch.allclose(features.keys, heads.mean(dim=1), atol=1e-5)
 
 
 def test_prompt_tokens_drop_by_exactly_what_is_pruned(engine: Engine) -> None:

@@ -121,7 +121,8 @@ COMPARISONS = {
     "divprune": Comparison(_divprune, "authors' code, where no tokens are equal"),
     "vispruner": Comparison(_vispruner, "authors' code in float64, where no tokens are equal"),
     "visionzip": Comparison(_visionzip, "authors' code; merged rows to 1e-4"),
-    "prunesid": Comparison(_prunesid, "authors' code with an exact SVD"),
+    # Not asserted anew everywhere: its last places go by an unstable sort, which differs between processors.
+    "prunesid": Comparison(_prunesid, "authors' code with an exact SVD", cheap=False),
     "cdpruner": Comparison(_cdpruner, "authors' code with CLIP's relevance, where no tokens are equal"),
 }
 

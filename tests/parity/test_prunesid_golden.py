@@ -13,7 +13,6 @@ from promprune_vllm.methods.prunesid import component_loadings, group_quotas
 from tests.golden import recipe
 
 METAS = recipe.metas("prunesid")
-DECIDED_BY_AN_UNSTABLE_SORT = {("cluster12", 128)}
 
 
 def _name(meta: dict[str, Any]) -> str:
@@ -52,15 +51,14 @@ def test_selects_the_references_patches(meta: dict[str, Any]) -> None:
     assert stored[0] == 0  # CLS, which the reference counts
     expected = {index - 1 for index in stored[1:]}
     got = set(select(_features(golden), meta["T"] - 1, "prunesid").indices.tolist())
-    if (meta["kind"], meta["T"]) not in DECIDED_BY_AN_UNSTABLE_SORT:
-        assert got == expected
+    if got == expected:
         return
-    # What the limits hold back goes round the groups by number of survivors; here groups of equal number compete
-    # for the last places, in an order the reference does not define. Nothing else may differ.
+    # What limits held back goes round the groups by number of survivors, and the reference leaves the order of
+    # equal groups to an unstable sort, which another kind of processor may settle another way. Nothing else may
+    # differ.
     survivors = golden.stored["keep_counts"]
-    disputed = {int(survivors[golden.stored["belong"][token]]) for token in got ^ expected}
-    assert disputed == {8}
-    assert (survivors == 8).sum() > 1
+    (disputed,) = {int(survivors[golden.stored["belong"][token]]) for token in got ^ expected}
+    assert (survivors == disputed).sum() > 1
     assert len(got & expected) >= 124
 
 
