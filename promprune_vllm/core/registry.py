@@ -18,7 +18,8 @@ from promprune_vllm.errors import SettingsError, UnknownMethodError
 class Selector(Protocol):
     """A method: a frozen dataclass whose fields are the paper's symbols, with the paper's defaults.
 
-    ``merges`` says whether its selections carry ``rows``, merged out of several tokens, or only drop tokens.
+    ``merges`` says whether its selections carry ``rows``, merged out of several tokens, or only drop tokens;
+    a method that does not say it drops.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,8 @@ def register(cls: _S) -> _S:
         raise ValueError(f"two methods are named {name!r}: {taken} and {cls}")
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"method {name!r} must be a frozen dataclass: its fields are its options")
+    if not hasattr(cls, "merges"):
+        cls.merges = False  # type: ignore[attr-defined]
     _METHODS[name] = cls
     return cls
 

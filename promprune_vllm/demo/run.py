@@ -6,7 +6,7 @@ import base64
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -84,24 +84,35 @@ def run_demo(*, once: bool, as_json: bool, port: int | None) -> None:
 
 @contextmanager
 def _demo_server(err: Console, log: Path, port: int) -> Iterator[Server]:
-    with err.status("Making the demo model: a small LLaVA-1.5 with seeded random weights …"):
+    with _telling(err, "Making the demo model: a small LLaVA-1.5 with seeded random weights …"):
         model = find_or_build_demo_model()
     options = ["--served-model-name", MODEL_NAME, "--enforce-eager", "--max-model-len", "2048"]
     options += ["--block-size", str(_BLOCK_TOKENS), *_device_options()]
     started = time.monotonic()
     with ExitStack() as stack:
-        with err.status("Starting the server …") as status:
+        with _telling(err, "Starting the server …") as tell:
             starting = serving(
                 model,
                 *options,
                 log=log,
                 port=port,
                 environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
-                on_stage=lambda stage: status.update(f"Starting the server: {stage} …"),
+                on_stage=lambda stage: tell(f"Starting the server: {stage} …"),
             )
             server = stack.enter_context(starting)
         err.print(f"The server is up at {server.url} after {time.monotonic() - started:.0f} s.", highlight=False)
         yield server
+
+
+@contextmanager
+def _telling(err: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done: a line that moves on a terminal, plain lines in a log."""
+    if err.is_terminal:
+        with err.status(text) as status:
+            yield status.update
+    else:
+        err.print(text, highlight=False)
+        yield lambda more: err.print(more, highlight=False)
 
 
 def _device_options() -> tuple[str, ...]:
@@ -112,11 +123,11 @@ def _device_options() -> tuple[str, ...]:
 
 
 def _measured(err: Console, server: Server) -> Iterator[Row]:
-    with err.status("Warming up with another photograph …"):
+    with _telling(err, "Warming up with another photograph …"):
         for budget in BUDGETS:
             _ask(server, WARM_UP_PHOTO, budget)
     for budget in BUDGETS:
-        with err.status(f"Sending the photograph with {_asked(budget)} …"):
+        with _telling(err, f"Sending the photograph with {_asked(budget)} …"):
             row = _measure(server, budget)
         yield row
 

@@ -60,7 +60,8 @@ class PrunedProcessorMixin:
             names = ", ".join(need.name or "" for need in missing)
             able = [name for name, method in methods().items() if not method.needs & ~self.supplies]
             raise SettingsError(
-                f"Method {settings.method!r} needs {names}, which {type(self).__name__} does not supply. "
+                f"Method {settings.method!r} needs {names}, which cannot be captured from "
+                f"{self.info.ctx.model_config.architecture}. "  # type: ignore[attr-defined]
                 f"Methods for this model: {', '.join(able)}."
             )
 

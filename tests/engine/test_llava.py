@@ -72,7 +72,7 @@ def test_a_method_the_family_cannot_supply_is_refused_at_start_up(
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     monkeypatch.setenv("PROMPRUNE_METHOD", "cdpruner")
-    with pytest.raises(SettingsError, match=r"'cdpruner' needs TEXT.*Methods for this model: .*promprune"):
+    with pytest.raises(SettingsError, match=r"'cdpruner' needs TEXT.*LlavaForCond.*: .*promprune"):
         MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
 
 

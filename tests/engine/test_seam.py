@@ -109,6 +109,14 @@ def test_families_say_why_not(engine: Engine) -> None:
         assert said in (families.why_not(ours, LlavaConfig(**changed)) or "")
 
 
+def test_a_model_without_a_family_refuses_a_budget() -> None:
+    config = SimpleNamespace(model="M", architectures=["Qwen9ForConditionalGeneration"], hf_config=None)
+    renderer = SimpleNamespace(mm_processor=object(), model_config=config)
+    request.admit(renderer, None)
+    with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):
+        request.admit(renderer, 64)
+
+
 @pytest.mark.parametrize(
     ("seen", "limit", "sizes"),
     [

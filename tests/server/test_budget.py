@@ -117,6 +117,13 @@ def test_bad_values_get_400_in_openai_form(server: Server, value: str, photos: t
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize("value", [0, -3, 10**12, 64.5, "abc", [64]], ids=repr)
+def test_bad_values_in_vllm_xargs_get_400_as_well(server: Server, value: Any) -> None:
+    response = post(server, "/v1/chat/completions", body("coffee", vllm_xargs={"visual_token_budget": value}))
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "visual_token_budget"
+
+
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/completions", "/tokenize"])
 def test_bad_values_get_400_on_the_other_routes(server: Server, path: str) -> None:
     request = {

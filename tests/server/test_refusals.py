@@ -77,13 +77,23 @@ def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path
     assert "VLLM_PLUGINS=''" in last
 
 
-def test_a_setting_that_cannot_be_honoured_is_refused_at_start_up(demo_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        ("promprun", "There is no method 'promprun'. Did you mean 'promprune'?"),
+        ("cdpruner", "Method 'cdpruner' needs TEXT, which cannot be captured from LlavaForConditionalGeneration."),
+    ],
+)
+def test_a_method_that_cannot_be_honoured_is_refused_at_start_up(
+    demo_model: Path, method: str, complaint: str
+) -> None:
+    options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--visual-token-method", method)
     result = subprocess.run(
-        [sys.executable, "-m", "promprune_vllm", "serve", str(demo_model), "--visual-token-method", "promprun"],
+        [sys.executable, "-m", "promprune_vllm", "serve", str(demo_model), *options],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert result.returncode == 2
-    assert "There is no method 'promprun'. Did you mean 'promprune'?" in result.stderr
+    assert complaint in result.stderr.strip().splitlines()[-1]
