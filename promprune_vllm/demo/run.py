@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ PHOTO, WARM_UP_PHOTO = "astronaut", "chelsea"
 QUESTION = "What is in the picture?"
 MODEL_NAME = "demo"
 DEFAULT_PORT = 8000
-_ANSWER_TOKENS = 1024  # the request must hold its blocks until /metrics was read; then the stream is closed
+_ANSWER_TOKENS = 8
 _BLOCK_TOKENS = 32
 
 
@@ -40,7 +39,7 @@ class Row:
         seen: Visual tokens of the photograph before pruning.
         kept: Visual tokens that entered the language model.
         prompt_tokens: ``usage.prompt_tokens`` of the reply.
-        kv_blocks: KV-cache blocks in use while it is answered; ``None`` if vLLM's gauge never showed it.
+        kv_blocks: KV-cache blocks the prompt fills: vLLM gives out one for every ``_BLOCK_TOKENS`` tokens begun.
         first_token_ms: From sending the request to the first streamed token.
         selection_ms: Time the selection took; ``None`` where nothing was selected.
     """
@@ -49,7 +48,7 @@ class Row:
     seen: int
     kept: int
     prompt_tokens: int
-    kv_blocks: int | None
+    kv_blocks: int
     first_token_ms: float
     selection_ms: float | None
 
@@ -134,7 +133,7 @@ def _measured(err: Console, server: Server) -> Iterator[Row]:
 
 def _measure(server: Server, budget: int | None) -> Row:
     before = server.metrics("promprune")
-    reply = _ask(server, PHOTO, budget)
+    first_token_ms, prompt_tokens = _ask(server, PHOTO, budget)
     after = server.metrics("promprune")
 
     def grown(name: str) -> float:
@@ -146,40 +145,39 @@ def _measure(server: Server, budget: int | None) -> Row:
         budget=budget,
         seen=round(grown("promprune_visual_tokens_seen_total")),
         kept=round(grown("promprune_visual_tokens_kept_total")),
-        prompt_tokens=reply["prompt_tokens"],
-        kv_blocks=reply["kv_blocks"],
-        first_token_ms=round(reply["first_token_seconds"] * 1000, 1),
+        prompt_tokens=prompt_tokens,
+        kv_blocks=-(-prompt_tokens // _BLOCK_TOKENS),
+        first_token_ms=round(first_token_ms, 1),
         selection_ms=round(seconds / selections * 1000, 2) if selections else None,
     )
 
 
-def _ask(server: Server, photo: str, budget: int | None) -> dict[str, Any]:
-    """Start an answer with the OpenAI SDK; end it once the KV blocks it holds have been read."""
+def _ask(server: Server, photo: str, budget: int | None) -> tuple[float, int]:
+    """Stream one answer with the OpenAI SDK.
+
+    Returns:
+        Milliseconds to the first token, and the prompt's tokens.
+    """
     from openai import OpenAI
 
     extra: dict[str, Any] = {"ignore_eos": True} | ({} if budget is None else {FIELD: budget})
-    usage: Any = {"include_usage": True, "continuous_usage_stats": True}
-    _wait_until_idle(server)
     started = time.perf_counter()
-    with (
-        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client,
-        client.chat.completions.create(
+    first_token_ms = None
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        stream = client.chat.completions.create(
             model=MODEL_NAME,
             messages=[{"role": "user", "content": _content(photo)}],
             max_tokens=_ANSWER_TOKENS,
             temperature=0,
             stream=True,
-            stream_options=usage,
+            stream_options={"include_usage": True},
             extra_body=extra,
-        ) as stream,
-    ):
+        )
         for chunk in stream:
-            if chunk.usage and chunk.choices and chunk.choices[0].delta.content:
-                return {
-                    "first_token_seconds": time.perf_counter() - started,
-                    "prompt_tokens": chunk.usage.prompt_tokens,
-                    "kv_blocks": _blocks_in_use(server),
-                }
+            if first_token_ms is None and chunk.choices and chunk.choices[0].delta.content:
+                first_token_ms = (time.perf_counter() - started) * 1000
+            if chunk.usage and first_token_ms is not None:
+                return first_token_ms, chunk.usage.prompt_tokens
     raise DemoError("The server ended the stream without an answer.")
 
 
@@ -189,35 +187,6 @@ def _content(photo: str) -> Any:
         {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
         {"type": "text", "text": QUESTION},
     ]
-
-
-def _blocks_in_use(server: Server) -> int | None:
-    """Read vLLM's gauge until it shows the request that is being answered: it follows a step behind."""
-    total = _total_blocks(server)
-    for _ in range(100):
-        usage = server.metrics("vllm:kv_cache_usage_perc")["vllm:kv_cache_usage_perc"]
-        if blocks := round(usage * total):
-            return blocks
-    return None
-
-
-def _wait_until_idle(server: Server, timeout_seconds: float = 60) -> None:
-    """Wait until the stream closed before has given its blocks back: they must not count for the next one."""
-    deadline = time.monotonic() + timeout_seconds
-    while server.metrics("vllm:kv_cache_usage_perc")["vllm:kv_cache_usage_perc"]:
-        if time.monotonic() > deadline:
-            raise DemoError(f"The server still holds KV blocks {timeout_seconds:.0f} s after its last request.")
-        time.sleep(0.02)
-
-
-@cache
-def _total_blocks(server: Server) -> int:
-    """KV-cache blocks of the server, less the one vLLM keeps for itself."""
-    for family in server.families("vllm:cache_config_info"):
-        for sample in family.samples:
-            if sample.name == "vllm:cache_config_info":
-                return int(sample.labels["num_gpu_blocks"]) - 1
-    raise DemoError("vLLM's /metrics does not show vllm:cache_config_info, which holds the number of KV blocks.")
 
 
 def _table(rows: list[Row]) -> Table:
@@ -231,7 +200,7 @@ def _table(rows: list[Row]) -> Table:
             str(row.seen),
             str(row.kept),
             str(row.prompt_tokens),
-            "not seen" if row.kv_blocks is None else str(row.kv_blocks),
+            str(row.kv_blocks),
             f"{row.first_token_ms:.0f} ms",
             "" if row.selection_ms is None else f"{row.selection_ms:.1f} ms",
         )

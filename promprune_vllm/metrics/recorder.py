@@ -8,6 +8,7 @@ API servers), otherwise a private one beside vLLM's registry. vLLM's own series 
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,22 +21,31 @@ from promprune_vllm.metrics import catalog
 from promprune_vllm.metrics.catalog import CATALOG, Metric
 
 DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
+_OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def prepare_directory() -> None:
-    """Make the private directory, once, in the first process; its children inherit the variable."""
-    if DIRECTORY_VARIABLE in os.environ:
+    """Make the private directory, once, in a server's first process; the processes it spawns inherit it.
+
+    A process that was not spawned by multiprocessing is a first one: a server started from a program that has
+    the plugin loaded inherits that program's variable, and must not write into its directory.
+    """
+    if DIRECTORY_VARIABLE in os.environ and (_made_here() or multiprocessing.parent_process() is not None):
         return
     directory = tempfile.mkdtemp(prefix="promprune-metrics-")
     os.environ[DIRECTORY_VARIABLE] = directory
-    owner = os.getpid()
+    os.environ[_OWNER_VARIABLE] = str(os.getpid())
+    atexit.register(_remove, directory, os.getpid())
 
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(directory, ignore_errors=True)
 
-    atexit.register(remove)
+def _made_here() -> bool:
+    return os.environ.get(_OWNER_VARIABLE) == str(os.getpid())
+
+
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def expose() -> None:

@@ -193,7 +193,9 @@ def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> N
         engine.llm.llm_engine.add_request(f"r{budget}", engine.prompt(("coffee", budget)), sampling)
         before = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         engine.llm.llm_engine.step()
+        (request,) = scheduler.running
         used[budget] = {
+            "prompt": request.num_prompt_tokens,
             "blocks": before - scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
             "encoder rows": free_rows - scheduler.encoder_cache_manager.num_free_slots,
             "stored rows": sum(rows.shape[0] for rows in engine.runner.encoder_cache.values()),
@@ -201,6 +203,8 @@ def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> N
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.llm.llm_engine.step()
     assert used[None]["encoder rows"] - used[64]["encoder rows"] == VISUAL_TOKENS - 64
+    for use in used.values():  # what the demo's column says: a block for every 32 tokens begun
+        assert use["blocks"] == -(-use["prompt"] // 32)
     assert used[None]["blocks"] - used[64]["blocks"] == (VISUAL_TOKENS - 64) // 32
     assert used[64]["stored rows"] == 64
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,36 @@ def test_vllms_directory_is_used_where_it_made_one(tmp_path: Path, monkeypatch: 
     shared = tmp_path / "vllm"
     shared.mkdir()
     monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(tmp_path))
+    monkeypatch.setenv("PROMPRUNE_METRICS_OWNER", str(os.getpid()))
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared))
     module.recorder().outcome("full")
     assert _samples(shared)["promprune_requests_total", "full"] == 1
     assert not list(tmp_path.glob("*.db"))
+
+
+SPAWNS = """
+import multiprocessing, os
+from promprune_vllm.metrics.recorder import prepare_directory
+
+def show():
+    prepare_directory()
+    print(os.environ["PROMPRUNE_METRICS_DIR"], flush=True)
+
+if __name__ == "__main__":
+    show()
+    show()
+    worker = multiprocessing.get_context("spawn").Process(target=show)
+    worker.start()
+    worker.join()
+"""
+
+
+def test_a_server_shares_its_directory_with_its_workers_and_with_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "spawns.py").write_text(SPAWNS)
+    inherited = {**os.environ, "PROMPRUNE_METRICS_DIR": str(tmp_path), "PROMPRUNE_METRICS_OWNER": "1"}
+    run = [sys.executable, str(tmp_path / "spawns.py")]
+    shown = subprocess.run(run, env=inherited, capture_output=True, text=True, check=True).stdout.split()
+    assert len(shown) == 3
+    assert len(set(shown)) == 1
+    assert shown[0] != str(tmp_path)
+    assert not Path(shown[0]).exists(), "the first process removes the directory when it ends"
