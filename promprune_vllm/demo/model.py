@@ -15,7 +15,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,16 +26,25 @@ if TYPE_CHECKING:
     import torch
 
 STAMP = "promprune_demo.json"  # what was asked for; a directory that holds this very text is complete
+DType = Literal["float32", "bfloat16"]
 FORMAT_VERSION = 1  # raise it when the same spec starts to give other files
 
-# transformers 5 names -> names of the published LLaVA-1.5 checkpoints. vLLM 0.32 insists on `vision_model`,
-# which save_pretrained leaves out; transformers reads both.
-_CHECKPOINT_NAMES = (
+# transformers 5 names -> names of the published checkpoints, by model type; a type that is not here keeps its
+# names. vLLM 0.32 insists on `vision_model`, which save_pretrained leaves out; transformers reads both.
+_LLAVA_NAMES = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+_QWEN2_NAMES = (("model.visual.", "visual."), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
+_CHECKPOINT_NAMES = {
+    "llava": _LLAVA_NAMES,
+    "llava_next": _LLAVA_NAMES,
+    "qwen2_vl": _QWEN2_NAMES,
+    "qwen2_5_vl": _QWEN2_NAMES,
+}
 
 # Standard deviation of a weight: the first pattern found in its name wins. Gains are divided by sqrt(fan_in):
 # models of any size behave alike. They were chosen by looking at photographs. The customary 0.02 makes every
@@ -43,11 +52,12 @@ _CHECKPOINT_NAMES = (
 # attention) and put the normalised spectral entropy of the photos on both sides of PromPrune's mu = 0.42.
 _STD = (
     (r"class_embedding$|embed_tokens\.weight$", 1.0),
-    (r"position_embedding\.weight$", 0.1),
+    (r"(position_embedding|pos_embed)\.weight$", 0.1),
     (r"\.bias$", 0.05),
 )
 _GAIN = (
-    (r"vision_tower\..*\.[qk]_proj\.weight$", 2.0),
+    (r"vision_tower\..*\.[qk]_proj\.weight$|visual\..*\.qkv\.weight$", 2.0),
+    (r"visual\..*\.attn\.proj\.weight$", 0.25),  # undoes the gain of the values, which are in qkv too
     (r"\.(o_proj|out_proj|down_proj|fc2)\.weight$", 0.5),
     (r"", 1.0),
 )
@@ -70,7 +80,7 @@ class DemoModelSpec:
     mlp: int = 1024
     layers: int = 6
     max_tokens: int = 4096  # positions of the language model
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
 
     def __post_init__(self) -> None:
         if self.image_px % self.patch_px:
@@ -95,7 +105,7 @@ def find_or_build_demo_model(spec: DemoModelSpec = DEFAULT_SPEC) -> Path:
         cache = Path(own)
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune"
-    digest = hashlib.sha256(_stamp("llava", spec).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(stamp("llava", asdict(spec)).encode()).hexdigest()[:12]
     return build_demo_model(cache / f"demo-llava-{digest}", spec)
 
 
@@ -105,14 +115,14 @@ def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC) -> Pat
     def write(target: Path) -> None:
         from transformers import LlavaForConditionalGeneration
 
-        config = _llava_config(spec)
-        _write_weights(target, LlavaForConditionalGeneration, config, spec)
+        config = llava_config(spec)
+        write_weights(target, LlavaForConditionalGeneration, config, spec.seed, spec.dtype)
         processor = processing.llava_processor(
             spec.image_px, spec.patch_px, class_token=spec.vision == "clip", max_tokens=spec.max_tokens
         )
         processor.save_pretrained(target)
 
-    return _publish(directory, _stamp("llava", spec), write)
+    return publish(directory, stamp("llava", asdict(spec)), write)
 
 
 def build_text_model(directory: Path) -> Path:
@@ -121,28 +131,30 @@ def build_text_model(directory: Path) -> Path:
     def write(target: Path) -> None:
         from transformers import LlamaForCausalLM
 
-        _write_weights(target, LlamaForCausalLM, _llama_config(_TEXT_SPEC), _TEXT_SPEC)
+        write_weights(target, LlamaForCausalLM, llama_config(_TEXT_SPEC), _TEXT_SPEC.seed, _TEXT_SPEC.dtype)
         processing.byte_tokenizer(_TEXT_SPEC.max_tokens).save_pretrained(target)
 
-    return _publish(directory, _stamp("llama", _TEXT_SPEC), write)
+    return publish(directory, stamp("llama", asdict(_TEXT_SPEC)), write)
 
 
-def _stamp(kind: str, spec: DemoModelSpec) -> str:
-    """The text that identifies a built directory."""
-    return json.dumps({"format": FORMAT_VERSION, "kind": kind, "spec": asdict(spec)}, indent=2) + "\n"
+def stamp(kind: str, spec: Mapping[str, Any]) -> str:
+    """The text that identifies a built directory: all that decides its files."""
+    return json.dumps({"format": FORMAT_VERSION, "kind": kind, "spec": spec}, indent=2) + "\n"
 
 
-def _holds(directory: Path, stamp: str) -> bool:
+def _holds(directory: Path, text: str) -> bool:
     file = directory / STAMP
-    return file.is_file() and file.read_text() == stamp
+    return file.is_file() and file.read_text() == text
 
 
-def _publish(directory: Path, stamp: str, write: Callable[[Path], None]) -> Path:
+def publish(directory: Path, text: str, write: Callable[[Path], None]) -> Path:
     """Let `write` fill a temporary sibling, then rename it (over another demo model, if there is one).
+
+    At once if `directory` is already stamped with this `text`.
 
     Nobody ever sees half a model, and of several processes with the same wish each finds a whole one.
     """
-    if _holds(directory, stamp):
+    if _holds(directory, text):
         return directory
     if directory.exists() and not (directory / STAMP).is_file() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} holds something else than a demo model; give a new directory")
@@ -151,18 +163,19 @@ def _publish(directory: Path, stamp: str, write: Callable[[Path], None]) -> Path
         fresh = Path(workshop) / "fresh"  # has the usual permissions, which the temporary directory has not
         fresh.mkdir()
         write(fresh)
-        (fresh / STAMP).write_text(stamp)
+        (fresh / STAMP).write_text(text)
         try:
-            if directory.exists() and not _holds(directory, stamp):
+            if directory.exists() and not _holds(directory, text):
                 directory.rename(Path(workshop) / "old")
             fresh.rename(directory)
         except OSError:
-            if not _holds(directory, stamp):  # otherwise another process was faster with the same model
+            if not _holds(directory, text):  # otherwise another process was faster with the same model
                 raise
     return directory
 
 
-def _llama_config(spec: DemoModelSpec) -> Any:
+def llama_config(spec: DemoModelSpec) -> Any:
+    """The language model of a spec."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -178,7 +191,8 @@ def _llama_config(spec: DemoModelSpec) -> Any:
     )
 
 
-def _llava_config(spec: DemoModelSpec) -> Any:
+def llava_config(spec: DemoModelSpec) -> Any:
+    """The configuration of the whole model of a spec."""
     from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
     sizes = {
@@ -194,7 +208,7 @@ def _llava_config(spec: DemoModelSpec) -> Any:
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=tower,
-        text_config=_llama_config(spec),
+        text_config=llama_config(spec),
         image_token_index=processing.IMAGE_ID,
         image_seq_length=spec.visual_tokens,
         vision_feature_layer=-2,
@@ -204,7 +218,7 @@ def _llava_config(spec: DemoModelSpec) -> Any:
     )
 
 
-def _write_weights(target: Path, model_class: Any, config: Any, spec: DemoModelSpec) -> None:
+def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype: DType) -> None:
     """Write config and weights of a model of which only names and shapes are ever made."""
     import torch
     from safetensors.torch import save
@@ -214,16 +228,16 @@ def _write_weights(target: Path, model_class: Any, config: Any, spec: DemoModelS
         model = model_class(config)
     weights = {}
     for parameter_name, parameter in model.named_parameters():
-        name = _checkpoint_name(parameter_name) if config.model_type == "llava" else parameter_name
-        weights[name] = _random_weight(name, tuple(parameter.shape), spec.seed).to(getattr(torch, spec.dtype))
+        name = _checkpoint_name(parameter_name, config.model_type)
+        weights[name] = _random_weight(name, tuple(parameter.shape), seed).to(getattr(torch, dtype))
     # Not save_file: it makes a file that only its owner can read, useless to a server in a container.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     config.save_pretrained(target)
     GenerationConfig(**processing.ROLE_IDS).save_pretrained(target)
 
 
-def _checkpoint_name(name: str) -> str:
-    for ours, published in _CHECKPOINT_NAMES:
+def _checkpoint_name(name: str, model_type: str) -> str:
+    for ours, published in _CHECKPOINT_NAMES.get(model_type, (("", ""),)):
         if name.startswith(ours):
             return published + name.removeprefix(ours)
     raise ValueError(f"no checkpoint name is known for the parameter {name}")
@@ -233,7 +247,7 @@ def _random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
     """The weight `name` of this seed, float32, whatever other weights the model has and in whatever order."""
     import torch
 
-    if re.search(r"norm\w*\.weight$", name):
+    if re.search(r"(norm\w*|ln_q)\.weight$", name):
         return torch.ones(shape)
     std = next((std for pattern, std in _STD if re.search(pattern, name)), None)
     if std is None:

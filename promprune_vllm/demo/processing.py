@@ -1,7 +1,9 @@
-"""The demo model's input side: a byte tokenizer, LLaVA-1.5's chat template and its image preprocessing."""
+"""The input side of the LLaVA demo models: a byte tokenizer, the chat template, the image preprocessing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
@@ -32,24 +34,38 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"""
 
 
-def byte_tokenizer(max_tokens: int) -> Any:
-    """A `PreTrainedTokenizerFast`; a text of n bytes is n tokens, and "<image>" is one."""
+def byte_tokenizer(
+    max_tokens: int,
+    *,
+    special: tuple[str, ...] = SPECIAL_TOKENS,
+    more: Mapping[str, str] = MappingProxyType({}),
+    chat_template: str = CHAT_TEMPLATE,
+) -> Any:
+    """A `PreTrainedTokenizerFast`; a text of n bytes is n tokens, and a special token is one.
+
+    Args:
+        max_tokens: The longest text, in tokens.
+        special: The tokens of `PAD_ID`, `BOS_ID`, `EOS_ID` and `IMAGE_ID`.
+        more: Special tokens with ids from `FIRST_BYTE_ID + 256` on, by the attribute they get on the tokenizer.
+        chat_template: Jinja source.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    pad, bos, eos, image = SPECIAL_TOKENS
-    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    pad, bos, eos, image = special
+    vocabulary = {token: i for i, token in enumerate(special)}
     vocabulary |= {f"<0x{byte:02X}>": FIRST_BYTE_ID + byte for byte in range(256)}
+    vocabulary |= {token: FIRST_BYTE_ID + 256 + i for i, token in enumerate(more.values())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*special, *more.values())])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,
-        extra_special_tokens={"image_token": image},
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"image_token": image, **more},
+        chat_template=chat_template,
         model_max_length=max_tokens,
         clean_up_tokenization_spaces=False,
     )
@@ -76,4 +92,28 @@ def llava_processor(image_px: int, patch_px: int, *, class_token: bool, max_toke
         vision_feature_select_strategy="default" if class_token else "full",
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=int(class_token),
+    )
+
+
+def llava_next_processor(tile_px: int, patch_px: int, grids: list[list[int]], *, max_tokens: int) -> Any:
+    """A `LlavaNextProcessor` for CLIP: the whole image and its crops are tiles of `tile_px` a side.
+
+    Args:
+        tile_px: Side of a tile, in pixels.
+        patch_px: Side of a patch, in pixels.
+        grids: The sizes (height, width) an image may be fitted into, in pixels.
+        max_tokens: The longest prompt, in tokens.
+    """
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    side = {"height": tile_px, "width": tile_px}
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": tile_px}, crop_size=side, image_grid_pinpoints=grids
+        ),
+        tokenizer=byte_tokenizer(max_tokens),
+        patch_size=patch_px,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
     )

@@ -1,8 +1,9 @@
 """PromPrune: spectral entropy splits the budget between salient and covering tokens.
 
-Paper: "Semantic Prominence-Aware Budgeting", arXiv 2603.14892. Read against the authors' code
-(jayaylee/PromPrune 289ad46b47), which centres and row-normalises the features before the spectrum; the
-paper's Eq. 2-3 do neither. We follow the code, because ``mu = 0.42`` was tuned with it.
+Paper: "Balancing Saliency and Coverage: Semantic Prominence-Aware Budgeting for Visual Token Compression in
+VLMs", arXiv 2603.14892. Read against the authors' code (jayaylee/PromPrune 289ad46b47), which centres and
+row-normalises the features before the spectrum; the paper's Eq. 2-3 do neither. We follow the code, because
+``mu = 0.42`` was tuned with it.
 
 1. Entropy: eigenvalues of the centred cosine Gram, normalised by ln min(N, D).
 2. Split: ``k_sal = round(K * (kr_min + (kr_max - kr_min) * (1 - sigmoid((H - mu) / tau))))``. A spread-out

@@ -76,7 +76,7 @@ def test_a_finished_model_is_not_built_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PROMPRUNE_CACHE", str(tmp_path))
     first = demo.find_or_build_demo_model(TINY)
     assert first.parent == tmp_path
-    monkeypatch.setattr(demo, "_write_weights", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(demo, "write_weights", lambda *_: pytest.fail("built again"))
     assert demo.find_or_build_demo_model(TINY) == first
     assert [path.name for path in tmp_path.iterdir()] == [first.name]  # no temporary directory is left
 
@@ -97,7 +97,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(demo, "_write_weights", fail)
+    monkeypatch.setattr(demo, "write_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         demo.build_demo_model(tmp_path / "model", TINY)
     assert list(tmp_path.iterdir()) == []

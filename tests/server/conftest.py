@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model, build_text_model
 from promprune_vllm.demo.server import Server, serving
 from tests.conftest import QUESTION
@@ -27,35 +28,35 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 @pytest.fixture(scope="session")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with serving(demo_model, *OPTIONS, log=log, environment=ENVIRONMENT) as running:
-        yield running
+    yield from _serving(demo_model, tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="session")
 def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("stock") / "log"
-    environment = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
-    with serving(demo_model, *OPTIONS, log=log, environment=environment) as running:
-        yield running
+    yield from _serving(demo_model, tmp_path_factory.mktemp("stock"), VLLM_PLUGINS="")
 
 
-@pytest.fixture(scope="session")
-def siglip_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("siglip")
+# The next three are each used by one test, and end with it: every server holds some 3 GB.
+@pytest.fixture
+def siglip_server(tmp_path: Path) -> Iterator[Server]:
+    """The architecture name we prune, with a tower we cannot."""
     spec = DemoModelSpec(vision="siglip", image_px=56, hidden=64, heads=2, mlp=128, layers=2)
-    with serving(
-        build_demo_model(directory / "model", spec), *OPTIONS, log=directory / "log", environment=ENVIRONMENT
-    ) as running:
-        yield running
+    yield from _serving(build_demo_model(tmp_path / "model", spec), tmp_path)
 
 
-@pytest.fixture(scope="session")
-def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("text")
-    with serving(
-        build_text_model(directory / "model"), *OPTIONS, log=directory / "log", environment=ENVIRONMENT
-    ) as running:
+@pytest.fixture
+def no_family_server(tmp_path: Path) -> Iterator[Server]:
+    """A model with images that no family of ours knows."""
+    yield from _serving(build_family_model("qwen3_vl", tmp_path / "model"), tmp_path)
+
+
+@pytest.fixture
+def text_server(tmp_path: Path) -> Iterator[Server]:
+    yield from _serving(build_text_model(tmp_path / "model"), tmp_path)
+
+
+def _serving(model: Path, directory: Path, **environment: str) -> Iterator[Server]:
+    with serving(model, *OPTIONS, log=directory / "log", environment={**ENVIRONMENT, **environment}) as running:
         yield running
 
 

@@ -19,7 +19,7 @@ run = CliRunner().invoke
 def test_help_names_every_command() -> None:
     shown = run(cli.app, ["--help"])
     assert shown.exit_code == 0
-    for command in ("serve", "methods", "demo"):
+    for command in ("serve", "methods", "demo", "demo-model"):
         assert command in shown.output
 
 

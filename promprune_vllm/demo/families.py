@@ -1,0 +1,178 @@
+"""A tiny checkpoint with seeded random weights for each model family, for tests and first steps.
+
+Each has its family's real structure (tiles, windows, deepstack, M-RoPE), real processors and the names of the
+published weights; only its sizes are small, and its tokenizer takes bytes. Its answers mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from promprune_vllm.demo import model, processing
+from promprune_vllm.demo import qwen_processing as qwen
+from promprune_vllm.demo.model import DType
+
+Builder = Callable[[Path, int, DType], Path]
+
+_LLAVA = model.DemoModelSpec(
+    image_px=168,  # 144 visual tokens
+    vision_hidden=64,
+    vision_heads=2,
+    vision_mlp=128,
+    vision_layers=4,
+    hidden=128,
+    heads=4,
+    mlp=256,
+    layers=3,
+)
+_LLAVA_NEXT = replace(_LLAVA, image_px=112)  # 64 patches per tile
+# Of LLaVA-1.6, in tiles (height, width): the crops of an image fill one of these grids.
+_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+_QWEN_TEXT: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": processing.VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    }
+)
+_HEAD = 32  # of the language model; its 16 rotary frequencies are shared out over time, height and width
+_SECTIONS = MappingProxyType({"qwen2_vl": [4, 6, 6], "qwen2_5_vl": [4, 6, 6], "qwen3_vl": [6, 5, 5]})
+_TOWER: Mapping[str, Any] = MappingProxyType({"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2})
+_QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen2_vl": {**_TOWER, "depth": 4, "embed_dim": 64, "mlp_ratio": 2, "hidden_size": 128, "patch_size": 14},
+        "qwen2_5_vl": {
+            **_TOWER,
+            "depth": 5,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "window_size": 112,  # pixels: 4 x 4 visual tokens
+            "fullatt_block_indexes": [1, 4],  # the other three see one window each
+        },
+        "qwen3_vl": {
+            **_TOWER,
+            "depth": 5,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 128,
+            "patch_size": 16,
+            "num_position_embeddings": 24 * 24,
+            "deepstack_visual_indexes": [0, 1, 3],  # added to the outputs of the first three text layers
+        },
+    }
+)
+_QWEN_CLASSES = MappingProxyType({"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"})
+
+
+def build_family_model(family: str, directory: Path, *, seed: int = 0, dtype: DType = "float32") -> Path:
+    """Make `directory` a tiny checkpoint of a family, for vLLM and transformers; at once if it already is one.
+
+    Args:
+        family: A key of `FAMILIES`.
+        directory: New, empty, or an earlier demo model, which is replaced.
+        seed: The same seed gives the same bytes.
+        dtype: Of the weights.
+
+    Raises:
+        ValueError: No such family.
+        FileExistsError: The directory holds something else.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"no model family is called {family!r}; there are {', '.join(FAMILIES)}")
+    return FAMILIES[family](directory, seed, dtype)
+
+
+def _build_llava(directory: Path, seed: int, dtype: DType) -> Path:
+    return model.build_demo_model(directory, replace(_LLAVA, seed=seed, dtype=dtype))
+
+
+def _build_llava_next(directory: Path, seed: int, dtype: DType) -> Path:
+    spec = replace(_LLAVA_NEXT, seed=seed, dtype=dtype)
+    grids = [[rows * spec.image_px, columns * spec.image_px] for rows, columns in _GRIDS]
+
+    def write(target: Path) -> None:
+        from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+        base = model.llava_config(spec)
+        config = LlavaNextConfig(
+            architectures=["LlavaNextForConditionalGeneration"],
+            vision_config=base.vision_config,
+            text_config=base.text_config,
+            image_token_index=processing.IMAGE_ID,
+            image_seq_length=spec.visual_tokens,
+            image_grid_pinpoints=grids,
+            **processing.ROLE_IDS,
+            dtype=dtype,
+        )
+        model.write_weights(target, LlavaNextForConditionalGeneration, config, seed, dtype)
+        processing.llava_next_processor(
+            spec.image_px, spec.patch_px, grids, max_tokens=spec.max_tokens
+        ).save_pretrained(target)
+
+    wish = {"seed": seed, "dtype": dtype, "grids": grids, "sizes": asdict(spec)}
+    return model.publish(directory, model.stamp("llava_next", wish), write)
+
+
+def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
+    vision = _QWEN_VISION[family]
+
+    def write(target: Path) -> None:
+        import transformers
+
+        model_class = getattr(transformers, f"{_QWEN_CLASSES[family]}ForConditionalGeneration")
+        model.write_weights(target, model_class, _qwen_config(family, dtype), seed, dtype)
+        qwen.qwen_processor(
+            family,
+            vision["patch_size"],
+            vision["spatial_merge_size"],
+            max_tokens=_QWEN_TEXT["max_position_embeddings"],
+        ).save_pretrained(target)
+
+    wish = {"seed": seed, "dtype": dtype, "vision": dict(vision), "text": _qwen_text(family)}
+    return model.publish(directory, model.stamp(family, wish), write)
+
+
+def _qwen_text(family: str) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _SECTIONS[family]}
+    if family != "qwen3_vl":
+        return {**_QWEN_TEXT, "rope_parameters": rope}
+    # It names the head's size apart and deals its frequencies out in turn.
+    return {**_QWEN_TEXT, "head_dim": _HEAD, "rope_parameters": {**rope, "mrope_interleaved": True}}
+
+
+def _qwen_config(family: str, dtype: DType) -> Any:
+    import transformers
+
+    name = _QWEN_CLASSES[family]
+    text_class = getattr(transformers, f"{name}TextConfig")
+    return getattr(transformers, f"{name}Config")(
+        architectures=[f"{name}ForConditionalGeneration"],
+        vision_config=dict(_QWEN_VISION[family]),
+        text_config=text_class(**_qwen_text(family), **processing.ROLE_IDS, dtype=dtype).to_dict(),
+        image_token_id=processing.IMAGE_ID,
+        video_token_id=qwen.VIDEO_ID,
+        vision_start_token_id=qwen.VISION_START_ID,
+        vision_end_token_id=qwen.VISION_END_ID,
+        dtype=dtype,
+    )
+
+
+FAMILIES: Mapping[str, Builder] = MappingProxyType(
+    {
+        "llava": _build_llava,
+        "llava_next": _build_llava_next,
+        **{family: partial(_build_qwen, family) for family in _QWEN_VISION},
+    }
+)

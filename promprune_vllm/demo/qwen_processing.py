@@ -1,0 +1,67 @@
+"""The input side of the Qwen-VL demo models: their special tokens, chat template and processors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer
+
+# In the roles and with the ids of `processing`: pad, begin, end, image.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
+MORE_TOKENS: Mapping[str, str] = MappingProxyType(
+    {
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    }
+)
+VIDEO_ID, VISION_START_ID, VISION_END_ID = range(FIRST_BYTE_ID + 256, FIRST_BYTE_ID + 259)
+
+# Parts stay in the order they were given, as these models were trained.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+  {{- '<|im_start|>' + message['role'] + '\\n' }}
+  {%- if message['content'] is string %}{{- message['content'] }}
+  {%- else %}
+    {%- for part in message['content'] %}
+      {%- if part['type'] in ('image', 'image_url') %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+      {%- elif part['type'] in ('video', 'video_url') %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+      {%- elif part['type'] == 'text' %}{{- part['text'] }}
+      {%- endif %}
+    {%- endfor %}
+  {%- endif %}
+  {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# Visual tokens of an image, and of the whole of a video. Prompts of some photos fit a short context.
+_MIN_TOKENS, _MAX_TOKENS = 4, 256
+
+
+def qwen_processor(model_type: str, patch_px: int, merge: int, *, max_tokens: int) -> Any:
+    """The processor of a `model_type`: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
+
+    Args:
+        model_type: As in config.json.
+        patch_px: Side of a patch, in pixels.
+        merge: Patches per visual token along each axis.
+        max_tokens: The longest prompt, in tokens.
+    """
+    import transformers
+
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[model_type]
+    videos = "Qwen3VLVideoProcessor" if model_type == "qwen3_vl" else "Qwen2VLVideoProcessor"
+    geometry: dict[str, Any] = {"patch_size": patch_px, "merge_size": merge, "temporal_patch_size": 2}
+    if model_type == "qwen3_vl":  # normalised to [-1, 1]; the others keep the default, CLIP's mean and deviation
+        geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    token_px = (patch_px * merge) ** 2
+    size = {"shortest_edge": _MIN_TOKENS * token_px, "longest_edge": _MAX_TOKENS * token_px}  # areas, in pixels
+    tokenizer = byte_tokenizer(max_tokens, special=SPECIAL_TOKENS, more=MORE_TOKENS, chat_template=CHAT_TEMPLATE)
+    return getattr(transformers, f"{name}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(size=size, **geometry),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, videos)(size=size, **geometry),
+        chat_template=CHAT_TEMPLATE,
+    )

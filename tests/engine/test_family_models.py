@@ -1,0 +1,234 @@
+"""A tiny checkpoint of every model family: its bytes, its names, its image tokens, its chat template."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from promprune_vllm import cli
+from promprune_vllm.demo import model as demo
+from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.families import FAMILIES, build_family_model
+from promprune_vllm.demo.processing import IMAGE_ID
+from promprune_vllm.demo.qwen_processing import VIDEO_ID, VISION_END_ID, VISION_START_ID
+
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PHOTO = {"type": "image"}
+TEXT = {"type": "text", "text": "What?"}
+# Names as in the published checkpoints, up to the part that is a tower, a projector or a language model.
+ROOTS = {
+    "llava": {
+        "vision_tower.vision_model",
+        "multi_modal_projector",
+        "language_model.model",
+        "language_model.lm_head",
+    },
+    "qwen2_vl": {"visual", "model", "lm_head"},
+    "qwen2_5_vl": {"visual", "model", "lm_head"},
+    "qwen3_vl": {"model.visual", "model.language_model", "lm_head"},
+}
+ROOTS["llava_next"] = ROOTS["llava"] | {"image_newline"}
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+each_qwen = pytest.mark.parametrize("family", QWEN)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: build_family_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def processors(models: dict[str, Path]) -> dict[str, Any]:
+    from transformers import AutoProcessor
+
+    return {family: AutoProcessor.from_pretrained(directory) for family, directory in models.items()}
+
+
+def photo(name: str) -> Image.Image:
+    with Image.open(photo_path(name)) as image:
+        return image.convert("RGB")
+
+
+def prompt(processor: Any, *parts: dict[str, str]) -> str:
+    return processor.apply_chat_template([{"role": "user", "content": list(parts)}], add_generation_prompt=True)
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def test_these_families_are_built() -> None:
+    assert list(FAMILIES) == ["llava", "llava_next", *QWEN]
+
+
+def test_importing_it_is_cheap() -> None:
+    code = "import sys, promprune_vllm.demo.families; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@each_family
+def test_the_seed_decides_the_bytes(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    first, again = models[family], build_family_model(family, tmp_path / "again")
+    other = build_family_model(family, tmp_path / "other", seed=1)
+    files = sorted(file.name for file in first.iterdir())
+    assert files == sorted(file.name for file in again.iterdir())
+    assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
+    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+    assert sum(file.stat().st_size for file in first.iterdir()) < 10_000_000
+
+
+@each_family
+def test_a_finished_model_is_not_built_again(
+    family: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "write_weights", lambda *_: pytest.fail("built again"))
+    assert build_family_model(family, models[family]) == models[family]
+
+
+def test_another_dtype_is_another_model(models: dict[str, Path], tmp_path: Path) -> None:
+    for family, full in models.items():
+        half = build_family_model(family, tmp_path / family, dtype="bfloat16")
+        assert config_of(half)["dtype"] == "bfloat16"
+        sizes = [(directory / "model.safetensors").stat().st_size for directory in (half, full)]
+        assert sizes[0] < 0.6 * sizes[1]
+
+
+@each_family
+def test_transformers_finds_every_weight_under_its_published_name(family: str, models: dict[str, Path]) -> None:
+    from safetensors import safe_open
+    from transformers import AutoModelForImageTextToText
+
+    with safe_open(models[family] / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {root for root in ROOTS[family] if any(f"{name}.".startswith(f"{root}.") for name in names)} == ROOTS[
+        family
+    ]
+    assert all(any(f"{name}.".startswith(f"{root}.") for root in ROOTS[family]) for name in names)
+    model, report = AutoModelForImageTextToText.from_pretrained(models[family], output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(model).__name__ == config_of(models[family])["architectures"][0]
+
+
+@each_family
+def test_the_answer_is_printable_and_depends_on_the_photo(
+    family: str, models: dict[str, Path], processors: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(models[family]), processors[family]
+    answers = []
+    for name in ("coffee", "rocket"):
+        inputs = processor(images=photo(name), text=prompt(processor, PHOTO, TEXT), return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(tokens))
+    assert answers[0] != answers[1]
+    assert all(len(text) == 4 and text.isascii() and text.isprintable() for text in answers)
+
+
+# Coffee is 600 x 400 pixels, rocket is taller than wide. LLaVA-NeXT: the whole image (64), and the crops without
+# padding with one newline per row of theirs.
+@pytest.mark.parametrize(
+    ("family", "name", "expected"),
+    [
+        ("llava", "coffee", 144),
+        ("llava", "rocket", 144),
+        ("llava_next", "coffee", 64 + 10 * (16 + 1)),
+        ("qwen2_vl", "coffee", 13 * 19),
+        ("qwen2_5_vl", "coffee", 13 * 19),
+        ("qwen3_vl", "coffee", 12 * 19),
+    ],
+)
+def test_a_photo_becomes_this_many_image_tokens(
+    processors: dict[str, Any], family: str, name: str, expected: int
+) -> None:
+    processor = processors[family]
+    inputs = processor(images=photo(name), text=prompt(processor, PHOTO, TEXT), return_tensors="pt")
+    assert int((inputs["input_ids"] == IMAGE_ID).sum()) == expected
+    if family in QWEN:
+        assert int(inputs["image_grid_thw"].prod()) == 4 * expected
+
+
+@each_qwen
+def test_a_video_becomes_what_its_grid_says(processors: dict[str, Any], family: str) -> None:
+    import numpy as np
+
+    processor = processors[family]
+    frames = np.zeros((4, 3, 64, 96), dtype=np.uint8)
+    inputs = processor(
+        videos=[frames],
+        text=prompt(processor, {"type": "video"}, TEXT),
+        return_tensors="pt",
+        do_sample_frames=False,
+    )
+    assert inputs["video_grid_thw"][0, 0] == 2  # two frames are one step in time
+    assert int((inputs["input_ids"] == VIDEO_ID).sum()) == int(inputs["video_grid_thw"].prod()) // 4
+
+
+@each_qwen
+def test_the_qwen_template_renders_parts_in_their_order(processors: dict[str, Any], family: str) -> None:
+    see, watch = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
+    shown = prompt(processors[family], TEXT, PHOTO, {"type": "video"}, TEXT)
+    assert shown == f"<|im_start|>user\nWhat?{see}{watch}What?<|im_end|>\n<|im_start|>assistant\n"
+    ids = processors[family].tokenizer.encode(see + "é")
+    assert ids == [VISION_START_ID, IMAGE_ID, VISION_END_ID, 4 + 0xC3, 4 + 0xA9]
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    assert processors[family].apply_chat_template(conversation) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nHi<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_the_llava_template_puts_images_first(processors: dict[str, Any], family: str) -> None:
+    assert prompt(processors[family], TEXT, PHOTO) == "<s>USER: <image>\nWhat? ASSISTANT:"
+    spoken = processors[family].apply_chat_template([{"role": "user", "content": "Hello"}])
+    assert spoken == "<s>USER: Hello "
+
+
+def test_every_family_keeps_what_makes_it_special(models: dict[str, Path]) -> None:
+    windowed = config_of(models["qwen2_5_vl"])["vision_config"]
+    last = windowed["depth"] - 1
+    assert last in windowed["fullatt_block_indexes"]
+    assert len(windowed["fullatt_block_indexes"]) < last
+    deep = config_of(models["qwen3_vl"])
+    assert len(deep["vision_config"]["deepstack_visual_indexes"]) <= deep["text_config"]["num_hidden_layers"]
+    for family in QWEN:
+        text = config_of(models[family])["text_config"]
+        head = text["hidden_size"] // text["num_attention_heads"]
+        assert text.get("head_dim", head) == head
+        assert sum(text["rope_parameters"]["mrope_section"]) == head // 2
+    assert len(config_of(models["llava_next"])["image_grid_pinpoints"]) == 5
+
+
+def test_the_command_builds_a_model_and_says_how_to_serve_it(tmp_path: Path) -> None:
+    out = tmp_path / "a model"
+    done = CliRunner().invoke(cli.app, ["demo-model", "--family", "qwen3_vl", "--out", str(out), "--seed", "3"])
+    assert done.exit_code == 0
+    assert done.stdout == f"{out}\n"
+    assert f"promprune serve '{out}' --dtype float32" in done.stderr
+    assert config_of(out)["model_type"] == "qwen3_vl"
+
+
+def test_the_command_refuses_what_it_cannot_build(tmp_path: Path) -> None:
+    arguments = ["demo-model", "--out", str(tmp_path / "model"), "--family"]
+    unknown = CliRunner().invoke(cli.app, [*arguments, "gpt"])
+    assert unknown.exit_code == 2
+    assert "no model family is called 'gpt'; there are llava, llava_next, qwen2_vl" in unknown.stderr
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "diary.txt").write_text("dear diary")
+    assert "holds something else" in CliRunner().invoke(cli.app, [*arguments, "llava"]).stderr
