@@ -18,7 +18,7 @@ from rich.table import Table
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.model import find_or_build_demo_model
-from promprune_vllm.demo.server import Server, free_port, serving
+from promprune_vllm.demo.server import Server, serving
 from promprune_vllm.errors import DemoError
 
 BUDGETS = (None, 256, 128, 64)
@@ -68,7 +68,7 @@ def run_demo(*, once: bool, as_json: bool, port: int | None) -> None:
     chosen = port if port is not None else (0 if once else DEFAULT_PORT)
     with (
         tempfile.TemporaryDirectory(prefix="promprune-demo-") as scratch,
-        _demo_server(err, Path(scratch) / "server.log", chosen or free_port()) as server,
+        _demo_server(err, Path(scratch) / "server.log", chosen) as server,
     ):
         rows = list(_measured(err, server))
         if as_json:

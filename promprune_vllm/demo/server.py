@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ _STAGES = (
     ("KV cache size", "warming up"),
     ("Starting vLLM server", "opening the port"),
 )
+_SERVE = (sys.executable, "-m", "promprune_vllm", "serve")
 _SHUTDOWN_SECONDS = 20
 
 
@@ -73,7 +74,6 @@ def serving(
     log: Path,
     port: int = 0,
     environment: Mapping[str, str] | None = None,
-    command: Sequence[str] = (sys.executable, "-m", "promprune_vllm", "serve"),
     timeout_seconds: float = 600,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Server]:
@@ -85,7 +85,6 @@ def serving(
         log: File that gets the server's output.
         port: 0 takes a free one.
         environment: Added to this process's environment.
-        command: What to start; tests of plain vLLM start that instead.
         timeout_seconds: How long the server may take until ``/health`` is 200.
         on_stage: Told what the server is doing while it starts.
 
@@ -96,7 +95,7 @@ def serving(
     _require_free(port)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, str(model), "--host", "127.0.0.1", "--port", str(port), *options],
+            [*_SERVE, str(model), "--host", "127.0.0.1", "--port", str(port), *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**_DEFAULTS, **os.environ, **_QUIET, **(environment or {})},

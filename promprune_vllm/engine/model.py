@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -65,10 +66,7 @@ class PrunedModelMixin:
             raise RuntimeError(f"the encoder gave {features.tokens} tokens where the processor counted {seen}")
         if kept == seen:
             return features.projected
-        if self._timer:
-            with self._timer:
-                selection = select(features, kept, self._method)
-        else:
+        with self._timer or nullcontext():
             selection = select(features, kept, self._method)
         if selection.rows is None:
             # A new tensor, not a view: the encoder cache must not hold the unpruned rows alive.

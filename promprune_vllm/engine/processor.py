@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
@@ -22,7 +21,7 @@ from promprune_vllm.core.budget import FIELD, Budget, BudgetPolicy
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import methods
 from promprune_vllm.engine import checks
-from promprune_vllm.engine.request import SUMMARY
+from promprune_vllm.engine.request import SUMMARY, refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
 COUNTS = "visual_token_counts"
@@ -76,14 +75,12 @@ class PrunedProcessorMixin:
         return result
 
     def _plan(self, mm_items: Any, asked: object) -> tuple[ImagePlan, ...]:
-        try:
+        with refusing():
             budget = None if asked is None else Budget.parse(asked)
             images = mm_items.get("image")
             if images is None:
                 return ()
             return tuple(self._plan_image(images, i, budget) for i in range(images.get_count()))
-        except BudgetError as error:
-            raise VLLMValidationError(str(error), parameter=error.param) from error
 
     def _plan_image(self, images: Any, index: int, budget: Budget | None) -> ImagePlan:
         if isinstance(images, ImageEmbeddingItems):

@@ -1,7 +1,7 @@
 """``visual_token_budget`` of a request: read, checked, and the only thing let through.
 
-Few wraps. The two front doors of every OpenAI-style route read the field and check it; the step that puts a
-request's extras on its prompts adds the checked value. vLLM's own gate against client-sent processor options
+The two front doors of every OpenAI-style route are wrapped to read the field, and the step that puts a request's
+extras on its prompts to check it and add it. vLLM's own gate against client-sent processor options
 runs in between and stays shut.
 """
 
@@ -66,7 +66,7 @@ def _reading(original: Any) -> Any:
     """Wrap a front door: read the field, hand it on, count what became of the prompts."""
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        with _refusing():
+        with refusing():
             token = _asked.set(read(request))
             try:
                 result = await original(self, request, *args, **kwargs)
@@ -92,7 +92,7 @@ def _adding(original: Any) -> Any:
             if asked is not None:
                 target["mm_processor_kwargs"] = {**(target.get("mm_processor_kwargs") or {}), FIELD: asked}
             # Prompts of an offline LLM arrive here too, with the options their own process trusts.
-            with _refusing():
+            with refusing():
                 admit(self, (target.get("mm_processor_kwargs") or {}).get(FIELD))
 
     return apply_prompt_extras
@@ -102,7 +102,7 @@ def _refusing_harmony(original: Any) -> Any:
     """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
 
     def adjust_harmony_request(self: Any, request: Any) -> Any:
-        with _refusing():
+        with refusing():
             admit(self.renderer, read(request))
         return original(self, request)
 
@@ -149,7 +149,7 @@ def _why_not(renderer: Any) -> tuple[str, str] | None:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """Turn a refused budget into vLLM's HTTP 400, and count it once."""
     try:
         yield
