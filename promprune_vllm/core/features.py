@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Flag, auto
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +32,7 @@ class VisionFeatures:
         encoder: ``(N, Dv)`` tokens before the projector.
         keys: ``(N, Dk)`` attention keys of the layer that feeds the projector.
         text: ``(M, D)`` language-model embeddings of the user's text, for prompt-aware methods.
+        entropy: 0-d, the entropy of a larger view of the same image, to be used in place of this group's own.
 
     Raises:
         ValueError: When shapes contradict each other.
@@ -41,6 +44,7 @@ class VisionFeatures:
     encoder: Tensor | None = None
     keys: Tensor | None = None
     text: Tensor | None = None
+    entropy: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.projected.ndim != 2 or self.projected.shape[0] < 1:
@@ -57,6 +61,8 @@ class VisionFeatures:
             rows: Tensor | None = getattr(self, name)
             if rows is not None and (rows.ndim != 2 or rows.shape[0] != n):
                 raise ValueError(f"{name} must be ({n}, width), got {tuple(rows.shape)}")
+        if self.entropy is not None and self.entropy.ndim != 0:
+            raise ValueError(f"entropy must be a single number, got {tuple(self.entropy.shape)}")
         if self.text is not None and (self.text.ndim != 2 or self.text.shape[1] != self.projected.shape[1]):
             raise ValueError(
                 f"text must be (M, {self.projected.shape[1]}) like projected, got {tuple(self.text.shape)}"
@@ -80,3 +86,28 @@ class VisionFeatures:
             if value is not None:
                 present |= need
         return present
+
+    def take(self, rows: Tensor, grid: tuple[int, int, int]) -> VisionFeatures:
+        """Return the features of some tokens.
+
+        Args:
+            rows: ``(m,)`` int64, which of the N, strictly increasing.
+            grid: Of the m tokens.
+        """
+        rows = rows.to(self.projected.device)
+        chosen = {name: value[rows] for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
+        return replace(self, grid=grid, **chosen)
+
+    @classmethod
+    def join(cls, groups: Sequence[VisionFeatures]) -> VisionFeatures:
+        """Return the tokens of several groups one after the other, as a single line."""
+        first = groups[0]
+        together = {
+            name: torch.cat([getattr(group, name) for group in groups])
+            for name in _PER_TOKEN
+            if getattr(first, name) is not None
+        }
+        return replace(first, grid=(1, 1, sum(group.tokens for group in groups)), **together)
+
+
+_PER_TOKEN = ("projected", "saliency", "encoder", "keys")

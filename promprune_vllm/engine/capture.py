@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from promprune_vllm.core.features import Need
+from promprune_vllm.kernels.ops import received_attention
 
 
 @contextmanager
@@ -43,6 +44,42 @@ def clip_attention(attention: Any, needs: Need) -> Iterator[dict[Need, Tensor]]:
 
     with _before(attention.attn, hook):
         yield captured
+
+
+@contextmanager
+def patch_attention(attention: Any, needs: Need, counts: Sequence[int]) -> Iterator[dict[str, list[Tensor]]]:
+    """Capture what a method needs of one attention layer without a CLS token while the block is open.
+
+    Args:
+        attention: A vision attention of vLLM's Qwen towers. Its inner ``attn`` is called with query and key of
+            ``(1, P, heads, head_dim)``, the patches of all images one after the other; heads are those of this
+            tensor-parallel rank.
+        needs: ``SALIENCY``, ``KEYS``, both or neither; anything else is left alone.
+        counts: Patches of each image.
+
+    Yields:
+        Filled by the layer's call, one tensor per image, each a mean over all heads of all ranks, float32:
+        ``saliency`` ``(P_i,)``, the attention a patch gets from all patches of its image; ``keys``
+        ``(P_i, head_dim)``.
+    """
+    captured: dict[str, list[Tensor]] = {}
+
+    def hook(_: Any, __: Any, kwargs: dict[str, Tensor]) -> None:
+        q, k = (
+            torch.split(kwargs[name].flatten(0, 1), list(counts)) for name in ("query", "key")
+        )  # (P_i, H, d) each
+        scale = attention.attn.scale
+        if Need.SALIENCY in needs:
+            mean = [received_attention(queries, keys, scale) for queries, keys in zip(q, k, strict=True)]
+            captured["saliency"] = [_mean_over_ranks(values, attention.tp_size) for values in mean]
+        if Need.KEYS in needs:
+            captured["keys"] = [_mean_over_ranks(keys.float().mean(dim=1), attention.tp_size) for keys in k]
+
+    handle = attention.attn.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()
 
 
 @contextmanager

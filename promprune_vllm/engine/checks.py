@@ -18,6 +18,7 @@ SUPPORTED = ("0.32",)
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+_NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_ONLINE}.preprocess_chat": ("request", "skip_mm_cache"),
     f"{_ONLINE}.preprocess_cmpl": ("request", "skip_mm_cache"),
@@ -45,6 +46,61 @@ LLAVA_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.llava:_build_llava_or_pixtral_hf_info": ("ctx",),
     "vllm.model_executor.models.llava:_build_llava_or_pixtral_hf_processor": ("info", "dummy_inputs"),
     "vllm.model_executor.models.clip:CLIPAttention.forward": ("hidden_states",),
+}
+LLAVA_NEXT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.model_executor.models.llava:LlavaDummyInputsBuilder": (),
+    "vllm.model_executor.models.llava_next:LlavaNextMultiModalProcessor": ("info", "dummy_inputs"),
+    "vllm.model_executor.models.llava_next:LlavaNextProcessingInfo.get_num_image_tokens": (
+        "image_width",
+        "image_height",
+    ),
+    f"{_NEXT}._image_pixels_to_features": ("vision_tower", "pixel_values"),
+    f"{_NEXT}._merge_image_patch_embeddings": ("image_size", "patch_embeddings", "strategy"),
+    "vllm.model_executor.models.clip:CLIPAttention.forward": ("hidden_states",),
+}
+_MODELS = "vllm.model_executor.models"
+MROPE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": ("mm_position", "modality", "data"),
+    "vllm.multimodal.inputs:PlaceholderRange": ("offset", "length"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._gather_mm_embeddings": ("shift_computed_tokens",),
+    "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner.recompute": ("mm_embeds",),
+}
+_TOWER = ("x", "grid_thw")
+QWEN2_VL_NAMES: Mapping[str, tuple[str, ...]] = {
+    f"{_MODELS}.qwen2_vl:Qwen2VLMultiModalProcessor": ("info", "dummy_inputs"),
+    f"{_MODELS}.qwen2_vl:Qwen2VLProcessingInfo.get_num_image_tokens": ("image_processor", "mm_kwargs"),
+    f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration.get_mrope_input_positions": (
+        "input_tokens",
+        "mm_features",
+    ),
+    f"{_MODELS}.qwen2_vl:Qwen2VisionTransformer.forward": _TOWER,
+    f"{_MODELS}.qwen2_vl:Qwen2VisionPatchMerger.forward": ("x",),
+}
+QWEN2_5_VL_NAMES: Mapping[str, tuple[str, ...]] = {
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLMultiModalProcessor": ("info", "dummy_inputs"),
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions": (
+        "input_tokens",
+        "mm_features",
+    ),
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.recompute_mrope_positions": (
+        "input_ids",
+        "multimodal_embeddings",
+        "mrope_positions",
+        "num_computed_tokens",
+    ),
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VisionTransformer.forward": _TOWER,
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VisionTransformer.get_window_index_thw": ("grid_t", "grid_h", "grid_w"),
+}
+QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
+    f"{_MODELS}.qwen3_vl:Qwen3VLMultiModalProcessor": ("info", "dummy_inputs"),
+    f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration.get_mrope_input_positions": (
+        "input_tokens",
+        "mm_features",
+    ),
+    f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration._compute_deepstack_embeds": ("multimodal_embeddings",),
+    f"{_MODELS}.qwen3_vl:Qwen3_VisionTransformer.forward": _TOWER,
+    f"{_MODELS}.qwen3_vl:Qwen3_VisionPatchMerger.forward": ("x",),
 }
 
 _CURE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +13,9 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.features import Need, VisionFeatures
-from promprune_vllm.core.selection import select
+from promprune_vllm.engine import families
+from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.processor import COUNTS
-from promprune_vllm.errors import UnsupportedModelError
 from promprune_vllm.metrics.recorder import recorder
 
 
@@ -28,14 +27,8 @@ class PrunedModelMixin:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        lora = vllm_config.lora_config
-        if lora is not None and lora.enable_tower_connector_lora:
-            raise UnsupportedModelError(
-                "LoRA adapters on the vision tower or connector cannot be combined with visual token pruning: "
-                "vLLM would assign them by kept tokens while the tower sees every patch. Start without "
-                "--enable-tower-connector-lora, or without promprune (VLLM_PLUGINS='')."
-            )
-        self._method = Settings.from_environment().selector()
+        self._settings = Settings.from_environment()
+        self._method = self._settings.selector(families.calibration(vllm_config.model_config.architectures))
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         self._timer = SelectionTimer(vllm_config.device_config.device) if _is_first_rank() else None
 
@@ -53,28 +46,31 @@ class PrunedModelMixin:
         counts = inputs.pop(COUNTS, None)
         pairs = [] if counts is None else [(int(seen), int(kept)) for seen, kept in counts]
         if all(seen == kept for seen, kept in pairs):
-            return self.embed_unpruned(**inputs)
+            return self.with_positions(self.embed_unpruned(**inputs))
         outputs: list[Tensor] = []
         for items in micro_batches([seen for seen, _ in pairs], self._encoder_tokens):
-            groups: Sequence[VisionFeatures]
-            groups = self.capture(inputs, items, self._method.needs)  # type: ignore[attr-defined]
-            outputs += [self._prune(group, *pair) for group, pair in zip(groups, pairs[items], strict=True)]
+            images: Sequence[EncodedImage]
+            images = self.capture(inputs, items, self._method.needs)  # type: ignore[attr-defined]
+            outputs += [self._prune(image, *pair) for image, pair in zip(images, pairs[items], strict=True)]
         return outputs
 
-    def _prune(self, features: VisionFeatures, seen: int, kept: int) -> Tensor:
-        if features.tokens != seen:
-            raise RuntimeError(f"the encoder gave {features.tokens} tokens where the processor counted {seen}")
+    def with_positions(self, embeddings: Any) -> Any:
+        """Mark unpruned embeddings with their positions, where the model's positions do not follow from order."""
+        return embeddings
+
+    def place(self, rows: Tensor, image: EncodedImage, places: Tensor) -> Tensor:  # noqa: ARG002
+        """Mark the kept rows of one image with their positions, where those do not follow from their order."""
+        return rows
+
+    def _prune(self, image: EncodedImage, seen: int, kept: int) -> Tensor:
+        if image.rows.shape[0] != seen:
+            raise RuntimeError(f"the encoder gave {image.rows.shape[0]} tokens where the processor counted {seen}")
         if kept == seen:
-            return features.projected
+            (rows,) = self.with_positions([image.rows])
+            return cast(Tensor, rows)
         with self._timer or nullcontext():
-            selection = select(features, kept, self._method)
-        if selection.rows is None:
-            # A new tensor, not a view: the encoder cache must not hold the unpruned rows alive.
-            return features.projected[selection.indices]
-        if selection.space is Need.ENCODER:
-            projected: Tensor = self.project(selection.rows)  # type: ignore[attr-defined]
-            return projected
-        return selection.rows
+            rows, places = image.pruned(kept, self._method, self.project)  # type: ignore[attr-defined]
+        return self.place(rows, image, places)
 
 
 def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:

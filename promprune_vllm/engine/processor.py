@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, Budget, BudgetPolicy
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import methods
-from promprune_vllm.engine import checks
+from promprune_vllm.engine import checks, families
 from promprune_vllm.engine.request import SUMMARY, refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -41,7 +41,11 @@ class ImagePlan:
 
 
 class PrunedProcessorMixin:
-    """Goes before vLLM's processor class in a family's bases. A family defines ``_image_tokens``."""
+    """Goes before vLLM's processor class in a family's bases.
+
+    A family defines ``_image_tokens(images, index, kwargs)``, how many tokens vLLM makes of an image, and may
+    override ``_embedded_tokens``.
+    """
 
     supplies: ClassVar[Need]
     """What the family's model can capture for a method."""
@@ -50,7 +54,8 @@ class PrunedProcessorMixin:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
         settings = Settings.from_environment()
         self._require_supplied(settings)
-        self._digest = settings.digest()
+        architectures = self.info.ctx.model_config.architectures  # type: ignore[attr-defined]
+        self._digest = settings.digest(families.calibration(architectures))
         self._policy = BudgetPolicy()
 
     def _require_supplied(self, settings: Settings) -> None:
@@ -67,32 +72,39 @@ class PrunedProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         kwargs = dict(inputs.hf_processor_mm_kwargs)
-        plan = self._plan(inputs.mm_data_items, kwargs.pop(FIELD, None))
+        asked = kwargs.pop(FIELD, None)
+        plan = self._plan(inputs.mm_data_items, asked, kwargs)
         planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, _PLAN: plan})
         result = super().apply(planned, timing_ctx)  # type: ignore[misc]
         if plan:
             result[SUMMARY] = plan
         return result
 
-    def _plan(self, mm_items: Any, asked: object) -> tuple[ImagePlan, ...]:
+    def _plan(self, mm_items: Any, asked: object, kwargs: Mapping[str, object]) -> tuple[ImagePlan, ...]:
         with refusing():
             budget = None if asked is None else Budget.parse(asked)
             images = mm_items.get("image")
             if images is None:
                 return ()
-            return tuple(self._plan_image(images, i, budget) for i in range(images.get_count()))
+            return tuple(self._plan_image(images, i, budget, kwargs) for i in range(images.get_count()))
 
-    def _plan_image(self, images: Any, index: int, budget: Budget | None) -> ImagePlan:
-        if isinstance(images, ImageEmbeddingItems):
+    def _plan_image(
+        self, images: Any, index: int, budget: Budget | None, kwargs: Mapping[str, object]
+    ) -> ImagePlan:
+        if isinstance(images, (ImageEmbeddingItems, DictEmbeddingItems)):
             if budget is not None:
                 raise BudgetError(
                     f"{FIELD} cannot be applied to image_embeds: they are already encoded. Send the image "
                     f"itself, or leave {FIELD} out."
                 )
-            size = int(images.get_feature_size(index))
+            size = self._embedded_tokens(images, index)
             return ImagePlan(size, size)
-        seen = self._image_tokens(images, index)  # type: ignore[attr-defined]
+        seen = self._image_tokens(images, index, kwargs)  # type: ignore[attr-defined]
         return ImagePlan(seen, self._policy.resolve(budget, seen))
+
+    def _embedded_tokens(self, images: Any, index: int) -> int:
+        """How many tokens an image has that came as ``image_embeds``."""
+        return int(images.get_feature_size(index))
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         plan, kwargs = _split(inputs.hf_processor_mm_kwargs)
@@ -112,8 +124,10 @@ class PrunedProcessorMixin:
         return f"{_KEY_PREFIX if image.kept < image.seen else ''}{digest}"
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:
-        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
-        plan, rest = _split(kwargs)
+        plan, kwargs = _split(inputs.hf_processor_mm_kwargs)
+        rest = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+            replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
+        )
         cached = mm_is_cached.get("image", ())
         missing = tuple(image for image, hit in zip(plan, cached, strict=True) if not hit)
         return {**rest, _PLAN: missing}

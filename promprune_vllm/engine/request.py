@@ -137,15 +137,16 @@ def admit(renderer: Any, asked: object) -> None:
 
 
 def _why_not(renderer: Any) -> tuple[str, str] | None:
-    """Return (model, reason) for a model that cannot be pruned."""
+    """Return (model, reason) where nothing can be pruned."""
     from promprune_vllm.engine.processor import PrunedProcessorMixin
 
-    if isinstance(renderer.mm_processor, PrunedProcessorMixin):
-        return None
-    config = renderer.model_config
+    model = renderer.model_config.model
     if renderer.mm_processor is None:
-        return config.model, "it takes no images"
-    return config.model, families.why_not(config.architectures, config.hf_config) or "its processor is not ours"
+        return model, "it takes no images"
+    reason = families.why_not(renderer.config)
+    if reason is None and not isinstance(renderer.mm_processor, PrunedProcessorMixin):
+        reason = "the server runs another implementation of it (--model-impl)"
+    return (model, reason) if reason else None
 
 
 @contextmanager

@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+ATTENTION_SCORES = 2**22
+"""Scores of an attention map held at a time, in float32: 16 MiB."""
+
 
 def cosine_gram(features: Tensor) -> Tensor:
     """Cosine of every pair of tokens.
@@ -105,6 +108,31 @@ def spectral_entropy(features: Tensor) -> Tensor:
     p = eigenvalues / eigenvalues.sum()
     entropy = -(p * p.log()).sum() / math.log(min(n, d))
     return torch.where(flat, torch.ones_like(entropy), entropy)
+
+
+def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """How much attention each patch gets from all patches of its image.
+
+    ``c[j] = mean over heads h and queries i of softmax_j(scale * q_hi . k_hj)``: the column mean of the attention
+    map, which is never held as a whole. Memory is O(P), a few rows of the map at a time.
+
+    Args:
+        queries: ``(P, H, d)`` of one image, after its rotary positions.
+        keys: ``(P, H, d)``, likewise.
+        scale: Factor of the scores, ``d ** -0.5`` in every tower here.
+
+    Returns:
+        ``(P,)`` float32, summing to 1.
+    """
+    patches, heads, _ = queries.shape
+    k = keys.float().permute(1, 2, 0)  # (H, d, P)
+    total = torch.zeros(patches, dtype=torch.float64, device=queries.device)
+    rows = max(1, ATTENTION_SCORES // (heads * patches))
+    for chunk in torch.split(queries, rows):
+        scores = torch.matmul(chunk.float().transpose(0, 1) * scale, k)  # (H, rows, P)
+        total += scores.softmax(dim=-1).sum(dim=(0, 1))
+    mean: Tensor = (total / (heads * patches)).float()
+    return mean
 
 
 def share_entropy(weights: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class PromPrune:
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Keep ``keep`` tokens; reports ``saliency_tokens`` and, by its name, the entropy used."""
         assert features.saliency is not None
-        entropy = self._entropy(features)  # ()
+        entropy = features.entropy if features.entropy is not None else self.entropy_of(features)  # ()
         z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
         share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
         salient = (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, as the reference
@@ -111,7 +111,8 @@ class PromPrune:
         report = {f"{self.entropy}_entropy": entropy, "saliency_tokens": salient}
         return Selection(picks.sort().values, report=report)
 
-    def _entropy(self, features: VisionFeatures) -> Tensor:
+    def entropy_of(self, features: VisionFeatures) -> Tensor:
+        """Return H of a group, 0-d float64 in [0, 1]: what decides how its budget is split."""
         if self.entropy == "spectral":
             return spectral_entropy(features.projected)
         if self.entropy == "feature_norm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,12 +34,17 @@ class Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        self.llm = LLM(
-            str(model), dtype="float32", max_model_len=2048, enforce_eager=True, block_size=32, seed=0, **options
-        )
+        defaults = {"dtype": "float32", "max_model_len": 2048, "enforce_eager": True, "block_size": 32, "seed": 0}
+        self.llm = LLM(str(model), **{**defaults, **options})
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.model = self.runner.model
+
+    def close(self) -> None:
+        """Give its memory back, so that the process can start another engine."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.runner, self.model
+        gc.collect()
 
     def prompt(self, *asks: Ask, question: str = QUESTION, uuids: Sequence[str] | None = None) -> dict[str, Any]:
         """A prompt with one image per ask; they share the first one's budget."""

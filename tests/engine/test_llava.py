@@ -20,8 +20,9 @@ BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "64", True, float("nan"), {}, [])
 
 
 def _features(engine: Engine, photo: str) -> Any:
-    (features,) = engine.model.capture({"pixel_values": engine.pixels(photo)}, slice(0, 1), EVERYTHING)
-    return features
+    (image,) = engine.model.capture({"pixel_values": engine.pixels(photo)}, slice(0, 1), EVERYTHING)
+    (group,) = image.groups
+    return group.features
 
 
 def _image_rows(engine: Engine, output: Any, embeds: list[torch.Tensor]) -> torch.Tensor:
@@ -284,7 +285,7 @@ def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
 
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
     items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
-    (plan,) = processor._plan(items, None)
+    (plan,) = processor._plan(items, None, {})
     assert (plan.seen, plan.kept) == (10, 10)
     with pytest.raises(VLLMValidationError, match="image_embeds"):
-        processor._plan(items, 4)
+        processor._plan(items, 4, {})

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.engine
 
 
 def test_every_private_name_is_there() -> None:
-    for names in (checks.REQUEST_NAMES, checks.PROCESSOR_NAMES, checks.LLAVA_NAMES):
-        checks.require_names(names)
+    tables = [table for name, table in vars(checks).items() if name.endswith("_NAMES")]
+    assert len(tables) == 8
+    for table in tables:
+        checks.require_names(table)
 
 
 @pytest.mark.parametrize(
@@ -97,21 +99,62 @@ def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
 def test_families_say_why_not(engine: Engine) -> None:
     from transformers import LlavaConfig
 
-    ours = ["LlavaForConditionalGeneration"]
-    assert families.why_not(ours, engine.llm.model_config.hf_config) is None
-    reason = families.why_not(["Qwen9ForConditionalGeneration"], None)
-    assert reason == "no model family for Qwen9ForConditionalGeneration (supported: LlavaForConditionalGeneration)"
+    assert families.why_not(engine.llm.llm_engine.vllm_config) is None
+    reason = families.why_not(_server("Qwen9ForConditionalGeneration", None))
+    assert (
+        reason == f"no model family for Qwen9ForConditionalGeneration (supported: {', '.join(families.FAMILIES)})"
+    )
+    assert "LlavaNextForConditionalGeneration" in reason
     for changed, said in (
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "no CLS token"),
         ({"vision_feature_layer": [-2, -3]}, "mixes the vision layers"),
         ({"vision_feature_select_strategy": "full"}, "feeds the CLS token"),
     ):
-        assert said in (families.why_not(ours, LlavaConfig(**changed)) or "")
+        for architecture in ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"):
+            assert said in (families.why_not(_server(architecture, LlavaConfig(**changed))) or "")
+
+
+@pytest.mark.parametrize("architecture", families.FAMILIES)
+def test_adapters_on_the_tower_are_refused(architecture: str) -> None:
+    server = _server(architecture, None)
+    server.lora_config = SimpleNamespace(enable_tower_connector_lora=True)
+    assert "--enable-tower-connector-lora" in (families.why_not(server) or "")
+
+
+@pytest.mark.parametrize("architecture", [name for name in families.FAMILIES if name.startswith("Qwen")])
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("parallel_config", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ("multimodal_config", {"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+        ("multimodal_config", {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
+    ],
+)
+def test_what_mrope_families_refuse(architecture: str, part: str, change: dict[str, Any], said: str) -> None:
+    server = _server(architecture, None)
+    assert families.why_not(server) is None
+    owner = server if part == "parallel_config" else server.model_config
+    for name, value in change.items():
+        setattr(getattr(owner, part), name, value)
+    assert said in (families.why_not(server) or "")
+
+
+def _server(architecture: str, hf_config: Any) -> Any:
+    from vllm.config import MultiModalConfig
+
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            architectures=[architecture], hf_config=hf_config, multimodal_config=MultiModalConfig()
+        ),
+        lora_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
 
 
 def test_a_model_without_a_family_refuses_a_budget() -> None:
-    config = SimpleNamespace(model="M", architectures=["Qwen9ForConditionalGeneration"], hf_config=None)
-    renderer = SimpleNamespace(mm_processor=object(), model_config=config)
+    server = _server("Qwen9ForConditionalGeneration", None)
+    server.model_config.model = "M"
+    renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
     request.admit(renderer, None)
     with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):
         request.admit(renderer, 64)

@@ -45,9 +45,10 @@ def siglip_server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def no_family_server(tmp_path: Path) -> Iterator[Server]:
-    """A model with images that no family of ours knows."""
-    yield from _serving(build_family_model("qwen3_vl", tmp_path / "model"), tmp_path)
+def other_implementation_server(tmp_path: Path) -> Iterator[Server]:
+    """A model we know, run by an implementation that is not ours."""
+    model = build_family_model("llava", tmp_path / "model")
+    yield from _serving(model, tmp_path, "--model-impl", "transformers")
 
 
 @pytest.fixture
@@ -55,8 +56,10 @@ def text_server(tmp_path: Path) -> Iterator[Server]:
     yield from _serving(build_text_model(tmp_path / "model"), tmp_path)
 
 
-def _serving(model: Path, directory: Path, **environment: str) -> Iterator[Server]:
-    with serving(model, *OPTIONS, log=directory / "log", environment={**ENVIRONMENT, **environment}) as running:
+def _serving(model: Path, directory: Path, *options: str, **environment: str) -> Iterator[Server]:
+    with serving(
+        model, *OPTIONS, *options, log=directory / "log", environment={**ENVIRONMENT, **environment}
+    ) as running:
         yield running
 
 

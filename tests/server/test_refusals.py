@@ -51,13 +51,14 @@ def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) ->
     assert ask(siglip_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
 
 
-def test_model_without_a_family(no_family_server: Server) -> None:
-    (line,) = _announcements(no_family_server)
+def test_another_implementation_of_a_model_we_know(other_implementation_server: Server) -> None:
+    server = other_implementation_server
+    (line,) = _announcements(server)
     assert "WARNING" in line
-    assert "no model family for Qwen3VLForConditionalGeneration" in line
-    before = ask(no_family_server, "coffee")["usage"]
-    assert "no model family" in _refused(no_family_server, "coffee")
-    assert ask(no_family_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
+    assert "another implementation of it (--model-impl)" in line
+    before = ask(server, "coffee")["usage"]
+    assert "--model-impl" in _refused(server, "coffee")
+    assert ask(server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
 
 
 _OTHER_VERSION = "import sys, vllm; vllm.__version__ = '0.99.1'; sys.argv = ['promprune', *sys.argv[1:]]\n"

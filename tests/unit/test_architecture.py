@@ -25,7 +25,7 @@ OURS_ALLOWED = {
     "methods": {"core", "kernels", "methods"},
     "kernels": {"kernels"},
     "metrics": {"metrics", "errors"},
-    "engine": {"core", "engine", "config", "metrics", "errors"},
+    "engine": {"core", "engine", "kernels", "config", "metrics", "errors"},
 }
 
 

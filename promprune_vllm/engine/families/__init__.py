@@ -1,16 +1,88 @@
-"""Model families: which architectures can be pruned, and what stops one that cannot."""
+"""Model families: which architectures can be pruned, how, and what stops one that cannot."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-FAMILIES = {
-    "LlavaForConditionalGeneration": "promprune_vllm.engine.families.llava:PrunedLlava",
-}
-"""Architecture name in ``config.json`` -> our class, as a string: importing it would load the model's code."""
+from promprune_vllm.config import Calibration
+
+_CLS = "attention CLS pays, in the layer that feeds the projector, mean over heads"
+_RECEIVED = (
+    "attention a patch gets from all patches of its image in {}, mean over heads, then over its 2 x 2 patches"
+)
+_RECOUNTED = "counted anew over the kept tokens"
+_ORIGINAL = "kept tokens keep their (t, h, w), the text after the image its unpruned positions"
+_CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
+_MROPE = (
+    "pipeline parallelism, `--mm-encoder-tp-mode data`, `--video-pruning-rate`, LoRA on the tower, a prompt that "
+    "ends with a pruned image; CUDA graphs and compilation of the encoder are switched off"
+)
+# Measured by the authors at 1296 tokens; for other towers and sizes, see `promprune calibrate`.
+_QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture, as the engine finds it and as the README tells of it.
+
+    Args:
+        model: What people call it.
+        target: Our class as ``"module:name"``: importing it would load the model's code.
+        saliency: Where a token's saliency comes from.
+        positions: What becomes of positions.
+        refused: What cannot be pruned; requests with a budget are refused then, the rest is served.
+        calibration: Method -> options measured for this family, in place of the method's defaults.
+    """
+
+    model: str
+    target: str
+    saliency: str
+    positions: str
+    refused: str
+    calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
+
+
+_MODULES = "promprune_vllm.engine.families"
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "LlavaForConditionalGeneration": Family(
+            "LLaVA-1.5", f"{_MODULES}.llava:PrunedLlava", _CLS, _RECOUNTED, _CLIP_ONLY
+        ),
+        "LlavaNextForConditionalGeneration": Family(
+            "LLaVA-NeXT", f"{_MODULES}.llava_next:PrunedLlavaNext", f"{_CLS}, tile by tile", _RECOUNTED, _CLIP_ONLY
+        ),
+        "Qwen2VLForConditionalGeneration": Family(
+            "Qwen2-VL",
+            f"{_MODULES}.qwen2_vl:PrunedQwen2VL",
+            _RECEIVED.format("the last block"),
+            _ORIGINAL,
+            _MROPE,
+            _QWEN_MU,
+        ),
+        "Qwen2_5_VLForConditionalGeneration": Family(
+            "Qwen2.5-VL",
+            f"{_MODULES}.qwen2_5_vl:PrunedQwen2_5_VL",
+            _RECEIVED.format("the last block with full attention"),
+            _ORIGINAL,
+            _MROPE,
+            _QWEN_MU,
+        ),
+        "Qwen3VLForConditionalGeneration": Family(
+            "Qwen3-VL",
+            f"{_MODULES}.qwen3_vl:PrunedQwen3VL",
+            _RECEIVED.format("the last block"),
+            f"{_ORIGINAL}; DeepStack rows go with their tokens",
+            _MROPE,
+            _QWEN_MU,
+        ),
+    }
+)
+"""Architecture name in ``config.json`` -> family."""
 
 
 def register() -> None:
@@ -20,23 +92,39 @@ def register() -> None:
     registry_log = logging.getLogger("vllm.model_executor.models.registry")
     registry_log.addFilter(_expected_overwrite)
     try:
-        for architecture, target in FAMILIES.items():
-            ModelRegistry.register_model(architecture, target)
+        for architecture, family in FAMILIES.items():
+            ModelRegistry.register_model(architecture, family.target)
     finally:
         registry_log.removeFilter(_expected_overwrite)
 
 
-def why_not(architectures: Iterable[str], hf_config: Any) -> str | None:
-    """Return why a model's visual tokens cannot be pruned, or ``None`` when they can."""
-    known = [name for name in architectures if name in FAMILIES]
-    if not known:
+def calibration(architectures: Iterable[str]) -> Calibration:
+    """Return what was measured for a model's family, or nothing."""
+    family = _family(architectures)
+    return {} if family is None else family.calibration
+
+
+def why_not(vllm_config: Any) -> str | None:
+    """Return why visual tokens cannot be pruned under a ``VllmConfig``, or ``None`` when they can."""
+    architectures = vllm_config.model_config.architectures
+    family = _family(architectures)
+    if family is None:
         return (
             f"no model family for {', '.join(architectures) or 'this architecture'} "
             f"(supported: {', '.join(FAMILIES)})"
         )
-    module = importlib.import_module(FAMILIES[known[0]].partition(":")[0])
-    reason: str | None = module.why_not(hf_config)
+    if vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora:
+        return (
+            "with --enable-tower-connector-lora vLLM would assign adapters by kept tokens, while the tower sees "
+            "every patch"
+        )
+    module = importlib.import_module(family.target.partition(":")[0])
+    reason: str | None = module.why_not(vllm_config)
     return reason
+
+
+def _family(architectures: Iterable[str]) -> Family | None:
+    return next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
 
 
 def _expected_overwrite(record: logging.LogRecord) -> bool:

@@ -1,0 +1,136 @@
+"""LLaVA-NeXT: the whole image as one tile, and its crops at full resolution, stitched and without padding.
+
+The budget is for the whole image with its crops. It is split over the tiles in proportion to their valid tokens,
+and each tile is pruned on its own (``PROMPRUNE_TILES`` has other ways). vLLM ends every row of the stitched crops
+with a learned newline; newlines are kept only when the budget exceeds all visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models import llava, llava_next
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import BaseMultiModalProcessor
+
+from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.engine import checks, clip
+from promprune_vllm.engine.image import EncodedImage, Group
+from promprune_vllm.engine.model import PrunedModelMixin
+from promprune_vllm.engine.processor import PrunedProcessorMixin
+
+checks.require_names(checks.LLAVA_NEXT_NAMES)
+
+
+def why_not(vllm_config: VllmConfig) -> str | None:
+    """Return why this LLaVA-NeXT cannot be pruned, or ``None``."""
+    return clip.why_not(vllm_config.model_config.hf_config)
+
+
+class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiModalProcessor):  # type: ignore[misc]
+    """Placeholders of K tokens."""
+
+    supplies = clip.SUPPLIES
+
+    def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
+        size = images.get_image_size(index)
+        return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
+
+
+def build_processor(info: Any, dummy_inputs: Any) -> BaseMultiModalProcessor:
+    """Return our processor, or vLLM's own for a LLaVA-NeXT that cannot be pruned."""
+    ours = clip.why_not(info.get_hf_config()) is None
+    return (PrunedLlavaNextProcessor if ours else llava_next.LlavaNextMultiModalProcessor)(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    build_processor, info=llava_next.LlavaNextProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
+)
+class PrunedLlavaNext(PrunedModelMixin, clip.ClipTowerMixin, llava_next.LlavaNextForConditionalGeneration):  # type: ignore[misc]
+    """LLaVA-NeXT whose ``embed_multimodal`` returns K rows per image."""
+
+    def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
+        """Encode some of the images and return what a method may look at.
+
+        Args:
+            inputs: ``pixel_values``, ``(T, 3, H, W)`` tiles for each of the B images, and ``image_sizes``
+                ``(B, 2)``, height and width in pixels.
+            items: Which of the B images.
+            needs: What the method asks for.
+        """
+        pixels = list(inputs["pixel_values"][items])
+        tiles = self.tile_features(torch.cat(pixels), needs)
+        images = []
+        for image_tiles, size in zip(pixels, inputs["image_sizes"][items], strict=True):
+            images.append(self._image(tiles[: len(image_tiles)], size))
+            tiles = tiles[len(image_tiles) :]
+        return images
+
+    def embed_tiles(self, pixels: Tensor) -> Any:
+        """Encode and project ``(T, 3, H, W)`` tiles to ``(T, n, D)``."""
+        return self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixels))
+
+    def _image(self, tiles: Sequence[VisionFeatures], size: Tensor) -> EncodedImage:
+        stacked = torch.stack([tile.projected for tile in tiles])
+        rows = self._merge_image_patch_embeddings(size, stacked, strategy="spatial_unpad")
+        source = self._sources(len(tiles), tiles[0].tokens, size)  # (N,)
+        groups = [_merged(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
+        if self._settings.tiles == "base":
+            # Settings admit this for PromPrune alone, which has an entropy.
+            entropy = self._method.entropy_of(tiles[0])  # type: ignore[attr-defined]
+            groups = [Group(replace(group.features, entropy=entropy), group.places) for group in groups]
+        return EncodedImage(rows, groups, _where(source < 0, rows.device))
+
+    def _sources(self, tiles: int, tokens: int, size: Tensor) -> Tensor:
+        """Return where each row of the merged image comes from, by letting vLLM merge indices.
+
+        Args:
+            tiles: T of the image, padding included.
+            tokens: n of one tile.
+            size: ``(2,)`` height and width of the image in pixels.
+
+        Returns:
+            ``(N,)`` int64 on the CPU: ``tile * n + patch``, or -1 for a newline.
+        """
+        indices = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
+        newline = torch.full((1,), -1.0, dtype=torch.float64)
+        stand_in: Any = SimpleNamespace(config=self.config, image_newline=newline)
+        merge = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+        merged: Tensor = merge(stand_in, size, indices, strategy="spatial_unpad")
+        return merged.flatten().long()
+
+
+def _tile_groups(tiles: Sequence[VisionFeatures], source: Tensor) -> list[Group]:
+    """One group for each tile that has valid tokens, which form a rectangle of it."""
+    groups = []
+    for i, tile in enumerate(tiles):
+        here = (source >= i * tile.tokens) & (source < (i + 1) * tile.tokens)
+        patches = source[here] - i * tile.tokens
+        if patches.numel():
+            side = tile.grid[2]
+            height = int(patches[-1] // side - patches[0] // side) + 1
+            grid = (1, height, patches.numel() // height)
+            groups.append(Group(tile.take(patches, grid), _where(here, tile.projected.device)))
+    return groups
+
+
+def _merged(tiles: Sequence[VisionFeatures], source: Tensor) -> Group:
+    """All tiles as one group in the order of the prompt, without a grid: a method sees one line of tokens."""
+    shares = [
+        # CLS pays about the same attention to every tile; as shares of it, tokens of different tiles compare.
+        replace(tile, saliency=None if tile.saliency is None else tile.saliency / tile.saliency.sum())
+        for tile in tiles
+    ]
+    everything = VisionFeatures.join(shares)
+    visual = source[source >= 0]
+    return Group(everything.take(visual, (1, 1, visual.numel())), _where(source >= 0, everything.projected.device))
+
+
+def _where(mask: Tensor, device: torch.device) -> Tensor:
+    return mask.nonzero().flatten().to(device)

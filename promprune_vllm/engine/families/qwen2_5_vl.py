@@ -1,0 +1,36 @@
+"""Qwen2.5-VL: most blocks of the tower see one window only, and its tokens stand in the order of windows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from vllm.model_executor.models import qwen2_5_vl as upstream
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.mrope import why_not
+from promprune_vllm.engine.qwen import PrunedQwenMixin, PrunedQwenProcessorMixin
+
+__all__ = ["PrunedQwen2_5_VL", "why_not"]
+checks.require_names(checks.QWEN2_5_VL_NAMES)
+
+
+class PrunedQwen2_5_VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
+    """Placeholders of K tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedQwen2_5_VLProcessor,
+    info=upstream.Qwen2_5_VLProcessingInfo,
+    dummy_inputs=upstream.Qwen2_5_VLDummyInputsBuilder,
+)
+class PrunedQwen2_5_VL(PrunedQwenMixin, upstream.Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+    """Qwen2.5-VL whose ``embed_multimodal`` returns K rows per image."""
+
+    def saliency_block(self) -> int:
+        """The last block with full attention: in any other, a patch is ranked inside its window only."""
+        return int(max(self.visual.fullatt_block_indexes))
+
+    def in_raster_order(self, values: Tensor, grid: list[int]) -> Tensor:
+        """Bring ``(N, ...)`` values of an image from the order of windows into raster order."""
+        order, _ = self.visual.get_window_index_thw(*grid)
+        return values[order.argsort().to(values.device)]

@@ -1,0 +1,26 @@
+"""Qwen2-VL: full attention in every block of the tower, M-RoPE in the language model."""
+
+from __future__ import annotations
+
+from vllm.model_executor.models import qwen2_vl as upstream
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.mrope import why_not
+from promprune_vllm.engine.qwen import PrunedQwenMixin, PrunedQwenProcessorMixin
+
+__all__ = ["PrunedQwen2VL", "why_not"]
+checks.require_names(checks.QWEN2_VL_NAMES)
+
+
+class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModalProcessor):  # type: ignore[misc]
+    """Placeholders of K tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedQwen2VLProcessor,
+    info=upstream.Qwen2VLProcessingInfo,
+    dummy_inputs=upstream.Qwen2VLDummyInputsBuilder,
+)
+class PrunedQwen2VL(PrunedQwenMixin, upstream.Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+    """Qwen2-VL whose ``embed_multimodal`` returns K rows per image."""

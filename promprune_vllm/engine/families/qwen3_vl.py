@@ -1,0 +1,40 @@
+"""Qwen3-VL: DeepStack rows of earlier blocks stand beside each token, and are pruned with it.
+
+A method looks at the merger's output alone. Where it merges tokens, the DeepStack rows stay those of the kept
+ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.models import qwen3_vl as upstream
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.mrope import why_not
+from promprune_vllm.engine.qwen import PrunedQwenMixin, PrunedQwenProcessorMixin
+
+__all__ = ["PrunedQwen3VL", "why_not"]
+checks.require_names(checks.QWEN3_VL_NAMES)
+
+
+class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModalProcessor):  # type: ignore[misc]
+    """Placeholders of K tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedQwen3VLProcessor,
+    info=upstream.Qwen3VLProcessingInfo,
+    dummy_inputs=upstream.Qwen3VLDummyInputsBuilder,
+)
+class PrunedQwen3VL(PrunedQwenMixin, upstream.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+    """Qwen3-VL whose ``embed_multimodal`` returns K rows per image."""
+
+    def merger_norm(self) -> Any:
+        """Return the module whose input is the merger's."""
+        return self.visual.merger.norm
+
+    def projected_width(self) -> int:
+        """Width D of a visual token, without its DeepStack rows."""
+        return int(self.visual_dim)

@@ -1,0 +1,88 @@
+"""One encoded image: its tokens in the order of the prompt, in the groups a method selects from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.core.budget import BudgetPolicy
+from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.registry import Selector
+from promprune_vllm.core.selection import select
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tokens a method selects from on their own statistics: an image, or one of its crops.
+
+    Args:
+        features: n visual tokens.
+        places: ``(n,)`` int64, which rows of the image they are, strictly increasing.
+    """
+
+    features: VisionFeatures
+    places: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """What the encoder made of one image.
+
+    Args:
+        rows: ``(N, W)`` every token as it would enter the language model unpruned. Its first D columns are the
+            ``projected`` features; a tower may append more, which stay with their token.
+        groups: Disjoint groups of its visual tokens, none of them empty.
+        spare: ``(N - V,)`` int64, the rows that belong to no group because they show nothing of the image.
+    """
+
+    rows: Tensor
+    groups: Sequence[Group]
+    spare: Tensor
+
+    @classmethod
+    def whole(cls, rows: Tensor, features: VisionFeatures) -> EncodedImage:
+        """Return an image that is one group of all its rows."""
+        places = torch.arange(features.tokens, device=rows.device)
+        return cls(rows, (Group(features, places),), places[:0])
+
+    def pruned(self, keep: int, method: Selector, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keep ``keep`` of the N tokens.
+
+        The budget goes to the groups in proportion to their sizes, by largest remainder. Spare rows are kept
+        only when the budget exceeds all visual tokens: they cost as much as a token that shows something. So
+        every count follows from sizes alone.
+
+        Args:
+            keep: Tokens to keep, ``1 <= keep <= N``.
+            method: Selects from each group.
+            project: Takes ``(k, Dv)`` rows merged before the projector to ``(k, D)``.
+
+        Returns:
+            ``(keep, W)`` rows in the order of the prompt, a new tensor, so that a cache does not hold the
+            unpruned rows alive; and ``(keep,)`` int64, the places they had among N.
+        """
+        sizes = [group.features.tokens for group in self.groups]
+        counts = BudgetPolicy().allocate(min(keep, sum(sizes)), sizes)
+        kept = [
+            _keep(self.rows, *pair, method, project) for pair in zip(self.groups, counts, strict=True) if pair[1]
+        ]
+        spare = self.spare[: max(0, keep - sum(sizes))]
+        places = torch.cat([*(places for places, _ in kept), spare])
+        rows = torch.cat([*(rows for _, rows in kept), self.rows[spare]])
+        order = places.argsort()
+        return rows[order], places[order]
+
+
+def _keep(
+    rows: Tensor, group: Group, count: int, method: Selector, project: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    selection = select(group.features, count, method)
+    places = group.places[selection.indices]
+    kept = rows[places]  # (count, W)
+    if selection.rows is not None:
+        merged = project(selection.rows) if selection.space is Need.ENCODER else selection.rows
+        kept[:, : merged.shape[1]] = merged  # what the tower appended stays that of the token itself
+    return places, kept

@@ -1,0 +1,147 @@
+"""An in-process engine for any model family, and an oracle for what it should hand to its language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from promprune_vllm import Need
+from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.processing import IMAGE_ID
+from promprune_vllm.engine.image import EncodedImage
+from tests.engine.conftest import Engine
+
+EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
+# Landscape, portrait, square, and one smaller than a tower's own size.
+SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
+Visual = tuple[str, int | None]  # (shape, budget)
+
+
+@cache
+def picture(shape: str) -> Image.Image:
+    """A real photograph, cut to a shape."""
+    name = {"landscape": "coffee", "portrait": "rocket", "square": "astronaut", "tiny": "chelsea"}[shape]
+    width, height = SHAPES[shape]
+    with Image.open(photo_path(name)) as image:
+        return image.convert("RGB").resize((width, height))
+
+
+@dataclass
+class Fed:
+    """What the language model was given, step by step."""
+
+    embeds: list[torch.Tensor] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
+    deepstack: list[torch.Tensor] = field(default_factory=list)
+    tower_calls: int = 0
+
+
+class FamilyEngine(Engine):
+    """vLLM with the tiny model of one family."""
+
+    def __init__(self, family: str, model: Path, **options: Any) -> None:
+        self.family = family
+        super().__init__(model, **{"max_model_len": 1536, "num_gpu_blocks_override": 64, **options})
+
+    @property
+    def mrope(self) -> bool:
+        return self.family.startswith("qwen")
+
+    def ask(
+        self, *shapes: str, budget: int | None = None, before: str = "", text: str = "What?"
+    ) -> dict[str, Any]:
+        """A prompt with images of these shapes, text before, between and after them."""
+        placeholder = "<|vision_start|><|image_pad|><|vision_end|>" if self.mrope else "<image>"
+        between = "".join(f"{before}{placeholder}{i}. " for i, _ in enumerate(shapes))
+        prompt: dict[str, Any] = {"prompt": f"{between}{text}"}
+        if shapes:
+            prompt["multi_modal_data"] = {"image": [picture(shape) for shape in shapes]}
+        if budget is not None:
+            prompt["mm_processor_kwargs"] = {"visual_token_budget": budget}
+        return prompt
+
+    @contextmanager
+    def fed(self) -> Iterator[Fed]:
+        fed = Fed()
+
+        def before_model(model: Any, _: Any, kwargs: dict[str, Any]) -> None:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None:
+                return
+            fed.embeds.append(embeds.clone())
+            fed.positions.append(kwargs["positions"].clone())
+            if getattr(model, "use_deepstack", False):
+                levels = torch.stack([level[: len(embeds)] for level in model.deepstack_input_embeds])
+                fed.deepstack.append(levels.clone())
+
+        def before_tower(*_: Any) -> None:
+            fed.tower_calls += 1
+
+        tower = self.model.visual if self.mrope else self.model.vision_tower
+        handles = [
+            self.model.register_forward_pre_hook(before_model, with_kwargs=True),
+            tower.register_forward_pre_hook(before_tower),
+        ]
+        try:
+            yield fed
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def inputs(self, *shapes: str, raw: bool = True) -> dict[str, Any]:
+        """What the Hugging Face processor makes of images: as vLLM hands them to the model, or normalised."""
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.llm.model_config.model)
+        # vLLM hands raw pixels to the Qwen towers, and normalises them there.
+        options = {"do_normalize": False, "do_rescale": False} if raw and self.mrope else {}
+        images = [picture(shape) for shape in shapes]
+        made = processor.image_processor(images=images, return_tensors="pt", **options)
+        names = ("pixel_values", "image_grid_thw") if self.mrope else ("pixel_values", "image_sizes")
+        return {name: made[name] for name in names}
+
+    @torch.inference_mode()
+    def encoded(self, shape: str) -> EncodedImage:
+        """One image with everything a method may look at."""
+        (image,) = self.model.capture(self.inputs(shape), slice(0, 1), EVERYTHING)
+        return image
+
+    def tokens(self, shape: str) -> int:
+        return len(self.encoded(shape).rows)
+
+    @torch.inference_mode()
+    def kept(self, shape: str, budget: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows that must enter the language model for an image, and their places among all of its tokens."""
+        image = self.encoded(shape)
+        if budget is None or budget >= len(image.rows):
+            return image.rows, torch.arange(len(image.rows))
+        return image.pruned(budget, self.model._method, self.model.project)
+
+    def true_positions(self, prompt: Sequence[int], visuals: Sequence[Visual], later: int) -> torch.Tensor:
+        """``(3, L + later)`` positions of a pruned prompt and what is generated, from the unpruned prompt.
+
+        Written from the definition: text advances by one in all three; a cell of an image has its own row and
+        column, counted from where the image starts; what follows starts behind the image's longer side.
+        """
+        columns: list[torch.Tensor] = []
+        start, at, images = 0, 0, list(visuals)
+        while at < len(prompt):
+            if prompt[at] != IMAGE_ID:
+                columns.append(torch.full((3, 1), start))
+                start, at = start + 1, at + 1
+                continue
+            shape, budget = images.pop(0)
+            _, height, width = self.encoded(shape).groups[0].features.grid
+            _, places = self.kept(shape, budget)
+            cells = torch.stack([torch.zeros_like(places), places // width, places % width])
+            columns.append(cells + start)
+            start, at = start + max(height, width), at + len(places)
+        columns.append(torch.arange(start, start + later).expand(3, -1))
+        return torch.cat(columns, dim=1)

@@ -1,0 +1,225 @@
+"""Every family in real vLLM: counts, rows, positions, saliency, and what shares a batch or a cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from promprune_vllm import get_method, methods
+from promprune_vllm.demo.families import build_family_model
+from promprune_vllm.demo.processing import IMAGE_ID
+from tests.engine.family_engine import EVERYTHING, SHAPES, FamilyEngine, picture
+
+pytestmark = pytest.mark.engine
+FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+ROUNDING = 2e-6
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: build_family_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:
+    made = FamilyEngine(request.param, models[request.param])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def mrope(engine: FamilyEngine) -> FamilyEngine:
+    if not engine.mrope:
+        pytest.skip("positions are counted anew over the kept tokens")
+    return engine
+
+
+def budgets(engine: FamilyEngine, shape: str) -> list[int]:
+    total = engine.tokens(shape)
+    return sorted({1, min(7, total), min(33, total), total - 1} - {0})
+
+
+def image_rows(output: Any, embeds: torch.Tensor) -> torch.Tensor:
+    where = [i for i, token in enumerate(output.prompt_token_ids) if token == IMAGE_ID]
+    return embeds[..., where, :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompt_tokens_drop_by_exactly_what_is_pruned(engine: FamilyEngine, shape: str) -> None:
+    total = engine.tokens(shape)
+    wanted = [None, total, total + 1, *budgets(engine, shape)]
+    outputs = engine.generate([engine.ask(shape, budget=budget) for budget in wanted], tokens=1)
+    lengths = [len(output.prompt_token_ids) for output in outputs]
+    kept = [min(budget or total, total) for budget in wanted]
+    assert [lengths[0] - length for length in lengths] == [total - count for count in kept]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_and_positions_are_the_selected_ones_bit_for_bit(engine: FamilyEngine, shape: str) -> None:
+    """DeepStack rows too; positions of prompt and three decode steps against the unpruned prompt's."""
+    for budget in (*budgets(engine, shape), None):
+        engine.forget()
+        with engine.fed() as fed:
+            (output,) = engine.generate([engine.ask(shape, budget=budget, before="Look: ")], tokens=4)
+        rows, _ = engine.kept(shape, budget)
+        width = engine.llm.model_config.get_hidden_size()
+        assert torch.equal(image_rows(output, torch.cat(fed.embeds)), rows[:, :width])
+        if engine.family == "qwen3_vl":
+            levels = image_rows(output, torch.cat(fed.deepstack, dim=1))  # (levels, K, D)
+            assert torch.equal(levels.transpose(0, 1).flatten(1), rows[:, width:])
+        if engine.mrope:
+            truth = engine.true_positions(output.prompt_token_ids, [(shape, budget)], later=3)
+            assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
+
+
+@pytest.mark.parametrize("chunk", [23, 37, 64])
+def test_positions_survive_chunked_prefill_and_prefix_hits(
+    mrope: FamilyEngine, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three images behind text; then again, with a prefix cached that ends inside an image."""
+    shapes = ("landscape", "portrait", "square")
+    monkeypatch.setattr(mrope.core.scheduler, "max_num_scheduled_tokens", chunk)
+    for budget in (None, 1, 20, 40):
+        mrope.forget()
+        ask = mrope.ask(*shapes, budget=budget, before="A long text before the image. ")
+        visuals = [(shape, budget) for shape in shapes]
+        with mrope.fed() as fed:
+            (cold,) = mrope.generate([ask], tokens=4)
+        truth = mrope.true_positions(cold.prompt_token_ids, visuals, later=3)
+        assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
+        with mrope.fed() as fed:
+            (hot,) = mrope.generate([ask], tokens=4)
+        assert hot.num_cached_tokens > 0
+        if budget is None or budget > 1:
+            assert hot.prompt_token_ids[hot.num_cached_tokens] == IMAGE_ID or hot.num_cached_tokens % 32 == 0
+        assert torch.equal(torch.cat(fed.positions, dim=-1), truth[:, hot.num_cached_tokens :])
+        assert hot.outputs[0].token_ids == cold.outputs[0].token_ids
+
+
+def test_a_prefix_hit_ends_inside_an_image(mrope: FamilyEngine) -> None:
+    """The second request shares half the image with the first: the other half is encoded and placed anew."""
+    mrope.forget()
+    with mrope.fed() as fed:
+        mrope.generate([mrope.ask("landscape", budget=50, before="x")], tokens=1)
+        (again,) = mrope.generate([mrope.ask("landscape", budget=50, before="x", text="Other?")], tokens=4)
+    assert 0 < again.num_cached_tokens < 50
+    truth = mrope.true_positions(again.prompt_token_ids, [("landscape", 50)], later=3)
+    seen = torch.cat(fed.positions, dim=-1)[:, -(truth.shape[1] - again.num_cached_tokens) :]
+    assert torch.equal(seen, truth[:, again.num_cached_tokens :])
+
+
+def test_mixed_batches_equal_one_by_one(engine: FamilyEngine) -> None:
+    asks = [
+        engine.ask("landscape", text="a?"),
+        engine.ask("landscape", budget=9, text="b?"),
+        engine.ask("portrait", budget=20, text="c?"),
+        engine.ask("tiny", "square", budget=3, text="d?"),
+        engine.ask(text="No image."),
+        engine.ask("square", budget=10_000, text="e?"),
+    ]
+    engine.forget()
+    alone = [engine.generate([ask])[0] for ask in asks]
+    engine.forget()
+    together = engine.generate(asks)
+    hot = engine.generate(asks)
+    for one, batched, again in zip(alone, together, hot, strict=True):
+        assert one.outputs[0].token_ids == batched.outputs[0].token_ids == again.outputs[0].token_ids
+        # A matrix product of another height rounds otherwise, in vLLM without us as well.
+        assert difference(one, batched) < ROUNDING
+        assert difference(one, again) < ROUNDING
+
+
+def difference(one: Any, other: Any) -> float:
+    """Largest difference between the logprobs of two answers, over the tokens both name."""
+    pairs = zip(logprobs(one), logprobs(other), strict=True)
+    return max(abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys())
+
+
+def logprobs(output: Any) -> list[dict[int, float]]:
+    return [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
+
+
+def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = [engine.ask("landscape", budget=60 + i, text=f"{i}?") for i in range(16)]
+    engine.forget()
+    alone = [engine.generate([ask], tokens=70)[0] for ask in asks]
+    engine.forget()
+    preempted = []
+    original = engine.core.scheduler._preempt_request
+    monkeypatch.setattr(
+        engine.core.scheduler,
+        "_preempt_request",
+        lambda request, *args, **kwargs: (
+            preempted.append(request.request_id),
+            original(request, *args, **kwargs),
+        ),
+    )
+    together = engine.generate(asks, tokens=70)
+    assert preempted
+    assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+
+
+@pytest.mark.parametrize("name", [name for name, m in methods().items() if not m.needs & ~EVERYTHING])
+def test_every_method_the_family_supplies_is_served_exactly(
+    engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    engine.forget()
+    monkeypatch.setattr(engine.model, "_method", get_method(name))
+    rows, _ = engine.kept("landscape", 30)
+    with engine.fed() as fed:
+        (output,) = engine.generate([engine.ask("landscape", budget=30)], tokens=1)
+    width = engine.llm.model_config.get_hidden_size()
+    assert torch.equal(image_rows(output, torch.cat(fed.embeds)), rows[:, :width])
+
+
+STOCK = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from tests.engine.family_engine import FamilyEngine, SHAPES
+from tests.engine.test_families import logprobs
+answers = {}
+for family, model in json.loads(sys.argv[1]).items():
+    engine = FamilyEngine(family, model)
+    assert "promprune" not in type(engine.model).__module__
+    outputs = [engine.generate([engine.ask(shape)])[0] for shape in SHAPES]
+    answers[family] = [[list(o.outputs[0].token_ids), logprobs(o)] for o in outputs]
+    engine.close()
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def stock_answers(models: dict[str, Path]) -> dict[str, Any]:
+    """What vLLM says without the plugin."""
+    arguments = json.dumps({family: str(path) for family, path in models.items()})
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
+    return json.loads(line.removeprefix("ANSWERS "))
+
+
+def test_without_a_budget_or_with_a_large_one_it_is_stock_vllm(
+    engine: FamilyEngine, stock_answers: dict[str, Any]
+) -> None:
+    for shape, (token_ids, values) in zip(SHAPES, stock_answers[engine.family], strict=True):
+        for budget in (None, engine.tokens(shape), 5000):
+            engine.forget()
+            (output,) = engine.generate([engine.ask(shape, budget=budget)])
+            assert list(output.outputs[0].token_ids) == token_ids
+            assert json.loads(json.dumps(logprobs(output))) == values
+
+
+def test_pictures_differ() -> None:
+    assert len({picture(shape).size for shape in SHAPES}) == len(SHAPES)
