@@ -39,6 +39,35 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),
     "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": ("algorithm",),
 }
+CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": (),
+}
+SCHEDULER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("scheduler_output", "model_runner_output"),
+    "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": ("request_ids", "finished_status"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("request_id",),
+    "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.get_freed_mm_hashes": (),
+    "vllm.v1.engine:EngineCoreOutput": ("request_id", "new_token_ids", "finish_reason", "events", "trace_headers"),
+    "vllm.v1.engine:EngineCoreOutputs": ("outputs",),
+    "vllm.v1.request:Request.get_finished_reason": (),
+    "vllm.v1.request:Request.take_events": (),
+}
+RUNNER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
+    "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (),
+    "vllm.v1.outputs:ModelRunnerOutput": (),
+    "vllm.distributed.parallel_state:get_tp_group": (),
+}
+RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
+    "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs": ("scheduled_encoder_inputs",),
+    "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (),
+    "vllm.v1.outputs:ModelRunnerOutput": (),
+    "vllm.distributed.parallel_state:get_tp_group": (),
+}
 LLAVA_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.llava:LlavaForConditionalGeneration.embed_multimodal": (),
     "vllm.model_executor.models.llava:LlavaMultiModalProcessor": ("info", "dummy_inputs"),

@@ -11,7 +11,9 @@ from torch import Tensor
 from promprune_vllm.core.budget import BudgetPolicy
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import Selector
-from promprune_vllm.core.selection import select
+from promprune_vllm.core.selection import Selection, select
+
+Project = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class EncodedImage:
         places = torch.arange(features.tokens, device=rows.device)
         return cls(rows, (Group(features, places),), places[:0])
 
-    def pruned(self, keep: int, method: Selector, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Keep ``keep`` of the N tokens.
+    def choose(self, keep: int, method: Selector) -> Chosen:
+        """Choose ``keep`` of the N tokens.
 
         The budget goes to the groups in proportion to their sizes, by largest remainder. Spare rows are kept
         only when the budget exceeds all visual tokens: they cost as much as a token that shows something. So
@@ -58,31 +60,57 @@ class EncodedImage:
         Args:
             keep: Tokens to keep, ``1 <= keep <= N``.
             method: Selects from each group.
-            project: Takes ``(k, Dv)`` rows merged before the projector to ``(k, D)``.
-
-        Returns:
-            ``(keep, W)`` rows in the order of the prompt, a new tensor, so that a cache does not hold the
-            unpruned rows alive; and ``(keep,)`` int64, the places they had among N.
         """
         sizes = [group.features.tokens for group in self.groups]
         counts = BudgetPolicy().allocate(min(keep, sum(sizes)), sizes)
-        kept = [
-            _keep(self.rows, *pair, method, project) for pair in zip(self.groups, counts, strict=True) if pair[1]
+        parts = [
+            (group, select(group.features, count, method))
+            for group, count in zip(self.groups, counts, strict=True)
+            if count
         ]
-        spare = self.spare[: max(0, keep - sum(sizes))]
-        places = torch.cat([*(places for places, _ in kept), spare])
-        rows = torch.cat([*(rows for _, rows in kept), self.rows[spare]])
+        return Chosen(self.rows, parts, self.spare[: max(0, keep - sum(sizes))])
+
+    def pruned(self, keep: int, method: Selector, project: Project) -> tuple[Tensor, Tensor]:
+        """Keep ``keep`` of the N tokens; see ``choose`` and ``Chosen.rows``."""
+        return self.choose(keep, method).rows(project)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which tokens of an image stay.
+
+    Args:
+        image: ``(N, W)``, its rows.
+        parts: The groups that keep any, with what each keeps.
+        spare: ``(s,)`` int64, rows of no group that stay.
+    """
+
+    image: Tensor
+    parts: Sequence[tuple[Group, Selection]]
+    spare: Tensor
+
+    def rows(self, project: Project) -> tuple[Tensor, Tensor]:
+        """Return the kept rows and the places they had.
+
+        Args:
+            project: Takes ``(k, Dv)`` rows merged before the projector to ``(k, D)``.
+
+        Returns:
+            ``(K, W)`` rows in the order of the prompt, a new tensor, so that a cache does not hold the unpruned
+            rows alive; and ``(K,)`` int64, strictly increasing.
+        """
+        kept = [self._part(group, selection, project) for group, selection in self.parts]
+        places = torch.cat([*(places for places, _ in kept), self.spare])
+        rows = torch.cat([*(rows for _, rows in kept), self.image[self.spare]])
         order = places.argsort()
         return rows[order], places[order]
 
-
-def _keep(
-    rows: Tensor, group: Group, count: int, method: Selector, project: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    selection = select(group.features, count, method)
-    places = group.places[selection.indices]
-    kept = rows[places]  # (count, W)
-    if selection.rows is not None:
-        merged = project(selection.rows) if selection.space is Need.ENCODER else selection.rows
-        kept[:, : merged.shape[1]] = merged  # what the tower appended stays that of the token itself
-    return places, kept
+    def _part(self, group: Group, selection: Selection, project: Project) -> tuple[Tensor, Tensor]:
+        places = group.places[selection.indices]
+        rows = self.image[places]
+        if selection.rows is not None:
+            merged = project(selection.rows) if selection.space is Need.ENCODER else selection.rows
+            if merged.shape[0] != rows.shape[0]:
+                raise RuntimeError(f"{merged.shape[0]} rows came out of the projector for {rows.shape[0]} tokens")
+            rows[:, : merged.shape[1]] = merged  # what the tower appended stays that of the token itself
+        return places, rows

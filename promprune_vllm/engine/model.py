@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
-from promprune_vllm.engine import families
+from promprune_vllm.engine import failures, families
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.processor import COUNTS
 from promprune_vllm.metrics.recorder import recorder
@@ -31,10 +31,21 @@ class PrunedModelMixin:
         self._method = self._settings.selector(families.calibration(vllm_config.model_config.architectures))
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         self._timer = SelectionTimer(vllm_config.device_config.device) if _is_first_rank() else None
+        model, device = vllm_config.model_config, vllm_config.device_config.device
+        self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
+        failures.install(vllm_config)
 
     def embed_unpruned(self, **inputs: Any) -> Any:
         """Encode as vLLM does: every token of every image."""
-        return super().embed_multimodal(**inputs)  # type: ignore[misc]
+        outputs = super().embed_multimodal(**inputs)  # type: ignore[misc]
+        if outputs is not None and len(outputs):  # the memory profile comes by here before any request
+            self._no_rows = outputs[0].new_empty((0, outputs[0].shape[-1]))
+        return outputs
+
+    def zeros(self, rows: int) -> Tensor:
+        """Return as many rows of zeros as wide as those of ``embed_multimodal``."""
+        (zeros,) = self.with_positions([self._no_rows.new_zeros((rows, self._no_rows.shape[1]))])
+        return cast(Tensor, zeros)
 
     def embed_multimodal(self, **inputs: Any) -> Any:
         """Encode a batch of images and return the rows that enter the language model, K of N per image.
@@ -49,9 +60,7 @@ class PrunedModelMixin:
             return self.with_positions(self.embed_unpruned(**inputs))
         outputs: list[Tensor] = []
         for items in micro_batches([seen for seen, _ in pairs], self._encoder_tokens):
-            images: Sequence[EncodedImage]
-            images = self.capture(inputs, items, self._method.needs)  # type: ignore[attr-defined]
-            outputs += [self._prune(image, *pair) for image, pair in zip(images, pairs[items], strict=True)]
+            outputs += failures.embed(self, inputs, items, pairs[items])  # type: ignore[arg-type]
         return outputs
 
     def with_positions(self, embeddings: Any) -> Any:
@@ -62,15 +71,23 @@ class PrunedModelMixin:
         """Mark the kept rows of one image with their positions, where those do not follow from their order."""
         return rows
 
-    def _prune(self, image: EncodedImage, seen: int, kept: int) -> Tensor:
+    def choose(self, image: EncodedImage, seen: int, kept: int) -> Callable[[], Tensor]:
+        """Select an image's tokens, and return what makes its ``(kept, W)`` rows of the selection.
+
+        Two steps, since only the second may communicate between tensor-parallel ranks: see ``failures.Step``.
+        """
         if image.rows.shape[0] != seen:
             raise RuntimeError(f"the encoder gave {image.rows.shape[0]} tokens where the processor counted {seen}")
         if kept == seen:
-            (rows,) = self.with_positions([image.rows])
-            return cast(Tensor, rows)
+            return lambda: cast(Tensor, self.with_positions([image.rows])[0])
         with self._timer or nullcontext():
-            rows, places = image.pruned(kept, self._method, self.project)  # type: ignore[attr-defined]
-        return self.place(rows, image, places)
+            chosen = image.choose(kept, self._method)
+
+        def finish() -> Tensor:
+            rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
+            return self.place(rows, image, places)
+
+        return finish
 
 
 def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:

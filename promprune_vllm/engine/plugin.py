@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Register the model families and the request field with vLLM.
+    """Register the model families, the request field and what becomes of failed images with vLLM.
 
     Raises:
         IncompatibleVllmError: This vLLM is not one the release was written for.
         SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
     """
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine import checks, families, request
+    from promprune_vllm.engine import checks, failed_requests, families, request
     from promprune_vllm.metrics import recorder
 
     checks.require_supported_version()
@@ -19,3 +19,4 @@ def register() -> None:
     recorder.prepare_directory()
     families.register()
     request.install()
+    failed_requests.install()

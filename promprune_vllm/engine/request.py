@@ -7,9 +7,8 @@ runs in between and stays shut.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, Budget
 from promprune_vllm.engine import checks, families
+from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.metrics.recorder import expose, recorder
 
@@ -25,7 +25,6 @@ logger = logging.getLogger("vllm.promprune")
 SUMMARY = "visual_tokens"
 """Key of a processed prompt: what happened to each image."""
 _asked: ContextVar[object] = ContextVar("visual_token_budget", default=None)
-_WRAPPED = "__promprune_wrapped__"
 
 
 def install() -> None:
@@ -34,11 +33,11 @@ def install() -> None:
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
-    _wrap(OnlineRenderer, "preprocess_chat", _reading)
-    _wrap(OnlineRenderer, "preprocess_cmpl", _reading)
-    _wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
-    _wrap(BaseRenderer, "_apply_prompt_extras", _adding)
-    _wrap(BaseRenderer, "__init__", _announcing)
+    wrap(OnlineRenderer, "preprocess_chat", _reading)
+    wrap(OnlineRenderer, "preprocess_cmpl", _reading)
+    wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
+    wrap(BaseRenderer, "_apply_prompt_extras", _adding)
+    wrap(BaseRenderer, "__init__", _announcing)
 
 
 def read(request: Any) -> object:
@@ -52,14 +51,6 @@ def read(request: Any) -> object:
     if top is not None and nested is not None and top != nested:
         raise BudgetError(f"{FIELD} is {top!r} at the top level and {nested!r} in vllm_xargs: send it once.")
     return nested if top is None else top
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name)
-    if not hasattr(original, _WRAPPED):
-        wrapped = functools.wraps(original)(wrapper(original))
-        setattr(wrapped, _WRAPPED, True)
-        setattr(owner, name, wrapped)
 
 
 def _reading(original: Any) -> Any:

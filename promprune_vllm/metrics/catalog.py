@@ -25,7 +25,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-OUTCOMES = ("pruned", "full", "text", "refused")
+OUTCOMES = ("pruned", "full", "text", "refused", "failed")
 
 TOKENS_SEEN = Metric(
     "promprune_visual_tokens_seen_total",
@@ -41,7 +41,8 @@ REQUESTS = Metric(
     "promprune_requests_total",
     "counter",
     "Prompts by outcome: pruned (at least one image lost tokens), full (images kept every token), "
-    "text (no image), refused (a visual token budget that cannot be honoured).",
+    "text (no image), refused (a visual token budget that cannot be honoured); and once more as failed if "
+    "selecting the tokens of its images went wrong.",
     label=("outcome", OUTCOMES),
 )
 SELECTION_SECONDS = Metric(

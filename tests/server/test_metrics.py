@@ -59,6 +59,7 @@ def test_counts_follow_the_requests(server: Server) -> None:
         "full": 1,
         "text": 1,
         "refused": 1,
+        "failed": 0,
     }
 
 

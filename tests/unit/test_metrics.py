@@ -46,7 +46,7 @@ def test_everything_is_there_at_zero_and_counts(tmp_path: Path) -> None:
     counted = _samples(tmp_path)
     assert counted["promprune_visual_tokens_seen_total", ""] == 1152
     assert counted["promprune_visual_tokens_kept_total", ""] == 640
-    assert [counted["promprune_requests_total", outcome] for outcome in OUTCOMES] == [1, 1, 0, 1]
+    assert [counted["promprune_requests_total", outcome] for outcome in OUTCOMES] == [1, 1, 0, 1, 0]
     assert counted["promprune_selection_seconds_count", ""] == 1
 
 
