@@ -11,6 +11,8 @@ import torch
 
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.selection import Selection
+from promprune_vllm.engine import failures
+from promprune_vllm.metrics.recorder import recorder
 from tests.engine.conftest import Ask, Engine
 
 pytestmark = pytest.mark.engine
@@ -25,6 +27,14 @@ def _raise(features: VisionFeatures, keep: int) -> Selection:
 
 def _too_few(features: VisionFeatures, keep: int) -> Selection:
     return Selection(torch.arange(keep - 1))
+
+
+def _too_few_rows(features: VisionFeatures, keep: int) -> Selection:
+    return Selection(torch.arange(keep), rows=features.projected[: keep - 1])
+
+
+def _out_of_range(features: VisionFeatures, keep: int) -> Selection:
+    return Selection(torch.arange(features.tokens - keep + 1, features.tokens + 1))
 
 
 class Breaking:
@@ -136,3 +146,151 @@ def test_the_same_request_succeeds_once_the_cause_is_gone(engine: Engine, forget
     assert again.num_cached_tokens == 0
     assert [_answer(output) for output in engine.generate(prompts)] == expected
     _assert_clean(engine)
+
+
+@pytest.mark.parametrize("broken", [_too_few, _too_few_rows, _out_of_range])
+def test_a_method_that_breaks_its_contract_fails_the_request(engine: Engine, broken: Broken) -> None:
+    engine.forget()
+    with breaking(engine, "coffee", broken):
+        bad, good = engine.generate([engine.prompt(("coffee", 50)), engine.prompt(("rocket", 50))], tokens=1)
+    assert _failed(bad)
+    _answer(good)
+    _assert_clean(engine)
+
+
+def test_an_encoder_that_gives_another_token_count_fails_the_request(engine: Engine) -> None:
+    def one_token_less(original: Any, *arguments: Any) -> list[VisionFeatures]:
+        side = 24
+        return [
+            VisionFeatures(each.projected[:-side], (1, side - 1, side), each.saliency[:-side])
+            for each in original(*arguments)
+        ]
+
+    engine.forget()
+    with capturing(engine, one_token_less):
+        pruned, plain = engine.generate([engine.prompt(("coffee", k)) for k in (50, None)], tokens=1)
+        assert _failed(pruned)
+        assert _failed(plain), "in a batch with pruned images it is captured as well"
+        _answer(*engine.generate([engine.prompt(("coffee", None))], tokens=1))
+    _assert_clean(engine)
+
+
+def test_rows_that_do_not_fill_the_placeholder_fail_the_request(engine: Engine) -> None:
+    from promprune_vllm import get_method
+
+    engine.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        project = engine.model.project
+        patch.setattr(engine.model, "_method", get_method("visionzip"))
+        patch.setattr(engine.model, "project", lambda rows: project(rows)[:-1])
+        (output,) = engine.generate([engine.prompt(("coffee", 50))], tokens=1)
+    assert _failed(output)
+    _assert_clean(engine)
+
+
+def test_every_request_with_the_image_fails_and_one_without_a_budget_does_not(engine: Engine) -> None:
+    engine.forget()
+    prompts = _prompts(engine, ("coffee", 64), ("coffee", 64), ("coffee", None), ("rocket", 64))
+    expected = [_answer(output) for output in engine.generate(prompts)]
+    engine.forget()
+    with breaking(engine, "coffee"):
+        first, second, unpruned, other = engine.generate(prompts)
+    assert _failed(first)
+    assert _failed(second)
+    assert [_answer(unpruned), _answer(other)] == expected[2:]
+    assert [_answer(output) for output in engine.generate(prompts)] == expected
+    _assert_clean(engine)
+
+
+def test_one_of_two_images_of_a_request_fails_it(engine: Engine) -> None:
+    engine.forget()
+    prompt = engine.prompt(("rocket", 40), ("coffee", 40))
+    (expected,) = engine.generate([prompt])
+    engine.forget()
+    with breaking(engine, "coffee"):
+        (output,) = engine.generate([prompt])
+    assert _failed(output)
+    (again,) = engine.generate([prompt])
+    assert _answer(again) == _answer(expected)
+    assert 0 < again.num_cached_tokens < 64, "what comes before the failed image was good"
+    _assert_clean(engine)
+
+
+def test_a_capture_that_fails_for_a_batch_fails_its_culprit_alone(engine: Engine) -> None:
+    victim = engine.pixels("coffee")
+    batches: list[int] = []
+
+    def out_of_memory(original: Any, inputs: Any, items: slice, needs: Any) -> Any:
+        pixels = inputs["pixel_values"][items]
+        batches.append(len(pixels))
+        if any(torch.equal(image, victim[0]) for image in pixels):
+            raise torch.OutOfMemoryError("Tried to allocate 1.21 PiB.")
+        return original(inputs, items, needs)
+
+    engine.forget()
+    expected = engine.generate(_prompts(engine))
+    engine.forget()
+    with capturing(engine, out_of_memory):
+        outputs = engine.generate(_prompts(engine))
+    assert batches == [4, 1, 1, 1, 1]
+    assert [_failed(output) for output in outputs] == [i == CULPRIT for i in range(4)]
+    for i in (0, 2, 3):
+        assert _answer(outputs[i]) == _answer(expected[i])
+    _assert_clean(engine)
+
+
+def test_images_that_fail_together_only_are_all_answered(engine: Engine) -> None:
+    def one_at_a_time(original: Any, inputs: Any, items: slice, needs: Any) -> Any:
+        if items.stop - items.start > 1:
+            raise torch.OutOfMemoryError("Tried to allocate 1.21 PiB.")
+        return original(inputs, items, needs)
+
+    engine.forget()
+    with capturing(engine, one_at_a_time):
+        for output in engine.generate(_prompts(engine), tokens=1):
+            _answer(output)
+
+
+def test_a_request_in_chunks_fails_as_a_whole(engine: Engine) -> None:
+    scheduler = engine.core.scheduler
+    prompt = engine.prompt(("coffee", 200))
+    engine.forget()
+    expected = _answer(*engine.generate([prompt]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "max_num_scheduled_tokens", 64)
+        engine.forget()
+        with breaking(engine, "coffee"):
+            (output,) = engine.generate([prompt])
+        assert _failed(output)
+        (again,) = engine.generate([prompt])
+    assert _answer(again) == expected
+    _assert_clean(engine)
+
+
+def test_failed_requests_are_counted(engine: Engine) -> None:
+    def counted() -> float:
+        counter = recorder()._metrics["promprune_requests_total"].labels("failed")
+        return float(counter._value.get())
+
+    engine.forget()
+    before = counted()
+    with breaking(engine, "coffee"):
+        engine.generate(_prompts(engine, ("coffee", 64), ("coffee", 64), ("rocket", 64)), tokens=1)
+    assert counted() - before == 2
+
+
+def test_the_log_says_what_happened_and_what_to_do(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.forget()
+    with breaking(engine, "coffee"), caplog.at_level("WARNING", logger=failures.logger.name):
+        engine.generate([engine.prompt(("coffee", 64))], tokens=1)
+    worker, scheduler = (each for each in caplog.records if each.name == failures.logger.name)
+    assert "Selecting 64 of 576 visual tokens with method 'promprune' failed" in worker.getMessage()
+    assert "--gpu-memory-utilization" in worker.getMessage()
+    assert worker.exc_info[0] is torch.OutOfMemoryError  # type: ignore[index]
+    assert "1 image(s)" in scheduler.getMessage()
+
+
+def test_outside_a_step_the_exception_passes(engine: Engine) -> None:
+    inputs = {"pixel_values": engine.pixels("coffee"), "visual_token_counts": torch.tensor([[576, 64]])}
+    with breaking(engine, "coffee"), torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
+        engine.model.embed_multimodal(**inputs)
