@@ -204,6 +204,24 @@ def test_the_prefix_cache_of_others_stays(flight: Flight) -> None:
     assert other.request_id not in flight.ended
 
 
+def test_the_accounts_are_even_where_a_request_still_refers_to_the_image() -> None:
+    """As with a drafter, which looks ahead: the request has been promised the rows, and used none."""
+    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+    manager = EncoderCacheManager(cache_size=100)
+    feature = SimpleNamespace(identifier="image")
+    request = SimpleNamespace(request_id="r", mm_features=[feature], get_num_encoder_embeds=lambda _: 30)
+    assert manager.can_allocate(request, 0, 100, 0)
+    manager.allocate(request, 0)
+    failed_requests._forget(manager, "image")
+    assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
+    assert manager.get_freed_mm_hashes() == ["image"]
+    manager.free(request)
+    assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
+    failed_requests._forget(manager, "image")
+    assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
+
+
 def test_the_second_runner_encodes_anew_what_is_filler() -> None:
     step, model = failures.Step(1), SimpleNamespace(zeros=lambda rows: torch.zeros(rows, 4))
     features = [SimpleNamespace(identifier=name) for name in ("bad", "good")]
