@@ -12,6 +12,7 @@ import torch
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.selection import Selection
 from promprune_vllm.engine import failures
+from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.metrics.recorder import recorder
 from tests.engine.conftest import Ask, Engine
 
@@ -159,12 +160,10 @@ def test_a_method_that_breaks_its_contract_fails_the_request(engine: Engine, bro
 
 
 def test_an_encoder_that_gives_another_token_count_fails_the_request(engine: Engine) -> None:
-    def one_token_less(original: Any, *arguments: Any) -> list[VisionFeatures]:
-        side = 24
-        return [
-            VisionFeatures(each.projected[:-side], (1, side - 1, side), each.saliency[:-side])
-            for each in original(*arguments)
-        ]
+    def one_token_less(original: Any, *arguments: Any) -> list[EncodedImage]:
+        (image,) = original(*arguments)
+        fewer = image.groups[0].features.take(torch.arange(23 * 24), (1, 23, 24))
+        return [EncodedImage.whole(fewer.projected, fewer)]
 
     engine.forget()
     with capturing(engine, one_token_less):

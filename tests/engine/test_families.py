@@ -181,6 +181,29 @@ def test_every_method_the_family_supplies_is_served_exactly(
     assert torch.equal(image_rows(output, torch.cat(fed.embeds)), rows[:, :width])
 
 
+def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from promprune_vllm.engine.image import EncodedImage
+
+    good, bad = engine.ask("portrait", budget=20), engine.ask("landscape", budget=20)
+    engine.forget()
+    expected = [engine.generate([ask])[0].outputs[0].token_ids for ask in (good, bad)]
+    engine.forget()
+    victim = engine.tokens("landscape")
+    original = EncodedImage.choose
+
+    def choose(image: EncodedImage, keep: int, method: Any) -> Any:
+        if len(image.rows) == victim:
+            raise RuntimeError("no luck")
+        return original(image, keep, method)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodedImage, "choose", choose)
+        outputs = engine.generate([good, bad])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error"]
+    assert outputs[0].outputs[0].token_ids == expected[0]
+    assert engine.generate([bad])[0].outputs[0].token_ids == expected[1]
+
+
 STOCK = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
