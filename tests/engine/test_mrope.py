@@ -1,0 +1,168 @@
+"""M-RoPE families: half precision, videos, embeddings, vLLM's second runner, and what guards the pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from promprune_vllm.demo.processing import IMAGE_ID
+from promprune_vllm.demo.qwen_processing import VIDEO_ID
+from tests.engine.family_engine import FamilyEngine, picture
+from tests.engine.test_families import models  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.engine
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module", params=QWEN)
+def half(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:  # noqa: F811
+    """In bfloat16, started with everything that would bypass the pruning."""
+    bypasses = {"cudagraph_mm_encoder": True, "compile_mm_encoder": True}
+    engine = FamilyEngine(
+        request.param,
+        models[request.param],
+        dtype="bfloat16",
+        max_num_batched_tokens=64,
+        enable_mm_embeds=True,
+        limit_mm_per_prompt={"image": 3, "video": 1},
+        compilation_config=bypasses,
+    )
+    yield engine
+    engine.close()
+
+
+def test_positions_beyond_256_are_true_in_bfloat16(half: FamilyEngine) -> None:
+    """Integers above 256 are not all numbers of bfloat16: positions must not pass through them as such."""
+    before = "x" * 300
+    ask = half.ask("portrait", "landscape", budget=21, before=before)
+    with half.fed() as fed:
+        (output,) = half.generate([ask], tokens=4)
+    truth = half.true_positions(output.prompt_token_ids, [("portrait", 21), ("landscape", 21)], later=3)
+    assert int(truth.max()) > 600
+    assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
+
+
+def test_what_would_bypass_the_pruning_is_switched_off(half: FamilyEngine) -> None:
+    compilation = half.llm.llm_engine.vllm_config.compilation_config
+    assert not compilation.cudagraph_mm_encoder
+    assert not compilation.compile_mm_encoder
+    assert half.runner.is_multimodal_pruning_enabled
+    assert half.llm.model_config.multimodal_config.video_pruning_rate is None
+
+
+def _video(frames: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
+    pixels = np.stack(
+        [np.roll(np.asarray(picture("landscape").resize((96, 64))), i, axis=1) for i in range(frames)]
+    )
+    metadata = {
+        "fps": 2.0,
+        "duration": frames / 2,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+    return pixels, metadata
+
+
+def test_a_video_beside_a_pruned_image_passes_untouched(half: FamilyEngine) -> None:
+    """Rows, positions and positions after it are those it has in a prompt where nothing is pruned."""
+    seen: dict[int | None, Any] = {}
+    for budget in (None, 11):
+        half.forget()
+        ask = half.ask("portrait", budget=budget)
+        ask["prompt"] += "<|vision_start|><|video_pad|><|vision_end|>?"
+        ask["multi_modal_data"]["video"] = [_video()]
+        with half.fed() as fed:
+            (output,) = half.generate([ask], tokens=3)
+        embeds, positions = torch.cat(fed.embeds), torch.cat(fed.positions, dim=-1)
+        frames = [i for i, token in enumerate(output.prompt_token_ids) if token == VIDEO_ID]
+        after = positions[:, frames[-1] + 1 :]
+        assert len(frames) == 2 * 2 * 3 or half.family == "qwen3_vl"
+        seen[budget] = embeds[frames], positions[:, frames], after[:, -5:]
+    for full, pruned in zip(*seen.values(), strict=True):
+        assert torch.equal(full, pruned)
+
+
+def test_image_embeds_pass_through_and_refuse_a_budget(half: FamilyEngine) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    rows = half.encoded("square").rows
+    grid = half.inputs("square")["image_grid_thw"]
+    ask = {**half.ask("square"), "multi_modal_data": {"image": {"image_embeds": rows, "image_grid_thw": grid}}}
+    half.forget()
+    with half.fed() as fed:
+        (output,) = half.generate([ask], tokens=3)
+    where = [i for i, token in enumerate(output.prompt_token_ids) if token == IMAGE_ID]
+    width = half.llm.model_config.get_hidden_size()
+    assert torch.equal(torch.cat(fed.embeds)[where], rows[:, :width])
+    truth = half.true_positions(output.prompt_token_ids, [("square", None)], later=2)
+    assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
+    with pytest.raises(VLLMValidationError, match="image_embeds"):
+        half.generate([{**ask, "mm_processor_kwargs": {"visual_token_budget": 5}}], tokens=1)
+
+
+def test_a_pruned_image_that_ends_the_prompt_is_refused(half: FamilyEngine) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    ends = {**half.ask("landscape"), "prompt": "Look: <|vision_start|><|image_pad|>"}
+    with half.fed() as fed:
+        (output,) = half.generate([ends], tokens=3)
+    truth = half.true_positions(output.prompt_token_ids, [("landscape", None)], later=2)
+    assert torch.equal(torch.cat(fed.positions, dim=-1), truth), "unpruned, it may"
+    with pytest.raises(VLLMValidationError, match="ends the prompt"):
+        half.generate([{**ends, "mm_processor_kwargs": {"visual_token_budget": 5}}], tokens=1)
+
+
+def test_the_second_runner_writes_the_same_positions(half: FamilyEngine) -> None:
+    """vLLM's runner for GPUs keeps positions elsewhere; what calls our hook there is its own class, on fake states."""
+    from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
+
+    prompt, features = _processed(half, half.ask("portrait", "square", budget=9, before="Look: "))
+    positions, delta = half.model.get_mrope_input_positions(prompt, features)
+    with torch.inference_mode():
+        inputs = half.inputs("portrait", "square")
+        counts = torch.tensor([[half.tokens(shape), 9] for shape in ("portrait", "square")])
+        embeddings = half.model.embed_multimodal(visual_token_counts=counts, **inputs)
+    ropes, written = SimpleNamespace(read_prefill_positions=lambda *_: positions.int()), []
+    ropes.update_prefill_positions = lambda _, new, later: written.append((new, later))
+    start = features[0].mm_position.offset + 4  # a chunk that begins inside the first image
+    batch = SimpleNamespace(
+        req_ids=["r"],
+        idx_mapping_np=np.array([0]),
+        prefill_len_np=np.array([len(prompt)]),
+        num_computed_prefill_tokens_np=np.array([start]),
+        num_scheduled_tokens=np.array([len(prompt) - start]),
+    )
+    states = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=torch.tensor([prompt])))
+    cache = SimpleNamespace(mm_features={"r": features})
+    pruner = MultiModalPruner(half.model, ropes, cache, half.llm.model_config.get_inputs_embeds_size())
+    bare = pruner.recompute([embeddings[0][4:], embeddings[1]], batch, states)
+    ((new, later),) = written
+    truth = half.true_positions(prompt, [("portrait", 9), ("square", 9)], later=1)
+    assert torch.equal(new[:, start:], truth[:, start:-1])
+    assert len(prompt) + later == int(truth[0, -1])
+    assert later == delta
+    assert [rows.shape[1] for rows in bare] == [half.model.visual.out_hidden_size] * 2
+
+
+def _processed(engine: FamilyEngine, ask: dict[str, Any]) -> tuple[list[int], list[Any]]:
+    """A prompt as the engine gets it: token ids, and its images with their places."""
+    caught: list[Any] = []
+    original = engine.model.get_mrope_input_positions
+
+    def catch(input_tokens: list[int], mm_features: list[Any]) -> Any:
+        caught.append((list(input_tokens), mm_features))
+        return original(input_tokens, mm_features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.model, "get_mrope_input_positions", catch)
+        engine.forget()
+        engine.generate([ask], tokens=1)
+    return caught[0]
