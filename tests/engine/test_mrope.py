@@ -121,7 +121,7 @@ def test_a_pruned_image_that_ends_the_prompt_is_refused(half: FamilyEngine) -> N
 
 
 def test_the_second_runner_writes_the_same_positions(half: FamilyEngine) -> None:
-    """vLLM's runner for GPUs keeps positions elsewhere; what calls our hook there is its own class, on fake states."""
+    """vLLM's runner for GPUs keeps positions elsewhere; its own class calls our hook, here on fake states."""
     from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
     prompt, features = _processed(half, half.ask("portrait", "square", budget=9, before="Look: "))
@@ -150,6 +150,18 @@ def test_the_second_runner_writes_the_same_positions(half: FamilyEngine) -> None
     assert len(prompt) + later == int(truth[0, -1])
     assert later == delta
     assert [rows.shape[1] for rows in bare] == [half.model.visual.out_hidden_size] * 2
+
+
+def test_with_video_pruning_images_are_not_pruned(models: dict[str, Path]) -> None:  # noqa: F811
+    """vLLM's own pruning of videos gets the model as vLLM made it, and a budget is refused with the reason."""
+    from vllm.exceptions import VLLMValidationError
+
+    engine = FamilyEngine("qwen2_5_vl", models["qwen2_5_vl"], video_pruning_rate=0.5)
+    assert engine.model.is_multimodal_pruning_enabled, "upstream's flag"
+    assert engine.model.with_positions([torch.zeros(1, 1)])[0].shape == (1, 1), "no channels of ours"
+    with pytest.raises(VLLMValidationError, match="--video-pruning-rate"):
+        engine.generate([engine.ask("square", budget=5)], tokens=1)
+    engine.close()
 
 
 def _processed(engine: FamilyEngine, ask: dict[str, Any]) -> tuple[list[int], list[Any]]:
