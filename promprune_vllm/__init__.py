@@ -10,7 +10,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "Budget": "promprune_vllm.core.budget",
-    "BudgetPolicy": "promprune_vllm.core.budget",
+    "BudgetPolicy": "promprune_vllm.core.policy",
     "Need": "promprune_vllm.core.features",
     "Selection": "promprune_vllm.core.selection",
     "VisionFeatures": "promprune_vllm.core.features",
@@ -22,9 +22,9 @@ __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from promprune_vllm.core.budget import Budget as Budget
-    from promprune_vllm.core.budget import BudgetPolicy as BudgetPolicy
     from promprune_vllm.core.features import Need as Need
     from promprune_vllm.core.features import VisionFeatures as VisionFeatures
+    from promprune_vllm.core.policy import BudgetPolicy as BudgetPolicy
     from promprune_vllm.core.registry import get_method as get_method
     from promprune_vllm.core.registry import methods as methods
     from promprune_vllm.core.selection import Selection as Selection

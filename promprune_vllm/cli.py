@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -42,29 +41,21 @@ def _root(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
-def serve(
-    context: typer.Context,
-    method: Annotated[
-        str | None,
-        typer.Option("--visual-token-method", help="Method that selects tokens (default: promprune)."),
-    ] = None,
-    options: Annotated[
-        str | None,
-        typer.Option("--visual-token-method-options", help="Its options as JSON, such as '{\"mu\": 0.42}'."),
-    ] = None,
-) -> None:
-    """Serve MODEL with vLLM and pruning. Takes every option of `vllm serve`."""
-    from promprune_vllm.config import METHOD_OPTIONS_VARIABLE, METHOD_VARIABLE, Settings
+def serve(context: typer.Context) -> None:
+    """Serve MODEL with vLLM and pruning. Takes every option of `vllm serve`, and --visual-token-... of ours."""
+    from promprune_vllm import serve_options
+    from promprune_vllm.config import Settings
     from promprune_vllm.errors import PromPruneError
 
-    for variable, value in ((METHOD_VARIABLE, method), (METHOD_OPTIONS_VARIABLE, options)):
-        if value is not None:
-            os.environ[variable] = value
     if {"-h", "--help"} & set(context.args):
-        typer.echo(_SERVE_HELP)
+        typer.echo(serve_options.help_text())
+    arguments, dry_run = serve_options.take(context.args)
     try:
-        Settings.from_environment()
-        _run_vllm(["serve", *context.args])
+        settings = Settings.from_environment()
+        if dry_run:
+            typer.echo(settings.model_dump_json(indent=2))
+        else:
+            _run_vllm(["serve", *arguments])
     except PromPruneError as error:
         _fail(str(error))
 
@@ -139,19 +130,6 @@ def demo_model(
 
 # What its bytes as tokens and its heads of 32 suit: a short context, exact sums, blocks the CPU's attention takes.
 _TINY_OPTIONS = "--dtype float32 --max-model-len 2048 --block-size 32 --enforce-eager"
-
-
-_SERVE_HELP = """\
-Usage: promprune serve MODEL [OPTIONS of vllm serve]
-
-PromPrune options:
-  --visual-token-method NAME           Method that selects tokens (default: promprune; see `promprune methods`).
-                                       Also PROMPRUNE_METHOD.
-  --visual-token-method-options JSON   Its options, such as '{"mu": 0.42}'. Also PROMPRUNE_METHOD_OPTIONS.
-
-Requests choose how many tokens an image keeps: {"visual_token_budget": 64, ...}.
-Everything below is vLLM's own help.
-"""
 
 
 def _run_vllm(arguments: list[str]) -> None:

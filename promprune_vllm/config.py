@@ -10,46 +10,77 @@ import hashlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from promprune_vllm.errors import SettingsError
+from promprune_vllm.core.budget import Budget
+from promprune_vllm.core.policy import BudgetPolicy, OutOfRange
+from promprune_vllm.errors import BudgetError, SettingsError
 
 if TYPE_CHECKING:
     from promprune_vllm.core.registry import Selector
 
-METHOD_VARIABLE = "PROMPRUNE_METHOD"
-METHOD_OPTIONS_VARIABLE = "PROMPRUNE_METHOD_OPTIONS"
-TILES_VARIABLE = "PROMPRUNE_TILES"
+PREFIX = "PROMPRUNE_"
+FLAG = "--visual-token-"
 Tiles = Literal["own", "base", "merged"]
 Calibration = Mapping[str, Mapping[str, Any]]
 
 
 class Settings(BaseSettings):
-    """What the operator chose.
+    """What the operator chose. Descriptions are those of ``promprune serve --help``."""
 
-    Args:
-        method: Name of the method that selects tokens.
-        method_options: Its options, as a JSON object in the variable.
-        tiles: How an image that is cut into tiles is pruned. ``own``: each tile on its own statistics, as in the
-            paper. ``base``: likewise, but the entropy of the whole, downsized image splits the budget of every
-            tile. ``merged``: one selection over all tiles together.
-    """
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    model_config = SettingsConfigDict(env_prefix="PROMPRUNE_", frozen=True, extra="ignore")
+    budget: str | None = Field(
+        default=None,
+        description='kept per image where a request asks for nothing: tokens, "25%%" or "full" (default: full)',
+    )
+    min: int = Field(default=1, description="an image never keeps fewer tokens")
+    max: int | None = Field(default=None, description="nor more (default: no limit)")
+    low: int = Field(default=64, description='tokens kept of an image with "detail": "low"')
+    out_of_range: OutOfRange = Field(
+        default="clamp", description="a budget outside the limits is moved to the limit, or gets HTTP 400"
+    )
+    detail: bool = Field(
+        default=False,
+        description="honour OpenAI's image_url.detail: low, high (every token) or auto; a budget comes first",
+    )
+    adapt_to_load: bool = Field(
+        default=False, description='under load, "auto" and requests that ask for nothing keep less, step by step'
+    )
+    adapt_to_content: bool = Field(
+        default=False, description='"auto" and requests that ask for nothing keep less of a plain image'
+    )
+    floor: int = Field(default=64, description="tokens that adapting always leaves")
+    method: str = Field(default="promprune", description="method that selects tokens; see `promprune methods`")
+    method_options: dict[str, Any] = Field(
+        default_factory=dict, description="its options as JSON, such as '{\"mu\": 0.42}'"
+    )
+    allow_methods: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="further methods a request may choose as visual_token_method, with commas between"
+    )
+    tiles: Tiles = Field(
+        default="own",
+        description="how an image of tiles is pruned: each on its own statistics (as in the paper), each by the "
+        "entropy of the base image, or all merged into one selection",
+    )
 
-    method: str = "promprune"
-    method_options: dict[str, Any] = Field(default_factory=dict)
-    tiles: Tiles = "own"
+    @field_validator("allow_methods", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return (
+            tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+        )
 
     @classmethod
     def from_environment(cls) -> Settings:
         """Read and check the settings.
 
         Raises:
-            SettingsError: A value of the wrong form, an unknown method, or an option it refuses.
+            SettingsError: A value of the wrong form, limits that contradict each other, an unknown method, or an
+                option it refuses.
         """
         from pydantic_settings import SettingsError as UnreadableValue
 
@@ -57,28 +88,52 @@ class Settings(BaseSettings):
             settings = cls()
         except (ValidationError, UnreadableValue) as error:
             raise SettingsError(
-                f"The PROMPRUNE_* variables cannot be read: {error}. "
-                f'{METHOD_OPTIONS_VARIABLE} is a JSON object such as {{"mu": 0.42}}.'
+                f"The {PREFIX}* variables cannot be read: {error}. "
+                f'{PREFIX}METHOD_OPTIONS is a JSON object such as {{"mu": 0.42}}.'
             ) from error
-        settings.selector()
-        if settings.tiles == "base" and settings.method != "promprune":
+        settings.policy()
+        for method in settings.allowed:
+            settings.selector(method=method)
+        if settings.tiles == "base" and settings.allowed != ("promprune",):
             raise SettingsError(
-                f"{TILES_VARIABLE}=base shares the entropy of method 'promprune' between the tiles of an image; "
-                f"method {settings.method!r} has none. Use own or merged."
+                f"{PREFIX}TILES=base shares the entropy of method 'promprune' between the tiles of an image; "
+                f"{', '.join(settings.allowed[1:] or settings.allowed)} has none. Use own or merged."
             )
         return settings
 
-    def selector(self, calibration: Calibration = MappingProxyType({})) -> Selector:
-        """Return the method with its options set.
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """Every method a request may choose, the configured one first. Its index travels with each image."""
+        return tuple(dict.fromkeys((self.method, *self.allow_methods)))
+
+    def policy(self) -> BudgetPolicy:
+        """Return the limits and defaults of budgets."""
+        try:
+            return BudgetPolicy(
+                default=None if self.budget is None else _budget(self.budget),
+                minimum=self.min,
+                maximum=self.max,
+                low=self.low,
+                out_of_range=self.out_of_range,
+                floor=self.floor,
+            )
+        except BudgetError as error:
+            raise SettingsError(f"The {PREFIX}* limits cannot be honoured: {error}") from error
+
+    def selector(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> Selector:
+        """Return a method with its options set.
 
         Args:
             calibration: Method -> options measured for one model family; the operator's own come first.
+            method: The configured one by default. Others run with their defaults.
         """
         from promprune_vllm.core.registry import get_method
 
-        return get_method(self.method, **{**calibration.get(self.method, {}), **self.method_options})
+        name = method or self.method
+        own = self.method_options if name == self.method else {}
+        return get_method(name, **{**calibration.get(name, {}), **own})
 
-    def digest(self, calibration: Calibration = MappingProxyType({})) -> str:
+    def digest(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> str:
         """Identify everything that decides *which* tokens are kept, defaults and calibration included.
 
         It is part of every pruned image's cache key, so that a cache shared between servers, or kept over a
@@ -86,7 +141,21 @@ class Settings(BaseSettings):
         """
         from promprune_vllm.core.registry import options_of
 
-        content = json.dumps(
-            [self.method, options_of(self.selector(calibration)), self.tiles], sort_keys=True, default=str
-        )
+        selector = self.selector(calibration, method)
+        content = json.dumps([selector.name, options_of(selector), self.tiles], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _budget(text: str) -> Budget:
+    """Read a server's default budget, in which a variable cannot tell a number from a string."""
+    value: object = text
+    for number in (int, float):
+        try:
+            value = number(text)
+            break
+        except ValueError:
+            continue
+    budget = Budget.parse(value)
+    if budget is None:
+        raise BudgetError('"auto" is what asks for the default: it cannot be the default itself.')
+    return budget

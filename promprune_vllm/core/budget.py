@@ -1,4 +1,4 @@
-"""How many tokens an image keeps: integers only, known before the encoder has run.
+"""What a request asks for: how many visual tokens its images keep, as clients say it.
 
 Nothing here looks at pixels or features, so the placeholder in the prompt, the scheduler, the KV blocks
 and the encoder's output always agree on the count.
@@ -6,7 +6,7 @@ and the encoder's output always agree on the count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,17 +15,27 @@ from promprune_vllm.errors import BudgetError
 FIELD = "visual_token_budget"
 MAX_BUDGET_TOKENS = 1_000_000
 """Largest number of tokens a request may ask for; far above any image, far below any overflow."""
+MAX_IMAGES = 1024
+"""Longest list of budgets."""
 
-_NEXT_STEP = f"Send an integer from 1 to {MAX_BUDGET_TOKENS}, or leave the field out to keep every token."
+AUTO = "auto"
+FULL = "full"
+_PERCENT = re.compile(r"(\d{1,3})(\.\d{1,9})?%", re.ASCII)
+_NEXT_STEP = (
+    f'Send tokens per image (1 to {MAX_BUDGET_TOKENS}), a share of them (0.25 or "25%"), "full", "auto", a list '
+    'of these with one entry per image, {"total": tokens} for all images together, or leave the field out.'
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What was asked for, per image: a number of tokens or a share of the image's tokens.
+    """What one image may keep: a number of tokens or a share of the image's tokens.
+
+    Where a budget may be ``None``, that is ``"auto"``: the server's policy decides.
 
     Args:
         tokens: Visual tokens to keep, 1 to ``MAX_BUDGET_TOKENS``.
-        share: Share of the image's tokens to keep, above 0 and at most 1.
+        share: Share of the image's tokens to keep, above 0 and at most 1, which is ``"full"``.
 
     Raises:
         BudgetError: Unless exactly one of the two is given and within its limits.
@@ -38,114 +48,134 @@ class Budget:
         if (self.tokens is None) == (self.share is None):
             raise BudgetError("A budget is either a number of tokens or a share of them: give exactly one.")
         if self.tokens is not None and not 1 <= self.tokens <= MAX_BUDGET_TOKENS:
-            raise BudgetError(
-                f"{FIELD} must be between 1 and {MAX_BUDGET_TOKENS} tokens, got {_shown(self.tokens)}. "
-                f"{_NEXT_STEP}"
-            )
+            raise _refused(self.tokens, f"an integer from 1 to {MAX_BUDGET_TOKENS} where it counts tokens")
         if self.share is not None and not 0 < self.share <= 1:
-            raise BudgetError(f"A share of visual tokens must be above 0 and at most 1, got {self.share}.")
+            raise _refused(self.printed(), "above 0 and at most 100% where it is a share")
 
     @classmethod
-    def parse(cls, value: object) -> Budget:
-        """Read the value a client sent as ``visual_token_budget``.
+    def parse(cls, value: object) -> Budget | None:
+        """Read what a client sent for one image.
 
         Args:
-            value: What JSON decoding gave. Only a true integer is a budget: ``true``, ``64.0`` and ``"64"``
-                are refused, because guessing what they mean would hide a client's mistake.
+            value: What JSON decoding gave: an integer, a number between 0 and 1, a percentage such as ``"25%"``,
+                ``"full"`` or ``"auto"``. Nothing is guessed: ``true``, ``64.0`` and ``"64"`` are refused, because
+                they may hide a client's mistake.
+
+        Returns:
+            ``None`` for ``"auto"``.
 
         Raises:
             BudgetError: With the value, the limits and the next step.
         """
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise BudgetError(
-                f"{FIELD} must be an integer between 1 and {MAX_BUDGET_TOKENS}, "
-                f"got {_shown(value)} ({_json_type(value)}). {_NEXT_STEP}"
-            )
-        return cls(tokens=value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls(tokens=value)
+        if isinstance(value, float) and 0 < value < 1:
+            return cls(share=Fraction(repr(value)))  # the decimal that was sent, not its binary neighbour
+        if isinstance(value, str):
+            if value == AUTO:
+                return None
+            if value == FULL:
+                return cls(share=Fraction(1))
+            if _PERCENT.fullmatch(value) and 0 < (percent := Fraction(value[:-1])) <= 100:
+                return cls(share=percent / 100)
+        raise _refused(value, 'tokens, a share, "full" or "auto"')
+
+    def printed(self) -> int | float | str:
+        """Return the JSON value that ``parse`` reads as this budget."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.share is not None
+        return FULL if self.share == 1 else float(self.share)
+
+    def of(self, total: int) -> int:
+        """Return how many of an image's ``total`` tokens this asks for; may be more than there are."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.share is not None
+        return -(-self.share.numerator * total // self.share.denominator)  # exact ceiling
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetPolicy:
-    """The server's limits on what an image keeps, in tokens per image.
+class Ask:
+    """What a request asks for all of its images.
 
     Args:
-        default: Kept when a request asks for nothing; ``None`` keeps every token.
-        minimum: Never keep fewer than this (an image with fewer tokens keeps them all).
-        maximum: Never keep more than this; ``None`` for no limit.
-
-    Raises:
-        BudgetError: When the limits contradict each other.
+        each: One budget for every image, or a tuple with one per image in order of appearance.
+        total: Tokens for all images together, in place of ``each``.
     """
 
-    default: Budget | None = None
-    minimum: int = 1
-    maximum: int | None = None
+    each: Budget | tuple[Budget | None, ...] | None = None
+    total: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.minimum < 1 or (self.maximum is not None and self.maximum < self.minimum):
+    @classmethod
+    def parse(cls, value: object) -> Ask:
+        """Read the value a client sent as ``visual_token_budget``.
+
+        Raises:
+            BudgetError: With the value, the limits and the next step.
+        """
+        if isinstance(value, list | tuple):
+            if not 1 <= len(value) <= MAX_IMAGES:
+                raise _refused(value, f"a list of 1 to {MAX_IMAGES} entries, one per image")
+            return cls(each=tuple(Budget.parse(entry) for entry in value))
+        if isinstance(value, dict):
+            total = value.get("total")
+            if set(value) != {"total"} or isinstance(total, bool) or not isinstance(total, int):
+                raise _refused(value, '{"total": tokens} where it is an object')
+            if not 1 <= total <= MAX_BUDGET_TOKENS:
+                raise _refused(value, f"a total from 1 to {MAX_BUDGET_TOKENS} tokens")
+            return cls(total=total)
+        return cls(each=Budget.parse(value))
+
+    def printed(self) -> object:
+        """Return the JSON value that ``parse`` reads as this."""
+        if self.total is not None:
+            return {"total": self.total}
+        if isinstance(self.each, tuple):
+            return [AUTO if budget is None else budget.printed() for budget in self.each]
+        return AUTO if self.each is None else self.each.printed()
+
+    def check_images(self, images: int) -> None:
+        """Raise ``BudgetError`` unless this can be meant for so many images."""
+        if isinstance(self.each, tuple) and len(self.each) != images:
             raise BudgetError(
-                f"The limits must satisfy 1 <= minimum <= maximum, got {self.minimum} and {self.maximum}."
+                f"{FIELD} has {len(self.each)} entries and the request {images} image(s): send one entry per "
+                "image in order of appearance, or one value for all."
+            )
+        if self.total is not None and images > self.total:
+            raise BudgetError(
+                f"{FIELD} asks for {self.total} tokens in total and the request has {images} images: each keeps "
+                f"at least one token, so send a total of {images} or more."
             )
 
-    def resolve(self, asked: Budget | None, total: int) -> int:
-        """Return how many of an image's ``total`` tokens are kept: ``1 <= keep <= total``.
+    def for_image(self, index: int) -> Budget | None:
+        """Return the budget of one image; a total has none."""
+        return self.each[index] if isinstance(self.each, tuple) else self.each
 
-        Args:
-            asked: The request's budget, or ``None`` for the server's default.
-            total: Visual tokens of the image before pruning, at least 1.
-        """
-        if total < 1:
-            raise BudgetError(f"An image has at least one visual token, got {total}.")
-        budget = asked if asked is not None else self.default
-        if budget is None:
-            keep = total
-        elif budget.tokens is not None:
-            keep = budget.tokens
-        else:
-            assert budget.share is not None
-            keep = -(-budget.share.numerator * total // budget.share.denominator)  # exact ceiling
-        if self.maximum is not None:
-            keep = min(keep, self.maximum)
-        return min(max(keep, self.minimum), total)
 
-    def allocate(self, keep: int, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Split ``keep`` over groups (crops, frames) in proportion to their sizes, by largest remainder.
-
-        Args:
-            keep: Tokens to give out, ``0 <= keep <= sum(sizes)``.
-            sizes: Tokens of each group before pruning.
-
-        Returns:
-            One count per group, each at most the group's size, summing to ``keep`` exactly. Equal remainders
-            go to the earlier group.
-        """
-        total = sum(sizes)
-        if not 0 <= keep <= total or any(size < 0 for size in sizes):
-            raise BudgetError(f"Cannot split {keep} tokens over groups of {list(sizes)} tokens.")
-        if total == 0:
-            return tuple(0 for _ in sizes)
-        shares = [keep * size for size in sizes]
-        counts = [share // total for share in shares]
-        by_remainder = sorted(range(len(sizes)), key=lambda i: (-(shares[i] % total), i))
-        for i in by_remainder[: keep - sum(counts)]:
-            counts[i] += 1
-        return tuple(counts)
+def _refused(value: object, wanted: str) -> BudgetError:
+    return BudgetError(f"{FIELD} must be {wanted}, got {_shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
 
 
 def _shown(value: object, limit: int = 80) -> str:
     """Return a value as a message may show it: a client's input can be of any size."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # integers inside too long to print
+        text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "…"
 
 
 def _json_type(value: object) -> str:
     names = {
         bool: "boolean",
-        float: "number with a fraction or exponent",
+        int: "integer",
+        float: "number",
         str: "string",
         dict: "object",
         list: "array",
+        type(None): "null",
     }
     return names.get(type(value), type(value).__name__)

@@ -17,28 +17,23 @@ import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
-from promprune_vllm.core.features import Need
-from promprune_vllm.core.registry import Selector
 from promprune_vllm.engine import checks
 from promprune_vllm.engine.failed_requests import FAILED
-from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.wrapping import wrap
 
 logger = logging.getLogger("vllm.promprune")
 _FILLER = "_promprune_filler"
 _T = TypeVar("_T")
-Pair = tuple[int, int]  # tokens seen and kept
 
 
 class Model(Protocol):
     """What is asked of a ``PrunedModelMixin`` with its family."""
 
-    _method: Selector
+    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[EncodedImage]:
+        """Encode some of the images with all that their methods look at."""
 
-    def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> Sequence[EncodedImage]:
-        """Encode some of the images."""
-
-    def choose(self, image: EncodedImage, seen: int, kept: int) -> Callable[[], Tensor]:
+    def choose(self, image: EncodedImage, job: Job) -> Callable[[], Tensor]:
         """Select an image's tokens, and return what makes its rows of the selection."""
 
     def zeros(self, rows: int) -> Tensor:
@@ -76,29 +71,29 @@ class Step:
 _step: ContextVar[Step | None] = ContextVar("promprune_step", default=None)
 
 
-def embed(model: Model, inputs: dict[str, Any], items: slice, pairs: Sequence[Pair]) -> list[Tensor]:
-    """Return the rows of some images, ``(kept, D)`` each.
+def embed(model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[Tensor]:
+    """Return the rows of some images, ``(kept, W)`` each.
 
     Outside a worker's step, in the memory profile for one, nobody would end the requests: exceptions pass.
     """
     step = _step.get()
     if step is None:
-        return [_finished(model.choose(*group), group[2]) for group in _captured(model, inputs, items, pairs)]
-    rows = _attempt(step, model, inputs, items, pairs)
-    for i, pair in enumerate(pairs if len(pairs) > 1 else ()):
+        images = model.encoded(inputs, items, jobs)
+        return [_finished(model.choose(image, job), job.kept) for image, job in zip(images, jobs, strict=True)]
+    rows = _attempt(step, model, inputs, items, jobs)
+    for i, job in enumerate(jobs if len(jobs) > 1 else ()):
         if rows[i] is None:  # once more, with the memory for itself, and not for a neighbour's sake
             at = items.start + i
-            (rows[i],) = _attempt(step, model, inputs, slice(at, at + 1), [pair])
-    return [
-        step.fill(model, kept) if image is None else image for image, (_, kept) in zip(rows, pairs, strict=True)
-    ]
+            (rows[i],) = _attempt(step, model, inputs, slice(at, at + 1), [job])
+    return [step.fill(model, job.kept) if image is None else image for image, job in zip(rows, jobs, strict=True)]
 
 
 def _attempt(
-    step: Step, model: Model, inputs: dict[str, Any], items: slice, pairs: Sequence[Pair]
+    step: Step, model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]
 ) -> list[Tensor | None]:
     """Return the rows of some images, or ``None`` for those that fail."""
-    what = f"Selecting {' + '.join(f'{kept} of {seen}' for seen, kept in pairs)} visual tokens"
+    what = f"Selecting {' + '.join(f'{job.kept} of {job.seen}' for job in jobs)} visual tokens"
+    methods = ", ".join(sorted({job.method.name for job in jobs}))
 
     def guarded(contain: bool, function: Callable[..., _T], *arguments: Any) -> _T | None:
         try:
@@ -108,25 +103,18 @@ def _attempt(
         except Exception as error:
             if not contain:
                 raise
-            _log(what, model._method.name, error, last=len(pairs) == 1)
+            _log(what, methods, error, last=len(jobs) == 1)
         # Left without the exception, whose traceback would keep every tensor of the attempt.
         return None
 
-    groups = guarded(step.alone, _captured, model, inputs, items, pairs)
-    if groups is None:
-        return [None for _ in pairs]
-    chosen = step.agreed([guarded(True, model.choose, *group) for group in groups])
+    images = guarded(step.alone, model.encoded, inputs, items, jobs)
+    if images is None:
+        return [None for _ in jobs]
+    chosen = step.agreed([guarded(True, model.choose, *pair) for pair in zip(images, jobs, strict=True)])
     return [
-        None if finish is None else guarded(step.alone, _finished, finish, kept)
-        for finish, (_, kept) in zip(chosen, pairs, strict=True)
+        None if finish is None else guarded(step.alone, _finished, finish, job.kept)
+        for finish, job in zip(chosen, jobs, strict=True)
     ]
-
-
-def _captured(
-    model: Model, inputs: dict[str, Any], items: slice, pairs: Sequence[Pair]
-) -> list[tuple[EncodedImage, int, int]]:
-    groups = model.capture(inputs, items, model._method.needs)
-    return [(group, *pair) for group, pair in zip(groups, pairs, strict=True)]
 
 
 def _finished(finish: Callable[[], Tensor], kept: int) -> Tensor:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from promprune_vllm.core.budget import BudgetPolicy
 from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import Selector
 from promprune_vllm.core.selection import Selection, select
 
 Project = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to become of one image.
+
+    Args:
+        seen: Tokens before pruning.
+        kept: Tokens after.
+        method: Selects them.
+        text: ``(M,)`` int64, tokens of the user's text, where the method looks at it.
+    """
+
+    seen: int
+    kept: int
+    method: Selector
+    text: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +66,11 @@ class EncodedImage:
         """Return an image that is one group of all its rows."""
         places = torch.arange(features.tokens, device=rows.device)
         return cls(rows, (Group(features, places),), places[:0])
+
+    def told(self, text: Tensor) -> EncodedImage:
+        """Return the image with the user's text, ``(M, D)`` embeddings, beside each group."""
+        groups = [replace(group, features=replace(group.features, text=text)) for group in self.groups]
+        return replace(self, groups=groups)
 
     def choose(self, keep: int, method: Selector) -> Chosen:
         """Choose ``keep`` of the N tokens.

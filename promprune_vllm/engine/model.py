@@ -13,9 +13,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
+from promprune_vllm.core.features import Need
 from promprune_vllm.engine import failures, families
-from promprune_vllm.engine.image import EncodedImage
-from promprune_vllm.engine.processor import COUNTS
+from promprune_vllm.engine.image import EncodedImage, Job
+from promprune_vllm.engine.processor import COUNTS, TEXT
 from promprune_vllm.metrics.recorder import recorder
 
 
@@ -28,7 +29,8 @@ class PrunedModelMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = Settings.from_environment()
-        self._method = self._settings.selector(families.calibration(vllm_config.model_config.architectures))
+        calibration = families.calibration(vllm_config.model_config.architectures)
+        self._methods = [self._settings.selector(calibration, method) for method in self._settings.allowed]
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         self._timer = SelectionTimer(vllm_config.device_config.device) if _is_first_rank() else None
         model, device = vllm_config.model_config, vllm_config.device_config.device
@@ -51,17 +53,34 @@ class PrunedModelMixin:
         """Encode a batch of images and return the rows that enter the language model, K of N per image.
 
         Args:
-            inputs: vLLM's inputs, plus ``(B, 2)`` token counts (seen, kept) from our processor; without
-                them, or where nothing is pruned, this is vLLM's own method.
+            inputs: vLLM's inputs, plus ``(B, 3)`` counts (tokens seen, kept, index of the method) and the text
+                from our processor; without them, or where nothing is pruned, this is vLLM's own method.
         """
-        counts = inputs.pop(COUNTS, None)
-        pairs = [] if counts is None else [(int(seen), int(kept)) for seen, kept in counts]
-        if all(seen == kept for seen, kept in pairs):
+        counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT, None)
+        jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
+        if all(job.seen == job.kept for job in jobs):
             return self.with_positions(self.embed_unpruned(**inputs))
         outputs: list[Tensor] = []
-        for items in micro_batches([seen for seen, _ in pairs], self._encoder_tokens):
-            outputs += failures.embed(self, inputs, items, pairs[items])  # type: ignore[arg-type]
+        for items in micro_batches([job.seen for job in jobs], self._encoder_tokens):
+            outputs += failures.embed(self, inputs, items, jobs[items])
         return outputs
+
+    def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> Job:
+        seen, kept, method = counts
+        selector = self._methods[method]
+        wants_text = kept < seen and texts is not None and Need.TEXT in selector.needs
+        return Job(seen, kept, selector, texts[image] if wants_text and texts is not None else None)
+
+    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[EncodedImage]:
+        """Encode some of the images with all that their methods look at."""
+        needs = Need.PROJECTED
+        for job in jobs:
+            needs |= job.method.needs
+        images: list[EncodedImage] = self.capture(inputs, items, needs)  # type: ignore[attr-defined]
+        return [
+            image if job.text is None else image.told(self.get_language_model().embed_input_ids(job.text))  # type: ignore[attr-defined]
+            for image, job in zip(images, jobs, strict=True)
+        ]
 
     def with_positions(self, embeddings: Any) -> Any:
         """Mark unpruned embeddings with their positions, where the model's positions do not follow from order."""
@@ -71,17 +90,17 @@ class PrunedModelMixin:
         """Mark the kept rows of one image with their positions, where those do not follow from their order."""
         return rows
 
-    def choose(self, image: EncodedImage, seen: int, kept: int) -> Callable[[], Tensor]:
+    def choose(self, image: EncodedImage, job: Job) -> Callable[[], Tensor]:
         """Select an image's tokens, and return what makes its ``(kept, W)`` rows of the selection.
 
         Two steps, since only the second may communicate between tensor-parallel ranks: see ``failures.Step``.
         """
-        if image.rows.shape[0] != seen:
-            raise RuntimeError(f"the encoder gave {image.rows.shape[0]} tokens where the processor counted {seen}")
-        if kept == seen:
+        if len(image.rows) != job.seen:
+            raise RuntimeError(f"the encoder gave {len(image.rows)} tokens where the processor counted {job.seen}")
+        if job.kept == job.seen:
             return lambda: cast(Tensor, self.with_positions([image.rows])[0])
         with self._timer or nullcontext():
-            chosen = image.choose(kept, self._method)
+            chosen = image.choose(job.kept, job.method)
 
         def finish() -> Tensor:
             rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]

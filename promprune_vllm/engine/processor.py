@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +18,20 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD, Budget, BudgetPolicy
+from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need
-from promprune_vllm.core.registry import methods
+from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import checks, families
+from promprune_vllm.engine.asked import METHOD_FIELD, Asked
 from promprune_vllm.engine.request import SUMMARY, refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
 COUNTS = "visual_token_counts"
-"""Field of every image: ``(2,)`` int64, tokens seen and kept. Read by ``PrunedModelMixin``."""
+"""Field of every image: ``(3,)`` int64, tokens seen and kept, and the index of the method among those allowed."""
+TEXT = "visual_token_text"
+"""Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it."""
+MAX_TEXT_TOKENS = 256
+"""The last so many of the user's text: a question, not a document."""
 _PLAN = "_promprune_plan"
 _KEY_PREFIX = "promprune-"
 
@@ -34,10 +40,19 @@ checks.require_names(checks.PROCESSOR_NAMES)
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """What happens to one image: visual tokens before and after pruning."""
+    """What happens to one image: visual tokens before and after pruning, and what selects them.
+
+    Args:
+        seen: Tokens before pruning.
+        kept: Tokens after.
+        method: Index among the allowed methods.
+        text: Tokens of the user's text, where the method looks at it.
+    """
 
     seen: int
     kept: int
+    method: int = 0
+    text: tuple[int, ...] = ()
 
 
 class PrunedProcessorMixin:
@@ -48,59 +63,97 @@ class PrunedProcessorMixin:
     """
 
     supplies: ClassVar[Need]
-    """What the family's model can capture for a method."""
+    """What the family's model can capture for a method; the text is there for every family."""
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
-        settings = Settings.from_environment()
-        self._require_supplied(settings)
-        architectures = self.info.ctx.model_config.architectures  # type: ignore[attr-defined]
-        self._digest = settings.digest(families.calibration(architectures))
-        self._policy = BudgetPolicy()
+        self._settings = settings = Settings.from_environment()
+        calibration = families.calibration(self.info.ctx.model_config.architectures)  # type: ignore[attr-defined]
+        self._methods = [settings.selector(calibration, method) for method in settings.allowed]
+        self._digests = [settings.digest(calibration, method) for method in settings.allowed]
+        self._policy = settings.policy()
+        self.refusal: str | None = None
+        """Why this server cannot prune at all; then every image keeps its tokens."""
+        for method in self._methods:
+            self._require_supplied(method)
 
-    def _require_supplied(self, settings: Settings) -> None:
-        missing = settings.selector().needs & ~self.supplies
+    def _require_supplied(self, method: Selector) -> None:
+        supplied = self.supplies | Need.TEXT
+        missing = method.needs & ~supplied
         if missing:
             names = ", ".join(need.name or "" for need in missing)
-            able = [name for name, method in methods().items() if not method.needs & ~self.supplies]
+            able = [name for name, each in methods().items() if not each.needs & ~supplied]
             raise SettingsError(
-                f"Method {settings.method!r} needs {names}, which cannot be captured from "
+                f"Method {method.name!r} needs {names}, which cannot be captured from "
                 f"{self.info.ctx.model_config.architecture}. "  # type: ignore[attr-defined]
                 f"Methods for this model: {', '.join(able)}."
             )
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any method here looks at the user's text."""
+        return any(Need.TEXT in method.needs for method in self._methods)
+
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
-        kwargs = dict(inputs.hf_processor_mm_kwargs)
-        asked = kwargs.pop(FIELD, None)
-        plan = self._plan(inputs.mm_data_items, asked, kwargs)
+        asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
+        with refusing():
+            plan = self._plan(inputs, asked, kwargs)
         planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, _PLAN: plan})
         result = super().apply(planned, timing_ctx)  # type: ignore[misc]
         if plan:
             result[SUMMARY] = plan
         return result
 
-    def _plan(self, mm_items: Any, asked: object, kwargs: Mapping[str, object]) -> tuple[ImagePlan, ...]:
-        with refusing():
-            budget = None if asked is None else Budget.parse(asked)
-            images = mm_items.get("image")
-            if images is None:
-                return ()
-            return tuple(self._plan_image(images, i, budget, kwargs) for i in range(images.get_count()))
-
-    def _plan_image(
-        self, images: Any, index: int, budget: Budget | None, kwargs: Mapping[str, object]
-    ) -> ImagePlan:
+    def _plan(self, inputs: Any, asked: Asked, kwargs: Mapping[str, object]) -> tuple[ImagePlan, ...]:
+        ask, method = asked.ask(), self._method_index(asked.method)
+        images = inputs.mm_data_items.get("image")
+        if images is None:
+            ask.check_images(0)
+            return ()
         if isinstance(images, (ImageEmbeddingItems, DictEmbeddingItems)):
-            if budget is not None:
+            if asked.explicit:
                 raise BudgetError(
                     f"{FIELD} cannot be applied to image_embeds: they are already encoded. Send the image "
                     f"itself, or leave {FIELD} out."
                 )
-            size = self._embedded_tokens(images, index)
-            return ImagePlan(size, size)
-        seen = self._image_tokens(images, index, kwargs)  # type: ignore[attr-defined]
-        return ImagePlan(seen, self._policy.resolve(budget, seen))
+            sizes = [self._embedded_tokens(images, i) for i in range(images.get_count())]
+            return tuple(ImagePlan(size, size) for size in sizes)
+        sizes = [self._image_tokens(images, i, kwargs) for i in range(images.get_count())]  # type: ignore[attr-defined]
+        if self.refusal:
+            return tuple(ImagePlan(size, size) for size in sizes)
+        kept = self._policy.resolve_all(
+            asked.in_detail(ask, len(sizes), self._policy), sizes, self._levels(images)
+        )
+        text = self._text(inputs, asked) if Need.TEXT in self._methods[method].needs else ()
+        return tuple(
+            ImagePlan(size, keep, method, text) if keep < size else ImagePlan(size, size)
+            for size, keep in zip(sizes, kept, strict=True)
+        )
+
+    def _levels(self, images: Any) -> list[Fraction]:
+        """For each image, the share of the default that it keeps at the moment, where nothing else was asked."""
+        return [Fraction(1) for _ in range(images.get_count())]
+
+    def _method_index(self, name: object) -> int:
+        allowed = self._settings.allowed
+        if name is None:
+            return 0
+        if not isinstance(name, str) or name not in allowed:
+            raise BudgetError(
+                f"{METHOD_FIELD} must be one of {', '.join(allowed)}, got {str(name)[:80]!r}. The server's "
+                "operator allows more with --allow-methods.",
+                param=METHOD_FIELD,
+            )
+        return allowed.index(name)
+
+    def _text(self, inputs: Any, asked: Asked) -> tuple[int, ...]:
+        """Return the tokens of the user's text: as the request tells, else of the prompt without its markers."""
+        tokenizer: Any = self.info.get_tokenizer()  # type: ignore[attr-defined]
+        text = inputs.prompt if asked.text is None else asked.text
+        ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else list(text)
+        special = set(tokenizer.all_special_ids)
+        return tuple(token for token in ids if token not in special)[-MAX_TEXT_TOKENS:]
 
     def _embedded_tokens(self, images: Any, index: int) -> int:
         """How many tokens an image has that came as ``image_embeds``."""
@@ -120,7 +173,8 @@ class PrunedProcessorMixin:
             return key
         # A client's uuid may be any string; one that imitates a pruned image's key is hashed away as well.
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
-        digest = MultiModalHasher.hash_kwargs(algorithm, key=key, setting=self._digest, kept=image.kept)
+        chosen = {"setting": self._digests[image.method], "kept": image.kept, "text": list(image.text)}
+        digest = MultiModalHasher.hash_kwargs(algorithm, key=key, **chosen)
         return f"{_KEY_PREFIX if image.kept < image.seen else ''}{digest}"
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:
@@ -136,13 +190,17 @@ class PrunedProcessorMixin:
         plan, kwargs = _split(hf_kwargs)
         output = super()._apply_hf_processor_main(mm_items, kwargs)  # type: ignore[misc]
         if plan:
-            output[COUNTS] = torch.tensor([[image.seen, image.kept] for image in plan])  # (images, 2)
+            output[COUNTS] = torch.tensor(
+                [[image.seen, image.kept, image.method] for image in plan]
+            )  # (images, 3)
+            output[TEXT] = [torch.tensor(image.text, dtype=torch.int64) for image in plan]
         return output
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, kwargs = _split(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))  # type: ignore[misc]
         fields[COUNTS] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        fields[TEXT] = MultiModalFieldConfig.batched("image")
         return fields
 
     def _get_prompt_updates(

@@ -11,20 +11,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD, Budget
+from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import checks, families
+from promprune_vllm.engine.asked import Asked, from_request
 from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.metrics.recorder import expose, recorder
+from promprune_vllm.server.told import tell
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
 SUMMARY = "visual_tokens"
 """Key of a processed prompt: what happened to each image."""
-_asked: ContextVar[object] = ContextVar("visual_token_budget", default=None)
+_asked: ContextVar[Asked] = ContextVar("visual_tokens_asked", default=Asked())  # noqa: B039  frozen
 
 
 def install() -> None:
@@ -40,53 +43,56 @@ def install() -> None:
     wrap(BaseRenderer, "__init__", _announcing)
 
 
-def read(request: Any) -> object:
-    """Return what a request asks for, unchecked: its top-level field or the one in ``vllm_xargs``.
-
-    Raises:
-        BudgetError: The two contradict each other.
-    """
-    top = (getattr(request, "model_extra", None) or {}).get(FIELD)
-    nested = (getattr(request, "vllm_xargs", None) or {}).get(FIELD)
-    if top is not None and nested is not None and top != nested:
-        raise BudgetError(f"{FIELD} is {top!r} at the top level and {nested!r} in vllm_xargs: send it once.")
-    return nested if top is None else top
-
-
 def _reading(original: Any) -> Any:
-    """Wrap a front door: read the field, hand it on, count what became of the prompts."""
+    """Wrap a front door: read the fields, hand them on, count what became of the prompts and tell the client."""
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        messages = args[0] if args else kwargs.get("messages")
         with refusing():
-            token = _asked.set(read(request))
+            asked = from_request(request, messages, honour_detail=Settings.from_environment().detail)
+            token = _asked.set(asked)
             try:
                 result = await original(self, request, *args, **kwargs)
             finally:
                 _asked.reset(token)
+        prompts = result[1] if isinstance(result, tuple) else result
         if not kwargs.get("skip_mm_cache"):  # set by routes that only look, such as /tokenize
-            _count(result[1] if isinstance(result, tuple) else result)
+            _count(prompts)
+        tell([(image.seen, image.kept) for prompt in prompts for image in prompt.get(SUMMARY, ())])
         return result
 
     return preprocess
 
 
 def _adding(original: Any) -> Any:
-    """Wrap the step that puts a request's extras on its prompts: check the budget and add it."""
+    """Wrap the step that puts a request's extras on its prompts: check what was asked and add it."""
 
     def apply_prompt_extras(self: Any, prompts: Sequence[Any], prompt_extras: dict[str, Any] | None) -> None:
         from vllm.renderers.inputs.preprocess import extract_target_prompt
 
         original(self, prompts, prompt_extras)
-        asked = _asked.get()
         for prompt in prompts:
             target: Any = extract_target_prompt(self.model_config, prompt)
-            if asked is not None:
-                target["mm_processor_kwargs"] = {**(target.get("mm_processor_kwargs") or {}), FIELD: asked}
+            added = _worth_adding(self, _asked.get(), bool(target.get("multi_modal_data")))
+            if added:
+                target["mm_processor_kwargs"] = {**(target.get("mm_processor_kwargs") or {}), **added}
             # Prompts of an offline LLM arrive here too, with the options their own process trusts.
             with refusing():
-                admit(self, (target.get("mm_processor_kwargs") or {}).get(FIELD))
+                admit(self, Asked.taken_from(target.get("mm_processor_kwargs") or {})[0])
 
     return apply_prompt_extras
+
+
+def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, object]:
+    """Return what the processor is to be told: nothing where a request says nothing that matters to it."""
+    from promprune_vllm.engine.processor import PrunedProcessorMixin
+
+    listens = isinstance(renderer.mm_processor, PrunedProcessorMixin) and has_media
+    if not listens:
+        asked = replace(asked, text=None, details=None)
+    elif not renderer.mm_processor.reads_text:
+        asked = replace(asked, text=None)
+    return asked.as_kwargs()
 
 
 def _refusing_harmony(original: Any) -> Any:
@@ -94,7 +100,7 @@ def _refusing_harmony(original: Any) -> Any:
 
     def adjust_harmony_request(self: Any, request: Any) -> Any:
         with refusing():
-            admit(self.renderer, read(request))
+            admit(self.renderer, from_request(request, None, honour_detail=False))
         return original(self, request)
 
     return adjust_harmony_request
@@ -106,20 +112,25 @@ def _announcing(original: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         expose()
+        settings = Settings.from_environment()
         if reason := _why_not(self):
             logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", *reason, FIELD)
+            if self.mm_processor is not None:
+                self.mm_processor.refusal = reason[1]
+        elif settings.budget is None and not settings.detail:
+            logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, settings.method)
         else:
-            method = Settings.from_environment().method
-            logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, method)
+            kept = settings.budget or "all"
+            logger.info("PromPrune keeps %s tokens of an image by default, method %s.", kept, settings.method)
 
     return init
 
 
-def admit(renderer: Any, asked: object) -> None:
-    """Raise ``BudgetError`` unless this budget can be honoured for this renderer's model."""
-    if asked is None:
+def admit(renderer: Any, asked: Asked) -> None:
+    """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
+    if not asked.explicit:
         return
-    Budget.parse(asked)
+    asked.ask()
     if reason := _why_not(renderer):
         raise BudgetError(
             f"{FIELD} cannot be honoured: {reason[0]} cannot be pruned, {reason[1]}. "

@@ -55,7 +55,7 @@ def breaking(engine: Engine, photo: str, broken: Broken = _raise) -> Iterator[No
     with torch.inference_mode():
         (victim,) = engine.model.embed_unpruned(pixel_values=engine.pixels(photo))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.model, "_method", Breaking(engine.model._method, victim, broken))
+        patch.setattr(engine.model, "_methods", [Breaking(engine.model._methods[0], victim, broken)])
         yield
 
 

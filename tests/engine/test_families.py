@@ -173,7 +173,7 @@ def test_every_method_the_family_supplies_is_served_exactly(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     engine.forget()
-    monkeypatch.setattr(engine.model, "_method", get_method(name))
+    monkeypatch.setattr(engine.model, "_methods", [get_method(name)])
     rows, _ = engine.kept("landscape", 30)
     with engine.fed() as fed:
         (output,) = engine.generate([engine.ask("landscape", budget=30)], tokens=1)

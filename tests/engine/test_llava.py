@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from promprune_vllm import Need, get_method, methods, select
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
-from promprune_vllm.errors import SettingsError
+from promprune_vllm.engine.asked import Asked
+from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.engine.conftest import Engine
 
 pytestmark = pytest.mark.engine
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
-BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "64", True, float("nan"), {}, [])
+BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "64", "0%", True, float("nan"), {}, {"total": 0}, [], [64, "x"])
 
 
 def _features(engine: Engine, photo: str) -> Any:
@@ -57,7 +59,7 @@ def test_every_method_the_family_supplies_is_served_exactly(
 ) -> None:
     engine.forget()
     method = get_method(name)
-    monkeypatch.setattr(engine.model, "_method", method)
+    monkeypatch.setattr(engine.model, "_methods", [method])
     with torch.inference_mode():
         features = _features(engine, "coffee")
         chosen = select(features, 50, method)
@@ -72,8 +74,11 @@ def test_a_method_the_family_cannot_supply_is_refused_at_start_up(
 ) -> None:
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    monkeypatch.setenv("PROMPRUNE_METHOD", "cdpruner")
-    with pytest.raises(SettingsError, match=r"'cdpruner' needs TEXT.*LlavaForCond.*: .*promprune"):
+    from promprune_vllm.engine.families.llava import PrunedLlavaProcessor
+
+    monkeypatch.setenv("PROMPRUNE_METHOD", "visionzip")
+    monkeypatch.setattr(PrunedLlavaProcessor, "supplies", Need.PROJECTED | Need.SALIENCY)
+    with pytest.raises(SettingsError, match=r"'visionzip' needs ENCODER, KEYS.*LlavaForCond.*: .*promprune"):
         MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
 
 
@@ -167,7 +172,7 @@ def test_cache_keys(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(64, uuids=["mine"]) not in {"mine", key(64), key(63, uuids=["mine"])}
     assert key(None, uuids=[key(64)]) != key(64)
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
-    monkeypatch.setattr(processor, "_digest", Settings(method="random").digest())
+    monkeypatch.setattr(processor, "_digests", [Settings(method="random").digest()])
     assert key(64) not in pruned, "another method would be served from promprune's cache entry"
 
 
@@ -280,12 +285,12 @@ def test_chat_takes_the_budget(engine: Engine) -> None:
 
 
 def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
-    from vllm.exceptions import VLLMValidationError
     from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
     items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
-    (plan,) = processor._plan(items, None, {})
+    inputs = SimpleNamespace(mm_data_items=items, prompt="")
+    (plan,) = processor._plan(inputs, Asked(), {})
     assert (plan.seen, plan.kept) == (10, 10)
-    with pytest.raises(VLLMValidationError, match="image_embeds"):
-        processor._plan(items, 4, {})
+    with pytest.raises(BudgetError, match="image_embeds"):
+        processor._plan(inputs, Asked(budget=4), {})

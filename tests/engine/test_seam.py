@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import checks, families, plugin, request, wrapping
+from promprune_vllm.engine.asked import Asked, read
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.conftest import Engine
 
@@ -74,13 +76,13 @@ def _request(top: Any = None, nested: Any = None) -> Any:
 
 
 def test_reading_the_field() -> None:
-    assert request.read(_request()) is None
-    assert request.read(_request(top=64)) == 64
-    assert request.read(_request(nested=64)) == 64
-    assert request.read(_request(64, 64)) == 64
-    assert request.read(SimpleNamespace()) is None
+    assert read(_request(), FIELD) is None
+    assert read(_request(top=64), FIELD) == 64
+    assert read(_request(nested=64), FIELD) == 64
+    assert read(_request(64, 64), FIELD) == 64
+    assert read(SimpleNamespace(), FIELD) is None
     with pytest.raises(BudgetError, match="send it once"):
-        request.read(_request(64, 65))
+        read(_request(64, 65), FIELD)
 
 
 def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
@@ -155,9 +157,9 @@ def test_a_model_without_a_family_refuses_a_budget() -> None:
     server = _server("Qwen9ForConditionalGeneration", None)
     server.model_config.model = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
-    request.admit(renderer, None)
+    request.admit(renderer, Asked())
     with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):
-        request.admit(renderer, 64)
+        request.admit(renderer, Asked(budget=64))
 
 
 @pytest.mark.parametrize(

@@ -31,5 +31,5 @@ class BrokenWorker:
     def break_selection(self, keeps_by_rank: str) -> None:
         """Make the selections of these many tokens fail, by rank: ``{"0": [64]}``. ``{}`` mends it."""
         model = self.model_runner.get_model()
-        method = getattr(model._method, "method", model._method)
-        model._method = Breaking(method, json.loads(keeps_by_rank).get(str(self.rank), []))
+        method = getattr(model._methods[0], "method", model._methods[0])
+        model._methods[0] = Breaking(method, json.loads(keeps_by_rank).get(str(self.rank), []))

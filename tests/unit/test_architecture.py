@@ -25,7 +25,8 @@ OURS_ALLOWED = {
     "methods": {"core", "kernels", "methods"},
     "kernels": {"kernels"},
     "metrics": {"metrics", "errors"},
-    "engine": {"core", "engine", "kernels", "config", "metrics", "errors"},
+    "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
+    "server": {"server", "core", "config", "metrics", "errors"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promprune_vllm import Budget, BudgetPolicy
-from promprune_vllm.core.budget import MAX_BUDGET_TOKENS
+from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, Ask
 from promprune_vllm.errors import BudgetError
 
+ONE = Fraction(1)
 totals = st.integers(1, 20_000)
 budgets = st.one_of(
     st.builds(lambda n: Budget(tokens=n), st.integers(1, MAX_BUDGET_TOKENS)),
@@ -19,24 +21,130 @@ budgets = st.one_of(
 )
 
 
-BAD = [0, -3, 10**12, 10**5000, 1e12, 64.5, 64.0, "64", "abc", True, {}, [], b"1", "x" * 10_000]
+# What a client may send, and what of 576 and of 100 tokens it keeps (default 200, low 64).
+GOOD: list[tuple[object, tuple[int, int]]] = [
+    (1, (1, 1)),
+    (64, (64, 64)),
+    (MAX_BUDGET_TOKENS, (576, 100)),
+    (0.25, (144, 25)),
+    (0.001, (1, 1)),
+    (0.999999, (576, 100)),
+    ("25%", (144, 25)),
+    ("12.5%", (72, 13)),
+    ("100%", (576, 100)),
+    ("full", (576, 100)),
+    ("auto", (200, 100)),
+    ([64, "full"], (64, 100)),
+    (["10%", "auto"], (58, 100)),
+    ((1, 2), (1, 2)),
+    ({"total": 2}, (1, 1)),
+    ({"total": 338}, (288, 50)),
+    ({"total": 5000}, (576, 100)),
+]
+BAD: list[object] = [
+    *(0, -3, 10**12, 10**5000, 1e12, 64.5, 64.0, 1.0, 0.0, -0.5, float("nan"), float("inf"), True, False, None),
+    *("64", "abc", "", "FULL", "0%", "101%", "-5%", "25 %", "1e2%", "%", "\u0662%", "x" * 10_000, b"1"),
+    *({}, {"total": 0}, {"total": True}, {"total": 1.5}, {"total": "9"}, {"total": 64, "x": 1}, {"tokens": 64}),
+    *([], [0], [64, "x"], [[64]], [None], [{"total": 64}], [10**5000], [1] * 1025),
+]
+
+
+@pytest.mark.parametrize(("value", "kept"), GOOD, ids=[str(value) for value, _ in GOOD])
+def test_every_form_keeps_what_it_says(value: object, kept: tuple[int, int]) -> None:
+    policy = BudgetPolicy(default=Budget(tokens=200))
+    assert policy.resolve_all(Ask.parse(value), (576, 100), (ONE, ONE)) == kept
 
 
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
-def test_parse_refuses_with_value_and_limits(value: object) -> None:
+def test_every_bad_form_is_refused_with_value_and_limits(value: object) -> None:
     with pytest.raises(BudgetError) as refused:
-        Budget.parse(value)
+        Ask.parse(value)
     message = str(refused.value)
     assert refused.value.param == "visual_token_budget"
     assert "visual_token_budget must be" in message
     assert str(MAX_BUDGET_TOKENS) in message
     assert "leave the field out" in message
-    assert len(message) < 400
+    assert len(message) < 600
 
 
-@pytest.mark.parametrize("value", [1, 64, MAX_BUDGET_TOKENS])
-def test_parse_takes_integers(value: int) -> None:
-    assert Budget.parse(value) == Budget(tokens=value)
+values = st.one_of(
+    st.integers(1, MAX_BUDGET_TOKENS),
+    st.floats(0, 1, exclude_min=True, exclude_max=True),
+    st.decimals(0, 100, places=3).filter(lambda d: d > 0).map(lambda d: f"{d}%"),
+    st.sampled_from(["full", "auto"]),
+)
+asks = st.one_of(
+    values, st.lists(values, min_size=1, max_size=5), st.integers(1, MAX_BUDGET_TOKENS).map(lambda n: {"total": n})
+)
+
+
+@given(asks)
+def test_what_is_printed_is_read_as_the_same(value: object) -> None:
+    ask = Ask.parse(value)
+    assert Ask.parse(ask.printed()) == ask
+    assert Ask.parse(json.loads(json.dumps(ask.printed()))) == ask
+
+
+@given(asks, st.lists(totals, min_size=1, max_size=5))
+def test_every_image_keeps_at_least_one_and_at_most_all(value: object, sizes: list[int]) -> None:
+    ask = Ask.parse(value)
+    try:
+        kept = BudgetPolicy().resolve_all(ask, sizes, [ONE] * len(sizes))
+    except BudgetError:
+        assert (isinstance(value, list) and len(value) != len(sizes)) or (ask.total or len(sizes)) < len(sizes)
+        return
+    assert all(1 <= keep <= size for keep, size in zip(kept, sizes, strict=True))
+    if ask.total is not None:
+        assert sum(kept) == min(ask.total, sum(sizes))
+
+
+@given(st.lists(totals, min_size=1, max_size=5), st.integers(5, 9000), st.integers(0, 50))
+def test_a_larger_total_never_keeps_fewer(sizes: list[int], total: int, more: int) -> None:
+    def kept(tokens: int) -> tuple[int, ...]:
+        return BudgetPolicy().resolve_all(Ask(total=tokens), sizes, [ONE] * len(sizes))
+
+    few, many = kept(total), kept(total + more)
+    assert sum(few) <= sum(many)
+    # By largest remainder an image may lose the one token that rounding gave it.
+    assert all(after >= before - 1 for before, after in zip(few, many, strict=True))
+
+
+@given(values, values, totals)
+def test_what_asks_for_more_keeps_no_less(one: object, other: object, total: int) -> None:
+    policy = BudgetPolicy(default=Budget(tokens=100))
+    kept = [policy.resolve(Budget.parse(value), total) for value in (one, other)]
+    if isinstance(one, int) and isinstance(other, int):
+        assert (kept[0] <= kept[1]) or one > other
+    if isinstance(one, float) and isinstance(other, float):
+        assert (kept[0] <= kept[1]) or one > other
+
+
+@pytest.mark.parametrize(("value", "images"), [([64], 2), ([64, 64], 1), ([64], 0), ({"total": 2}, 3)])
+def test_an_ask_that_does_not_fit_the_images_is_refused(value: object, images: int) -> None:
+    with pytest.raises(BudgetError, match="image"):
+        Ask.parse(value).check_images(images)
+
+
+def test_limits_clamp_or_refuse() -> None:
+    clamping = BudgetPolicy(minimum=10, maximum=50)
+    assert [clamping.resolve(Budget(tokens=n), 100) for n in (1, 10, 30, 99)] == [10, 10, 30, 50]
+    assert clamping.resolve(None, 100) == 50
+    assert clamping.resolve(Budget(tokens=1), 5) == 5, "an image with fewer tokens keeps them all"
+    refusing = BudgetPolicy(minimum=10, maximum=50, out_of_range="refuse")
+    assert refusing.resolve(Budget(tokens=30), 100) == 30
+    assert refusing.resolve(None, 100) == 50, "what nobody asked for is not refused"
+    assert refusing.resolve(Budget(tokens=60), 40) == 40, "it asks for all of a small image"
+    for wrong in (Budget(tokens=5), Budget(tokens=60), Budget(share=Fraction(1))):
+        with pytest.raises(BudgetError, match="takes 10 to 50 tokens per image"):
+            refusing.resolve(wrong, 100)
+
+
+def test_a_level_lowers_the_default_down_to_the_floor_and_nothing_else() -> None:
+    policy = BudgetPolicy(default=Budget(tokens=200), floor=60)
+    half, eighth = Fraction(1, 2), Fraction(1, 8)
+    assert [policy.resolve(None, 576, level) for level in (ONE, half, eighth)] == [200, 100, 60]
+    assert policy.resolve(None, 40, eighth) == 40
+    assert policy.resolve(Budget(tokens=150), 576, eighth) == 150
 
 
 def test_a_budget_is_tokens_or_a_share() -> None:

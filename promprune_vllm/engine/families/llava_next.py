@@ -83,7 +83,7 @@ class PrunedLlavaNext(PrunedModelMixin, clip.ClipTowerMixin, llava_next.LlavaNex
         groups = [_merged(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
         if self._settings.tiles == "base":
             # Settings admit this for PromPrune alone, which has an entropy.
-            entropy = self._method.entropy_of(tiles[0])  # type: ignore[attr-defined]
+            entropy = self._methods[0].entropy_of(tiles[0])  # type: ignore[attr-defined]
             groups = [Group(replace(group.features, entropy=entropy), group.places) for group in groups]
         return EncodedImage(rows, groups, _where(source < 0, rows.device))
 

@@ -1,0 +1,126 @@
+"""What one request says about its visual tokens, gathered from its fields and handed to the processor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from promprune_vllm.core.budget import AUTO, FIELD, Ask, Budget
+from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.errors import BudgetError
+
+logger = logging.getLogger("vllm.promprune")
+METHOD_FIELD = "visual_token_method"
+TEXT_KEY = "visual_token_text"
+DETAIL_KEY = "visual_token_detail"
+_IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The request's own words, unchecked.
+
+    Args:
+        budget: Its ``visual_token_budget``.
+        method: Its ``visual_token_method``.
+        text: What the user wrote in the last turn; for methods that look at it.
+        details: OpenAI's ``detail`` of each image, where the operator lets it count.
+    """
+
+    budget: object = None
+    method: object = None
+    text: str | None = None
+    details: tuple[str, ...] | None = None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the client itself asks for pruning."""
+        return self.budget is not None or self.method is not None
+
+    def as_kwargs(self) -> dict[str, object]:
+        """Return this as processor options, the way vLLM hands a request's wishes on."""
+        values = {FIELD: self.budget, METHOD_FIELD: self.method, TEXT_KEY: self.text, DETAIL_KEY: self.details}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def taken_from(cls, kwargs: Mapping[str, object]) -> tuple[Asked, dict[str, object]]:
+        """Split processor options into ours and the rest, which alone the Hugging Face processor may see."""
+        rest = dict(kwargs)
+        budget, method = rest.pop(FIELD, None), rest.pop(METHOD_FIELD, None)
+        text: Any = rest.pop(TEXT_KEY, None)
+        details: Any = rest.pop(DETAIL_KEY, None)
+        return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
+
+    def ask(self) -> Ask:
+        """Return the budget, checked; without one, the server's policy is asked for."""
+        return Ask() if self.budget is None else Ask.parse(self.budget)
+
+    def in_detail(self, ask: Ask, images: int, policy: BudgetPolicy) -> Ask:
+        """Return the ask with OpenAI's ``detail`` in its place, where no budget was sent."""
+        if self.budget is not None or self.details is None:
+            return ask
+        if len(self.details) != images:
+            logger.warning(
+                "A request with %d details has %d images: none was honoured.", len(self.details), images
+            )
+            return ask
+        budgets = {"low": Budget(tokens=policy.low), "high": Budget.parse("full")}
+        return Ask(each=tuple(budgets.get(detail) for detail in self.details))
+
+
+def read(request: Any, name: str) -> object:
+    """Return a field of a request, unchecked: at its top level or in ``vllm_xargs``.
+
+    Raises:
+        BudgetError: The two contradict each other.
+    """
+    top = (getattr(request, "model_extra", None) or {}).get(name)
+    nested = (getattr(request, "vllm_xargs", None) or {}).get(name)
+    if top is not None and nested is not None and top != nested:
+        raise BudgetError(
+            f"{name} is {str(top)[:80]!r} at the top level and {str(nested)[:80]!r} in vllm_xargs: send it once.",
+            param=name,
+        )
+    return nested if top is None else top
+
+
+def from_request(request: Any, messages: object, *, honour_detail: bool) -> Asked:
+    """Gather what a request says.
+
+    Args:
+        request: As one of vLLM's protocols parsed it.
+        messages: Its chat, if it is one.
+        honour_detail: Whether ``detail`` of images counts.
+    """
+    turns = messages if isinstance(messages, list) else []
+    details = tuple(_details(turns)) if honour_detail else ()
+    spoken = details if {"low", "high"} & set(details) else None
+    return Asked(read(request, FIELD), read(request, METHOD_FIELD), _last_words(turns), spoken)
+
+
+def _last_words(turns: Iterable[Any]) -> str | None:
+    """Return the text of the last turn of the user."""
+    words = None
+    for turn in turns:
+        if isinstance(turn, Mapping) and turn.get("role") == "user":
+            content = turn.get("content")
+            texts = [text for part in _parts(turn) if isinstance(text := part.get("text"), str)]
+            words = content if isinstance(content, str) else "\n".join(texts)
+    return words
+
+
+def _details(turns: Iterable[Any]) -> Iterable[str]:
+    """Yield the detail of every image in order of appearance."""
+    for turn in turns:
+        for part in _parts(turn) if isinstance(turn, Mapping) else ():
+            if part.get("type") in _IMAGE_PARTS or (part.get("type") is None and "image_url" in part):
+                image = part.get("image_url")
+                detail = image.get("detail") if isinstance(image, Mapping) else part.get("detail")
+                yield detail if isinstance(detail, str) else AUTO
+
+
+def _parts(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = turn.get("content")
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []

@@ -1,0 +1,75 @@
+"""The options that ``promprune serve`` adds to vLLM's: made from ``Settings``, handed on as variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import typing
+from collections.abc import Sequence
+
+from promprune_vllm.config import FLAG, PREFIX, Settings
+
+_ALIASES = {"allow_methods": ("--allow-methods",)}
+_METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME"}
+_EPILOG = """\
+Requests choose how many tokens an image keeps: {"visual_token_budget": 64, ...}.
+Everything below is vLLM's own help.
+"""
+
+
+def take(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Put our options into the environment, where every process of vLLM finds them.
+
+    Returns:
+        The arguments that are not ours, and whether only the settings are to be shown.
+    """
+    ours, rest = _parser().parse_known_args(list(arguments))
+    options = vars(ours)
+    dry_run: bool = options.pop("dry_run")
+    for name, value in options.items():
+        if value is not None:
+            os.environ[variable(name)] = str(value).lower() if isinstance(value, bool) else value
+    return rest, dry_run
+
+
+def help_text() -> str:
+    """Our part of ``promprune serve --help``."""
+    return _parser().format_help()
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"{PREFIX}{name.upper()}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="promprune serve",
+        usage="promprune serve MODEL [PromPrune options] [options of vllm serve]",
+        add_help=False,
+        allow_abbrev=False,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("PromPrune options")
+    for name, field in Settings.model_fields.items():
+        flags = (FLAG + name.replace("_", "-"), *_ALIASES.get(name, ()))
+        default = (
+            "" if field.default in (None, False, ()) or "default" in str(field.description) else field.default
+        )
+        shown = f" (default: {default})" if default != "" and field.default_factory is None else ""
+        help_line = f"{field.description}{shown}. Also {variable(name)}."
+        if field.annotation is bool:
+            group.add_argument(
+                *flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=help_line
+            )
+        else:
+            choices = typing.get_args(field.annotation) if _is_choice(field.annotation) else None
+            metavar = None if choices else _METAVARS.get(name, "TOKENS")
+            group.add_argument(*flags, dest=name, default=None, choices=choices, metavar=metavar, help=help_line)
+    group.add_argument("--dry-run", action="store_true", help="print the settings in force and exit.")
+    return parser
+
+
+def _is_choice(annotation: object) -> bool:
+    return typing.get_origin(annotation) is typing.Literal

@@ -1,0 +1,84 @@
+"""What a reply tells: how many visual tokens its images had, and how many were kept.
+
+The counts of a request are known deep inside its handling; a reply is made around it. They meet in a context
+variable that the middleware sets for each request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+SEEN_HEADER = "x-visual-tokens-seen"
+KEPT_HEADER = "x-visual-tokens-kept"
+USAGE_FIELD = "visual_tokens"
+
+
+@dataclass(slots=True)
+class Told:
+    """What is known about one HTTP request's images, ``(seen, kept)`` each, in order of appearance."""
+
+    images: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        """Visual tokens before pruning."""
+        return sum(seen for seen, _ in self.images)
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens that entered the language model."""
+        return sum(kept for _, kept in self.images)
+
+    def usage(self) -> dict[str, Any]:
+        """Return what stands in a reply's ``usage.visual_tokens``."""
+        images = [{"seen": seen, "kept": kept} for seen, kept in self.images]
+        return {"seen": self.seen, "kept": self.kept, "images": images}
+
+
+_told: ContextVar[Told | None] = ContextVar("visual_tokens_told", default=None)
+
+
+def tell(images: Sequence[tuple[int, int]]) -> None:
+    """Remember the images of the request being handled; of nothing where nobody listens."""
+    told = _told.get()
+    if told is not None:
+        told.images.extend(images)
+
+
+def told() -> Told | None:
+    """Return what is known of the request being handled, or ``None`` where it has no images."""
+    current = _told.get()
+    return current if current is not None and current.images else None
+
+
+class VisualTokenHeaders:
+    """ASGI middleware: a reply to a request with images carries their counts in its headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        current = Told()
+        token = _told.set(current)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start" and current.images:
+                counts = ((SEEN_HEADER, current.seen), (KEPT_HEADER, current.kept))
+                extra = [(name.encode(), str(count).encode()) for name, count in counts]
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        finally:
+            _told.reset(token)
