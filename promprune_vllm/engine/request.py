@@ -78,7 +78,10 @@ def _adding(original: Any) -> Any:
                 target["mm_processor_kwargs"] = {**(target.get("mm_processor_kwargs") or {}), **added}
             # Prompts of an offline LLM arrive here too, with the options their own process trusts.
             with refusing():
-                admit(self, Asked.taken_from(target.get("mm_processor_kwargs") or {})[0])
+                asked = Asked.taken_from(target.get("mm_processor_kwargs") or {})[0]
+                admit(self, asked)
+                if not target.get("multi_modal_data"):
+                    asked.ask().check_images(0)
 
     return apply_prompt_extras
 

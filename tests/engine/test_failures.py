@@ -180,7 +180,7 @@ def test_rows_that_do_not_fill_the_placeholder_fail_the_request(engine: Engine) 
     engine.forget()
     with pytest.MonkeyPatch.context() as patch:
         project = engine.model.project
-        patch.setattr(engine.model, "_method", get_method("visionzip"))
+        patch.setattr(engine.model, "_methods", [get_method("visionzip")])
         patch.setattr(engine.model, "project", lambda rows: project(rows)[:-1])
         (output,) = engine.generate([engine.prompt(("coffee", 50))], tokens=1)
     assert _failed(output)
@@ -290,6 +290,6 @@ def test_the_log_says_what_happened_and_what_to_do(engine: Engine, caplog: pytes
 
 
 def test_outside_a_step_the_exception_passes(engine: Engine) -> None:
-    inputs = {"pixel_values": engine.pixels("coffee"), "visual_token_counts": torch.tensor([[576, 64]])}
+    inputs = {"pixel_values": engine.pixels("coffee"), "visual_token_counts": torch.tensor([[576, 64, 0]])}
     with breaking(engine, "coffee"), torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
         engine.model.embed_multimodal(**inputs)

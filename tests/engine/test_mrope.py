@@ -128,7 +128,7 @@ def test_the_second_runner_writes_the_same_positions(half: FamilyEngine) -> None
     positions, delta = half.model.get_mrope_input_positions(prompt, features)
     with torch.inference_mode():
         inputs = half.inputs("portrait", "square")
-        counts = torch.tensor([[half.tokens(shape), 9] for shape in ("portrait", "square")])
+        counts = torch.tensor([[half.tokens(shape), 9, 0] for shape in ("portrait", "square")])
         embeddings = half.model.embed_multimodal(visual_token_counts=counts, **inputs)
     ropes, written = SimpleNamespace(read_prefill_positions=lambda *_: positions.int()), []
     ropes.update_prefill_positions = lambda _, new, later: written.append((new, later))

@@ -1,0 +1,98 @@
+"""What the operator sets: default, limits, OpenAI's detail, further methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promprune_vllm.demo.server import Server
+from tests.conftest import QUESTION
+from tests.server.conftest import MODEL, _serving, ask, body, image_url, post
+
+pytestmark = pytest.mark.server
+POLICY = (
+    *("--visual-token-budget", "50%", "--visual-token-min", "4", "--visual-token-max", "400"),
+    *("--visual-token-low", "32", "--visual-token-detail", "--allow-methods", "divprune,cdpruner"),
+)
+
+
+@pytest.fixture(scope="module")
+def policy_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from _serving(demo_model, tmp_path_factory.mktemp("policy"), *POLICY)
+
+
+def _kept(server: Server, **fields: Any) -> int:
+    """Visual tokens of a request with one image; all else in the prompt is the same."""
+    detail = fields.pop("detail", None)
+    request = body("coffee", **fields)
+    if detail is not None:
+        request["messages"][0]["content"][0]["image_url"]["detail"] = detail
+    response = post(server, "/v1/chat/completions", request)
+    assert response.status_code == 200, response.text
+    return int(response.json()["usage"]["prompt_tokens"]) - _text(server)
+
+
+def _text(server: Server) -> int:
+    return int(ask(server, "coffee", visual_token_budget=4)["usage"]["prompt_tokens"]) - 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, 288),
+        ({"visual_token_budget": "auto"}, 288),
+        ({"visual_token_budget": 100}, 100),
+        ({"visual_token_budget": 1}, 4),
+        ({"visual_token_budget": "full"}, 400),
+        ({"detail": "low"}, 32),
+        ({"detail": "high"}, 400),
+        ({"detail": "auto"}, 288),
+        ({"detail": "low", "visual_token_budget": 77}, 77),
+        ({"detail": "high", "visual_token_budget": "auto"}, 288),
+    ],
+    ids=str,
+)
+def test_what_an_image_keeps(policy_server: Server, fields: dict[str, Any], kept: int) -> None:
+    assert _kept(policy_server, **fields) == kept
+
+
+def test_detail_counts_for_each_image_and_on_responses(policy_server: Server) -> None:
+    request = body("coffee", "rocket")
+    request["messages"][0]["content"][1]["image_url"]["detail"] = "low"
+    both = post(policy_server, "/v1/chat/completions", request).json()["usage"]["prompt_tokens"]
+    plain = ask(policy_server, "coffee", "rocket")["usage"]["prompt_tokens"]
+    assert plain - both == 288 - 32
+    parts = [
+        {"type": "input_image", "image_url": image_url("coffee"), "detail": detail} for detail in ("low", "auto")
+    ]
+    lengths = []
+    for part in parts:
+        content = [part, {"type": "input_text", "text": QUESTION}]
+        items = [{"role": "user", "content": content}]
+        response = post(policy_server, "/v1/responses", {"model": MODEL, "input": items, "max_output_tokens": 16})
+        lengths.append(response.json()["usage"]["input_tokens"])
+    assert lengths[1] - lengths[0] == 288 - 32
+
+
+def test_without_the_option_detail_changes_nothing(server: Server) -> None:
+    request = body("coffee")
+    request["messages"][0]["content"][0]["image_url"]["detail"] = "low"
+    length = post(server, "/v1/chat/completions", request).json()["usage"]["prompt_tokens"]
+    assert length == ask(server, "coffee")["usage"]["prompt_tokens"]
+
+
+def test_a_request_chooses_among_the_allowed_methods(policy_server: Server) -> None:
+    telling = {"return_token_ids": True, "max_tokens": 8, "visual_token_budget": 20}
+    said = {}
+    for method in (None, "promprune", "divprune", "cdpruner"):
+        fields = {} if method is None else {"visual_token_method": method}
+        answer = ask(policy_server, "coffee", **telling, **fields)
+        said[method] = tuple(answer["choices"][0]["token_ids"])
+    assert said[None] == said["promprune"]
+    assert len(set(said.values())) > 1, "methods would make no difference"
+    refused = post(policy_server, "/v1/chat/completions", body("coffee", visual_token_method="random"))
+    assert refused.status_code == 400
+    assert "promprune, divprune, cdpruner" in refused.json()["error"]["message"]
