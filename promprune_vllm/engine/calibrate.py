@@ -1,0 +1,206 @@
+"""Measures the entropy of images under a model, in an engine of its own inside this process.
+
+Each image takes the way it takes in a server: the same decoding, the same processor, the same precision, the same
+``capture``. It is asked for with a budget of one token, so that the language model has next to nothing to do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from promprune_vllm.config import METHOD_VARIABLE, Settings
+from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.calibration import CalibrationReport, MeasuredImage, SkippedImage
+from promprune_vllm.core.registry import options_of
+from promprune_vllm.engine import families
+from promprune_vllm.errors import CalibrationError, SettingsError, UnsupportedModelError
+
+# The prompt is one image of one token and a few words; a small context keeps the KV cache small.
+_DEFAULTS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_seqs": 1,
+    "limit_mm_per_prompt": {"image": 1, "video": 0},
+    "enable_prefix_caching": False,
+    "mm_processor_cache_gb": 0,
+    "disable_log_stats": True,
+}
+_ENVIRONMENT = {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for the result
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+}
+
+
+def calibrate(
+    model: str, directory: Path, *, limit: int | None, arguments: Sequence[str], tell: Callable[[str], None]
+) -> CalibrationReport:
+    """Load a model and measure the images of a directory.
+
+    Args:
+        model: As vLLM takes it.
+        directory: Of images; what is not named like one is left alone, and so are directories within.
+        limit: Measure at most this many, spread evenly over the sorted names.
+        arguments: Further options of vLLM's engine, as on the command line.
+        tell: Called with what is being done.
+
+    Raises:
+        CalibrationError: There is nothing to measure, or vLLM cannot load the model.
+        SettingsError: The settings choose a method that has no ``mu``.
+        UnsupportedModelError: The model cannot be pruned.
+    """
+    settings = Settings.from_environment()
+    if settings.method != "promprune":
+        raise SettingsError(
+            f"Only method 'promprune' has a mu to calibrate, and {METHOD_VARIABLE} is {settings.method!r}. "
+            "Unset it."
+        )
+    files = image_files(directory, limit)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with _stdout_kept_clean():
+        tell(f"Loading {model} …")
+        with loaded(model, arguments) as llm:
+            images: list[MeasuredImage] = []
+            skipped: list[SkippedImage] = []
+            for i, file in enumerate(files):
+                tell(f"Encoding image {i + 1} of {len(files)} …")
+                result = measure(llm, file)
+                (images if isinstance(result, MeasuredImage) else skipped).append(result)  # type: ignore[arg-type]
+            calibration = families.calibration(llm.model_config.architectures)
+    if not images:
+        raise CalibrationError(
+            f"None of the {len(files)} images of {directory} could be measured. The first one, "
+            f"{skipped[0].file}: {skipped[0].reason}"
+        )
+    options = options_of(settings.selector(calibration))
+    return CalibrationReport(model, images, skipped, options, settings.method_options, settings.tiles)
+
+
+def image_files(directory: Path, limit: int | None = None) -> list[Path]:
+    """Return the files of a directory that are named like an image a server accepts, by name.
+
+    Raises:
+        CalibrationError: There are none.
+    """
+    from PIL import Image
+
+    if not directory.is_dir():
+        raise CalibrationError(f"There is no directory {directory}. Give --images a directory of image files.")
+    known = Image.registered_extensions()
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in known)
+    if not files:
+        raise CalibrationError(f"No file in {directory} is named like an image (.jpg, .png, .webp and others).")
+    if limit is None or limit >= len(files):
+        return files
+    return [files[i * len(files) // limit] for i in range(limit)]
+
+
+@contextmanager
+def loaded(model: str, arguments: Sequence[str]) -> Iterator[Any]:
+    """Start vLLM in this process, and give its memory back.
+
+    Yields:
+        vLLM's ``LLM``, whose model remembers what it measures.
+
+    Raises:
+        CalibrationError: vLLM cannot load the model.
+        UnsupportedModelError: The model cannot be pruned.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from promprune_vllm.engine import plugin
+
+    plugin.register()  # also where VLLM_PLUGINS leaves it out
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="promprune calibrate"))
+    parser.set_defaults(**_DEFAULTS)
+    options = parser.parse_args(["--model", model, *arguments])
+    try:
+        engine_arguments = EngineArgs.from_cli_args(options)
+        config = engine_arguments.create_engine_config()
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"vLLM cannot load {model}: {error}") from error
+    if (reason := families.why_not(config)) is not None:
+        raise UnsupportedModelError(f"The visual tokens of {model} cannot be pruned: {reason}.")
+    llm = LLM.from_engine_args(engine_arguments)
+    try:
+        llm.apply_model(_watch)
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
+    """Encode one image.
+
+    Args:
+        llm: As ``loaded`` yields it.
+        file: The image.
+    """
+    from PIL import Image
+    from vllm import SamplingParams
+    from vllm.model_executor.model_loader import get_model_cls
+    from vllm.multimodal.media import ImageMediaIO
+
+    placeholder = get_model_cls(llm.model_config).get_placeholder_str("image", 0)
+    try:
+        prompt = {
+            "prompt": f"{placeholder}\n",
+            "multi_modal_data": {"image": ImageMediaIO().load_file(file)},
+            "multi_modal_uuids": {"image": str(file)},  # two equal images are two images
+            "mm_processor_kwargs": {FIELD: 1},
+        }
+        llm.generate(prompt, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return SkippedImage(file.name, " ".join(str(error).split()))
+    measured = llm.apply_model(_take)[0]
+    if len(measured) != 1:
+        return SkippedImage(file.name, "it has a single visual token, and so no entropy")
+    return MeasuredImage(file.name, *measured[0])
+
+
+def _watch(model: Any) -> None:
+    """Make a model remember ``(tokens, entropies)`` of every image it captures. Runs in the worker."""
+    capture = model.capture
+    model.measured = []
+
+    def remembering(*args: Any) -> Any:
+        images = capture(*args)
+        model.measured += [(len(image.rows), _entropies(model, image)) for image in images]
+        return images
+
+    model.capture = remembering
+
+
+def _take(model: Any) -> list[tuple[int, tuple[float, ...]]]:
+    measured: list[tuple[int, tuple[float, ...]]] = model.measured
+    model.measured = []
+    return measured
+
+
+def _entropies(model: Any, image: Any) -> tuple[float, ...]:
+    first = image.groups[0].features.entropy
+    if first is not None:  # of the whole image, given to all of its tiles
+        return (float(first),)
+    return tuple(float(model._method.entropy_of(group.features)) for group in image.groups)
+
+
+@contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """Send to standard error what libraries, also those not in Python, write to standard output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,14 @@
+"""Tables of the README, as the command line prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Render a table in GitHub's Markdown, without a newline at its end."""
+    return "\n".join(_line(cells) for cells in (columns, ("---",) * len(columns), *rows))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,134 @@
+"""What ``promprune calibrate`` makes of measured entropies, and what it refuses before it starts an engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
+
+from promprune_vllm import cli
+from promprune_vllm.calibration_table import option, show
+from promprune_vllm.core.calibration import (
+    SHARES,
+    CalibrationReport,
+    MeasuredImage,
+    SkippedImage,
+    histogram,
+    quantile,
+)
+from promprune_vllm.demo import photo_path
+from promprune_vllm.engine.calibrate import image_files
+
+OPTIONS = {"mu": 0.42, "tau": 0.02, "entropy": "spectral"}
+VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=40)
+
+
+def report(*entropies: tuple[float, ...], **more: Any) -> CalibrationReport:
+    images = [MeasuredImage(f"{i}.jpg", 100 + i, values) for i, values in enumerate(entropies)]
+    return CalibrationReport("model", images, (), OPTIONS, **more)
+
+
+def shown(measured: CalibrationReport) -> str:
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        show(measured, console)
+    return capture.get()
+
+
+@given(VALUES, st.floats(0, 1))
+def test_quantiles_are_numpys(values: list[float], share: float) -> None:
+    assert quantile(sorted(values), share) == pytest.approx(np.quantile(values, share), abs=1e-12)
+
+
+@given(VALUES, st.integers(1, 20))
+def test_a_histogram_counts_every_value_once(values: list[float], bins: int) -> None:
+    counted = histogram(values, bins)
+    assert sum(count for _, count in counted) == len(values)
+    edges = [edge for edge, _ in counted]
+    assert edges == sorted(edges)
+    assert edges[0] == min(values)
+    assert counted[0][1] > 0
+
+
+def test_mu_is_the_median_over_groups_and_not_over_images() -> None:
+    measured = report((0.1,), (0.5, 0.6, 0.7), (0.2,))
+    assert measured.mu == 0.5
+    document = measured.as_document()
+    assert document["groups"] == 5
+    assert document["tokens"] == {"min": 100, "median": 101, "max": 102}
+    assert document["entropy"] == {
+        name: pytest.approx(np.quantile([0.1, 0.2, 0.5, 0.6, 0.7], share)) for name, share in SHARES.items()
+    }
+    assert document["images"][1] == {"file": "1.jpg", "tokens": 101, "entropies": [0.5, 0.6, 0.7]}
+    assert "5 tiles" in shown(measured)
+    assert "tiles" not in shown(report((0.1,), (0.2,)))
+
+
+def test_the_saturated_zone_begins_at_three_tau() -> None:
+    measured = report((0.43,), (0.48,), (0.5,), (0.55,), (0.57,))
+    assert measured.saturated(0.5) == 2 / 5  # 0.43 and 0.57
+    assert measured.as_document()["saturated_share"] == {"mu": 2 / 5, "mu_in_force": 3 / 5}
+    assert "40 % lie there with this mu, 60 % with the one in force, 0.42." in shown(measured)
+
+
+def test_the_suggestion_can_be_pasted_and_keeps_the_operators_options() -> None:
+    measured = report((0.53123,), chosen={"coverage": "fps", "mu": 0.3})
+    name, value = shlex.split(option(measured))
+    assert name == "--visual-token-method-options"
+    assert json.loads(value) == {"coverage": "fps", "mu": 0.5312}
+    assert option(measured) in shown(measured)
+    assert option(report((0.5312,))) == "--visual-token-method-options '{\"mu\": 0.5312}'"
+
+
+def test_the_document_is_json_and_names_what_was_skipped() -> None:
+    measured = CalibrationReport("m", [MeasuredImage("a", 4, (1.0,))], [SkippedImage("b", "broken")], OPTIONS)
+    document = json.loads(json.dumps(measured.as_document()))
+    assert document["skipped"] == [{"file": "b", "reason": "broken"}]
+    assert document["options_in_force"] == OPTIONS
+
+
+def test_image_files_are_told_by_their_names_and_a_limit_spreads_over_them(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("notes.txt", "README", "b.JPG", "a.png", *(f"c{i}.webp" for i in range(8))):
+        (tmp_path / name).touch()
+    names = [path.name for path in image_files(tmp_path)]
+    assert names == ["a.png", "b.JPG", *(f"c{i}.webp" for i in range(8))]
+    for limit in range(1, 13):
+        chosen = [path.name for path in image_files(tmp_path, limit)]
+        assert chosen == sorted(set(chosen))
+        assert len(chosen) == min(limit, 10)
+    assert [path.name for path in image_files(tmp_path, 2)] == ["a.png", "c3.webp"]
+
+
+@pytest.mark.parametrize(
+    ("directory", "method", "complaint"),
+    [
+        ("nowhere", "promprune", "There is no directory"),
+        ("empty", "promprune", "is named like an image"),
+        ("empty", "random", "Only method 'promprune' has a mu to calibrate"),
+        ("empty", "nothing", "There is no method 'nothing'"),
+    ],
+)
+def test_what_cannot_be_calibrated_ends_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str, method: str, complaint: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PROMPRUNE_METHOD", method)
+    result = CliRunner().invoke(cli.app, ["calibrate", "MODEL", "--images", str(tmp_path / directory)])
+    assert result.exit_code == 2
+    assert complaint in result.output
+
+
+def test_an_option_in_the_models_place_is_named() -> None:
+    photos = str(photo_path("coffee").parent)
+    result = CliRunner().invoke(cli.app, ["calibrate", "--dtype", "float32", "MODEL", "--images", photos])
+    assert result.exit_code == 2
+    assert "MODEL comes before vLLM's options, and --dtype stands in its place" in result.output
