@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,7 +155,7 @@ def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
         prompt = {
             "prompt": f"{placeholder}\n",
             "multi_modal_data": {"image": ImageMediaIO().load_file(file)},
-            "multi_modal_uuids": {"image": str(file)},  # two equal images are two images
+            "multi_modal_uuids": {"image": uuid.uuid4().hex},  # of two equal images, none is taken from a cache
             "mm_processor_kwargs": {FIELD: 1},
         }
         llm.generate(prompt, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from promprune_vllm.core.calibration import (
     quantile,
 )
 from promprune_vllm.demo import photo_path
-from promprune_vllm.engine.calibrate import image_files
+from promprune_vllm.engine.calibrate import _stdout_kept_clean, image_files
 
 OPTIONS = {"mu": 0.42, "tau": 0.02, "entropy": "spectral"}
 VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=40)
@@ -106,6 +107,17 @@ def test_image_files_are_told_by_their_names_and_a_limit_spreads_over_them(tmp_p
         assert chosen == sorted(set(chosen))
         assert len(chosen) == min(limit, 10)
     assert [path.name for path in image_files(tmp_path, 2)] == ["a.png", "c3.webp"]
+
+
+def test_what_libraries_write_does_not_reach_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    print("before", flush=True)
+    with _stdout_kept_clean():
+        print("in Python")
+        os.write(1, b"not in Python")
+    print("after", flush=True)
+    out, err = capfd.readouterr()
+    assert out.split() == ["before", "after"]
+    assert "not in Python" in err
 
 
 @pytest.mark.parametrize(

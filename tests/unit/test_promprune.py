@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -92,6 +94,18 @@ def test_two_tokens(options: dict[str, Any]) -> None:
     features = _tokens(_draw(0, 2, 8), torch.tensor([0.1, 0.2]))
     assert _kept(select(features, 1, kr_min=1.0, kr_max=1.0, **options), 1, 2) == {1}
     _kept(select(features, 1, **options), 1, 2)
+
+
+@pytest.mark.parametrize("entropy", get_args(Entropy))
+def test_a_given_entropy_decides_the_split_in_place_of_the_groups_own(entropy: str) -> None:
+    own = _tokens(_clusters(6))
+    for h in (0.0, 0.55, 0.58, 0.6, 0.63, 0.7, 1.0):
+        report = select(replace(own, entropy=torch.tensor(h)), 24, mu=0.6, tau=0.02, entropy=entropy).report
+        assert float(report[f"{entropy}_entropy"]) == pytest.approx(h)
+        assert int(report["saliency_tokens"]) == round(24 / (1 + math.exp((h - 0.6) / 0.02)))
+    method = get_method("promprune", entropy=entropy)
+    same = select(replace(own, entropy=method.entropy_of(own)), 24, method)  # type: ignore[attr-defined]
+    assert torch.equal(same.indices, select(own, 24, method).indices)
 
 
 def test_a_higher_entropy_never_gets_more_salient_tokens() -> None:

@@ -1,0 +1,66 @@
+"""The pure functions of M-RoPE positions; the module they live in imports vLLM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promprune_vllm.engine.mrope import CHANNELS, Span, decode_cells, encode_cells, unpruned_columns
+
+pytestmark = pytest.mark.engine
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# An image in a prompt: text before it, tokens kept, tokens dropped.
+IMAGES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.integers(1, 50)), max_size=5)
+
+
+@given(IMAGES, st.integers(1, 9))
+def test_columns_are_those_of_the_unpruned_prompt(images: list[tuple[int, int, int]], after: int) -> None:
+    spans: list[Span] = []
+    truth: list[int] = []
+    unpruned = 0
+    for text, kept, dropped in images:
+        truth += range(unpruned, unpruned + text)
+        spans.append(Span(offset=len(truth), kept=kept, full=kept + dropped))
+        truth += range(unpruned + text, unpruned + text + kept)  # the first ones stand for those kept
+        unpruned += text + kept + dropped
+    truth += range(unpruned, unpruned + after)
+    columns = unpruned_columns(len(truth), spans)
+    assert columns.dtype == torch.int64
+    assert columns.tolist() == truth
+
+
+def test_a_prompt_without_pruned_images_stands_where_it_stands() -> None:
+    assert unpruned_columns(5, ()).tolist() == [0, 1, 2, 3, 4]
+    assert unpruned_columns(4, [Span(1, 2, 2)]).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> None:
+    """All rows and columns up to 1300: far beyond 256, above which bfloat16 holds no odd number."""
+    height, width = 1300, 1301
+    along = torch.arange(height)
+    for cells in (along * width, along, along * width + along, along * width + width - 1):
+        rows = torch.randn(len(cells), 6).to(dtype)
+        marked = encode_cells(rows, cells, width)
+        assert marked.dtype == dtype
+        assert marked.shape == (len(cells), 6 + CHANNELS)
+        assert torch.equal(marked[:, :6], rows)
+        row, column = decode_cells(marked[:, 6:])
+        assert row.dtype == column.dtype == torch.int64
+        assert torch.equal(row * width + column, cells)
+
+
+@given(st.sampled_from(DTYPES), st.integers(1, 65_535), st.integers(0, 65_535), st.data())
+def test_cells_survive_up_to_sixteen_bits(dtype: torch.dtype, width: int, row: int, data: st.DataObject) -> None:
+    column = data.draw(st.integers(0, width - 1))
+    marked = encode_cells(torch.zeros(1, 1, dtype=dtype), torch.tensor([row * width + column]), width)
+    assert [int(value) for value in decode_cells(marked[:, 1:])] == [row, column]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_of_what_was_not_pruned_decode_to_no_cell(dtype: torch.dtype) -> None:
+    row, column = decode_cells(torch.full((3, CHANNELS), -1.0, dtype=dtype))
+    assert bool((row < 0).all())
+    assert bool((column < 0).all())
