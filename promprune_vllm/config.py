@@ -97,7 +97,8 @@ class Settings(BaseSettings):
         if settings.tiles == "base" and settings.allowed != ("promprune",):
             raise SettingsError(
                 f"{PREFIX}TILES=base shares the entropy of method 'promprune' between the tiles of an image; "
-                f"{', '.join(settings.allowed[1:] or settings.allowed)} has none. Use own or merged."
+                f"{', '.join(repr(name) for name in settings.allowed if name != 'promprune')} has none. "
+                "Use own or merged."
             )
         return settings
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.config import METHOD_VARIABLE, Settings
+from promprune_vllm.config import PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.calibration import CalibrationReport, MeasuredImage, SkippedImage
 from promprune_vllm.core.registry import options_of
@@ -58,8 +58,7 @@ def calibrate(
     settings = Settings.from_environment()
     if settings.method != "promprune":
         raise SettingsError(
-            f"Only method 'promprune' has a mu to calibrate, and {METHOD_VARIABLE} is {settings.method!r}. "
-            "Unset it."
+            f"Only method 'promprune' has a mu to calibrate, and {PREFIX}METHOD is {settings.method!r}. Unset it."
         )
     files = image_files(directory, limit)
     for name, value in _ENVIRONMENT.items():
@@ -190,7 +189,7 @@ def _entropies(model: Any, image: Any) -> tuple[float, ...]:
     first = image.groups[0].features.entropy
     if first is not None:  # of the whole image, given to all of its tiles
         return (float(first),)
-    return tuple(float(model._method.entropy_of(group.features)) for group in image.groups)
+    return tuple(float(model._methods[0].entropy_of(group.features)) for group in image.groups)
 
 
 @contextmanager
