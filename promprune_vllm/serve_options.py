@@ -7,6 +7,8 @@ import os
 import typing
 from collections.abc import Sequence
 
+from pydantic.fields import FieldInfo
+
 from promprune_vllm.config import FLAG, PREFIX, Settings
 
 _ALIASES = {"allow_methods": ("--allow-methods",)}
@@ -54,21 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("PromPrune options")
     for name, field in Settings.model_fields.items():
         flags = (FLAG + name.replace("_", "-"), *_ALIASES.get(name, ()))
-        default = (
-            "" if field.default in (None, False, ()) or "default" in str(field.description) else field.default
-        )
-        shown = f" (default: {default})" if default != "" and field.default_factory is None else ""
-        help_line = f"{field.description}{shown}. Also {variable(name)}."
+        explained = f"{field.description}{_default(field)}. Also {variable(name)}."
         if field.annotation is bool:
-            group.add_argument(
-                *flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=help_line
-            )
+            switch = argparse.BooleanOptionalAction
+            group.add_argument(*flags, dest=name, action=switch, default=None, help=explained)
         else:
-            choices = typing.get_args(field.annotation) if _is_choice(field.annotation) else None
-            metavar = None if choices else _METAVARS.get(name, "TOKENS")
-            group.add_argument(*flags, dest=name, default=None, choices=choices, metavar=metavar, help=help_line)
+            # The settings themselves refuse what is none of the choices, as they do for the variable.
+            choices = typing.get_args(field.annotation) if _is_choice(field.annotation) else ()
+            metavar = f"{{{','.join(choices)}}}" if choices else _METAVARS.get(name, "TOKENS")
+            group.add_argument(*flags, dest=name, metavar=metavar, help=explained)
     group.add_argument("--dry-run", action="store_true", help="print the settings in force and exit.")
     return parser
+
+
+def _default(field: FieldInfo) -> str:
+    told = "default" in str(field.description) or field.default_factory is not None
+    return "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
 
 
 def _is_choice(annotation: object) -> bool:

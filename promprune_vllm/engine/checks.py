@@ -34,6 +34,7 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._get_cache_missing_processor_kwargs": ("inputs", "mm_is_cached"),
     f"{_PROCESSOR}._get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
     f"{_PROCESSOR}._get_mm_hashes": ("inputs",),
+    f"{_PROCESSOR}.get_dummy_inputs": (),
     f"{_PROCESSOR}._get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
     "vllm.multimodal.processing.inputs:ProcessorInputs": ("hf_processor_mm_kwargs",),
     "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),

@@ -33,6 +33,7 @@ TEXT = "visual_token_text"
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
 _PLAN = "_promprune_plan"
+_PROFILE = "_promprune_profile"
 _KEY_PREFIX = "promprune-"
 
 checks.require_names(checks.PROCESSOR_NAMES)
@@ -97,15 +98,25 @@ class PrunedProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
+        profiling = kwargs.pop(_PROFILE, False)
         with refusing():
-            plan = self._plan(inputs, asked, kwargs)
+            plan = self._plan(
+                inputs, Asked() if profiling else asked, kwargs, prunes=not (profiling or self.refusal)
+            )
         planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, _PLAN: plan})
         result = super().apply(planned, timing_ctx)  # type: ignore[misc]
         if plan:
             result[SUMMARY] = plan
         return result
 
-    def _plan(self, inputs: Any, asked: Asked, kwargs: Mapping[str, object]) -> tuple[ImagePlan, ...]:
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the inputs of vLLM's memory profile: the most that requests can bring, so never pruned."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: True})
+
+    def _plan(
+        self, inputs: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True
+    ) -> tuple[ImagePlan, ...]:
         ask, method = asked.ask(), self._method_index(asked.method)
         images = inputs.mm_data_items.get("image")
         if images is None:
@@ -120,7 +131,7 @@ class PrunedProcessorMixin:
             sizes = [self._embedded_tokens(images, i) for i in range(images.get_count())]
             return tuple(ImagePlan(size, size) for size in sizes)
         sizes = [self._image_tokens(images, i, kwargs) for i in range(images.get_count())]  # type: ignore[attr-defined]
-        if self.refusal:
+        if not prunes:
             return tuple(ImagePlan(size, size) for size in sizes)
         kept = self._policy.resolve_all(
             asked.in_detail(ask, len(sizes), self._policy), sizes, self._levels(images)

@@ -180,8 +180,12 @@ def test_micro_batches(seen: list[int], limit: int, sizes: list[int]) -> None:
     assert [count for batch in batches for count in seen[batch]] == seen
 
 
-def test_the_profile_run_is_not_pruned(engine: Engine) -> None:
-    """Memory must be profiled with every token, whatever requests will ask for."""
-    processor = engine.llm.llm_engine.renderer.get_mm_processor()
+def test_the_profile_run_is_not_pruned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory must be profiled with every token, whatever requests will ask for and the server keeps by default."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    monkeypatch.setenv("PROMPRUNE_BUDGET", "5")
+    monkeypatch.setenv("PROMPRUNE_MAX", "9")
+    processor = MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
     dummy = processor.get_dummy_mm_inputs({"image": 1})
     assert [place.length for place in dummy["mm_placeholders"]["image"]] == [576]
