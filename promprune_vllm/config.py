@@ -35,7 +35,7 @@ class Settings(BaseSettings):
 
     budget: str | None = Field(
         default=None,
-        description='kept per image where a request asks for nothing: tokens, "25%%" or "full" (default: full)',
+        description='kept per image where a request asks for nothing: tokens, "25%" or "full" (default: full)',
     )
     min: int = Field(default=1, description="an image never keeps fewer tokens")
     max: int | None = Field(default=None, description="nor more (default: no limit)")

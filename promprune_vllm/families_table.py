@@ -15,7 +15,7 @@ COLUMNS = ("architecture", "model", "saliency", "positions", "refused", "calibra
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every family as plain data; ``mu`` is the one in force, ``mu_tokens`` where it was measured, if it was."""
+    """Every family as plain data; ``mu`` is the one in force, ``mu_source`` where it comes from."""
     return [
         {
             "architecture": architecture,
@@ -24,7 +24,7 @@ def describe() -> list[dict[str, Any]]:
             "positions": family.positions,
             "refused": family.refused,
             "mu": _mu(family),
-            "mu_tokens": family.calibration_tokens,
+            "mu_source": family.calibrated,
         }
         for architecture, family in FAMILIES.items()
     ]
@@ -32,9 +32,7 @@ def describe() -> list[dict[str, Any]]:
 
 def calibration(row: dict[str, Any]) -> str:
     """Say which ``mu`` a row of ``describe`` has, and where it comes from."""
-    if row["mu_tokens"] is None:
-        return f"mu {row['mu']} (the method's default)"
-    return f"mu {row['mu']} (measured at {row['mu_tokens']} tokens)"
+    return f"mu {row['mu']} ({row['mu_source']})"
 
 
 def show(console: Console) -> None:

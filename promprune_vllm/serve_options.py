@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pydantic.fields import FieldInfo
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
+from promprune_vllm.markdown import table
 
 _ALIASES = {"allow_methods": ("--allow-methods",)}
 _METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME"}
@@ -39,6 +40,15 @@ def help_text() -> str:
     return _parser().format_help()
 
 
+def markdown() -> str:
+    """Render the README's table of options."""
+    rows = [
+        (f"`{FLAG}{name.replace('_', '-')}`", f"`{variable(name)}`", _explained(field))
+        for name, field in Settings.model_fields.items()
+    ]
+    return table(("option of `promprune serve`", "variable", "what it does"), rows)
+
+
 def variable(name: str) -> str:
     """Return the environment variable of a setting."""
     return f"{PREFIX}{name.upper()}"
@@ -56,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("PromPrune options")
     for name, field in Settings.model_fields.items():
         flags = (FLAG + name.replace("_", "-"), *_ALIASES.get(name, ()))
-        explained = f"{field.description}{_default(field)}. Also {variable(name)}."
+        explained = f"{_explained(field)}. Also {variable(name)}.".replace("%", "%%")
         if field.annotation is bool:
             switch = argparse.BooleanOptionalAction
             group.add_argument(*flags, dest=name, action=switch, default=None, help=explained)
@@ -69,9 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _default(field: FieldInfo) -> str:
+def _explained(field: FieldInfo) -> str:
     told = "default" in str(field.description) or field.default_factory is not None
-    return "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
+    default = "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
+    return f"{field.description}{default}"
 
 
 def _is_choice(annotation: object) -> bool:

@@ -13,8 +13,8 @@ from typing import get_args
 import pytest
 from typer.testing import CliRunner
 
-from promprune_vllm import __version__, cli
-from promprune_vllm.config import Tiles
+from promprune_vllm import __version__, cli, serve_options
+from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.engine.families import FAMILIES
 
@@ -114,23 +114,69 @@ def test_the_readme_shows_the_generated_table(name: str) -> None:
     )
 
 
+def test_the_readme_explains_every_option_as_the_help_does() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.partition("<!-- options -->\n")[2].partition("\n<!-- /options -->")[0]
+    assert shown == serve_options.markdown(), "put serve_options.markdown() between the two marks of README.md"
+    help_text = " ".join(serve_options.help_text().split())
+    for name in Settings.model_fields:
+        assert serve_options.variable(name) in help_text
+    assert 'kept per image where a request asks for nothing: tokens, "25%" or "full"' in help_text
+
+
+def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("started"))
+    for name in Settings.model_fields:
+        monkeypatch.setenv(serve_options.variable(name), "")
+        monkeypatch.delenv(serve_options.variable(name))
+    options = ["--visual-token-budget", "25%", "--allow-methods", "divprune,random", "--visual-token-detail"]
+    shown = run(cli.app, ["serve", "M", *options, "--visual-token-max", "300", "--dry-run"])
+    settings = json.loads(shown.output)
+    assert (settings["budget"], settings["max"], settings["detail"]) == ("25%", 300, True)
+    assert settings["allow_methods"] == ["divprune", "random"]
+    assert list(settings) == list(Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--visual-token-budget", "many"], "got 'many'"),
+        (["--visual-token-budget", "auto"], "cannot be the default itself"),
+        (["--visual-token-min", "9", "--visual-token-max", "3"], "1 <= minimum <= maximum"),
+        (["--visual-token-low", "0"], "low must be at least 1"),
+        (["--visual-token-out-of-range", "guess"], "'clamp' or 'refuse'"),
+        (["--allow-methods", "divprune,nope"], "no method 'nope'"),
+    ],
+)
+def test_serve_refuses_settings_that_contradict_each_other(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], complaint: str
+) -> None:
+    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("started"))
+    for name in ("budget", "min", "max", "low", "out_of_range", "allow_methods"):
+        monkeypatch.setenv(serve_options.variable(name), "")  # so that what the command sets is taken back
+        monkeypatch.delenv(serve_options.variable(name))
+    result = run(cli.app, ["serve", "M", *options])
+    assert result.exit_code == 2
+    assert complaint in result.output
+
+
 def test_families_say_which_mu_they_have_and_where_it_comes_from() -> None:
     listed = {row["architecture"]: row for row in json.loads(run(cli.app, ["families", "--json"]).output)}
     assert list(listed) == list(FAMILIES)
     measured = listed["Qwen2_5_VLForConditionalGeneration"]
-    assert (measured["mu"], measured["mu_tokens"]) == (0.5744, 1296)
+    assert (measured["mu"], measured["mu_source"]) == (0.5744, "the authors', at 1296 tokens")
     default = listed["LlavaForConditionalGeneration"]
-    assert (default["mu"], default["mu_tokens"]) == (0.42, None)
+    assert (default["mu"], default["mu_source"]) == (0.42, "the method's default")
     shown = run(cli.app, ["families"], env={"COLUMNS": "300"}).output
-    for text in ("mu 0.5744 (measured at 1296 tokens)", "mu 0.42 (the method's default)"):
+    for text in ("mu 0.5744 (the authors', at 1296 tokens)", "mu 0.42 (the method's default)"):
         assert text in shown
     for row in listed.values():
         assert all(row[name] in shown for name in ("architecture", "model", "saliency", "positions", "refused"))
 
 
-def test_a_measured_calibration_says_at_how_many_tokens() -> None:
+def test_a_calibration_says_where_it_comes_from() -> None:
     for family in FAMILIES.values():
-        assert bool(family.calibration) == (family.calibration_tokens is not None)
+        assert bool(family.calibration) == (family.calibrated != "the method's default")
 
 
 def test_families_are_listed_without_vllm() -> None:

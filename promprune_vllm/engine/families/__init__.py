@@ -22,9 +22,9 @@ _MROPE = (
     "pipeline parallelism, `--mm-encoder-tp-mode data`, `--video-pruning-rate`, LoRA on the tower, a prompt that "
     "ends with a pruned image; CUDA graphs and compilation of the encoder are switched off"
 )
-# Measured by the authors; for other towers and sizes, see `promprune calibrate`.
+# For other towers and sizes, see `promprune calibrate`.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
-_QWEN_MU_TOKENS = 1296
+_BORROWED = "Qwen2.5-VL's; not measured for this tower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Family:
         positions: What becomes of positions.
         refused: What cannot be pruned; requests with a budget are refused then, the rest is served.
         calibration: Method -> options measured for this family, in place of the method's defaults.
-        calibration_tokens: Visual tokens of the images they were measured on.
+        calibrated: Where those come from.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Family:
     positions: str
     refused: str
     calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
-    calibration_tokens: int | None = None
+    calibrated: str = "the method's default"
 
 
 _MODULES = "promprune_vllm.engine.families"
@@ -66,7 +66,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _ORIGINAL,
             _MROPE,
             _QWEN_MU,
-            _QWEN_MU_TOKENS,
+            _BORROWED,
         ),
         "Qwen2_5_VLForConditionalGeneration": Family(
             "Qwen2.5-VL",
@@ -75,7 +75,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _ORIGINAL,
             _MROPE,
             _QWEN_MU,
-            _QWEN_MU_TOKENS,
+            "the authors', at 1296 tokens",
         ),
         "Qwen3VLForConditionalGeneration": Family(
             "Qwen3-VL",
@@ -84,7 +84,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             f"{_ORIGINAL}; DeepStack rows go with their tokens",
             _MROPE,
             _QWEN_MU,
-            _QWEN_MU_TOKENS,
+            _BORROWED,
         ),
     }
 )

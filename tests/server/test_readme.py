@@ -1,0 +1,98 @@
+"""The examples of the README, run as they stand against a real server. Its weights are the demo model's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.server import Server, serving
+from tests.conftest import VISUAL_TOKENS
+from tests.server.conftest import OPTIONS
+
+pytestmark = pytest.mark.server
+README = Path(__file__).parents[2] / "README.md"
+REPOSITORY = "llava-hf/llava-1.5-7b-hf"
+QUESTION_TOKENS = 60
+"""More than the question and the template take, in bytes as tokens."""
+
+
+def example(name: str) -> str:
+    found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert found, f"the README has no example {name}"
+    return found.group(1)
+
+
+@pytest.fixture(scope="module")
+def readme_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", 8000)) == 0
+    log = tmp_path_factory.mktemp("readme") / "log"
+    options = [*OPTIONS, "--served-model-name", "llava"]
+    with serving(demo_model, *options, log=log, port=0 if taken else 8000) as running:
+        yield running
+
+
+def run(code: str, interpreter: list[str], directory: Path, **environment: str) -> str:
+    shutil.copy(photo_path("coffee"), directory / "photo.jpg")
+    done = subprocess.run(
+        [*interpreter, code],
+        cwd=directory,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def online(server: Server) -> dict[str, str]:
+    return {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none"}
+
+
+def test_curl(readme_server: Server, tmp_path: Path) -> None:
+    import json
+
+    # The port is another one only where 8000 is taken on this machine.
+    code = example("curl").replace("http://127.0.0.1:8000", readme_server.url)
+    reply = json.loads(run(code, ["bash", "-c"], tmp_path))
+    assert 64 < reply["usage"]["prompt_tokens"] < 64 + QUESTION_TOKENS
+
+
+def test_openai(readme_server: Server, tmp_path: Path) -> None:
+    printed = run(example("openai"), [sys.executable, "-c"], tmp_path, **online(readme_server))
+    numbers = [int(number) for number in re.findall(r"(\d+)$", printed, flags=re.MULTILINE)]
+    quarter, both = numbers[0], numbers[-1]
+    assert VISUAL_TOKENS // 4 < quarter < VISUAL_TOKENS // 4 + QUESTION_TOKENS
+    assert 64 + VISUAL_TOKENS < both < 64 + VISUAL_TOKENS + QUESTION_TOKENS
+
+
+def test_langchain(readme_server: Server, tmp_path: Path) -> None:
+    printed = run(example("langchain"), [sys.executable, "-c"], tmp_path, **online(readme_server))
+    (tokens,) = re.findall(r"'input_tokens': (\d+)", printed)
+    assert 64 < int(tokens) < 64 + QUESTION_TOKENS
+
+
+def test_offline(demo_model: Path, tmp_path: Path) -> None:
+    """The published name leads to the demo model, the way Hugging Face's cache keeps a download."""
+    cached = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("0" * 40)).symlink_to(demo_model, target_is_directory=True)
+    script = tmp_path / "offline.py"
+    script.write_text(example("offline"))
+    directory = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    printed = run(str(script), [sys.executable], tmp_path, **directory, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    (tokens,) = re.findall(r"(\d+)$", printed.strip())
+    assert 64 < int(tokens) < 64 + QUESTION_TOKENS
