@@ -53,10 +53,11 @@ class Budget:
             raise _refused(self.printed(), "above 0 and at most 100% where it is a share")
 
     @classmethod
-    def parse(cls, value: object) -> Budget | None:
+    def parse(cls, value: object, name: str = FIELD) -> Budget | None:
         """Read what a client sent for one image.
 
         Args:
+            name: What the message calls it.
             value: What JSON decoding gave: an integer, a number between 0 and 1, a percentage such as ``"25%"``,
                 ``"full"`` or ``"auto"``. Nothing is guessed: ``true``, ``64.0`` and ``"64"`` are refused, because
                 they may hide a client's mistake.
@@ -78,7 +79,7 @@ class Budget:
                 return cls(share=Fraction(1))
             if _PERCENT.fullmatch(value) and 0 < (percent := Fraction(value[:-1])) <= 100:
                 return cls(share=percent / 100)
-        raise _refused(value, 'tokens, a share, "full" or "auto"')
+        raise _refused(value, 'tokens, a share, "full" or "auto"', name)
 
     def printed(self) -> int | float | str:
         """Return the JSON value that ``parse`` reads as this budget."""
@@ -117,7 +118,7 @@ class Ask:
         if isinstance(value, list | tuple):
             if not 1 <= len(value) <= MAX_IMAGES:
                 raise _refused(value, f"a list of 1 to {MAX_IMAGES} entries, one per image")
-            return cls(each=tuple(Budget.parse(entry) for entry in value))
+            return cls(each=tuple(Budget.parse(entry, f"{FIELD}[{i}]") for i, entry in enumerate(value)))
         if isinstance(value, dict):
             total = value.get("total")
             if set(value) != {"total"} or isinstance(total, bool) or not isinstance(total, int):
@@ -153,11 +154,11 @@ class Ask:
         return self.each[index] if isinstance(self.each, tuple) else self.each
 
 
-def _refused(value: object, wanted: str) -> BudgetError:
-    return BudgetError(f"{FIELD} must be {wanted}, got {_shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
+def _refused(value: object, wanted: str, name: str = FIELD) -> BudgetError:
+    return BudgetError(f"{name} must be {wanted}, got {shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
 
 
-def _shown(value: object, limit: int = 80) -> str:
+def shown(value: object, limit: int = 80) -> str:
     """Return a value as a message may show it: a client's input can be of any size."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"

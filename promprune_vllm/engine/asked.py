@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from promprune_vllm.core.budget import AUTO, FIELD, Ask, Budget
+from promprune_vllm.core.budget import AUTO, FIELD, Ask, Budget, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.errors import BudgetError
 
@@ -80,7 +80,7 @@ def read(request: Any, name: str) -> object:
     nested = (getattr(request, "vllm_xargs", None) or {}).get(name)
     if top is not None and nested is not None and top != nested:
         raise BudgetError(
-            f"{name} is {str(top)[:80]!r} at the top level and {str(nested)[:80]!r} in vllm_xargs: send it once.",
+            f"{name} is {shown(top)} at the top level and {shown(nested)} in vllm_xargs: send it once.",
             param=name,
         )
     return nested if top is None else top

@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.budget import FIELD, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import checks, families
@@ -152,7 +152,7 @@ class PrunedProcessorMixin:
             return 0
         if not isinstance(name, str) or name not in allowed:
             raise BudgetError(
-                f"{METHOD_FIELD} must be one of {', '.join(allowed)}, got {str(name)[:80]!r}. The server's "
+                f"{METHOD_FIELD} must be one of {', '.join(allowed)}, got {shown(name)}. The server's "
                 "operator allows more with --allow-methods.",
                 param=METHOD_FIELD,
             )
