@@ -205,16 +205,66 @@ def test_a_request_without_images_may_carry_a_budget(server: Server) -> None:
     assert plain["usage"] == budgeted["usage"]
 
 
-@pytest.mark.parametrize("more", [{}, {"visual_token_budget": 64}], ids=["alone", "with our field"])
-@pytest.mark.parametrize("field", ["mm_processor_kwargs", "media_io_kwargs"])
-def test_the_trust_gate_stays_shut(server: Server, stock: Server, field: str, more: dict[str, Any]) -> None:
-    for smuggled in ({"visual_token_budget": 9}, {"image": {"do_resize": False}}, {"size": {"shortest_edge": 9}}):
-        request = body("coffee", **{field: smuggled})
-        ours = post(server, "/v1/chat/completions", {**request, **more})
-        theirs = post(stock, "/v1/chat/completions", request)
-        assert ours.status_code == theirs.status_code == 400
-        assert ours.json() == theirs.json()
-        assert field in ours.json()["error"]["param"]
+def _routes() -> dict[str, dict[str, Any]]:
+    """A request with a photograph, where the route takes one, for every route that comes to the processor."""
+    chat = body("coffee")
+    parts = [{"type": "input_image", "image_url": image_url("coffee")}, {"type": "input_text", "text": QUESTION}]
+    media = {"type": "base64", "media_type": "image/jpeg", "data": image_url("coffee").partition(",")[2]}
+    content = [{"type": "image", "source": media}, {"type": "text", "text": QUESTION}]
+    return {
+        "/v1/chat/completions": chat,
+        "/v1/chat/completions/batch": {**chat, "messages": [chat["messages"], chat["messages"]]},
+        "/v1/responses": {"model": MODEL, "input": [{"role": "user", "content": parts}], "max_output_tokens": 16},
+        "/v1/completions": {"model": MODEL, "prompt": "hello", "max_tokens": 1},
+        "/tokenize": {key: chat[key] for key in ("model", "messages")},
+        "/v1/messages": {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": content}]},
+    }
+
+
+SMUGGLED = [
+    ("mm_processor_kwargs", {"visual_token_budget": 9}),
+    ("mm_processor_kwargs", {"size": {"shortest_edge": 9}}),
+    ("media_io_kwargs", {"image": {"do_resize": False}}),
+]
+
+
+@pytest.mark.parametrize("path", _routes())
+@pytest.mark.parametrize(("field", "value"), SMUGGLED, ids=["our key", "a size", "media"])
+def test_the_trust_gate_stays_shut(server: Server, stock: Server, path: str, field: str, value: Any) -> None:
+    """Client-sent processor options get what they get from stock vLLM: refused, or not looked at."""
+    request = {**_routes()[path], field: value}
+    theirs = post(stock, path, request)
+    for more in ({}, {"visual_token_budget": 64}):
+        ours = post(server, path, {**request, **more})
+        assert ours.status_code == theirs.status_code
+        if theirs.status_code == 400:
+            assert ours.json() == theirs.json()
+            assert field in ours.json()["error"]["message"]
+    assert theirs.status_code == 400 or path in {"/v1/messages", "/v1/responses"}, (
+        "these routes have no such field"
+    )
+
+
+@pytest.mark.parametrize("path", _routes())
+def test_other_vllm_xargs_do_not_come_to_the_processor(server: Server, path: str) -> None:
+    keys = (
+        "visual_token_text",
+        "visual_token_detail",
+        "size",
+        "do_resize",
+        "_promprune_plan",
+        "_promprune_profile",
+    )
+    plain, smuggling = (
+        post(server, path, {**_routes()[path], **more}) for more in ({}, {"vllm_xargs": dict.fromkeys(keys, "9")})
+    )
+    assert plain.status_code == smuggling.status_code == 200, smuggling.text
+    for usage in ("prompt_tokens", "input_tokens", "count"):
+        assert _find(plain.json(), usage) == _find(smuggling.json(), usage)
+
+
+def _find(answer: dict[str, Any], name: str) -> Any:
+    return answer.get(name, (answer.get("usage") or {}).get(name))
 
 
 @pytest.mark.parametrize("budget", [None, 576, 5000])

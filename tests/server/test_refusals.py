@@ -88,16 +88,18 @@ def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path
 
 
 @pytest.mark.parametrize(
-    ("method", "complaint"),
+    ("options", "complaint"),
     [
-        ("promprun", "There is no method 'promprun'. Did you mean 'promprune'?"),
-        ("cdpruner", "Method 'cdpruner' needs TEXT, which cannot be captured from LlavaForConditionalGeneration."),
+        (("--visual-token-method", "promprun"), "There is no method 'promprun'. Did you mean 'promprune'?"),
+        (
+            ("--visual-token-min", "9", "--visual-token-max", "3"),
+            "must satisfy 1 <= minimum <= maximum, got 9 and 3",
+        ),
     ],
 )
-def test_a_method_that_cannot_be_honoured_is_refused_at_start_up(
-    demo_model: Path, method: str, complaint: str
+def test_settings_that_cannot_be_honoured_are_refused_at_start_up(
+    demo_model: Path, options: tuple[str, ...], complaint: str
 ) -> None:
-    options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--visual-token-method", method)
     result = subprocess.run(
         [sys.executable, "-m", "promprune_vllm", "serve", str(demo_model), *options],
         capture_output=True,
