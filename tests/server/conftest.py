@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model, build_text_model
 from promprune_vllm.demo.server import Server, serving
 from tests.conftest import QUESTION
@@ -36,19 +35,12 @@ def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield from _serving(demo_model, tmp_path_factory.mktemp("stock"), VLLM_PLUGINS="")
 
 
-# The next three are each used by one test, and end with it: every server holds some 3 GB.
+# The next two are each used by one test, and end with it: every server holds some 3 GB.
 @pytest.fixture
 def siglip_server(tmp_path: Path) -> Iterator[Server]:
     """The architecture name we prune, with a tower we cannot."""
     spec = DemoModelSpec(vision="siglip", image_px=56, hidden=64, heads=2, mlp=128, layers=2)
     yield from _serving(build_demo_model(tmp_path / "model", spec), tmp_path)
-
-
-@pytest.fixture
-def other_implementation_server(tmp_path: Path) -> Iterator[Server]:
-    """A model we know, run by an implementation that is not ours."""
-    model = build_family_model("llava", tmp_path / "model")
-    yield from _serving(model, tmp_path, "--model-impl", "transformers")
 
 
 @pytest.fixture

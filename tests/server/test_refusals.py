@@ -51,16 +51,6 @@ def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) ->
     assert ask(siglip_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
 
 
-def test_another_implementation_of_a_model_we_know(other_implementation_server: Server) -> None:
-    server = other_implementation_server
-    (line,) = _announcements(server)
-    assert "WARNING" in line
-    assert "another implementation of it (--model-impl)" in line
-    before = ask(server, "coffee")["usage"]
-    assert "--model-impl" in _refused(server, "coffee")
-    assert ask(server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
-
-
 _OTHER_VERSION = "import sys, vllm; vllm.__version__ = '0.99.1'; sys.argv = ['promprune', *sys.argv[1:]]\n"
 
 
