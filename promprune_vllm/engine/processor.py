@@ -91,6 +91,11 @@ class PrunedProcessorMixin:
             )
 
     @property
+    def honours_detail(self) -> bool:
+        """Whether OpenAI's ``detail`` of an image counts on this server."""
+        return self._settings.detail
+
+    @property
     def reads_text(self) -> bool:
         """Whether any method here looks at the user's text."""
         return any(Need.TEXT in method.needs for method in self._methods)

@@ -49,7 +49,8 @@ def _reading(original: Any) -> Any:
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
         with refusing():
-            asked = from_request(request, messages, honour_detail=Settings.from_environment().detail)
+            honour_detail = getattr(self.renderer.mm_processor, "honours_detail", False)
+            asked = from_request(request, messages, honour_detail=honour_detail)
             token = _asked.set(asked)
             try:
                 result = await original(self, request, *args, **kwargs)

@@ -158,7 +158,7 @@ def test_another_implementation_of_a_model_we_know_refuses_a_budget() -> None:
     server = _server("Qwen2VLForConditionalGeneration", None)
     server.model_config.model = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
-    with pytest.raises(BudgetError, match="M cannot be pruned, .*--model-impl"):
+    with pytest.raises(BudgetError, match=r"M cannot be pruned, .*--model-impl"):
         request.admit(renderer, Asked(budget=64))
 
 
