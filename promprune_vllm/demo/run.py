@@ -86,7 +86,7 @@ def _demo_server(err: Console, log: Path, port: int) -> Iterator[Server]:
     with _telling(err, "Making the demo model: a small LLaVA-1.5 with seeded random weights …"):
         model = find_or_build_demo_model()
     options = ["--served-model-name", MODEL_NAME, "--enforce-eager", "--max-model-len", "2048"]
-    options += ["--block-size", str(_BLOCK_TOKENS), *_device_options()]
+    options += ["--block-size", str(_BLOCK_TOKENS), "--visual-token-detail", *_device_options()]
     started = time.monotonic()
     with ExitStack() as stack:
         with _telling(err, "Starting the server …") as tell:
