@@ -13,6 +13,7 @@ from fractions import Fraction
 from promprune_vllm.errors import BudgetError
 
 FIELD = "visual_token_budget"
+METHOD_FIELD = "visual_token_method"
 MAX_BUDGET_TOKENS = 1_000_000
 """Largest number of tokens a request may ask for; far above any image, far below any overflow."""
 MAX_IMAGES = 1024

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from promprune_vllm.core.budget import AUTO, FIELD, Ask, Budget, shown
+from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, Ask, Budget, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.errors import BudgetError
 
 logger = logging.getLogger("vllm.promprune")
-METHOD_FIELD = "visual_token_method"
 TEXT_KEY = "visual_token_text"
 DETAIL_KEY = "visual_token_detail"
 _IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")

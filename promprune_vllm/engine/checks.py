@@ -27,6 +27,7 @@ REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.renderers.base:BaseRenderer._apply_prompt_extras": ("prompts", "prompt_extras"),
     "vllm.renderers.inputs.preprocess:extract_target_prompt": ("model_config", "prompt"),
     "vllm.exceptions:VLLMValidationError.__init__": ("message", "parameter"),
+    "vllm.plugins:load_endpoint_plugins": ("supported_tasks",),
 }
 PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_PROCESSOR}.apply": ("inputs", "timing_ctx"),
@@ -39,6 +40,23 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.processing.inputs:ProcessorInputs": ("hf_processor_mm_kwargs",),
     "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),
     "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": ("algorithm",),
+}
+_MODEL_CONFIG = "vllm.config:ModelConfig"
+_ANTHROPIC = "vllm.entrypoints.anthropic.protocol"
+SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("app",),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": ("engine_client", "state", "args"),
+    "vllm.entrypoints.serve.engine.protocol:UsageInfo": ("prompt_tokens",),
+    "vllm.entrypoints.openai.responses.protocol:ResponseUsage": ("input_tokens",),
+    f"{_ANTHROPIC}:AnthropicUsage": ("input_tokens",),
+    f"{_ANTHROPIC}:AnthropicMessagesResponse": ("usage",),
+    f"{_ANTHROPIC}:AnthropicStreamEvent": (),  # not complete yet, so its fields do not show
+    "vllm.multimodal.parse:ImageSize": ("width", "height"),
+    f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
+    f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
+    f"{_MODEL_CONFIG}.get_head_size": (),
+    "vllm.utils.torch_utils:resolve_kv_cache_dtype_string": ("kv_cache_dtype", "model_config"),
+    "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype": ("kv_cache_dtype", "model_config"),
 }
 CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": (),

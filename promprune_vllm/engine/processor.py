@@ -18,11 +18,11 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD, shown
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import checks, families
-from promprune_vllm.engine.asked import METHOD_FIELD, Asked
+from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.request import SUMMARY, refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -135,21 +135,47 @@ class PrunedProcessorMixin:
                 )
             sizes = [self._embedded_tokens(images, i) for i in range(images.get_count())]
             return tuple(ImagePlan(size, size) for size in sizes)
-        sizes = [self._image_tokens(images, i, kwargs) for i in range(images.get_count())]  # type: ignore[attr-defined]
-        if not prunes:
-            return tuple(ImagePlan(size, size) for size in sizes)
-        kept = self._policy.resolve_all(
-            asked.in_detail(ask, len(sizes), self._policy), sizes, self._levels(images)
-        )
+        counts = self._counts(images, asked, kwargs, self._levels(images), prunes=prunes)
         text = self._text(inputs, asked) if Need.TEXT in self._methods[method].needs else ()
         return tuple(
-            ImagePlan(size, keep, method, text) if keep < size else ImagePlan(size, size)
-            for size, keep in zip(sizes, kept, strict=True)
+            ImagePlan(seen, kept, method, text) if kept < seen else ImagePlan(seen, seen) for seen, kept in counts
         )
+
+    def count(self, images: Any, asked: Asked) -> list[tuple[int, int]]:
+        """Return tokens seen and kept of images of which only the sizes are known.
+
+        Args:
+            images: Answers ``get_count()`` and ``get_image_size(index)``.
+            asked: What a request with these images would ask for.
+
+        Raises:
+            BudgetError: As for such a request.
+        """
+        levels = [self.current_level()] * images.get_count()
+        return self._counts(images, asked, {}, levels, prunes=not self.refusal)
+
+    def _counts(
+        self,
+        images: Any,
+        asked: Asked,
+        kwargs: Mapping[str, object],
+        levels: Sequence[Fraction],
+        *,
+        prunes: bool,
+    ) -> list[tuple[int, int]]:
+        sizes = [self._image_tokens(images, i, kwargs) for i in range(images.get_count())]  # type: ignore[attr-defined]
+        if not prunes:
+            return [(size, size) for size in sizes]
+        ask = asked.in_detail(asked.ask(), len(sizes), self._policy)
+        return list(zip(sizes, self._policy.resolve_all(ask, sizes, levels), strict=True))
+
+    def current_level(self) -> Fraction:
+        """Return the share of the default that an image keeps at the moment, whatever is on it."""
+        return Fraction(1)
 
     def _levels(self, images: Any) -> list[Fraction]:
         """For each image, the share of the default that it keeps at the moment, where nothing else was asked."""
-        return [Fraction(1) for _ in range(images.get_count())]
+        return [self.current_level() for _ in range(images.get_count())]
 
     def _method_index(self, name: object) -> int:
         allowed = self._settings.allowed

@@ -33,6 +33,7 @@ _asked: ContextVar[Asked] = ContextVar("visual_tokens_asked", default=Asked())  
 def install() -> None:
     """Wrap vLLM's request path. Idempotent."""
     checks.require_names(checks.REQUEST_NAMES)
+    import vllm.plugins
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -41,6 +42,8 @@ def install() -> None:
     wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
     wrap(BaseRenderer, "_apply_prompt_extras", _adding)
     wrap(BaseRenderer, "__init__", _announcing)
+    # Looked up anew where an API server is built, and nowhere else.
+    wrap(vllm.plugins, "load_endpoint_plugins", _with_endpoints)
 
 
 def _reading(original: Any) -> Any:
@@ -63,6 +66,17 @@ def _reading(original: Any) -> Any:
         return result
 
     return preprocess
+
+
+def _with_endpoints(original: Any) -> Any:
+    """Wrap what finds the HTTP server's plugins: ours is found wherever the rest of this plugin is."""
+
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+        from promprune_vllm.engine.endpoints import Endpoints
+
+        return [*original(*args, **kwargs), Endpoints()]
+
+    return load_endpoint_plugins
 
 
 def _adding(original: Any) -> Any:
@@ -117,7 +131,7 @@ def _announcing(original: Any) -> Any:
         original(self, *args, **kwargs)
         expose()
         settings = Settings.from_environment()
-        if reason := _why_not(self):
+        if reason := why_not(self):
             logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", *reason, FIELD)
             if self.mm_processor is not None:
                 self.mm_processor.refusal = reason[1]
@@ -135,14 +149,14 @@ def admit(renderer: Any, asked: Asked) -> None:
     if not asked.explicit:
         return
     asked.ask()
-    if reason := _why_not(renderer):
+    if reason := why_not(renderer):
         raise BudgetError(
             f"{FIELD} cannot be honoured: {reason[0]} cannot be pruned, {reason[1]}. "
             "Leave the field out, or serve a model that can be."
         )
 
 
-def _why_not(renderer: Any) -> tuple[str, str] | None:
+def why_not(renderer: Any) -> tuple[str, str] | None:
     """Return (model, reason) where nothing can be pruned."""
     from promprune_vllm.engine.processor import PrunedProcessorMixin
 
@@ -156,14 +170,15 @@ def _why_not(renderer: Any) -> tuple[str, str] | None:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Turn a refused budget into vLLM's HTTP 400, and count it once."""
+def refusing(*, counted: bool = True) -> Iterator[None]:
+    """Turn a refused budget into vLLM's HTTP 400, and count it once, unless it was no request for an answer."""
     try:
         yield
     except BudgetError as error:
         from vllm.exceptions import VLLMValidationError
 
-        recorder().outcome("refused")
+        if counted:
+            recorder().outcome("refused")
         raise VLLMValidationError(str(error), parameter=error.param) from error
 
 

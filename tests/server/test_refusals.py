@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
@@ -39,6 +40,13 @@ def test_text_only_model(text_server: Server) -> None:
     assert ask(text_server)["usage"]["completion_tokens"] == 6
     assert "it takes no images" in _refused(text_server)
     assert ask(text_server)
+    state = httpx.get(f"{text_server.url}/v1/visual_tokens").raise_for_status().json()
+    assert (state["family"], state["prunable"], state["reason"]) == (None, False, "it takes no images")
+    for fields in ({}, {"visual_token_budget": 64}):
+        count = {"images": [{"width": 64, "height": 64}], **fields}
+        response = post(text_server, "/v1/visual_tokens/count", count)
+        assert response.status_code == 400
+        assert "it takes no images" in response.json()["error"]["message"]
 
 
 def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) -> None:
@@ -48,6 +56,9 @@ def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) ->
     before = ask(siglip_server, "coffee")["usage"]
     assert "no CLS token" in _refused(siglip_server, "coffee")
     assert "no CLS token" in _refused(siglip_server)
+    state = httpx.get(f"{siglip_server.url}/v1/visual_tokens").raise_for_status().json()
+    assert (state["family"], state["prunable"]) == ("LLaVA-1.5", False)
+    assert "no CLS token" in state["reason"]
     assert ask(siglip_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
 
 

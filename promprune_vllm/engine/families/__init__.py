@@ -106,15 +106,15 @@ def register() -> None:
 
 def calibration(architectures: Iterable[str]) -> Calibration:
     """Return what was measured for a model's family, or nothing."""
-    family = _family(architectures)
-    return {} if family is None else family.calibration
+    found = family_of(architectures)
+    return {} if found is None else found.calibration
 
 
 def why_not(vllm_config: Any) -> str | None:
     """Return why visual tokens cannot be pruned under a ``VllmConfig``, or ``None`` when they can."""
     architectures = vllm_config.model_config.architectures
-    family = _family(architectures)
-    if family is None:
+    found = family_of(architectures)
+    if found is None:
         return (
             f"no model family for {', '.join(architectures) or 'this architecture'} "
             f"(supported: {', '.join(FAMILIES)})"
@@ -124,12 +124,13 @@ def why_not(vllm_config: Any) -> str | None:
             "with --enable-tower-connector-lora vLLM would assign adapters by kept tokens, while the tower sees "
             "every patch"
         )
-    module = importlib.import_module(family.target.partition(":")[0])
+    module = importlib.import_module(found.target.partition(":")[0])
     reason: str | None = module.why_not(vllm_config)
     return reason
 
 
-def _family(architectures: Iterable[str]) -> Family | None:
+def family_of(architectures: Iterable[str]) -> Family | None:
+    """Return the family of a model, or ``None``."""
     return next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
 
 

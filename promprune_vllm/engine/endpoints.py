@@ -1,0 +1,183 @@
+"""What this plugin adds to vLLM's HTTP server, in the form vLLM has for it, ``EndpointPlugin``.
+
+vLLM loads such plugins only where ``VLLM_PLUGINS`` names them, because they open routes. Ours comes with the
+plugin that prunes: its routes read settings and count, ask for the server's API key, and never reach the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.multimodal.parse import ImageSize
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
+
+import promprune_vllm
+from promprune_vllm.config import Settings
+from promprune_vllm.core.registry import options_of
+from promprune_vllm.engine import checks, families, reply
+from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.request import admit, refusing, why_not
+from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.openapi import document
+from promprune_vllm.server.routes import router
+from promprune_vllm.server.schemas import (
+    Adaptation,
+    CacheBytes,
+    CountReply,
+    ImageCount,
+    Limits,
+    Method,
+    VisualTokens,
+    field_schemas,
+)
+from promprune_vllm.server.told import VisualTokenHeaders
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_PLAIN_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
+"""KV-cache types with one element for one number, and nothing beside."""
+
+
+class Endpoints:
+    """See vLLM's ``EndpointPlugin``."""
+
+    name = "promprune"
+    required_tasks = None
+    """Every task: a server that cannot prune says so."""
+
+    def __init__(self) -> None:
+        checks.require_names(checks.SERVER_NAMES)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add our routes, headers, fields of usage and schemas."""
+        reply.install()
+        # vLLM adds its own middleware later, so this is inside it: a refused API key never gets here.
+        app.add_middleware(VisualTokenHeaders)
+        app.include_router(router())
+        document(app, field_schemas(Settings.from_environment().allowed))
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002
+        """Give the routes what they need; vLLM's state is complete by now."""
+        state.visual_tokens = EngineBackend(state.online_renderer.renderer)
+
+
+class EngineBackend:
+    """The routes' ``Backend``: answers with the processor that serves requests."""
+
+    def __init__(self, renderer: Any) -> None:
+        self._renderer = renderer
+        self._settings = Settings.from_environment()
+
+    def state(self) -> VisualTokens:
+        """Return what is in force."""
+        config = self._renderer.model_config
+        family = families.family_of(config.architectures)
+        reason = why_not(self._renderer)
+        methods = self._methods
+        return VisualTokens(
+            version=promprune_vllm.__version__,
+            vllm_version=vllm.__version__,
+            model=_first(config.served_model_name),
+            architecture=config.architecture,
+            family=None if family is None else family.model,
+            prunable=reason is None,
+            reason=None if reason is None else reason[1],
+            method=methods[0],
+            allowed_methods=methods,
+            limits=self._limits(),
+            adaptation=Adaptation(
+                to_load=self._settings.adapt_to_load,
+                to_content=self._settings.adapt_to_content,
+                level=1.0 if reason else float(self._renderer.mm_processor.current_level()),
+            ),
+            fields=field_schemas(self._settings.allowed),
+        )
+
+    def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
+        """Return what a request would keep; the errors are those of such a request."""
+        asked = Asked(budget=budget, details=self._honoured(details))
+        with refusing(counted=False):
+            if details is not None and len(details) != len(sizes):
+                raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
+            admit(self._renderer, asked)
+            if reason := why_not(self._renderer):
+                raise BudgetError(f"Nothing to count: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
+            counts = self._count(sizes, asked)
+        seen, kept = (sum(values) for values in zip(*counts, strict=True))
+        images = [ImageCount(seen=before, kept=after) for before, after in counts]
+        return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
+
+    def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
+        try:
+            counts: list[tuple[int, int]] = self._renderer.mm_processor.count(_Sizes(sizes), asked)
+        except BudgetError:
+            raise
+        except ValueError as error:  # such as sides in a proportion the model does not take
+            raise BudgetError(f"The model takes no images of these sizes: {error}", param="images") from error
+        return counts
+
+    def _honoured(self, details: Sequence[str] | None) -> tuple[str, ...] | None:
+        return tuple(details) if details is not None and self._settings.detail else None
+
+    def _limits(self) -> Limits:
+        policy = self._settings.policy()
+        return Limits(
+            default="full" if policy.default is None else policy.default.printed(),
+            min=policy.minimum,
+            max=policy.maximum,
+            low=policy.low,
+            out_of_range=policy.out_of_range,
+            floor=policy.floor,
+            detail=self._settings.detail,
+        )
+
+    @cached_property
+    def _methods(self) -> list[Method]:
+        calibration = families.calibration(self._renderer.model_config.architectures)
+        chosen = [self._settings.selector(calibration, name) for name in self._settings.allowed]
+        return [Method(name=method.name, options=options_of(method)) for method in chosen]
+
+    def _bytes(self, seen: int, kept: int) -> CacheBytes | None:
+        each = self._bytes_per_token
+        if each is None:
+            return None
+        return CacheBytes(bytes_per_token=each, seen=seen * each, kept=kept * each, saved=(seen - kept) * each)
+
+    @cached_property
+    def _bytes_per_token(self) -> int | None:
+        return bytes_per_token(self._renderer.config)
+
+
+class _Sizes:
+    """Images as far as the processor needs them to count their tokens."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+        self._sizes = [ImageSize(width=width, height=height) for width, height in sizes]
+
+    def get_count(self) -> int:
+        """Return how many there are."""
+        return len(self._sizes)
+
+    def get_image_size(self, index: int) -> ImageSize:
+        """Return the size of one."""
+        return self._sizes[index]
+
+
+def bytes_per_token(vllm_config: Any) -> int | None:
+    """Return what one token takes of the KV cache over all layers and ranks, or ``None`` where that varies."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    stored = resolve_kv_cache_dtype_string(cache.cache_dtype, model)
+    if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers or model.use_mla or model.is_hybrid:
+        return None
+    # Heads are repeated where there are more ranks than heads.
+    heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    numbers = model.get_total_num_hidden_layers() * heads * model.get_head_size() * 2  # keys and values
+    return int(numbers * kv_cache_dtype_str_to_dtype(stored, model).itemsize)
+
+
+def _first(names: Any) -> str:
+    return str(names) if isinstance(names, str) else str(names[0])

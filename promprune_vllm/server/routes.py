@@ -1,0 +1,53 @@
+"""Our two routes: what the server does to images, and what a budget would keep of some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request
+
+from promprune_vllm.server.schemas import CountReply, CountRequest, VisualTokens
+
+PATH = "/v1/visual_tokens"
+"""Below /v1, where the server asks for its API key."""
+
+
+class Backend(Protocol):
+    """What the routes need of the engine's side."""
+
+    def state(self) -> VisualTokens:
+        """Return what is in force."""
+
+    def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
+        """Return what a request would keep.
+
+        Args:
+            sizes: Width and height of each image in pixels.
+            budget: ``visual_token_budget``, unchecked.
+            details: OpenAI's detail of each image.
+        """
+
+
+def router() -> APIRouter:
+    """Return the routes; they find the backend in the app's state, as ``visual_tokens``."""
+    routes = APIRouter(prefix=PATH, tags=["visual tokens"])
+    # For the document, which would promise FastAPI's own 422 otherwise.
+    refused: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused, in OpenAI's form of errors."}}
+
+    # Both are plain functions, so that counting does not hold up the event loop.
+    @routes.get("", responses=refused, summary="Model, method and limits in force")
+    def visual_tokens(request: Request) -> VisualTokens:
+        return _backend(request).state()
+
+    @routes.post("/count", responses=refused, summary="What a budget keeps of images of such sizes")
+    def count(body: CountRequest, request: Request) -> CountReply:
+        sizes = [(image.width, image.height) for image in body.images]
+        return _backend(request).count(sizes, body.visual_token_budget, body.detail)
+
+    return routes
+
+
+def _backend(request: Request) -> Backend:
+    backend: Backend = request.app.state.visual_tokens
+    return backend

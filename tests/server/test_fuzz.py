@@ -1,0 +1,164 @@
+"""Thousands of requests made from the server's own API document: whatever a client sends, never a 5xx."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given
+from PIL import Image
+from schemathesis import Case, GenerationMode
+
+from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.server import Server
+from tests.server.conftest import MODEL, ask
+
+pytestmark = pytest.mark.server
+SEED = 20261120
+CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
+STATE, COUNT = "/v1/visual_tokens", "/v1/visual_tokens/count"
+FIELDS = ("visual_token_budget", "visual_token_method")
+SENDERS = 8
+# Requests that follow the document, and requests that break it: 2,000 in all.
+PLAN = {COUNT: (600, 500), CHAT: (200, 250), TOKENIZE: (250, 200)}
+
+
+def _photograph() -> str:
+    """A photograph of a few kilobytes, so that sending it takes no time."""
+    buffer = BytesIO()
+    with Image.open(photo_path("coffee")) as photo:
+        photo.convert("RGB").resize((96, 64)).save(buffer, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _fixed(path: str) -> dict[str, Any]:
+    """What a request to a route always says; the rest is made up."""
+    if path == COUNT:
+        return {"images": [{"width": 640, "height": 480}]}
+    parts = [
+        {"type": "image_url", "image_url": {"url": _photograph()}},
+        {"type": "text", "text": "What is in the picture?"},
+    ]
+    request = {"model": MODEL, "messages": [{"role": "user", "content": parts}]}
+    return {**request, "max_tokens": 1} if path == CHAT else request
+
+
+def _document(server: Server) -> dict[str, Any]:
+    """The server's own document, with requests of vLLM's routes reduced to our fields."""
+    document: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").raise_for_status().json()
+    schemas = document["components"]["schemas"]
+    for path, name in ((CHAT, "ChatCompletionRequest"), (TOKENIZE, "TokenizeChatRequest")):
+        ours = {field: schemas[name]["properties"][field] for field in FIELDS}
+        reduced = {"type": "object", "properties": ours, "minProperties": 1, "additionalProperties": False}
+        document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"] = reduced
+    return document
+
+
+def _cases(
+    document: dict[str, Any], path: str, mode: GenerationMode, number: int, method: str = "POST"
+) -> list[Case]:
+    strategy = schemathesis.openapi.from_dict(document)[path][method].as_strategy(generation_mode=mode)
+    made: list[Case] = []
+
+    @hypothesis.seed(SEED)
+    @hypothesis.settings(
+        max_examples=number,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],  # sent later and in parallel, so there is nothing to shrink
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def collect(case: Case) -> None:
+        made.append(case)
+
+    collect()
+    for i, case in enumerate(made):
+        # Every other count keeps the images that were made up for it.
+        if isinstance(case.body, dict) and (path != COUNT or i % 2):
+            case.body = {**case.body, **_fixed(path)}
+    return made
+
+
+def _sender(server: Server) -> Callable[[Case], tuple[int, str]]:
+    local = threading.local()
+
+    def send(case: Case) -> tuple[int, str]:
+        if not hasattr(local, "session"):
+            local.session = requests.Session()
+        response = case.call(base_url=server.url, session=local.session, timeout=120)
+        return response.status_code, f"{case.body!r:.300} -> {response.status_code} {response.text:.300}"
+
+    return send
+
+
+@pytest.mark.timeout(400)
+def test_two_thousand_generated_requests_never_hurt_the_server(server: Server) -> None:
+    document = _document(server)
+    cases = [
+        case
+        for path, numbers in PLAN.items()
+        for mode, number in zip((GenerationMode.POSITIVE, GenerationMode.NEGATIVE), numbers, strict=True)
+        for case in _cases(document, path, mode, number)
+    ]
+    assert len(cases) >= 2000
+    # A route without parameters: there is one request, and nothing to break.
+    cases += _cases(document, STATE, GenerationMode.POSITIVE, 1, "GET") * 20
+    with ThreadPoolExecutor(SENDERS) as pool:
+        replies = list(pool.map(_sender(server), cases))
+    failures = [shown for status, shown in replies if status >= 500]
+    assert not failures, "\n".join(failures[:10])
+    statuses = Counter((case.path, status) for case, (status, _) in zip(cases, replies, strict=True))
+    assert {status for _, status in statuses} == {200, 400}
+    assert statuses[STATE, 200] == 20
+    for path in PLAN:  # neither refused nor accepted wholesale
+        assert min(statuses[path, 200], statuses[path, 400]) >= 50, statuses
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert ask(server, "coffee", visual_token_budget=64)["usage"]["visual_tokens"]["kept"] == 64
+
+
+RAW = [
+    *(
+        "NaN",
+        "-Infinity",
+        "1e999",
+        "1e-999",
+        "-0.0",
+        "[NaN]",
+        '"\\ud800"',
+        '["\\udfff"]',
+        '"\\u0000"',
+        '"\\u0660%"',
+    ),
+    *('{"total": NaN}', '{"\\ud800": 1}', '"' + "9" * 200_000 + '%"', "[" + "1," * 5000 + "1]"),
+    *(
+        "9" * 4000,
+        "9" * 5000,
+        *("[" * depth + "]" * depth for depth in (50, 500, 700, 800, 850, 900, 950, 990, 5000)),
+    ),
+]
+
+
+@pytest.mark.parametrize("path", PLAN)
+@pytest.mark.parametrize("field", FIELDS)
+def test_json_that_no_schema_makes_is_refused(server: Server, path: str, field: str) -> None:
+    start = json.dumps(_fixed(path)).removesuffix("}")
+    for value in RAW:
+        response = httpx.post(
+            f"{server.url}{path}",
+            content=f'{start}, "{field}": {value}}}',
+            headers={"content-type": "application/json"},
+            timeout=60,
+        )
+        assert response.status_code == 400, f"{value[:40]} ({len(value)}): {response.text[:300]}"

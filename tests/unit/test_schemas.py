@@ -1,0 +1,154 @@
+"""The fields' JSON schemas say what the parser does, and our routes work behind any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, MAX_IMAGES, Ask
+from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.openapi import REQUESTS, add_fields, document
+from promprune_vllm.server.routes import PATH, router
+from promprune_vllm.server.schemas import (
+    Adaptation,
+    CountReply,
+    ImageCount,
+    Limits,
+    Method,
+    VisualTokens,
+    budget_schema,
+    field_schemas,
+    method_schema,
+)
+
+VALIDATOR = jsonschema.Draft202012Validator(budget_schema())
+DIGITS = st.text("0123456789", max_size=4)
+ONE = st.one_of(
+    st.integers(),
+    st.integers(-2, 3),
+    st.sampled_from([MAX_BUDGET_TOKENS - 1, MAX_BUDGET_TOKENS, MAX_BUDGET_TOKENS + 1]),
+    st.floats(-1, 2),
+    st.floats(),
+    st.booleans(),
+    st.sampled_from(["full", "auto", "Full", "", "%", "100%", "64"]),
+    st.builds("{}%".format, DIGITS),
+    st.builds("{}.{}%".format, DIGITS, st.text("0123456789", max_size=11)),
+    st.text(),
+)
+VALUE = st.one_of(
+    ONE,
+    st.lists(ONE, max_size=4),
+    st.lists(st.none() | st.lists(ONE), min_size=1, max_size=2),
+    st.dictionaries(st.sampled_from(["total", "each"]), ONE | st.none()),
+)
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(budget_schema())
+    jsonschema.Draft202012Validator.check_schema(method_schema(["promprune"]))
+
+
+@settings(max_examples=1000)
+@given(VALUE)
+@example("000.5%")
+@example("100.000%")
+@example("100.001%")
+@example("0.000000000%")
+@example([1] * MAX_IMAGES)
+@example([1] * (MAX_IMAGES + 1))
+def test_the_schema_takes_what_the_parser_takes(value: object) -> None:
+    try:
+        Ask.parse(value)
+        parsed = True
+    except BudgetError:
+        parsed = False
+    if _beyond_json_schema(value):
+        assert not parsed
+    else:
+        assert VALIDATOR.is_valid(value) == parsed
+
+
+def _beyond_json_schema(value: object) -> bool:
+    """To JSON schema, 64.0 is an integer, and Python's ``$`` also stands before a last line end."""
+    if isinstance(value, list | dict):
+        entries = value.values() if isinstance(value, dict) else value
+        return any(_beyond_json_schema(entry) for entry in entries)
+    whole = isinstance(value, float) and value.is_integer()
+    return whole or (isinstance(value, str) and value.endswith("%\n"))
+
+
+@pytest.mark.parametrize("value", [*budget_schema()["examples"], None], ids=repr)
+def test_examples_are_valid(value: object) -> None:
+    assert VALIDATOR.is_valid(value)
+    if value is not None:  # which is no budget at all
+        Ask.parse(value)
+
+
+def test_a_value_matches_one_form_only() -> None:
+    for value in budget_schema()["examples"]:
+        assert sum(jsonschema.Draft202012Validator(form).is_valid(value) for form in budget_schema()["oneOf"]) == 1
+
+
+def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
+    made: dict[str, Any] = {"components": {"schemas": {REQUESTS[0]: {"properties": {"model": {}}}, "Other": {}}}}
+    for _ in range(2):
+        add_fields(made, field_schemas(["promprune", "random"]))
+        schemas = made["components"]["schemas"]
+        assert set(schemas) == {REQUESTS[0], "Other", "visual_token_budget", "visual_token_method"}
+        assert set(schemas[REQUESTS[0]]["properties"]) == {"model", "visual_token_budget", "visual_token_method"}
+        assert schemas["visual_token_method"]["enum"] == ["promprune", "random", None]
+    empty: dict[str, Any] = {}
+    add_fields(empty, field_schemas(["promprune"]))
+    assert empty == {}
+
+
+class _Backend:
+    """Keeps everything it is asked for."""
+
+    def state(self) -> VisualTokens:
+        method = Method(name="promprune", options={"mu": 0.42})
+        return VisualTokens(
+            version="1",
+            vllm_version="2",
+            model="m",
+            architecture="a",
+            family=None,
+            prunable=False,
+            reason="because",
+            method=method,
+            allowed_methods=[method],
+            limits=Limits(default="full", min=1, max=None, low=64, out_of_range="clamp", floor=64, detail=False),
+            adaptation=Adaptation(to_load=False, to_content=False, level=1.0),
+            fields=field_schemas(["promprune"]),
+        )
+
+    def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
+        self.asked = (list(sizes), budget, details)
+        images = [ImageCount(seen=width, kept=height) for width, height in sizes]
+        return CountReply(seen=3, kept=2, images=images, kv_cache=None)
+
+
+def test_the_routes_hand_on_what_was_sent() -> None:
+    app = FastAPI()
+    app.include_router(router())
+    document(app, field_schemas(["promprune"]))
+    app.state.visual_tokens = backend = _Backend()
+    client = TestClient(app)
+    assert client.get(PATH).json()["reason"] == "because"
+    request = {"images": [{"width": 3, "height": 2}], "visual_token_budget": [0.25], "detail": ["low"]}
+    assert client.post(f"{PATH}/count", json=request).json() == {
+        "seen": 3,
+        "kept": 2,
+        "images": [{"seen": 3, "kept": 2}],
+        "kv_cache": None,
+    }
+    assert backend.asked == ([(3, 2)], [0.25], ["low"])
+    assert {PATH, f"{PATH}/count"} <= set(client.get("/openapi.json").json()["paths"])
+    assert client.post(f"{PATH}/count", json={**request, "budget": 64}).status_code == 422
