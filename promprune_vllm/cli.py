@@ -1,4 +1,4 @@
-"""The command line: ``promprune serve | methods | families | calibrate | demo | demo-model``."""
+"""The command line: ``promprune serve | methods | families | calibrate | demo | demo-model | bench``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from promprune_vllm.bench.commands import bench
+
 app = typer.Typer(
     name="promprune",
     help="Keep only the K most useful visual tokens of each image in vLLM, with K chosen per request.",
@@ -19,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(bench)
 
 
 def main() -> None:

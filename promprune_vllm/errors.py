@@ -52,3 +52,7 @@ class CalibrationError(PromPruneError):
 
 class DemoError(PromPruneError):
     """The server of the demo did not start, or ended."""
+
+
+class BenchError(PromPruneError):
+    """A measurement that could not be made."""

@@ -87,6 +87,17 @@ RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.outputs:ModelRunnerOutput": (),
     "vllm.distributed.parallel_state:get_tp_group": (),
 }
+LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("log_stats",),
+    "vllm.v1.engine.llm_engine:LLMEngine.__init__": ("log_stats",),
+    "vllm.v1.metrics.loggers:StatLoggerManager.record": (
+        "scheduler_stats",
+        "iteration_stats",
+        "mm_cache_stats",
+        "engine_idx",
+    ),
+    "vllm.v1.metrics.stats:SchedulerStats": ("kv_cache_usage", "num_waiting_reqs"),
+}
 LLAVA_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.llava:LlavaForConditionalGeneration.embed_multimodal": (),
     "vllm.model_executor.models.llava:LlavaMultiModalProcessor": ("info", "dummy_inputs"),

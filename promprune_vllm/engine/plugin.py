@@ -11,7 +11,7 @@ def register() -> None:
         SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
     """
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine import checks, failed_requests, families, request
+    from promprune_vllm.engine import checks, failed_requests, families, load, request
     from promprune_vllm.metrics import recorder
 
     checks.require_supported_version()
@@ -20,3 +20,4 @@ def register() -> None:
     families.register()
     request.install()
     failed_requests.install()
+    load.install()

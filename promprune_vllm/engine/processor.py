@@ -18,11 +18,12 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD, shown
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
-from promprune_vllm.engine import checks, families
+from promprune_vllm.engine import checks, content, families
 from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.load import current_level
 from promprune_vllm.engine.request import SUMMARY, refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -135,7 +136,7 @@ class PrunedProcessorMixin:
                 )
             sizes = [self._embedded_tokens(images, i) for i in range(images.get_count())]
             return tuple(ImagePlan(size, size) for size in sizes)
-        counts = self._counts(images, asked, kwargs, self._levels(images), prunes=prunes)
+        counts = self._counts(images, asked, kwargs, prunes=prunes)
         text = self._text(inputs, asked) if Need.TEXT in self._methods[method].needs else ()
         return tuple(
             ImagePlan(seen, kept, method, text) if kept < seen else ImagePlan(seen, seen) for seen, kept in counts
@@ -151,31 +152,33 @@ class PrunedProcessorMixin:
         Raises:
             BudgetError: As for such a request.
         """
-        levels = [self.current_level()] * images.get_count()
-        return self._counts(images, asked, {}, levels, prunes=not self.refusal)
+        return self._counts(images, asked, {}, prunes=not self.refusal, sizes_only=True)
 
     def _counts(
-        self,
-        images: Any,
-        asked: Asked,
-        kwargs: Mapping[str, object],
-        levels: Sequence[Fraction],
-        *,
-        prunes: bool,
+        self, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool, sizes_only: bool = False
     ) -> list[tuple[int, int]]:
         sizes = [self._image_tokens(images, i, kwargs) for i in range(images.get_count())]  # type: ignore[attr-defined]
         if not prunes:
             return [(size, size) for size in sizes]
         ask = asked.in_detail(asked.ask(), len(sizes), self._policy)
+        levels = [self.current_level()] * len(sizes) if sizes_only else self._levels(images, ask)
         return list(zip(sizes, self._policy.resolve_all(ask, sizes, levels), strict=True))
 
     def current_level(self) -> Fraction:
         """Return the share of the default that an image keeps at the moment, whatever is on it."""
-        return Fraction(1)
+        return current_level()
 
-    def _levels(self, images: Any) -> list[Fraction]:
-        """For each image, the share of the default that it keeps at the moment, where nothing else was asked."""
-        return [self.current_level() for _ in range(images.get_count())]
+    def _levels(self, images: Any, ask: Ask) -> list[Fraction]:
+        """For each image, the share of the default that it keeps at the moment, where nothing else was asked.
+
+        The lower of what the load and the image's own content allow: a plain image has already given its part.
+        """
+        levels = [self.current_level()] * images.get_count()
+        if self._settings.adapt_to_content and ask.total is None:
+            for i, level in enumerate(levels):
+                if ask.for_image(i) is None:
+                    levels[i] = min(level, content.level(images.get(i)))
+        return levels
 
     def _method_index(self, name: object) -> int:
         allowed = self._settings.allowed

@@ -12,14 +12,14 @@ class Metric:
 
     Args:
         name: As Prometheus shows it; counters end in ``_total``.
-        kind: ``counter`` or ``histogram``.
+        kind: ``counter``, ``histogram`` or ``gauge``, of which the last value set in any process is shown.
         help: What it counts, for whoever reads ``/metrics``.
         label: The only label, if any, and every value it can take.
         buckets: Upper bounds of a histogram, in the unit of the name.
     """
 
     name: str
-    kind: Literal["counter", "histogram"]
+    kind: Literal["counter", "histogram", "gauge"]
     help: str
     label: tuple[str, tuple[str, ...]] | None = None
     buckets: tuple[float, ...] = ()
@@ -53,4 +53,10 @@ SELECTION_SECONDS = Metric(
     buckets=(5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0),
 )
 
-CATALOG = (TOKENS_SEEN, TOKENS_KEPT, REQUESTS, SELECTION_SECONDS)
+POLICY_LEVEL = Metric(
+    "promprune_policy_level",
+    "gauge",
+    "Share of the default that images keep at the moment where nothing else is asked; below 1 under load.",
+)
+
+CATALOG = (TOKENS_SEEN, TOKENS_KEPT, REQUESTS, SELECTION_SECONDS, POLICY_LEVEL)

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
@@ -50,7 +51,8 @@ def _remove(directory: str, owner: int) -> None:
 
 def expose() -> None:
     """Make this process's ``/metrics`` show what every process wrote."""
-    recorder()  # so that every series is there, at zero, before the first request
+    # Every series is there before the first request: counts at zero, the level at all of the default.
+    recorder().level(Fraction(1))
     if VLLM_VARIABLE not in os.environ:
         _attach(os.environ[DIRECTORY_VARIABLE])
 
@@ -84,6 +86,10 @@ class Recorder:
         """Observe the time one image's selection took."""
         self._metrics[catalog.SELECTION_SECONDS.name].observe(seconds)
 
+    def level(self, level: Fraction) -> None:
+        """Show the share of the default that images keep from now on."""
+        self._metrics[catalog.POLICY_LEVEL.name].set(float(level))
+
 
 @lru_cache(maxsize=2)
 def _recorder(pid: int, directory: str) -> Recorder:  # noqa: ARG001  a forked child gets files of its own
@@ -99,12 +105,14 @@ def _attach(directory: str) -> None:
 
 
 def _build(metric: Metric) -> Any:
-    from prometheus_client import Counter, Histogram
+    from prometheus_client import Counter, Gauge, Histogram
 
     labels = [metric.label[0]] if metric.label else []
     family: Any
     if metric.kind == "counter":
         family = Counter(metric.name, metric.help, labels, registry=None)
+    elif metric.kind == "gauge":
+        family = Gauge(metric.name, metric.help, labels, registry=None, multiprocess_mode="mostrecent")
     else:
         family = Histogram(metric.name, metric.help, labels, registry=None, buckets=metric.buckets)
     for value in metric.label[1] if metric.label else ():

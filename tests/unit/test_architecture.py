@@ -19,6 +19,7 @@ FORBIDDEN = {
     "metrics": {"vllm", "torch", "transformers"},
     "server": {"vllm", "torch", "transformers"},
     "demo": {"vllm"},
+    "bench": {"vllm"},
 }
 OURS_ALLOWED = {
     "core": {"core", "errors"},
@@ -27,6 +28,7 @@ OURS_ALLOWED = {
     "metrics": {"metrics", "errors"},
     "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
     "server": {"server", "core", "config", "metrics", "errors"},
+    "bench": {"bench", "core", "demo", "engine", "errors", "cli"},
 }
 
 

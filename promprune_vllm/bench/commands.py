@@ -1,0 +1,125 @@
+"""``promprune bench``: the options; everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(name="bench", help="Measure: a server under load, adapting to content.", no_args_is_help=True)
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+
+
+_URL = Annotated[str | None, typer.Option("--url", help="A running server, such as http://host:8000.")]
+_MODEL = Annotated[
+    Path | None, typer.Option("--model", help="Checkpoint to serve without --url. Default: the demo model.")
+]
+_BLOCKS = Annotated[
+    int, typer.Option("--kv-blocks", min=65, help="KV-cache blocks of 32 tokens of a server started here.")
+]
+_BUDGETS = Annotated[
+    list[str] | None,
+    typer.Option("--budget", help='What requests ask for; "none" for nothing. Repeat; the first is the base.'),
+]
+_FLIGHTS = Annotated[
+    list[int] | None, typer.Option("--concurrency", min=1, help="Requests in flight. Repeat for a sweep.")
+]
+_ADAPTIVE = Annotated[
+    bool, typer.Option("--adaptive", help='Compare "auto" under adapt-to-load with the first budget.')
+]
+_ROUNDS = Annotated[int, typer.Option("--rounds", min=1, help="With --adaptive: how often, in turns.")]
+
+
+@bench.command()
+def serving(
+    *,
+    url: _URL = None,
+    model: _MODEL = None,
+    kv_blocks: _BLOCKS = 96,
+    budget: _BUDGETS = None,
+    concurrency: _FLIGHTS = None,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests per run.")] = 64,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Length of the answers.")] = 32,
+    image_px: Annotated[int, typer.Option("--image-px", min=16, help="Side of the images.")] = 336,
+    adaptive: _ADAPTIVE = False,
+    rounds: _ROUNDS = 2,
+    as_json: _JSON = False,
+) -> None:
+    """Put vLLM's own benchmark on a server: requests/s, time to first token and KV use for several budgets."""
+    from rich.console import Console
+
+    from promprune_vllm.bench import serving as measuring
+    from promprune_vllm.bench.load import Load
+
+    err = Console(stderr=True)
+    flights = concurrency or ([32] if adaptive else [4, 16])
+    loads = [Load(each, requests, output_tokens=output_tokens, image_px=image_px) for each in flights]
+    budgets = [_budget(each) for each in budget or (["full"] if adaptive else ["full", "256", "64"])]
+    with _failing(), measuring.a_server(url, model, kv_blocks, adaptive=adaptive, err=err) as address:
+        if adaptive:
+            document = measuring.compare_adaptive(address, budgets[0], loads[0], rounds, err)
+        else:
+            document = measuring.sweep(address, budgets, loads, err)
+    _show(document, None if as_json else measuring.table(document))
+
+
+@bench.command()
+def content(
+    method: Annotated[str, typer.Option("--method", help="Selects the tokens.")] = "promprune",
+    as_json: _JSON = False,
+) -> None:
+    """Compare budgets that follow an image's content with fixed ones of the same mean, without any answers."""
+    from promprune_vllm.bench import content as measuring
+
+    with _failing():
+        document = measuring.measure(method)
+    _show(document, None if as_json else measuring.table(document))
+
+
+@bench.command(
+    "vllm-serve",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+    hidden=True,
+)
+def vllm_serve(context: typer.Context) -> None:
+    """Run `vllm bench serve`, also where vLLM came as its CPU build."""
+    from promprune_vllm.cli import _run_vllm
+
+    _run_vllm(["bench", "serve", *context.args])
+
+
+def _budget(text: str) -> object:
+    """Read a budget as JSON where it is that: 64, 0.25; "none" is no budget, anything else a string."""
+    if text == "none":
+        return None
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return text
+    return value
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """End with one clear line where something of ours fails."""
+    from promprune_vllm.errors import PromPruneError
+
+    try:
+        yield
+    except PromPruneError as error:
+        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(code=2) from error
+
+
+def _show(document: dict[str, Any], table: Any) -> None:
+    from rich.console import Console
+
+    if table is None:
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        Console(width=None if Console().is_terminal else 130).print(table)

@@ -1,0 +1,128 @@
+"""Adapting to load on a real server: "auto" gives way, explicit budgets do not, and it all comes back."""
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from promprune_vllm.demo.server import Server
+from tests.conftest import VISUAL_TOKENS
+from tests.server.conftest import _serving, ask, body, post
+
+pytestmark = pytest.mark.server
+LEVEL = "promprune_policy_level"
+SEEN, KEPT = "promprune_visual_tokens_seen_total", "promprune_visual_tokens_kept_total"
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture(params=["1", "2"], ids=["one API server", "two API servers"])
+def busy_server(demo_model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    options = ("--num-gpu-blocks-override", "96", "--api-server-count", request.param)
+    yield from _serving(demo_model, tmp_path, *options, PROMPRUNE_ADAPT_TO_LOAD="true")
+
+
+def _new_image(seed: int) -> str:
+    """An image no cache has seen."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _prompt_tokens(server: Server, seed: int, **fields: Any) -> int:
+    request = body("coffee", **fields)
+    request["messages"][0]["content"][0]["image_url"]["url"] = _new_image(seed)
+    response = post(server, "/v1/chat/completions", request)
+    assert response.status_code == 200, response.text
+    return int(response.json()["usage"]["prompt_tokens"])
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def test_the_default_gives_way_under_load_and_comes_back(busy_server: Server) -> None:
+    server = busy_server
+
+    def level() -> float:
+        return server.metrics(LEVEL)[LEVEL]
+
+    assert level() == 1
+    full = _prompt_tokens(server, 0, visual_token_budget="auto")
+    text = full - VISUAL_TOKENS
+    before = server.metrics("promprune")
+    stop = False
+
+    def keep_asking(worker: int) -> list[int]:
+        asked: list[int] = []
+        while not stop:
+            seed = 1000 * (worker + 1) + len(asked)
+            budget = {"visual_token_budget": "auto"} if worker % 2 else {}
+            asked.append(_prompt_tokens(server, seed, max_tokens=48, **budget))
+        return asked
+
+    with ThreadPoolExecutor(16) as pool:
+        clients: list[Future[list[int]]] = [pool.submit(keep_asking, worker) for worker in range(12)]
+        try:
+            _wait(lambda: level() <= 0.25, "the level did not fall")
+            explicit = [_prompt_tokens(server, seed, visual_token_budget=100) for seed in (1, 2)]
+            everything = _prompt_tokens(server, 3, visual_token_budget="full")
+        finally:
+            stop = True
+        asked = [tokens for client in clients for tokens in client.result()]
+    assert explicit == [text + 100] * 2
+    assert everything == full
+    kept = {tokens - text for tokens in asked}
+    assert kept <= {576, 288, 144, 72}, "only the few levels"
+    assert kept & {144, 72}
+    after = server.metrics("promprune")
+    assert after[KEPT] - before[KEPT] == sum(asked) - text * len(asked) + 2 * 100 + VISUAL_TOKENS
+    assert after[SEEN] - before[SEEN] == VISUAL_TOKENS * (len(asked) + 3)
+
+    _wait(lambda: level() == 1, "the level did not come back")
+    assert _prompt_tokens(server, 4) == full
+    log = server.log.read_text()
+    assert '"auto" keeps 1/2 of the default (KV cache' in log
+    assert '"auto" keeps 1 of the default (KV cache' in log
+
+
+def test_a_server_that_does_not_adapt_shows_the_full_default(server: Server) -> None:
+    ask(server, "coffee")
+    assert server.metrics(LEVEL)[LEVEL] == 1
+
+
+def test_adapting_without_the_engines_statistics_is_refused_at_start_up(demo_model: Path) -> None:
+    options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--disable-log-stats")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "promprune_vllm",
+            "serve",
+            str(demo_model),
+            *options,
+            "--visual-token-adapt-to-load",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert "--visual-token-adapt-to-load" in last
+    assert "--disable-log-stats" in last
