@@ -128,6 +128,7 @@ def _start_watching() -> None:
     prepare_directory()
     _watch = LoadWatch(Path(os.environ[DIRECTORY_VARIABLE]) / "load")
     # A thread, so that the level also goes back where no step and no request comes any more.
+    logger.info('PromPrune watches the load: under pressure, "auto" keeps less of an image.')
     threading.Thread(target=_read_forever, args=(_watch,), name="promprune-load", daemon=True).start()
 
 
