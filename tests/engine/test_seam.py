@@ -198,3 +198,15 @@ def test_the_profile_run_is_not_pruned(engine: Engine, monkeypatch: pytest.Monke
     processor = MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
     dummy = processor.get_dummy_mm_inputs({"image": 1})
     assert [place.length for place in dummy["mm_placeholders"]["image"]] == [576]
+
+
+def test_nothing_adapts_to_load_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from promprune_vllm.engine import load
+
+    monkeypatch.delenv("PROMPRUNE_ADAPT_TO_LOAD", raising=False)
+    before = StatLoggerManager.record
+    load.install()
+    assert StatLoggerManager.record is before
+    assert load.current_level() == 1

@@ -136,16 +136,6 @@ def test_api_servers_share_what_the_engines_say(tmp_path: Path, monkeypatch: pyt
     assert heard.level == silent.level == 1, "an engine that says nothing for half a minute is idle"
 
 
-def test_nothing_adapts_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = pytest.importorskip("promprune_vllm.engine.load")
-    metrics = pytest.importorskip("vllm.v1.metrics.loggers")
-    monkeypatch.delenv("PROMPRUNE_ADAPT_TO_LOAD", raising=False)
-    before = metrics.StatLoggerManager.record
-    load.install()
-    assert metrics.StatLoggerManager.record is before
-    assert load.current_level() == 1
-
-
 def test_statistics_that_are_off_are_refused_by_both_names() -> None:
     load = pytest.importorskip("promprune_vllm.engine.load")
     from promprune_vllm.errors import SettingsError

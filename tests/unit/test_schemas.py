@@ -35,7 +35,7 @@ ONE = st.one_of(
     st.integers(-2, 3),
     st.sampled_from([MAX_BUDGET_TOKENS - 1, MAX_BUDGET_TOKENS, MAX_BUDGET_TOKENS + 1]),
     st.floats(-1, 2),
-    st.floats(),
+    st.floats(allow_nan=False, allow_infinity=False),  # JSON has neither
     st.booleans(),
     st.sampled_from(["full", "auto", "Full", "", "%", "100%", "64"]),
     st.builds("{}%".format, DIGITS),
