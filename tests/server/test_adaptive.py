@@ -32,17 +32,22 @@ def busy_server(demo_model: Path, tmp_path: Path, request: pytest.FixtureRequest
     yield from _serving(demo_model, tmp_path, *options, PROMPRUNE_ADAPT_TO_LOAD="true")
 
 
-def _new_image(seed: int) -> str:
+@pytest.fixture
+def looking_server(demo_model: Path, tmp_path: Path) -> Iterator[Server]:
+    yield from _serving(demo_model, tmp_path, PROMPRUNE_ADAPT_TO_CONTENT="true")
+
+
+def _new_image(seed: int) -> Image.Image:
     """An image no cache has seen."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8))
+
+
+def _prompt_tokens(server: Server, seed: int, image: Image.Image | None = None, **fields: Any) -> int:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _prompt_tokens(server: Server, seed: int, **fields: Any) -> int:
+    (image or _new_image(seed)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     request = body("coffee", **fields)
-    request["messages"][0]["content"][0]["image_url"]["url"] = _new_image(seed)
+    request["messages"][0]["content"][0]["image_url"]["url"] = url
     response = post(server, "/v1/chat/completions", request)
     assert response.status_code == 200, response.text
     return int(response.json()["usage"]["prompt_tokens"])
@@ -98,6 +103,18 @@ def test_the_default_gives_way_under_load_and_comes_back(busy_server: Server) ->
     log = server.log.read_text()
     assert '"auto" keeps 1/2 of the default (KV cache' in log
     assert '"auto" keeps 1 of the default (KV cache' in log
+
+
+def test_a_plain_image_keeps_less_unless_a_budget_is_sent(looking_server: Server) -> None:
+    server, plain = looking_server, Image.new("RGB", (400, 300), "navy")
+    text = ask(server, "astronaut")["usage"]["prompt_tokens"] - VISUAL_TOKENS
+    assert text < 100, "the photograph keeps every token"
+    assert _prompt_tokens(server, 0, plain) == text + VISUAL_TOKENS // 8
+    assert _prompt_tokens(server, 0, plain, visual_token_budget="auto") == text + VISUAL_TOKENS // 8
+    assert _prompt_tokens(server, 0, plain, visual_token_budget=100) == text + 100
+    assert _prompt_tokens(server, 0, plain, visual_token_budget="full") == text + VISUAL_TOKENS
+    assert _prompt_tokens(server, 5) == text + VISUAL_TOKENS, "noise is no plain image"
+    assert server.metrics(LEVEL)[LEVEL] == 1, "the level of the load, not of images"
 
 
 def test_a_server_that_does_not_adapt_shows_the_full_default(server: Server) -> None:
