@@ -19,3 +19,13 @@ def demo_model() -> Path:
     from promprune_vllm.demo.model import find_or_build_demo_model
 
     return find_or_build_demo_model()
+
+
+@pytest.fixture(params=["fast", "reference"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the CPU path and on the reference."""
+    if request.param == "reference":
+        monkeypatch.setenv("PROMPRUNE_KERNELS", "reference")
+    else:
+        monkeypatch.delenv("PROMPRUNE_KERNELS", raising=False)
+    return str(request.param)

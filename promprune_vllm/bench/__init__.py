@@ -1,1 +1,1 @@
-"""Measurements anybody can repeat: servers under load, and what adapting to content is worth."""
+"""Measurements anybody can repeat: kernels, servers under load, and what adapting to content is worth."""

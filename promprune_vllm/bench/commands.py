@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-bench = typer.Typer(name="bench", help="Measure: a server under load, adapting to content.", no_args_is_help=True)
+bench = typer.Typer(name="bench", help="Measure: selecting tokens, a server under load, adapting to content.", no_args_is_help=True)
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 
@@ -123,3 +123,25 @@ def _show(document: dict[str, Any], table: Any) -> None:
         typer.echo(json.dumps(document, indent=2))
     else:
         Console(width=None if Console().is_terminal else 130).print(table)
+
+
+@bench.command("kernels")
+def kernels(  # noqa: PLR0917  # options of the command line, given by name
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch; the compiled loops use one.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each measurement, taken in turns.")] = 7,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the features: float32, bfloat16 or float16.")
+    ] = "float32",
+    case: Annotated[list[str] | None, typer.Option("--case", help="Only this one, such as 576x4096:64.")] = None,
+    large: Annotated[bool, typer.Option("--large", help="Also 16384x3584:512: minutes and 10 GB.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Time selecting tokens on the CPU: ours, our float64 reference, and the plain float32 procedure."""
+    from promprune_vllm.bench import kernels as measured
+
+    try:
+        cases = measured.cases(case, large=large)
+        measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json)
+    except ValueError as error:
+        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(code=2) from error

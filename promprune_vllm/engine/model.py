@@ -17,6 +17,7 @@ from promprune_vllm.core.features import Need
 from promprune_vllm.engine import failures, families
 from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.processor import COUNTS, TEXT
+from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
 
 
@@ -36,6 +37,7 @@ class PrunedModelMixin:
         model, device = vllm_config.model_config, vllm_config.device_config.device
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         failures.install(vllm_config)
+        ops.warm_up(device)  # never in the first request
 
     def embed_unpruned(self, **inputs: Any) -> Any:
         """Encode as vLLM does: every token of every image."""

@@ -17,7 +17,7 @@ row-normalises the features before the spectrum; the paper's Eq. 2-3 do neither.
 Deviations, each where the reference is undefined or decided by rounding:
 * Stage 2 tracks the explained volume from exactly 0 (see ``greedy_dpp``); the reference's argmax over
   ``1 - e**2`` is decided by float32 noise in its first steps. The two agree wherever the reference in float64
-  is determined. Everything is computed in float64.
+  is determined. Everything is decided in float64; the entropy may be summed in float32 (``kernels/cpu_ops``).
 * No token is ever chosen twice; when the volume is exhausted, the rest is filled by saliency. The reference
   repeats tokens there.
 * Tokens that do not differ at all have H = 1 without an eigen-solve; the reference crashes or returns noise.
@@ -41,13 +41,12 @@ from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import register
 from promprune_vllm.core.selection import Selection
 from promprune_vllm.kernels.ops import (
-    cosine_gram,
+    Cosines,
+    cosines,
     descending_order,
     facility_location,
     farthest_points,
-    greedy_dpp,
     share_entropy,
-    spectral_entropy,
 )
 
 Entropy = Literal["spectral", "feature_norm", "attention"]
@@ -102,27 +101,32 @@ class PromPrune:
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Keep ``keep`` tokens; reports ``saliency_tokens`` and, by its name, the entropy used."""
         assert features.saliency is not None
-        entropy = features.entropy if features.entropy is not None else self.entropy_of(features)  # ()
+        similar = cosines(features.projected)  # one Gram for the entropy and the coverage
+        entropy = features.entropy if features.entropy is not None else self._entropy(features, similar)  # ()
         z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
         share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
         salient = (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, as the reference
         order = descending_order(features.saliency)  # (N,)
-        picks = self._cover(cosine_gram(features.projected), order, salient, keep)
+        picks = self._cover(similar, order, salient, keep)
         report = {f"{self.entropy}_entropy": entropy, "saliency_tokens": salient}
         return Selection(picks.sort().values, report=report)
 
     def entropy_of(self, features: VisionFeatures) -> Tensor:
         """Return H of a group, 0-d float64 in [0, 1]: what decides how its budget is split."""
+        return self._entropy(features, cosines(features.projected))
+
+    def _entropy(self, features: VisionFeatures, similar: Cosines) -> Tensor:
         if self.entropy == "spectral":
-            return spectral_entropy(features.projected)
+            return similar.entropy()
         if self.entropy == "feature_norm":
             return share_entropy(features.projected.double().norm(dim=1))
         assert features.saliency is not None
         return share_entropy(features.saliency)
 
-    def _cover(self, gram: Tensor, order: Tensor, salient: Tensor, keep: int) -> Tensor:
+    def _cover(self, similar: Cosines, order: Tensor, salient: Tensor, keep: int) -> Tensor:
         if self.coverage == "dpp":
-            return greedy_dpp(gram, order, salient, keep)
+            return similar.greedy_dpp(order, salient, keep)
+        gram = similar.matrix()
         if self.coverage == "fps":
             return farthest_points(gram, order, salient, keep, from_given=self.fps_from_salient)
         return facility_location(gram, order, salient, keep)

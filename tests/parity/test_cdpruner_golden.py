@@ -12,6 +12,7 @@ from promprune_vllm.methods.cdpruner import conditional_dpp, text_relevance
 from tests.golden import recipe
 
 METAS = recipe.metas("cdpruner")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def _name(meta: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from promprune_vllm.kernels.ops import cosine_gram, max_min_select
 from tests.golden import measure, recipe
 
 METAS = recipe.metas("divprune")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def _name(meta: dict[str, Any]) -> str:

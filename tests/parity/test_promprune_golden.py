@@ -11,6 +11,7 @@ from promprune_vllm import VisionFeatures, select
 from tests.golden import recipe
 
 METAS = recipe.metas("promprune")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def _name(meta: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from promprune_vllm.methods.prunesid import component_loadings, group_quotas
 from tests.golden import recipe
 
 METAS = recipe.metas("prunesid")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def _name(meta: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from promprune_vllm.methods.visionzip import assign
 from tests.golden import measure, recipe
 
 METAS = recipe.metas("visionzip")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def _name(meta: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from promprune_vllm.kernels.ops import cosine_gram
 from tests.golden import measure, recipe
 
 METAS = recipe.metas("vispruner")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def _name(meta: dict[str, Any]) -> str:

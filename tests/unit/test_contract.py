@@ -46,12 +46,13 @@ def variants() -> Iterator[Any]:
 
 
 every_method = pytest.mark.parametrize("method", METHODS)
+both_paths = pytest.mark.usefixtures("kernels")
 few = settings(
     max_examples=6,
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],  # kernels: one per test
 )
 
 
@@ -133,6 +134,7 @@ def groups(draw_: st.DrawFn, kinds: list[str] = KINDS) -> tuple[VisionFeatures, 
     return features, draw_(st.integers(1, features.tokens - 1))
 
 
+@both_paths
 @every_method
 @few
 @given(group=groups())
@@ -141,6 +143,7 @@ def test_keeps_exactly_k_in_raster_order(method: str, group: tuple[VisionFeature
     check(select(features, keep, method), features, keep, method)
 
 
+@both_paths
 @every_method
 def test_takes_every_budget(method: str) -> None:
     features = draw((1, 3, 5))
@@ -148,6 +151,7 @@ def test_takes_every_budget(method: str) -> None:
         check(select(features, keep, method), features, keep, method)
 
 
+@both_paths
 @pytest.mark.parametrize(("method", "options"), list(variants()))
 def test_options_change_nothing_of_this(method: str, options: dict[str, Any]) -> None:
     for kind in KINDS:
@@ -158,6 +162,7 @@ def test_options_change_nothing_of_this(method: str, options: dict[str, Any]) ->
             assert same(selection, select(features, keep, method, **options))
 
 
+@both_paths
 @every_method
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keep", [1, 7, 14])
@@ -166,6 +171,7 @@ def test_survives_degenerate_features(method: str, kind: str, keep: int) -> None
     check(select(features, keep, method), features, keep, method)
 
 
+@both_paths
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_takes_every_floating_type(method: str, dtype: torch.dtype) -> None:
@@ -182,6 +188,7 @@ def test_takes_the_smallest_and_large_images(method: str, grid: tuple[int, int, 
     check(select(features, keep, method), features, keep, method)
 
 
+@both_paths
 @every_method
 @few
 @given(group=groups())
@@ -194,6 +201,7 @@ def test_leaves_its_inputs_alone_and_repeats_itself(method: str, group: tuple[Vi
     assert same(first, select(changed(features, **before), keep, method))
 
 
+@both_paths
 @every_method
 def test_an_image_keeps_the_same_tokens_in_every_batch(method: str) -> None:
     images = [draw((1, 5, 8), kind=kind, seed=seed) for seed, kind in enumerate(KINDS)]
@@ -205,6 +213,7 @@ def test_an_image_keeps_the_same_tokens_in_every_batch(method: str) -> None:
         assert same(select(in_batch, 11, method), expected)
 
 
+@both_paths
 @every_method
 @few
 @given(group=groups(), seed=st.integers(0, 99))
@@ -224,6 +233,7 @@ def test_the_order_of_columns_does_not_matter(method: str, group: tuple[VisionFe
         assert (got.rows - expected.rows[:, columns]).abs().max() <= 1e-5 * expected.rows.abs().max()
 
 
+@both_paths
 @every_method
 @few
 @given(group=groups(), exponent=st.integers(-6, 6))

@@ -74,6 +74,7 @@ def _degenerate() -> dict[str, VisionFeatures]:
     }
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", _degenerate())
 def test_every_option_keeps_k_distinct_tokens(kind: str) -> None:
     features = _degenerate()[kind]
@@ -148,6 +149,7 @@ def test_saliency_only_is_the_top_k(coverage: str) -> None:
     assert _kept(select(features, 13, kr_min=1.0, kr_max=1.0, coverage=coverage), 13, 40) == top
 
 
+@pytest.mark.usefixtures("kernels")
 def test_saliency_ties_go_to_the_lowest_index_and_nan_ranks_last() -> None:
     saliency = torch.tensor([0.1, NAN, 0.5, 0.1, -INF, 0.1, INF, 0.1])
     features = _tokens(_draw(1, 8, 4), saliency)
@@ -174,6 +176,7 @@ def test_a_fixed_share_splits_the_budget(coverage: str) -> None:
         assert set(features.saliency.topk(expected).indices.tolist()) <= _kept(selection, 16, 40)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("coverage", get_args(Coverage))
 def test_coverage_reaches_every_different_token_before_repeating(coverage: str) -> None:
     features = _tokens(_draw(6, 6, 16)[torch.arange(30) % 6])
@@ -184,6 +187,7 @@ def test_coverage_reaches_every_different_token_before_repeating(coverage: str) 
     assert kept - set(range(6)) == set((features.saliency[6:].topk(2).indices + 6).tolist())
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("coverage", get_args(Coverage))
 @pytest.mark.parametrize("hole", [0.0, NAN, INF])
 def test_rows_without_direction_are_covered_last(coverage: str, hole: float) -> None:
@@ -196,6 +200,7 @@ def test_rows_without_direction_are_covered_last(coverage: str, hole: float) -> 
         assert 0 in _kept(select(features, 19, **options), 19, 20)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("coverage", get_args(Coverage))
 @pytest.mark.parametrize("scale", [2.0**-60, 1e-6, 3.0, 1e25])
 def test_a_common_scale_changes_nothing(coverage: str, scale: float) -> None:
@@ -209,6 +214,7 @@ def test_a_common_scale_changes_nothing(coverage: str, scale: float) -> None:
         assert torch.equal(one.indices, other.indices)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("n", "given", "keep"), [(14, 0, 6), (14, 4, 9), (9, 8, 8), (14, 1, 13)])
 def test_greedy_rules_against_their_definitions(n: int, given: int, keep: int) -> None:
     x = _draw(n + given, n, 32).double()
@@ -255,6 +261,7 @@ def test_farthest_points_can_keep_away_from_the_salient() -> None:
     assert kept != _kept(select(features, 16, **options), 16, 40)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_spectral_entropy_knows_its_ends() -> None:
     assert float(ops.spectral_entropy(torch.eye(64))) > 0.99
     line = torch.stack([torch.ones(30), torch.linspace(-1, 1, 30)], dim=1) @ _draw(1, 2, 64)

@@ -1,0 +1,206 @@
+"""``promprune bench kernels``: selection on the CPU, ours beside our reference and the plain float32 procedure.
+
+All variants of a case run in turns in one process on the same synthetic features. ``mu`` is set from the float64
+entropy so that a quarter of the budget goes to saliency; otherwise stage 2 would have nothing or everything to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promprune_vllm.bench import machine, plain, spectra
+from promprune_vllm.bench.kernels_report import show
+from promprune_vllm.core.features import VisionFeatures
+from promprune_vllm.core.selection import select
+from promprune_vllm.kernels import cpu_cosines, cpu_gram, cpu_loops, cpu_ops, ops, torch_greedy, torch_ops
+
+TAU = 0.02
+SHARE_LOGIT = 1.0986122886681098  # of the quarter that goes to saliency: ln 3
+LARGE = 4096
+"""Tokens from which everything is run once: minutes rather than milliseconds."""
+_NOTHING = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``images`` images of N tokens of width D, K of each kept."""
+
+    images: int
+    n: int
+    d: int
+    keep: int
+
+    def __str__(self) -> str:
+        prefix = f"{self.images}x" if self.images > 1 else ""
+        return f"{prefix}{self.n}x{self.d}:{self.keep}"
+
+    @property
+    def needs(self) -> int:
+        """Bytes the float64 reference holds at most, about: features twice, and five N x N matrices."""
+        return 8 * (2 * self.n * self.d + 5 * self.n * self.n)
+
+
+STANDARD = (
+    *(Case(1, 576, 4096, keep) for keep in (32, 64, 128, 256, 512)),
+    Case(5, 576, 4096, 64),
+    *(Case(1, 1296, 3584, keep) for keep in (256, 512)),
+)
+
+
+def cases(wanted: Sequence[str] | None, *, large: bool) -> list[Case]:
+    """Return the cases to run.
+
+    Raises:
+        ValueError: A case of another form than NxD:K or IMAGESxNxD:K, or with K outside 1 ... N - 1.
+    """
+    if not wanted:
+        return [*STANDARD, *([Case(1, 16384, 3584, 512)] if large else [])]
+    found = []
+    for text in wanted:
+        shape, _, keep = text.partition(":")
+        try:
+            *more, n, d = (int(part) for part in shape.split("x"))
+            (images,) = more or [1]
+            case = Case(images, n, d, int(keep))
+        except ValueError:
+            raise ValueError(f"--case is NxD:K or IMAGESxNxD:K, such as 576x4096:64, not {text!r}") from None
+        if not 1 <= case.keep < case.n or min(case.images, case.d) < 1:
+            raise ValueError(f"--case {text}: K must be from 1 to N - 1, and every number at least 1")
+        found.append(case)
+    return found
+
+
+def run(wanted: Sequence[Case], *, threads: int, repeats: int, dtype: str, as_json: bool) -> None:
+    """Measure and print.
+
+    Raises:
+        ValueError: A type the features cannot have.
+        RuntimeError: Ours kept other tokens than the float64 reference.
+    """
+    kind = getattr(torch, dtype, None)
+    if kind not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, not {dtype!r}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        cpu_ops.warm_up()
+        result: dict[str, Any] = {
+            "machine": {**machine.provenance(), "threads": threads},
+            "features": f"{spectra.TIMED}, seed 0, {dtype}",
+            "repeats": repeats,
+            "cases": [_measured(case, repeats, kind) for case in wanted],
+            "entropy": [_entropies(family) for family in spectra.FAMILIES],
+        }
+    finally:
+        torch.set_num_threads(before)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+
+
+def _measured(case: Case, repeats: int, dtype: torch.dtype) -> dict[str, Any]:
+    if case.needs > machine.available_memory():
+        return {"case": str(case), "skipped": f"the reference needs about {case.needs / 2**30:.0f} GiB"}
+    if case.n > LARGE:
+        repeats = 1
+    images = [spectra.features(spectra.TIMED, case.n, case.d, seed).to(dtype) for seed in range(case.images)]
+    saliency = torch.rand(case.n, generator=torch.Generator().manual_seed(1))
+    # The reference's entropy decides mu, so it is not decided by what is measured.
+    mus = [float(torch_ops.spectral_entropy(x)) - TAU * SHARE_LOGIT for x in images]
+
+    def ours() -> list[Tensor]:
+        tokens = [VisionFeatures(projected=x, grid=(1, 1, case.n), saliency=saliency) for x in images]
+        return [
+            select(x, case.keep, "promprune", mu=mu, tau=TAU).indices for x, mu in zip(tokens, mus, strict=True)
+        ]
+
+    def reference() -> list[Tensor]:
+        with _reference():
+            return ours()
+
+    def plainly() -> list[Tensor]:
+        return [plain.select(x, saliency, case.keep, mu, TAU) for x, mu in zip(images, mus, strict=True)]
+
+    whole = {"ours": ours, "reference": reference, "plain": plainly}
+    picks = {name: [set(kept.tolist()) for kept in choose()] for name, choose in whole.items()}
+    if picks["ours"] != picks["reference"]:
+        raise RuntimeError(f"{case}: ours kept other tokens than the float64 reference; please report this")
+    memory = machine.peak_memory(ours)
+    flips = sum(len(a - b) for a, b in zip(picks["plain"], picks["reference"], strict=True))
+    return {
+        "case": str(case),
+        "whole": machine.in_turns(whole, repeats),
+        "stages": machine.in_turns(_stages(images[0], saliency, case.keep), repeats),
+        "plain_flips": flips,
+        "memory_bytes": memory,
+        "memory_in_matrices": None if memory is None else round(memory / (4 * case.n**2), 2),
+    }
+
+
+def _stages(x: Tensor, saliency: Tensor, keep: int) -> dict[str, Callable[[], object]]:
+    """Time one image step by step, each step on results that are at hand."""
+    order = ops.descending_order(saliency)
+    given = keep // 4
+    single = cpu_gram.cosines(x, torch.float32)[0]
+    shared = cpu_cosines.Cosines(x)
+    shared.greedy_dpp(order, torch.tensor(given), keep)  # takes its Gram, which is then at hand
+    centred, kernel = plain.centred_gram(x), plain.kernel(x)
+    salient = order[:given]
+    exact = torch_ops.cosine_gram(x)
+    count = torch.tensor(given)
+    return {
+        "ours gram": lambda: cpu_gram.cosines(x, torch.float32),
+        "ours entropy": lambda: cpu_ops.entropy_of_gram(x, single),
+        "ours loop": lambda: cpu_loops.greedy_dpp(
+            single.numpy(), order.numpy(), given, keep, np.empty(0), _NOTHING, cpu_cosines.MARGIN
+        ),
+        "ours loop and decision": lambda: shared.greedy_dpp(order, count, keep),
+        "plain grams": lambda: (plain.centred_gram(x), plain.kernel(x)),
+        "plain entropy": lambda: plain.entropy_of(centred),
+        "plain loop": lambda: plain.greedy(kernel, salient, keep),
+        "reference gram": lambda: torch_ops.cosine_gram(x),
+        "reference entropy": lambda: torch_ops.spectral_entropy(x),
+        "reference loop": lambda: torch_greedy.greedy_dpp(exact, order, count, keep),
+    }
+
+
+def _entropies(family: str, n: int = 576, d: int = 4096, keep: int = 64) -> dict[str, Any]:
+    """Compare the entropies of one family with float64, and the splits of a budget that follow from them.
+
+    The split is taken at 241 values of mu around the entropy, within 0.06 of it, where it changes at all.
+    """
+    x = spectra.features(family, n, d)
+    exact = torch_ops.spectral_entropy(x)
+    found = {"ours": cpu_ops.spectral_entropy(x), "plain": plain.entropy_of(plain.centred_gram(x))}
+    grid = (float(exact) + torch.linspace(-0.06, 0.06, 241, dtype=torch.float64)).tolist()
+    row: dict[str, Any] = {"family": family, "entropy": float(exact)}
+    for name, value in found.items():
+        apart = [abs(plain.split(value, keep, mu, TAU) - plain.split(exact, keep, mu, TAU)) for mu in grid]
+        row[name] = {
+            "error": abs(float(value) - float(exact)),
+            "splits_that_differ": sum(map(bool, apart)) / len(apart),
+            "most_tokens": max(apart),
+        }
+    return row
+
+
+@contextlib.contextmanager
+def _reference() -> Iterator[None]:
+    before = os.environ.get(ops.VARIABLE)
+    os.environ[ops.VARIABLE] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop(ops.VARIABLE)
+        if before is not None:
+            os.environ[ops.VARIABLE] = before

@@ -1,0 +1,118 @@
+"""Cosines on a CPU: one triangle of the product, in pieces that stay in its caches, in either precision.
+
+The raw products are taken first and divided by the lengths afterwards, so that the features are never copied as a
+whole. Memory beside the result: at most 512 columns of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+COLUMNS = 512
+"""Columns multiplied at a time, half as many in float64; a copy is made only where the type or the rows change."""
+_STRIPS = 6  # of rows; more save less arithmetic than smaller products lose (measured at N = 576 and 1296)
+# A row's squared length: beyond these, or where it is not finite, rows are scaled before they are multiplied.
+_LENGTHS = {torch.float32: (2.0**-80, 2.0**80), torch.float64: (2.0**-800, 2.0**800)}
+
+
+def cosines(features: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cosine of every pair of tokens.
+
+    Args:
+        features: ``(N, D)`` tokens of any floating type.
+        dtype: float32 or float64, in which products are summed.
+        rows: ``(M,)`` int64: of these tokens only; N is M in what follows.
+
+    Returns:
+        ``(N, N)``, exactly symmetric, with a diagonal of exactly 1; zero for rows that are zero or not finite. And
+        the ``(N, D)`` features, scaled row by row where their range asked for it.
+    """
+    features = features.detach()
+    gram = _products(features, dtype, rows)
+    low, high = _LENGTHS[dtype]
+    if not bool(((gram.diagonal() >= low) & (gram.diagonal() <= high)).all()):
+        features = _scaled(features)
+        gram = _products(features, dtype, rows)
+    squares = gram.diagonal().clone()
+    inverse = torch.where(squares > 0, squares, torch.inf).rsqrt()
+    gram.mul_(inverse[:, None]).mul_(inverse[None, :])
+    gram.diagonal().copy_(squares > 0)
+    return _mirrored(gram), features
+
+
+def centred(gram: Tensor) -> Tensor:
+    """Inner products of the same tokens less their mean: a new ``(N, N)``, without going back to the features."""
+    # Strip by strip: summing in float64 copies what it sums.
+    mean = torch.cat([strip.mean(dim=1, dtype=torch.float64) for strip in torch.split(gram, 64)])
+    offset = (mean - mean.mean() / 2).to(gram.dtype)
+    return (gram - offset[:, None]).sub_(offset[None, :])
+
+
+def covariance(features: Tensor) -> Tensor:
+    """Scatter of the centred unit tokens over the columns, ``(D, D)`` float32: smaller than the Gram if N > D."""
+    features = features.detach()
+    n, d = features.shape
+    norm = torch.cat([rows.float().norm(dim=1) for rows in torch.split(features, COLUMNS)])
+    low, high = _LENGTHS[torch.float32]
+    if not bool(((norm >= low**0.5) & (norm <= high**0.5)).all()):
+        features = _scaled(features)
+        norm = features.norm(dim=1).float()
+    inverse = torch.where(norm > 0, norm, torch.inf).reciprocal()[:, None]
+    total = torch.zeros(d, dtype=torch.float64)
+
+    def pieces() -> Iterator[Tensor]:
+        for rows, factors in zip(torch.split(features, COLUMNS), torch.split(inverse, COLUMNS), strict=True):
+            unit = rows.float() * factors
+            total.add_(unit.sum(dim=0, dtype=torch.float64))
+            yield unit.T
+
+    scatter = _mirrored(_lower_gram(pieces(), d, torch.float32))
+    mean = (total / n**0.5).float()
+    return scatter.addr_(mean, mean, alpha=-1)
+
+
+def _products(features: Tensor, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    width = COLUMNS * 4 // dtype.itemsize
+    pieces = torch.split(features, width, dim=1)
+    if rows is None:
+        return _lower_gram((piece.to(dtype) for piece in pieces), features.shape[0], dtype)
+    return _lower_gram((piece.index_select(0, rows).to(dtype) for piece in pieces), rows.shape[0], dtype)
+
+
+def _lower_gram(pieces: Iterator[Tensor], n: int, dtype: torch.dtype) -> Tensor:
+    """Sum ``a a^T`` over pieces ``a`` of ``(n, any)``, in and below the diagonal strips; the rest is undefined."""
+    gram = torch.empty(n, n, dtype=dtype)
+    for number, a in enumerate(pieces):
+        for top, bottom in pairwise(_edges(n)):
+            out = gram[top:bottom, :bottom]
+            torch.addmm(out, a[top:bottom], a[:bottom].T, beta=0 if number == 0 else 1, out=out)
+    return gram
+
+
+def _mirrored(gram: Tensor) -> Tensor:
+    """Copy what is below the diagonal above it, in place: symmetric to the last bit."""
+    for top, bottom in pairwise(_edges(gram.shape[0])):
+        gram[:top, top:bottom] = gram[top:bottom, :top].T
+        square = gram[top:bottom, top:bottom]
+        square.copy_(torch.tril(square) + torch.tril(square, -1).T)
+    return gram
+
+
+def _edges(n: int) -> list[int]:
+    strips = max(1, min(_STRIPS, n // 64))
+    return [n * i // strips for i in range(strips + 1)]
+
+
+def _scaled(features: Tensor) -> Tensor:
+    """Return rows scaled by a power of two each to about 1; zero where the reference sees no direction."""
+    x = features.double()
+    norm = x.norm(dim=1, keepdim=True)
+    _, exponent = torch.frexp(norm)
+    usable = (norm > 0) & norm.isfinite()
+    half = -exponent // 2  # two factors: the square of a range is beyond one float64
+    x = x * torch.pow(2.0, half.double()) * torch.pow(2.0, (-exponent - half).double())
+    return x.masked_fill_(~usable, 0)

@@ -1,0 +1,195 @@
+"""The loops of the CPU path that go token by token, compiled by numba; single-threaded, no Python inside.
+
+torch pays a dozen calls of microseconds for each chosen token, more than the arithmetic itself. Everything here
+works on numpy arrays of either precision; the rules are those of ``torch_greedy`` and ``torch_ops``.
+
+Importing this module imports numba (half a second) and compiles nothing; the first call of each function and
+precision does, or takes it from numba's cache on disk. ``cpu_ops.warm_up`` makes those calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+_STEP = 2.0**32
+_EXHAUSTED = 1e-5  # torch_greedy.EXHAUSTED, which a test compares
+# No reordering of sums; only what lets a minimum and a multiply-add become vector instructions.
+_FASTMATH = {"nnan", "nsz", "contract"}
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile, and keep the machine code on disk where a cache directory can be written."""
+    try:
+        compiled = numba.njit(cache=True, nogil=True, fastmath=_FASTMATH)(function)
+    except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
+        compiled = numba.njit(nogil=True, fastmath=_FASTMATH)(function)
+    wrapped: Callable[..., Any] = compiled
+    return wrapped
+
+
+@_compiled
+def least(key: Array, root: bool, bound: float, margin: float, near: Array) -> tuple[int, float]:
+    """Find the token of least cost among those with ``key < bound``; equal steps go to the lowest index.
+
+    Args:
+        key: ``(N,)`` costs, or their squares; infinite for tokens that may not be chosen.
+        root: The keys are squares.
+        bound: Keys from here on may not be chosen.
+        margin: Tokens whose cost exceeds the least one by no more than this are marked in ``near``.
+        near: ``(N,)`` bool, written to.
+
+    Returns:
+        The token and its cost; -1 and infinity if there is none.
+    """
+    lowest = key[0]
+    for j in range(1, key.shape[0]):
+        lowest = min(lowest, key[j])
+    if not lowest < bound:
+        return -1, np.inf
+    cost = np.sqrt(np.float64(lowest)) if root else np.float64(lowest)
+    reach = cost + max(margin, 2 / _STEP)
+    limit = min(reach * reach if root else reach, bound)
+    pick, fewest = -1, np.inf
+    for j in range(key.shape[0]):
+        if key[j] <= limit and key[j] < bound:
+            near[j] = True
+            steps = np.rint((np.sqrt(np.float64(key[j])) if root else np.float64(key[j])) * _STEP)
+            if steps < fewest:
+                pick, fewest = j, steps
+    return pick, cost
+
+
+@_compiled
+def explain(row: Array, factors: Array, used: int, pick: int, acc: Array) -> None:
+    """Add what a new token explains: one row of the Cholesky factor, four earlier rows at a time.
+
+    Args:
+        row: ``(N,)`` the new token's cosines.
+        factors: ``(R, N)``, zero from row ``used`` on; R is a multiple of 4. Row ``used`` is written.
+        used: Rows in use.
+        pick: The new token.
+        acc: ``(N,)`` explained volume so far, brought up to date.
+    """
+    e = row.copy()
+    for s in range(0, used, 4):
+        a, b, c, d = factors[s, pick], factors[s + 1, pick], factors[s + 2, pick], factors[s + 3, pick]
+        fa, fb, fc, fd = factors[s], factors[s + 1], factors[s + 2], factors[s + 3]
+        for j in range(e.shape[0]):
+            e[j] -= a * fa[j] + b * fb[j] + c * fc[j] + d * fd[j]
+    scale = e.dtype.type(1 / np.sqrt(max(1 - np.float64(acc[pick]), _EXHAUSTED)))
+    into = factors[used]
+    for j in range(e.shape[0]):
+        value = e[j] * scale
+        into[j] = value
+        acc[j] += value * value
+
+
+@_compiled
+def seed_keys(gram: Array, given: Array, acc: Array) -> Array:
+    """Return each token's largest cosine to a given one, ``(N,)`` float64; infinite where it may not be chosen."""
+    nearest = np.full(gram.shape[0], -np.inf)
+    for g in given:
+        row = gram[g]
+        for j in range(nearest.shape[0]):
+            nearest[j] = max(nearest[j], row[j])
+    for j in range(nearest.shape[0]):
+        if acc[j] >= 1 - _EXHAUSTED:
+            nearest[j] = np.inf
+    return nearest
+
+
+@_compiled
+def weighted_keys(quality: Array, acc: Array) -> Array:
+    """Return the negative gain of each token under a quality, ``(N,)`` float64; infinite as above."""
+    keys = np.full(acc.shape[0], np.inf)
+    for j in range(acc.shape[0]):
+        if acc[j] < 1 - _EXHAUSTED:
+            keys[j] = -quality[j] * np.sqrt(1 - np.float64(acc[j]))
+    return keys
+
+
+@_compiled
+def greedy_dpp(  # noqa: PLR0917  # numba takes no keyword-only arguments
+    gram: Array, order: Array, given: int, keep: int, quality: Array, known: Array, margin: float
+) -> tuple[Array, Array, Array, float]:
+    """Grow a set as ``torch_greedy.greedy_dpp`` does.
+
+    Args:
+        gram: ``(N, N)`` cosines, symmetric.
+        order: ``(N,)`` tokens by descending saliency.
+        given: The first so many of ``order`` are in the set, at most ``keep``.
+        keep: Size of the set.
+        quality: ``(N,)``, or empty for none.
+        known: New tokens whose choice is already settled, in their order; may be empty.
+        margin: See ``least``.
+
+    Returns:
+        The tokens ``(keep,)``; the cost at which each new one was chosen ``(keep,)``, infinite for those filled
+        up from ``order``; which tokens came within the margin of a choice ``(N,)``; and the largest explained
+        volume of a choice.
+    """
+    n = gram.shape[0]
+    acc = np.zeros(n, gram.dtype)
+    picks, costs, near = order[:keep].copy(), np.zeros(keep), np.zeros(n, np.bool_)
+    is_open = np.ones(n, np.bool_)
+    for j in range(n):
+        if gram[j, j] < 0.5:
+            acc[j] = 1
+    for g in order[:given]:
+        acc[g], is_open[g] = np.inf, False
+    factors = np.zeros(((keep - given + 3) // 4 * 4, n), gram.dtype)
+    used, place, deepest = 0, given, 0.0
+    for t in range(given, keep):
+        if t == given and given > 0:
+            pick, cost = least(seed_keys(gram, order[:given], acc), False, np.inf, margin, near)
+        elif quality.shape[0] > 0:
+            pick, cost = least(weighted_keys(quality, acc), False, np.inf, margin, near)
+        else:
+            pick, cost = least(acc, True, 1 - _EXHAUSTED, margin, near)
+        if t - given < known.shape[0]:
+            pick = known[t - given]
+        costs[t] = cost
+        if pick >= 0:
+            deepest = max(deepest, np.float64(acc[pick]))
+            explain(gram[pick], factors, used, pick, acc)
+            used += 1
+        else:
+            while not is_open[order[place]]:
+                place += 1
+            pick = order[place]
+        picks[t], is_open[pick], acc[pick] = pick, False, np.inf
+    return picks, costs, near, deepest
+
+
+@_compiled
+def max_min_select(gram: Array, keep: int) -> Array:
+    """Choose tokens as ``torch_ops.max_min_select`` does, ``(keep,)``, holding two rows beside the matrix.
+
+    Distances are compared in the same steps; rounding is monotone, so the nearest neighbour is found on cosines.
+    """
+    n = gram.shape[0]
+    nearest, closest = np.full(n, -np.inf), np.full(n, -np.inf)  # largest cosine to another; to a chosen token
+    for i in range(n):
+        row = gram[i]
+        for j in range(i):
+            nearest[i] = max(nearest[i], row[j])
+        for j in range(i + 1, n):
+            nearest[i] = max(nearest[i], row[j])
+    picks, is_open = np.empty(keep, np.int64), np.ones(n, np.bool_)
+    for t in range(keep):
+        pick, farthest = -1, -np.inf
+        for j in range(n):
+            steps = np.rint((1 - (nearest[j] if t == 0 else closest[j])) * _STEP)
+            if is_open[j] and (pick < 0 or steps > farthest):
+                pick, farthest = j, steps
+        picks[t], is_open[pick] = pick, False
+        row = gram[pick]
+        for j in range(n):
+            closest[j] = max(closest[j], row[j])
+    return picks

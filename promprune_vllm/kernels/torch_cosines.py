@@ -1,0 +1,31 @@
+"""The cosines of one group of tokens, for methods that ask more than one thing of them: plain torch reference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from promprune_vllm.kernels.torch_greedy import greedy_dpp
+from promprune_vllm.kernels.torch_ops import cosine_gram, spectral_entropy
+
+
+class Cosines:
+    """Everything is computed anew when it is asked for, in float64, by the reference operations.
+
+    Args:
+        features: ``(N, D)`` tokens of any floating type.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features
+
+    def matrix(self) -> Tensor:
+        """Return ``(N, N)`` float64; see ``torch_ops.cosine_gram``."""
+        return cosine_gram(self._features)
+
+    def entropy(self) -> Tensor:
+        """Return the 0-d float64 entropy; see ``torch_ops.spectral_entropy``."""
+        return spectral_entropy(self._features)
+
+    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
+        """Return the ``(keep,)`` tokens; see ``torch_greedy.greedy_dpp``."""
+        return greedy_dpp(self.matrix(), order, given, keep)
