@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-bench = typer.Typer(name="bench", help="Measure: selecting tokens, a server under load, adapting to content.", no_args_is_help=True)
+bench = typer.Typer(
+    name="bench", help="Measure: selecting tokens, a server under load, adapting to content.", no_args_is_help=True
+)
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 

@@ -89,6 +89,7 @@ def run(wanted: Sequence[Case], *, threads: int, repeats: int, dtype: str, as_js
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, not {dtype!r}")
+    what, now = machine.clock(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -97,7 +98,8 @@ def run(wanted: Sequence[Case], *, threads: int, repeats: int, dtype: str, as_js
             "machine": {**machine.provenance(), "threads": threads},
             "features": f"{spectra.TIMED}, seed 0, {dtype}",
             "repeats": repeats,
-            "cases": [_measured(case, repeats, kind) for case in wanted],
+            "clock": what,
+            "cases": [_measured(case, repeats, kind, now) for case in wanted],
             "entropy": [_entropies(family) for family in spectra.FAMILIES],
         }
     finally:
@@ -108,7 +110,7 @@ def run(wanted: Sequence[Case], *, threads: int, repeats: int, dtype: str, as_js
         show(result)
 
 
-def _measured(case: Case, repeats: int, dtype: torch.dtype) -> dict[str, Any]:
+def _measured(case: Case, repeats: int, dtype: torch.dtype, now: Callable[[], float]) -> dict[str, Any]:
     if case.needs > machine.available_memory():
         return {"case": str(case), "skipped": f"the reference needs about {case.needs / 2**30:.0f} GiB"}
     if case.n > LARGE:
@@ -139,8 +141,8 @@ def _measured(case: Case, repeats: int, dtype: torch.dtype) -> dict[str, Any]:
     flips = sum(len(a - b) for a, b in zip(picks["plain"], picks["reference"], strict=True))
     return {
         "case": str(case),
-        "whole": machine.in_turns(whole, repeats),
-        "stages": machine.in_turns(_stages(images[0], saliency, case.keep), repeats),
+        "whole": machine.in_turns(whole, repeats, now),
+        "stages": machine.in_turns(_stages(images[0], saliency, case.keep), repeats, now),
         "plain_flips": flips,
         "memory_bytes": memory,
         "memory_in_matrices": None if memory is None else round(memory / (4 * case.n**2), 2),

@@ -12,7 +12,7 @@ Times = Mapping[str, Mapping[str, float]]
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print a result as tables. Ratios are of medians of one run."""
+    """Print a result as tables. Ratios are of the medians of one run."""
     console = Console()
     machine = result["machine"]
     console.print(
@@ -22,14 +22,15 @@ def show(result: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     measured = [row for row in result["cases"] if "skipped" not in row]
-    console.print(_whole(measured), _stages(measured), _entropy(result["entropy"]))
+    title = f"{result['clock']} in ms: median (min … max)"
+    console.print(_whole(measured, title), _stages(measured, title), _entropy(result["entropy"]))
     for row in result["cases"]:
         if "skipped" in row:
             console.print(f"{row['case']} was skipped: {row['skipped']}")
 
 
-def _whole(rows: list[Mapping[str, Any]]) -> Table:
-    table = Table(title="Whole selection, ms: median (min … max)", title_justify="left")
+def _whole(rows: list[Mapping[str, Any]], title: str) -> Table:
+    table = Table(title=f"Whole selection, {title}", title_justify="left")
     for name in ("case", "ours", "plain float32", "float64 reference", "plain / ours", "reference / ours"):
         table.add_column(name)
     table.add_column("plain's other tokens")
@@ -48,8 +49,8 @@ def _whole(rows: list[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _stages(rows: list[Mapping[str, Any]]) -> Table:
-    table = Table(title="One image by stage, ms: median (min … max)", title_justify="left")
+def _stages(rows: list[Mapping[str, Any]], title: str) -> Table:
+    table = Table(title=f"One image by stage, {title}", title_justify="left")
     for name in ("case", "stage", "ours", "plain float32", "float64 reference", "plain / ours"):
         table.add_column(name)
     for row in rows:

@@ -27,7 +27,18 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def in_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+def clock(threads: int) -> tuple[str, Callable[[], float]]:
+    """Return what is measured, in words, and the clock to read.
+
+    With one thread it is the time the processor worked for us: on an idle machine that is the time that passed,
+    and neighbours on a busy one do not count.
+    """
+    return ("CPU time", time.process_time) if threads == 1 else ("wall time", time.perf_counter)
+
+
+def in_turns(
+    variants: Mapping[str, Callable[[], object]], repeats: int, now: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Time each variant ``repeats`` times, in turns, so that a disturbed second disturbs all alike.
 
     Returns:
@@ -36,10 +47,10 @@ def in_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict
     times: dict[str, list[float]] = {name: [] for name in variants}
     for lap in range(repeats + (repeats > 1)):  # the first lap is not counted, where there are several
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = now()
             run()
             if lap or repeats == 1:
-                times[name].append((time.perf_counter() - start) * 1000)
+                times[name].append((now() - start) * 1000)
     return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
 
 

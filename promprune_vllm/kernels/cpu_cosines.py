@@ -54,7 +54,7 @@ class Cosines:
     def entropy(self) -> Tensor:
         """Return the 0-d float64 entropy."""
         n, d = self._features.shape
-        if not (2 <= n <= d and cpu_ops.single_is_exact()):
+        if not (cpu_ops.FEWEST <= n <= d and cpu_ops.single_is_exact()):
             return cpu_ops.spectral_entropy(self._features)
         return cpu_ops.entropy_of_gram(self._features, self.single[0])
 

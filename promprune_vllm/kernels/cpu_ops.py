@@ -3,9 +3,8 @@
 What is summed in which precision:
 
 * Matrices handed to methods are float64: their near-ties are as close as 1e-7.
-* The spectral entropy comes from a float32 Gram, centred afterwards, and a float32 eigen-solve. Where hardly
-  anything is left after centring (``LEAST_SPREAD``), or where rounding has made up a part of the spectrum
-  (``MOST_NEGATIVE``), it comes from the float64 reference.
+* The spectral entropy comes from a float32 Gram, centred afterwards, and a float32 eigen-solve. Where that is not
+  to be trusted (``LEAST_SPREAD``, ``FEWEST``, ``MOST_NEGATIVE``), it comes from the float64 reference.
 * ``Cosines.greedy_dpp`` proposes tokens from the same float32 Gram, then takes the decision again in float64
   among the tokens that came close to one: see ``cpu_cosines``.
 
@@ -27,6 +26,11 @@ LEAST_SPREAD = 0.005
 
 Centring subtracts numbers near 1 then, each rounded to 6e-8: errors were 6e-7 at 0.005 and 1e-5 at 0.001. Also the
 guard of tokens that do not differ at all.
+"""
+FEWEST = 128
+"""Smaller spectra are taken in float64, which costs less than a millisecond there.
+
+Two or three eigenvalues that should be 0 need not show as negative ones: see ``MOST_NEGATIVE``.
 """
 MOST_NEGATIVE = 5e-7
 """Share of negative eigenvalues in the trace above which float32 is not trusted with the entropy.
@@ -51,7 +55,7 @@ def single_is_exact() -> bool:
 def spectral_entropy(features: Tensor) -> Tensor:
     """Return the 0-d float64 entropy as ``torch_ops.spectral_entropy`` does, to about 1e-6."""
     n, d = features.shape
-    if min(n, d) < 2 or not single_is_exact():
+    if min(n, d) < FEWEST or not single_is_exact():
         return torch_ops.spectral_entropy(features)
     single = cpu_gram.cosines(features, torch.float32)[0] if n <= d else None
     return entropy_of_gram(features, single)
@@ -61,7 +65,7 @@ def entropy_of_gram(features: Tensor, single: Tensor | None) -> Tensor:
     """Return the entropy of tokens whose Gram is at hand.
 
     Args:
-        features: ``(N, D)``, both at least 2.
+        features: ``(N, D)``, both at least ``FEWEST``.
         single: ``(N, N)`` float32 cosines; not looked at where N > D.
     """
     n, d = features.shape
