@@ -28,7 +28,7 @@ OURS_ALLOWED = {
     "metrics": {"metrics", "errors"},
     "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
     "server": {"server", "core", "config", "metrics", "errors"},
-    "bench": {"bench", "core", "demo", "engine", "errors", "cli"},
+    "bench": {"bench", "core", "demo", "engine", "errors", "cli", "kernels", "methods"},
 }
 
 
