@@ -96,7 +96,7 @@ def _same_decisions(x: Tensor, keep: int, salient: int) -> None:
 def test_any_shape_and_type_gives_what_float64_gives(n: int, d: int, dtype: torch.dtype) -> None:
     x = _power(n, d).to(dtype)
     for keep in {1, 2, n // 5 + 1, n - 1} if n < 500 else {1, 2, 70}:
-        for salient in {0, 1, keep // 4, keep}:
+        for salient in {0, 1, keep // 4, keep} if n < 500 else {keep // 4}:
             _same_decisions(x, keep, salient)
 
 

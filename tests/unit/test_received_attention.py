@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.kernels import torch_ops
-from promprune_vllm.kernels.ops import received_attention
+from promprune_vllm.kernels.torch_ops import received_attention
 
 SHAPES = [(1, 1, 4), (2, 3, 8), (17, 2, 16), (64, 4, 5), (129, 1, 80), (300, 5, 32)]  # P, H, d
 
