@@ -24,8 +24,5 @@ def demo_model() -> Path:
 @pytest.fixture(params=["fast", "reference"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on the CPU path and on the reference."""
-    if request.param == "reference":
-        monkeypatch.setenv("PROMPRUNE_KERNELS", "reference")
-    else:
-        monkeypatch.delenv("PROMPRUNE_KERNELS", raising=False)
+    monkeypatch.setenv("PROMPRUNE_KERNELS", request.param)
     return str(request.param)

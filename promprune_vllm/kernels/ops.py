@@ -1,7 +1,8 @@
 """The public operations. Methods import from here; which implementation runs is decided here, by device.
 
-Tensors on a CPU take the fast path of ``cpu_ops``, all others the reference. ``PROMPRUNE_KERNELS=reference`` takes
-the reference everywhere. A further device is one more line in ``_on``.
+With ``PROMPRUNE_KERNELS=fast``, tensors on a CPU take the fast path of ``cpu_ops``; all others take the reference. It
+is not the default yet: in a process that has imported numba, vLLM 0.32 for CPU cannot start another engine (its scan
+of loaded modules trips over one of llvmlite's objects). A further device is one more line in ``_on``.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _log(path: str) -> None:
 
 
 def _on(device: torch.device) -> ModuleType:
-    if device.type != "cpu" or os.environ.get(VARIABLE) == "reference":
+    if device.type != "cpu" or os.environ.get(VARIABLE) != "fast":
         return torch_ops
     from promprune_vllm.kernels import cpu_ops
 

@@ -30,6 +30,11 @@ few = settings(
 )
 
 
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMPRUNE_KERNELS", "fast")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_warm_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -206,7 +211,7 @@ def test_features_that_want_gradients_are_taken_as_they_are() -> None:
         assert select(features, 9, method).indices.shape == (9,)
 
 
-def test_the_reference_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_path_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _power(60, 80)
     features = VisionFeatures(projected=x, grid=(1, 1, 60), saliency=torch.arange(60.0))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
@@ -214,7 +219,7 @@ def test_the_reference_is_taken_where_it_is_asked_for(monkeypatch: pytest.Monkey
     assert isinstance(ops.cosines(x), cpu_cosines.Cosines)
     assert isinstance(ops.cosines(x.to("meta")), torch_cosines.Cosines)
     fast = select(features, 20, mu=0.8, tau=0.1)
-    monkeypatch.setenv("PROMPRUNE_KERNELS", "reference")
+    monkeypatch.delenv("PROMPRUNE_KERNELS")
     assert ops.in_force(cpu) == "torch reference on cpu"
     assert isinstance(ops.cosines(x), torch_cosines.Cosines)
     monkeypatch.setattr(cpu_gram, "cosines", None)
