@@ -23,6 +23,28 @@ _EXHAUSTED = 1e-5  # torch_greedy.EXHAUSTED, which a test compares
 _FASTMATH = {"nnan", "nsz", "contract"}
 
 
+def _hide_namespace() -> None:
+    """Let llvmlite's handle of its library say that it has no ``__dict__``, as is true.
+
+    It answers any name with a function. vLLM for CPU looks into the ``__dict__`` of everything it finds in loaded
+    modules when an engine starts, and would trip over that answer.
+    """
+    from llvmlite.binding import ffi  # type: ignore[import-untyped]
+
+    handle = type(ffi.lib)
+    answer = handle.__getattr__
+
+    def honest(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return answer(self, name)
+
+    handle.__getattr__ = honest
+
+
+_hide_namespace()
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile, and keep the machine code on disk where a cache directory can be written."""
     try:

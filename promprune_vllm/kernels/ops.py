@@ -1,9 +1,7 @@
 """The public operations. Methods import from here; which implementation runs is decided here, by device.
 
 With ``PROMPRUNE_KERNELS=fast``, tensors on a CPU take the fast path of ``cpu_ops``; all others take the
-reference. It is not the default yet: in a process that has imported numba, vLLM 0.32 for CPU cannot start another
-engine (its scan of loaded modules trips over one of llvmlite's objects). A further device is one more line in
-``_on``.
+reference. A further device is one more line in ``_on``.
 """
 
 from __future__ import annotations
