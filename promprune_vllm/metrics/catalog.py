@@ -1,9 +1,30 @@
-"""Every metric: name, type, labels, buckets, help. The one source for code, documents and tests."""
+"""Every metric: name, type, labels, buckets, help. The one source for code, documents, dashboards and tests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
+
+UNPRUNED = "none"
+"""Value of the label ``method`` for images that keep every token: nothing selects from them."""
+OUTCOMES = ("pruned", "full", "text", "refused", "failed")
+REASONS = ("invalid", "limits", "images", "method", "unsupported")
+FORMS = ("tokens", "share", "full", "auto", "list", "total")
+STAGES = ("choose", "assemble")
+LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "model_name": ("the name the model is served under, as in vLLM's own series", ()),
+    "method": (f"a method the server allows; `{UNPRUNED}` for images that keep every token", ()),
+    "outcome": ("what became of a prompt", OUTCOMES),
+    "reason": ("why a budget was refused", REASONS),
+    "form": ("how a budget was written", FORMS),
+    "stage": ("part of a selection", STAGES),
+    "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
+    "version": ("of promprune-vllm", ()),
+    "vllm_version": ("of vLLM", ()),
+}
+"""Label -> what it says, and every value it can take; none where the server's settings decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,49 +35,168 @@ class Metric:
         name: As Prometheus shows it; counters end in ``_total``.
         kind: ``counter``, ``histogram`` or ``gauge``, of which the last value set in any process is shown.
         help: What it counts, for whoever reads ``/metrics``.
-        label: The only label, if any, and every value it can take.
+        labels: Keys of ``LABELS``.
         buckets: Upper bounds of a histogram, in the unit of the name.
+        unpruned: Whether ``method`` takes the value ``none`` as well.
+        derived: Whether it is shown only for models whose sizes are known.
     """
 
     name: str
     kind: Literal["counter", "histogram", "gauge"]
     help: str
-    label: tuple[str, tuple[str, ...]] | None = None
+    labels: tuple[str, ...] = ("model_name",)
     buckets: tuple[float, ...] = ()
+    unpruned: bool = False
+    derived: bool = False
+
+    def series(self, model_name: str, methods: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        """Yield the label values of every series a server of one model can show; of ``build_info``, none."""
+        if "version" in self.labels:
+            return
+        values = {name: known for name, (_, known) in LABELS.items()}
+        values["model_name"] = (model_name,)
+        values["method"] = (*methods, UNPRUNED) if self.unpruned else tuple(methods)
+        yield from product(*(values[label] for label in self.labels))
 
 
-OUTCOMES = ("pruned", "full", "text", "refused", "failed")
+_BY_METHOD = ("model_name", "method")
+_TOKENS = (16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 576.0, 768.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+_SHARES = tuple(i / 20 for i in range(1, 21))
+_ONCE = "Once per prompt that the engine took, cached images included, and whether or not it is aborted later."
 
-TOKENS_SEEN = Metric(
-    "promprune_visual_tokens_seen_total",
-    "counter",
-    "Visual tokens of the images in accepted requests before pruning, cached images included.",
-)
-TOKENS_KEPT = Metric(
-    "promprune_visual_tokens_kept_total",
-    "counter",
-    "Visual tokens of the images in accepted requests that enter the language model.",
-)
 REQUESTS = Metric(
     "promprune_requests_total",
     "counter",
     "Prompts by outcome: pruned (at least one image lost tokens), full (images kept every token), "
     "text (no image), refused (a visual token budget that cannot be honoured); and once more as failed if "
     "selecting the tokens of its images went wrong.",
-    label=("outcome", OUTCOMES),
+    labels=("model_name", "outcome"),
+)
+REFUSED = Metric(
+    "promprune_refused_requests_total",
+    "counter",
+    "Requests refused with HTTP 400 by reason: invalid (not a budget), limits (outside the server's), images "
+    "(does not fit the number of images), method (not allowed), unsupported (this model or image cannot be pruned).",
+    labels=("model_name", "reason"),
+)
+BUDGETS = Metric(
+    "promprune_budgets_total",
+    "counter",
+    "Prompts with images whose request carried a visual token budget, by the form it was written in.",
+    labels=("model_name", "form"),
+)
+IMAGES = Metric(
+    "promprune_images_total",
+    "counter",
+    "Images by the method that prunes them, and by whether vLLM's processor cache already had the image under the "
+    f"same setting. {_ONCE}",
+    labels=(*_BY_METHOD, "cached"),
+    unpruned=True,
+)
+TOKENS_SEEN = Metric(
+    "promprune_visual_tokens_seen_total",
+    "counter",
+    f"Visual tokens of images before pruning. {_ONCE}",
+    labels=_BY_METHOD,
+    unpruned=True,
+)
+TOKENS_KEPT = Metric(
+    "promprune_visual_tokens_kept_total",
+    "counter",
+    f"Visual tokens of images that enter the language model. {_ONCE}",
+    labels=_BY_METHOD,
+    unpruned=True,
+)
+TOKENS_SAVED = Metric(
+    "promprune_visual_tokens_saved_total",
+    "counter",
+    f"Visual tokens of images that never enter the language model: seen less kept. {_ONCE}",
+    labels=_BY_METHOD,
+)
+KV_BYTES_SAVED = Metric(
+    "promprune_kv_cache_saved_bytes_total",
+    "counter",
+    "Bytes of KV cache that prompts do not fill because of pruning, over all layers and ranks: whole blocks of the "
+    f"unpruned prompt less whole blocks of the pruned one, as if no block were shared. {_ONCE}",
+    labels=_BY_METHOD,
+    derived=True,
+)
+FLOPS_AVOIDED = Metric(
+    "promprune_prefill_flops_avoided_total",
+    "counter",
+    "Floating-point operations of the language model's prefill that pruning avoids: F(unpruned) less F(pruned) "
+    "tokens, F(n) = 2 n (weights of all decoder layers) + 2 n (n + 1) layers x heads x head size, as if no prefix "
+    f"were cached. {_ONCE}",
+    labels=_BY_METHOD,
+    derived=True,
+)
+IMAGE_KEPT_TOKENS = Metric(
+    "promprune_image_kept_tokens",
+    "histogram",
+    f"Visual tokens that one image keeps. {_ONCE}",
+    labels=_BY_METHOD,
+    buckets=_TOKENS,
+    unpruned=True,
 )
 SELECTION_SECONDS = Metric(
     "promprune_selection_seconds",
     "histogram",
-    "Time to choose the tokens of one image, once per encoded image (a cached image is not selected again).",
+    "Time to choose the tokens of one image (stage choose), and to gather or merge their rows (stage assemble); "
+    "once per encoded image: one that is in the encoder cache is not selected again.",
+    labels=(*_BY_METHOD, "stage"),
     # From a fused kernel (50 us) to a 16k-token image on a CPU (1 s).
     buckets=(5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0),
 )
-
+SPECTRAL_ENTROPY = Metric(
+    "promprune_spectral_entropy",
+    "histogram",
+    "Spectral entropy of an image's tokens, 0 (all alike) to 1 (nothing alike); for methods that use it, once per "
+    "selection: an encoded image, or each of its tiles.",
+    labels=_BY_METHOD,
+    buckets=_SHARES,
+)
+SALIENCY_SHARE = Metric(
+    "promprune_saliency_share",
+    "histogram",
+    "Share of the kept tokens that were chosen for their saliency, the others for what they cover; for methods "
+    "that split the budget so, once per selection: an encoded image, or each of its tiles.",
+    labels=_BY_METHOD,
+    buckets=_SHARES,
+)
+ENCODER_BATCH_TOKENS = Metric(
+    "promprune_encoder_batch_tokens",
+    "histogram",
+    "Unpruned visual tokens in one call of the vision encoder: a step's images are encoded in micro-batches that "
+    "the encoder's memory was profiled for.",
+    buckets=(256.0, 576.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0),
+)
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
     "Share of the default that images keep at the moment where nothing else is asked; below 1 under load.",
 )
+BUILD_INFO = Metric(
+    "promprune_build_info",
+    "gauge",
+    "Always 1; its labels say what runs.",
+    labels=("model_name", "method", "version", "vllm_version"),
+)
 
-CATALOG = (TOKENS_SEEN, TOKENS_KEPT, REQUESTS, SELECTION_SECONDS, POLICY_LEVEL)
+CATALOG = (
+    REQUESTS,
+    REFUSED,
+    BUDGETS,
+    IMAGES,
+    TOKENS_SEEN,
+    TOKENS_KEPT,
+    TOKENS_SAVED,
+    KV_BYTES_SAVED,
+    FLOPS_AVOIDED,
+    IMAGE_KEPT_TOKENS,
+    SELECTION_SECONDS,
+    SPECTRAL_ENTROPY,
+    SALIENCY_SHARE,
+    ENCODER_BATCH_TOKENS,
+    POLICY_LEVEL,
+    BUILD_INFO,
+)
