@@ -7,10 +7,19 @@
     ├── UnsupportedModelError    a model whose visual tokens we cannot prune
     ├── IncompatibleVllmError    a vLLM this release was not written for
     ├── CalibrationError         no images to calibrate with, or a model vLLM cannot load
+    ├── BenchError               a measurement that could not be made
     └── DemoError                the demo's own server did not start or did not stay
 
 A message carries the value found, the limit, and what to do next.
 """
+
+from __future__ import annotations
+
+from typing import Literal
+
+BudgetReason = Literal["invalid", "limits", "images", "method", "unsupported"]
+"""Not a budget; outside the server's limits; no fit for the number of images; a method that is not allowed; a
+model or an image that cannot be pruned."""
 
 
 class PromPruneError(Exception):
@@ -23,11 +32,15 @@ class BudgetError(PromPruneError, ValueError):
     Args:
         message: What is wrong, with the value, the limits and the next step.
         param: The request field it came from, as OpenAI's error form names it.
+        reason: What it is counted as.
     """
 
-    def __init__(self, message: str, *, param: str = "visual_token_budget") -> None:
+    def __init__(
+        self, message: str, *, param: str = "visual_token_budget", reason: BudgetReason = "invalid"
+    ) -> None:
         super().__init__(message)
         self.param = param
+        self.reason = reason
 
 
 class SettingsError(PromPruneError, ValueError):

@@ -142,13 +142,28 @@ class Ask:
         if isinstance(self.each, tuple) and len(self.each) != images:
             raise BudgetError(
                 f"{FIELD} has {len(self.each)} entries and the request {images} image(s): send one entry per "
-                "image in order of appearance, or one value for all."
+                "image in order of appearance, or one value for all.",
+                reason="images",
             )
         if self.total is not None and images > self.total:
             raise BudgetError(
                 f"{FIELD} asks for {self.total} tokens in total and the request has {images} images: each keeps "
-                f"at least one token, so send a total of {images} or more."
+                f"at least one token, so send a total of {images} or more.",
+                reason="images",
             )
+
+    @property
+    def form(self) -> str:
+        """What kind of value this was written as: tokens, share, full, auto, list or total."""
+        if self.total is not None:
+            return "total"
+        if isinstance(self.each, tuple):
+            return "list"
+        if self.each is None:
+            return AUTO
+        if self.each.tokens is not None:
+            return "tokens"
+        return FULL if self.each.share == 1 else "share"
 
     def for_image(self, index: int) -> Budget | None:
         """Return the budget of one image; a total has none."""

@@ -67,7 +67,8 @@ class BudgetPolicy:
             limits = f"{self.minimum} to {'any number' if self.maximum is None else self.maximum}"
             raise BudgetError(
                 f"{FIELD} {asked.printed()!r} keeps {keep} of an image's {total} tokens; this server takes "
-                f'{limits} tokens per image. Send a budget within, or "auto".'
+                f'{limits} tokens per image. Send a budget within, or "auto".',
+                reason="limits",
             )
         return self._clamped(keep, total)
 

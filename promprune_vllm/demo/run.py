@@ -139,7 +139,6 @@ def _measure(server: Server, budget: int | None) -> Row:
     def grown(name: str) -> float:
         return after[name] - before[name]
 
-    selections = grown("promprune_selection_seconds_count")
     seconds = grown("promprune_selection_seconds_sum")
     return Row(
         budget=budget,
@@ -148,7 +147,7 @@ def _measure(server: Server, budget: int | None) -> Row:
         prompt_tokens=prompt_tokens,
         kv_blocks=-(-prompt_tokens // _BLOCK_TOKENS),
         first_token_ms=round(first_token_ms, 1),
-        selection_ms=round(seconds / selections * 1000, 2) if selections else None,
+        selection_ms=round(seconds * 1000, 2) if seconds else None,
     )
 
 

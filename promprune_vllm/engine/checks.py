@@ -20,14 +20,17 @@ _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_ONLINE}.preprocess_chat": ("request", "skip_mm_cache"),
-    f"{_ONLINE}.preprocess_cmpl": ("request", "skip_mm_cache"),
+    f"{_ONLINE}.preprocess_chat": ("request",),
+    f"{_ONLINE}.preprocess_cmpl": ("request",),
     f"{_ONLINE}.adjust_harmony_request": ("request",),
     "vllm.renderers.base:BaseRenderer.__init__": ("config", "tokenizer"),
     "vllm.renderers.base:BaseRenderer._apply_prompt_extras": ("prompts", "prompt_extras"),
     "vllm.renderers.inputs.preprocess:extract_target_prompt": ("model_config", "prompt"),
     "vllm.exceptions:VLLMValidationError.__init__": ("message", "parameter"),
     "vllm.plugins:load_endpoint_plugins": ("supported_tasks",),
+}
+INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("request_id", "prompt"),
 }
 PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_PROCESSOR}.apply": ("inputs", "timing_ctx"),
@@ -54,6 +57,8 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.parse:ImageSize": ("width", "height"),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
+    f"{_MODEL_CONFIG}.get_num_attention_heads": ("parallel_config",),
+    f"{_MODEL_CONFIG}.get_total_num_kv_heads": (),
     f"{_MODEL_CONFIG}.get_head_size": (),
     "vllm.utils.torch_utils:resolve_kv_cache_dtype_string": ("kv_cache_dtype", "model_config"),
     "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype": ("kv_cache_dtype", "model_config"),
@@ -88,8 +93,8 @@ RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.distributed.parallel_state:get_tp_group": (),
 }
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("log_stats",),
-    "vllm.v1.engine.llm_engine:LLMEngine.__init__": ("log_stats",),
+    "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),
+    "vllm.v1.engine.llm_engine:LLMEngine.__init__": ("vllm_config", "log_stats"),
     "vllm.v1.metrics.loggers:StatLoggerManager.record": (
         "scheduler_stats",
         "iteration_stats",

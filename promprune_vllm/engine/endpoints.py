@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.multimodal.parse import ImageSize
-from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
 
 import promprune_vllm
 from promprune_vllm.config import Settings
@@ -20,6 +19,7 @@ from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import checks, families, reply
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.request import admit, refusing, why_not
+from promprune_vllm.engine.savings import bytes_per_token
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.openapi import document
 from promprune_vllm.server.routes import router
@@ -37,9 +37,6 @@ from promprune_vllm.server.told import VisualTokenHeaders
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-_PLAIN_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
-"""KV-cache types with one element for one number, and nothing beside."""
 
 
 class Endpoints:
@@ -100,7 +97,7 @@ class EngineBackend:
     def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
         """Return what a request would keep; the errors are those of such a request."""
         asked = Asked(budget=budget, details=self._honoured(details))
-        with refusing(counted=False):
+        with refusing(None):
             if details is not None and len(details) != len(sizes):
                 raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
             admit(self._renderer, asked)
@@ -165,18 +162,6 @@ class _Sizes:
     def get_image_size(self, index: int) -> ImageSize:
         """Return the size of one."""
         return self._sizes[index]
-
-
-def bytes_per_token(vllm_config: Any) -> int | None:
-    """Return what one token takes of the KV cache over all layers and ranks, or ``None`` where that varies."""
-    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    stored = resolve_kv_cache_dtype_string(cache.cache_dtype, model)
-    if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers or model.use_mla or model.is_hybrid:
-        return None
-    # Heads are repeated where there are more ranks than heads.
-    heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
-    numbers = model.get_total_num_hidden_layers() * heads * model.get_head_size() * 2  # keys and values
-    return int(numbers * kv_cache_dtype_str_to_dtype(stored, model).itemsize)
 
 
 def _first(names: Any) -> str:

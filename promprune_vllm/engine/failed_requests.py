@@ -94,8 +94,9 @@ def _end(scheduler: Any, failed: frozenset[str]) -> Sequence[Any]:
         _forget(scheduler.encoder_cache_manager, identifier)
     for images in _gone(scheduler):  # dealt with, the requests ended here among them
         images.difference_update(failed)
+    ours = recorder(scheduler.vllm_config.model_config.served_model_name)
     for _ in ended:
-        recorder().outcome("failed")
+        ours.outcome("failed")
     logger.error(
         "Visual tokens of %d image(s) could not be selected; the worker's log says why. Ended with an error: %s.",
         len(failed),

@@ -71,6 +71,11 @@ class Step:
 _step: ContextVar[Step | None] = ContextVar("promprune_step", default=None)
 
 
+def in_step() -> bool:
+    """Whether a worker's step is under way: else an encoder call is the memory profile's, or a test's."""
+    return _step.get() is not None
+
+
 def embed(model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[Tensor]:
     """Return the rows of some images, ``(kept, W)`` each.
 

@@ -62,12 +62,17 @@ class LoadWatch:
 
     Args:
         file: Where the readings are, shared by all API servers of this machine.
+        model_name: Of the level's metric.
         limits: What counts as pressure.
         clock: Monotonic seconds, the same for all who share the file.
     """
 
     def __init__(
-        self, file: Path, limits: LoadLimits | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        file: Path,
+        model_name: str,
+        limits: LoadLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -76,6 +81,7 @@ class LoadWatch:
         finally:
             os.close(descriptor)
         self._clock = clock
+        self._model_name = model_name
         self._levels = LoadLevels(limits)
         self.level = self._levels.level
 
@@ -91,7 +97,7 @@ class LoadWatch:
         load = Load.worst(self._recent(now))
         before, self.level = self.level, self._levels.observe(load, now)
         if self.level != before:
-            recorder().level(self.level)
+            recorder(self._model_name).level(self.level)
             logger.info(
                 'PromPrune: "auto" keeps %s of the default (KV cache %.0f%% used, %d requests waiting).',
                 self.level,
@@ -109,24 +115,26 @@ def _requiring_statistics(original: Any) -> Any:
     """Wrap the start of vLLM's front end: refuse to start without statistics, else begin to watch."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not inspect.signature(original).bind(self, *args, **kwargs).arguments["log_stats"]:
+        arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        if not arguments["log_stats"]:
             raise SettingsError(
                 f"{FLAG}adapt-to-load ({PREFIX}ADAPT_TO_LOAD) follows the engine's statistics, and "
                 "--disable-log-stats (disable_log_stats, the default of vllm.LLM) turns them off. Drop one of "
                 "the two."
             )
         original(self, *args, **kwargs)
-        _start_watching()  # after the engine's processes were made: they must not inherit the thread
+        model_name = arguments["vllm_config"].model_config.served_model_name
+        _start_watching(model_name)  # after the engine's processes were made: they must not inherit the thread
 
     return init
 
 
-def _start_watching() -> None:
+def _start_watching(model_name: str) -> None:
     global _watch  # noqa: PLW0603  one per process, as the engine client is
     if _watch is not None:
         return
     prepare_directory()
-    _watch = LoadWatch(Path(os.environ[DIRECTORY_VARIABLE]) / "load")
+    _watch = LoadWatch(Path(os.environ[DIRECTORY_VARIABLE]) / "load", model_name)
     # A thread, so that the level also goes back where no step and no request comes any more.
     logger.info('PromPrune watches the load: under pressure, "auto" keeps less of an image.')
     threading.Thread(target=_read_forever, args=(_watch,), name="promprune-load", daemon=True).start()

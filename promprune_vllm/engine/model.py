@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from promprune_vllm.core.features import Need
 from promprune_vllm.engine import failures, families
 from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.processor import COUNTS, TEXT
+from promprune_vllm.engine.watch import SelectionWatch
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
 
@@ -33,8 +33,8 @@ class PrunedModelMixin:
         calibration = families.calibration(vllm_config.model_config.architectures)
         self._methods = [self._settings.selector(calibration, method) for method in self._settings.allowed]
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
-        self._timer = SelectionTimer(vllm_config.device_config.device) if _is_first_rank() else None
         model, device = vllm_config.model_config, vllm_config.device_config.device
+        self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         failures.install(vllm_config)
         ops.warm_up(device)  # never in the first request
@@ -61,11 +61,19 @@ class PrunedModelMixin:
         counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT, None)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
         if all(job.seen == job.kept for job in jobs):
-            return self.with_positions(self.embed_unpruned(**inputs))
+            embeddings = self.with_positions(self.embed_unpruned(**inputs))
+            self._encoded(jobs)
+            return embeddings
         outputs: list[Tensor] = []
         for items in micro_batches([job.seen for job in jobs], self._encoder_tokens):
             outputs += failures.embed(self, inputs, items, jobs[items])
+            self._encoded(jobs[items])
         return outputs
+
+    def _encoded(self, jobs: Sequence[Job]) -> None:
+        # Outside a worker's step these are the memory profile's images, not a request's.
+        if self._watch is not None and jobs and failures.in_step():
+            self._watch.flush(sum(job.seen for job in jobs))
 
     def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> Job:
         seen, kept, method = counts
@@ -101,14 +109,21 @@ class PrunedModelMixin:
             raise RuntimeError(f"the encoder gave {len(image.rows)} tokens where the processor counted {job.seen}")
         if job.kept == job.seen:
             return lambda: cast(Tensor, self.with_positions([image.rows])[0])
-        with self._timer or nullcontext():
+        method = job.method.name
+        with self._timing(method, "choose"):
             chosen = image.choose(job.kept, job.method)
+        if self._watch is not None:
+            self._watch.chosen(method, chosen)
 
         def finish() -> Tensor:
-            rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
-            return self.place(rows, image, places)
+            with self._timing(method, "assemble"):
+                rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
+                return self.place(rows, image, places)
 
         return finish
+
+    def _timing(self, method: str, stage: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._watch is None else self._watch.timing(method, stage)
 
 
 def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:
@@ -125,35 +140,6 @@ def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:
         tokens += count
     if start < len(seen):
         yield slice(start, len(seen))
-
-
-class SelectionTimer:
-    """Observes selection times; on CUDA from events that are read later, so that nothing waits."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._recorder = recorder()
-        self._cuda = device is not None and device.type == "cuda"
-        self._pending: list[tuple[Any, Any]] = []
-        self._start: Any = None
-
-    def __enter__(self) -> None:
-        self._start = self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        if not self._cuda:
-            self._recorder.selection(time.perf_counter() - self._start)
-            return
-        self._pending.append((self._start, self._mark()))
-        while self._pending and self._pending[0][1].query():
-            start, end = self._pending.pop(0)
-            self._recorder.selection(start.elapsed_time(end) / 1000)
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
 
 def _is_first_rank() -> bool:

@@ -8,7 +8,7 @@ vLLM's own cache key, so it shares the entry of a request without a budget.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -24,7 +24,8 @@ from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import checks, content, families
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.load import current_level
-from promprune_vllm.engine.request import SUMMARY, refusing
+from promprune_vllm.engine.plan import PLAN, SUMMARY, ImagePlan, Plan, Summary, split
+from promprune_vllm.engine.request import refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
 COUNTS = "visual_token_counts"
@@ -33,28 +34,10 @@ TEXT = "visual_token_text"
 """Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it."""
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
-_PLAN = "_promprune_plan"
 _PROFILE = "_promprune_profile"
 _KEY_PREFIX = "promprune-"
 
 checks.require_names(checks.PROCESSOR_NAMES)
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePlan:
-    """What happens to one image: visual tokens before and after pruning, and what selects them.
-
-    Args:
-        seen: Tokens before pruning.
-        kept: Tokens after.
-        method: Index among the allowed methods.
-        text: Tokens of the user's text, where the method looks at it.
-    """
-
-    seen: int
-    kept: int
-    method: int = 0
-    text: tuple[int, ...] = ()
 
 
 class PrunedProcessorMixin:
@@ -105,14 +88,17 @@ class PrunedProcessorMixin:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
         profiling = kwargs.pop(_PROFILE, False)
-        with refusing():
-            plan = self._plan(
+        with refusing(self.info.ctx.model_config.served_model_name):  # type: ignore[attr-defined]
+            images = self._plan(
                 inputs, Asked() if profiling else asked, kwargs, prunes=not (profiling or self.refusal)
             )
-        planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, _PLAN: plan})
+        plan = Plan(images, cached=(False,) * len(images))
+        planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
         result = super().apply(planned, timing_ctx)  # type: ignore[misc]
-        if plan:
-            result[SUMMARY] = plan
+        if images:
+            method = self._methods[self._method_index(asked.method)].name
+            form = None if asked.budget is None else asked.ask().form
+            result[SUMMARY] = Summary(images, plan.cached, method, form)
         return result
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +118,8 @@ class PrunedProcessorMixin:
             if asked.explicit:
                 raise BudgetError(
                     f"{FIELD} cannot be applied to image_embeds: they are already encoded. Send the image "
-                    f"itself, or leave {FIELD} out."
+                    f"itself, or leave {FIELD} out.",
+                    reason="unsupported",
                 )
             sizes = [self._embedded_tokens(images, i) for i in range(images.get_count())]
             return tuple(ImagePlan(size, size) for size in sizes)
@@ -189,6 +176,7 @@ class PrunedProcessorMixin:
                 f"{METHOD_FIELD} must be one of {', '.join(allowed)}, got {shown(name)}. The server's "
                 "operator allows more with --allow-methods.",
                 param=METHOD_FIELD,
+                reason="method",
             )
         return allowed.index(name)
 
@@ -205,10 +193,10 @@ class PrunedProcessorMixin:
         return int(images.get_feature_size(index))
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        plan, kwargs = _split(inputs.hf_processor_mm_kwargs)
+        plan, kwargs = split(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))  # type: ignore[misc]
         if "image" in hashes:
-            pairs = zip(hashes["image"], plan, strict=True)
+            pairs = zip(hashes["image"], plan.images, strict=True)
             hashes["image"] = [self._cache_key(key, image) for key, image in pairs]
         return hashes
 
@@ -223,26 +211,25 @@ class PrunedProcessorMixin:
         return f"{_KEY_PREFIX if image.kept < image.seen else ''}{digest}"
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:
-        plan, kwargs = _split(inputs.hf_processor_mm_kwargs)
+        plan, kwargs = split(inputs.hf_processor_mm_kwargs)
         rest = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
             replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
         )
-        cached = mm_is_cached.get("image", ())
-        missing = tuple(image for image, hit in zip(plan, cached, strict=True) if not hit)
-        return {**rest, _PLAN: missing}
+        plan.cached = tuple(mm_is_cached.get("image", ()))
+        missing = tuple(image for image, hit in zip(plan.images, plan.cached, strict=True) if not hit)
+        return {**rest, PLAN: Plan(missing)}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        plan, kwargs = _split(hf_kwargs)
+        plan, kwargs = split(hf_kwargs)
         output = super()._apply_hf_processor_main(mm_items, kwargs)  # type: ignore[misc]
-        if plan:
-            output[COUNTS] = torch.tensor(
-                [[image.seen, image.kept, image.method] for image in plan]
-            )  # (images, 3)
-            output[TEXT] = [torch.tensor(image.text, dtype=torch.int64) for image in plan]
+        if plan.images:
+            counts = [[image.seen, image.kept, image.method] for image in plan.images]
+            output[COUNTS] = torch.tensor(counts)  # (images, 3)
+            output[TEXT] = [torch.tensor(image.text, dtype=torch.int64) for image in plan.images]
         return output
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
-        _, kwargs = _split(hf_processor_mm_kwargs)
+        _, kwargs = split(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))  # type: ignore[misc]
         fields[COUNTS] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         fields[TEXT] = MultiModalFieldConfig.batched("image")
@@ -251,16 +238,9 @@ class PrunedProcessorMixin:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        plan, kwargs = _split(hf_processor_mm_kwargs)
+        plan, kwargs = split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
-        return [_shortened(update, plan) if update.modality == "image" else update for update in updates]
-
-
-def _split(kwargs: Mapping[str, object]) -> tuple[tuple[ImagePlan, ...], dict[str, object]]:
-    """Take our plan out of the keyword arguments: the Hugging Face processor must never see it."""
-    rest = dict(kwargs)
-    plan: Any = rest.pop(_PLAN, ())
-    return plan, rest
+        return [_shortened(update, plan.images) if update.modality == "image" else update for update in updates]
 
 
 def _shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:

@@ -17,8 +17,9 @@ from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine.capture import inputs_of, patch_attention
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.mrope import MRopePrunedMixin
+from promprune_vllm.engine.plan import SUMMARY
 from promprune_vllm.engine.processor import PrunedProcessorMixin
-from promprune_vllm.engine.request import SUMMARY, refusing
+from promprune_vllm.engine.request import refusing
 from promprune_vllm.errors import BudgetError
 
 
@@ -30,15 +31,16 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         result = super().apply(inputs, timing_ctx)
-        plan, places = result.get(SUMMARY), result["mm_placeholders"].get("image")
-        if not plan or plan[-1].kept == plan[-1].seen:
+        summary, places = result.get(SUMMARY), result["mm_placeholders"].get("image")
+        if not summary or summary.images[-1].kept == summary.images[-1].seen:
             return result
-        with refusing():
+        with refusing(self.info.ctx.model_config.served_model_name):  # type: ignore[attr-defined]
             # What comes behind an image starts behind its last row and column, which may have been dropped.
             if places[-1].offset + places[-1].length == len(result["prompt_token_ids"]):
                 raise BudgetError(
                     f"{FIELD} cannot be applied to an image that ends the prompt: put text or the token "
-                    "<|vision_end|> behind it, as chat templates do."
+                    "<|vision_end|> behind it, as chat templates do.",
+                    reason="unsupported",
                 )
         return result
 

@@ -18,6 +18,7 @@ from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import checks, families
 from promprune_vllm.engine.asked import Asked, from_request
+from promprune_vllm.engine.plan import SUMMARY
 from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.metrics.recorder import expose, recorder
@@ -25,8 +26,6 @@ from promprune_vllm.server.told import tell
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
-SUMMARY = "visual_tokens"
-"""Key of a processed prompt: what happened to each image."""
 _asked: ContextVar[Asked] = ContextVar("visual_tokens_asked", default=Asked())  # noqa: B039  frozen
 
 
@@ -47,11 +46,11 @@ def install() -> None:
 
 
 def _reading(original: Any) -> Any:
-    """Wrap a front door: read the fields, hand them on, count what became of the prompts and tell the client."""
+    """Wrap a front door: read the fields, hand them on, and tell the client what became of the images."""
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
-        with refusing():
+        with refusing(self.model_config.served_model_name):
             honour_detail = getattr(self.renderer.mm_processor, "honours_detail", False)
             asked = from_request(request, messages, honour_detail=honour_detail)
             token = _asked.set(asked)
@@ -60,9 +59,8 @@ def _reading(original: Any) -> Any:
             finally:
                 _asked.reset(token)
         prompts = result[1] if isinstance(result, tuple) else result
-        if not kwargs.get("skip_mm_cache"):  # set by routes that only look, such as /tokenize
-            _count(prompts)
-        tell([(image.seen, image.kept) for prompt in prompts for image in prompt.get(SUMMARY, ())])
+        summaries = [prompt[SUMMARY] for prompt in prompts if SUMMARY in prompt]
+        tell([(image.seen, image.kept) for summary in summaries for image in summary.images])
         return result
 
     return preprocess
@@ -92,7 +90,7 @@ def _adding(original: Any) -> Any:
             if added:
                 target["mm_processor_kwargs"] = {**(target.get("mm_processor_kwargs") or {}), **added}
             # Prompts of an offline LLM arrive here too, with the options their own process trusts.
-            with refusing():
+            with refusing(self.model_config.served_model_name):
                 asked = Asked.taken_from(target.get("mm_processor_kwargs") or {})[0]
                 admit(self, asked)
                 if not target.get("multi_modal_data"):
@@ -117,7 +115,7 @@ def _refusing_harmony(original: Any) -> Any:
     """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
 
     def adjust_harmony_request(self: Any, request: Any) -> Any:
-        with refusing():
+        with refusing(self.model_config.served_model_name):
             admit(self.renderer, from_request(request, None, honour_detail=False))
         return original(self, request)
 
@@ -129,8 +127,8 @@ def _announcing(original: Any) -> Any:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        expose()
         settings = Settings.from_environment()
+        _expose(self, settings)
         if reason := why_not(self):
             logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", *reason, FIELD)
             if self.mm_processor is not None:
@@ -144,6 +142,21 @@ def _announcing(original: Any) -> Any:
     return init
 
 
+def _expose(renderer: Any, settings: Settings) -> None:
+    """Show our series on this process's ``/metrics`` from the start."""
+    import vllm
+
+    from promprune_vllm import __version__
+    from promprune_vllm.engine.savings import Savings
+
+    expose(
+        renderer.model_config.served_model_name,
+        settings.allowed,
+        (__version__, vllm.__version__),
+        derived=Savings(renderer.config).known,
+    )
+
+
 def admit(renderer: Any, asked: Asked) -> None:
     """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
     if not asked.explicit:
@@ -152,7 +165,8 @@ def admit(renderer: Any, asked: Asked) -> None:
     if reason := why_not(renderer):
         raise BudgetError(
             f"{FIELD} cannot be honoured: {reason[0]} cannot be pruned, {reason[1]}. "
-            "Leave the field out, or serve a model that can be."
+            "Leave the field out, or serve a model that can be.",
+            reason="unsupported",
         )
 
 
@@ -170,22 +184,13 @@ def why_not(renderer: Any) -> tuple[str, str] | None:
 
 
 @contextmanager
-def refusing(*, counted: bool = True) -> Iterator[None]:
-    """Turn a refused budget into vLLM's HTTP 400, and count it once, unless it was no request for an answer."""
+def refusing(model_name: str | None) -> Iterator[None]:
+    """Turn a refused budget into vLLM's HTTP 400, and count it, unless without a name it was no request."""
     try:
         yield
     except BudgetError as error:
         from vllm.exceptions import VLLMValidationError
 
-        if counted:
-            recorder().outcome("refused")
+        if model_name is not None:
+            recorder(model_name).refused(error.reason)
         raise VLLMValidationError(str(error), parameter=error.param) from error
-
-
-def _count(engine_inputs: Sequence[Any]) -> None:
-    for engine_input in engine_inputs:
-        images = engine_input.get(SUMMARY)
-        if images:
-            recorder().prompt(sum(image.seen for image in images), sum(image.kept for image in images))
-        else:
-            recorder().outcome("full" if engine_input["type"] == "multimodal" else "text")

@@ -60,9 +60,9 @@ class Metric:
 
 
 _BY_METHOD = ("model_name", "method")
-_TOKENS = (16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 576.0, 768.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+_TOKENS = tuple(float(n) for n in (16, 32, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 2048, 4096, 8192, 16384))
 _SHARES = tuple(i / 20 for i in range(1, 21))
-_ONCE = "Once per prompt that the engine took, cached images included, and whether or not it is aborted later."
+_ONCE = "Counted once per prompt, when the engine takes it, whether its images are cached or not."
 
 REQUESTS = Metric(
     "promprune_requests_total",
@@ -76,7 +76,7 @@ REFUSED = Metric(
     "promprune_refused_requests_total",
     "counter",
     "Requests refused with HTTP 400 by reason: invalid (not a budget), limits (outside the server's), images "
-    "(does not fit the number of images), method (not allowed), unsupported (this model or image cannot be pruned).",
+    "(does not fit the number of images), method (not allowed), unsupported (model or image cannot be pruned).",
     labels=("model_name", "reason"),
 )
 BUDGETS = Metric(
@@ -116,8 +116,8 @@ TOKENS_SAVED = Metric(
 KV_BYTES_SAVED = Metric(
     "promprune_kv_cache_saved_bytes_total",
     "counter",
-    "Bytes of KV cache that prompts do not fill because of pruning, over all layers and ranks: whole blocks of the "
-    f"unpruned prompt less whole blocks of the pruned one, as if no block were shared. {_ONCE}",
+    "Bytes of KV cache that prompts do not fill because of pruning, over all layers and ranks: whole blocks of "
+    f"the unpruned prompt less whole blocks of the pruned one, as if no block were shared. {_ONCE}",
     labels=_BY_METHOD,
     derived=True,
 )

@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
@@ -49,51 +50,126 @@ def _remove(directory: str, owner: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def expose() -> None:
-    """Make this process's ``/metrics`` show what every process wrote."""
-    # Every series is there before the first request: counts at zero, the level at all of the default.
-    recorder().level(Fraction(1))
+def expose(model_name: str, methods: Sequence[str], versions: tuple[str, str], *, derived: bool) -> None:
+    """Make this process's ``/metrics`` show what every process wrote, every series before its first event.
+
+    Args:
+        model_name: What the model is served as.
+        methods: Those the server allows, the default first.
+        versions: Of promprune-vllm and of vLLM.
+        derived: Whether bytes and operations saved can be told for this model; else they are not shown, for a
+            zero would say that there were none.
+    """
+    ours = recorder(model_name)
+    ours.create([metric for metric in CATALOG if derived or not metric.derived], methods)
+    ours.level(Fraction(1))
+    ours.build(methods[0], *versions)
     if VLLM_VARIABLE not in os.environ:
         _attach(os.environ[DIRECTORY_VARIABLE])
 
 
-def recorder() -> Recorder:
-    """Return this process's recorder."""
+def recorder(model_name: str) -> Recorder:
+    """Return this process's recorder for a model."""
     prepare_directory()
     directory = os.environ.get(VLLM_VARIABLE) or os.environ[DIRECTORY_VARIABLE]
-    return _recorder(os.getpid(), directory)
+    return _recorder(os.getpid(), directory, model_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What a prompt's pruning saves; see the catalogue for what exactly is meant."""
+
+    kv_bytes: int
+    flops: int
 
 
 class Recorder:
-    """Counts into the files of one directory."""
+    """Counts into the files of one directory, for one model."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, model_name: str) -> None:
+        self._directory = directory
+        self._model_name = model_name
+        self._series: dict[tuple[str, ...], Any] = {}
         with _values_in(directory):
-            # Every labelled series is created here as well: it could not find the directory later.
-            self._metrics = {metric.name: _build(metric) for metric in CATALOG}
+            self._families = {metric.name: _family(metric) for metric in CATALOG}
 
-    def prompt(self, seen_tokens: int, kept_tokens: int) -> None:
-        """Count a prompt with images: its visual tokens before and after pruning."""
-        self._metrics[catalog.TOKENS_SEEN.name].inc(seen_tokens)
-        self._metrics[catalog.TOKENS_KEPT.name].inc(kept_tokens)
-        self.outcome("pruned" if kept_tokens < seen_tokens else "full")
+    def create(self, metrics: Sequence[Metric], methods: Sequence[str]) -> None:
+        """Show every series of these metrics, at zero."""
+        for metric in metrics:
+            for values in metric.series(self._model_name, methods):
+                self._at(metric, *values[1:])
+
+    def prompt(self, method: str, images: Sequence[tuple[int, int, bool]], saving: Saving | None = None) -> None:
+        """Count a prompt with images.
+
+        Args:
+            method: What selects the tokens of images that lose any.
+            images: Of each image, visual tokens seen and kept, and whether it came from the processor cache.
+            saving: What pruning saves, where that is known.
+        """
+        for seen, kept, cached in images:
+            by = method if kept < seen else catalog.UNPRUNED
+            self._at(catalog.IMAGES, by, str(cached).lower()).inc()
+            self._at(catalog.TOKENS_SEEN, by).inc(seen)
+            self._at(catalog.TOKENS_KEPT, by).inc(kept)
+            self._at(catalog.IMAGE_KEPT_TOKENS, by).observe(kept)
+            if kept < seen:
+                self._at(catalog.TOKENS_SAVED, by).inc(seen - kept)
+        pruned = any(kept < seen for seen, kept, _ in images)
+        if saving is not None and pruned:
+            self._at(catalog.KV_BYTES_SAVED, method).inc(saving.kv_bytes)
+            self._at(catalog.FLOPS_AVOIDED, method).inc(saving.flops)
+        self.outcome("pruned" if pruned else "full")
 
     def outcome(self, outcome: str) -> None:
         """Count a prompt by what became of it, one of ``OUTCOMES``."""
-        self._metrics[catalog.REQUESTS.name].labels(outcome).inc()
+        self._at(catalog.REQUESTS, outcome).inc()
 
-    def selection(self, seconds: float) -> None:
-        """Observe the time one image's selection took."""
-        self._metrics[catalog.SELECTION_SECONDS.name].observe(seconds)
+    def refused(self, reason: str) -> None:
+        """Count a refused request, for one of ``REASONS``."""
+        self.outcome("refused")
+        self._at(catalog.REFUSED, reason).inc()
+
+    def budget(self, form: str) -> None:
+        """Count a budget that came with images, in one of ``FORMS``."""
+        self._at(catalog.BUDGETS, form).inc()
+
+    def selection(self, method: str, stage: str, seconds: float) -> None:
+        """Observe the time that one of ``STAGES`` took for one image."""
+        self._at(catalog.SELECTION_SECONDS, method, stage).observe(seconds)
+
+    def entropy(self, method: str, value: float) -> None:
+        """Observe the spectral entropy of one selection, 0 to 1."""
+        self._at(catalog.SPECTRAL_ENTROPY, method).observe(value)
+
+    def saliency_share(self, method: str, value: float) -> None:
+        """Observe the share of salient tokens in one selection, 0 to 1."""
+        self._at(catalog.SALIENCY_SHARE, method).observe(value)
+
+    def encoder_batch(self, tokens: int) -> None:
+        """Observe the unpruned tokens of one call of the vision encoder."""
+        self._at(catalog.ENCODER_BATCH_TOKENS).observe(tokens)
 
     def level(self, level: Fraction) -> None:
         """Show the share of the default that images keep from now on."""
-        self._metrics[catalog.POLICY_LEVEL.name].set(float(level))
+        self._at(catalog.POLICY_LEVEL).set(float(level))
+
+    def build(self, method: str, version: str, vllm_version: str) -> None:
+        """Show what runs: the default method, and the versions of promprune-vllm and of vLLM."""
+        self._at(catalog.BUILD_INFO, method, version, vllm_version).set(1)
+
+    def _at(self, metric: Metric, *values: str) -> Any:
+        """Return a series of this model, by the values of its other labels."""
+        key = (metric.name, *values)
+        if key not in self._series:
+            with _values_in(self._directory):  # a new series could not find the directory by itself
+                self._series[key] = self._families[metric.name].labels(self._model_name, *values)
+        return self._series[key]
 
 
-@lru_cache(maxsize=2)
-def _recorder(pid: int, directory: str) -> Recorder:  # noqa: ARG001  a forked child gets files of its own
-    return Recorder(directory)
+@lru_cache(maxsize=4)
+def _recorder(pid: int, directory: str, model_name: str) -> Recorder:  # noqa: ARG001  a forked child gets its own
+    return Recorder(directory, model_name)
 
 
 @cache
@@ -104,20 +180,14 @@ def _attach(directory: str) -> None:
     MultiProcessCollector(REGISTRY, path=directory)  # type: ignore[no-untyped-call]
 
 
-def _build(metric: Metric) -> Any:
+def _family(metric: Metric) -> Any:
     from prometheus_client import Counter, Gauge, Histogram
 
-    labels = [metric.label[0]] if metric.label else []
-    family: Any
     if metric.kind == "counter":
-        family = Counter(metric.name, metric.help, labels, registry=None)
-    elif metric.kind == "gauge":
-        family = Gauge(metric.name, metric.help, labels, registry=None, multiprocess_mode="mostrecent")
-    else:
-        family = Histogram(metric.name, metric.help, labels, registry=None, buckets=metric.buckets)
-    for value in metric.label[1] if metric.label else ():
-        family.labels(value)
-    return family
+        return Counter(metric.name, metric.help, metric.labels, registry=None)
+    if metric.kind == "gauge":
+        return Gauge(metric.name, metric.help, metric.labels, registry=None, multiprocess_mode="mostrecent")
+    return Histogram(metric.name, metric.help, metric.labels, registry=None, buckets=metric.buckets)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.selection import Selection
 from promprune_vllm.engine import failures
 from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.metrics.catalog import REQUESTS
 from promprune_vllm.metrics.recorder import recorder
 from tests.engine.conftest import Ask, Engine
 
@@ -268,8 +269,8 @@ def test_a_request_in_chunks_fails_as_a_whole(engine: Engine) -> None:
 
 def test_failed_requests_are_counted(engine: Engine) -> None:
     def counted() -> float:
-        counter = recorder()._metrics["promprune_requests_total"].labels("failed")
-        return float(counter._value.get())
+        ours = recorder(engine.llm.llm_engine.vllm_config.model_config.served_model_name)
+        return float(ours._at(REQUESTS, "failed")._value.get())
 
     engine.forget()
     before = counted()

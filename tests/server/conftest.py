@@ -60,10 +60,9 @@ def image_url(photo: str) -> str:
 
 
 def body(*photos: str, question: str = QUESTION, **fields: Any) -> dict[str, Any]:
-    """A chat request; fields are added at the top level."""
-    content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": image_url(name)}} for name in photos
-    ]
+    """A chat request with photographs by name or data URL; fields are added at the top level."""
+    urls = (photo if photo.startswith("data:") else image_url(photo) for photo in photos)
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": question})
     return {
         "model": MODEL,
@@ -77,6 +76,23 @@ def body(*photos: str, question: str = QUESTION, **fields: Any) -> dict[str, Any
 
 def post(server: Server, path: str, json: Any) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=json, timeout=300)
+
+
+Series = dict[tuple[str, ...], float]
+
+
+def series(server: Server) -> Series:
+    """Our samples by name and by the values of their labels but the model's, sorted by label."""
+    return {
+        (each.name, *(each.labels[label] for label in sorted(each.labels) if label != "model_name")): each.value
+        for family in server.families("promprune")
+        for each in family.samples
+    }
+
+
+def grown(after: Series, before: Series) -> Series:
+    """Return what changed, and by how much."""
+    return {key: value - before.get(key, 0) for key, value in after.items() if value != before.get(key, 0)}
 
 
 def ask(server: Server, *photos: str, **fields: Any) -> dict[str, Any]:

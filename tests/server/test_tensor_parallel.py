@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from promprune_vllm.demo.server import Server, serving
-from tests.server.conftest import ENVIRONMENT, OPTIONS, ask
+from tests.conftest import VISUAL_TOKENS
+from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, series
 
 pytestmark = pytest.mark.server
 
@@ -23,5 +24,9 @@ def test_two_ranks_answer_as_one(server: Server, demo_model: Path, tmp_path: Pat
         demo_model, *OPTIONS, "--tensor-parallel-size", "2", log=tmp_path / "log", environment=environment
     ) as two:
         assert answers(two) == answers(server)
-        # Two images under two budgets that prune: only the first rank counts.
-        assert two.metrics("promprune")["promprune_selection_seconds_count"] == 4
+        # Two images under two budgets that prune: only the first rank counts. The encoder also ran without.
+        counts = series(two)
+        for stage in ("choose", "assemble"):
+            assert counts["promprune_selection_seconds_count", "promprune", stage] == 4
+        assert counts["promprune_spectral_entropy_count", "promprune"] == 4
+        assert counts["promprune_encoder_batch_tokens_sum",] == 6 * VISUAL_TOKENS

@@ -120,7 +120,7 @@ def test_api_servers_share_what_the_engines_say(tmp_path: Path, monkeypatch: pyt
     load = pytest.importorskip("promprune_vllm.engine.load")
     monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(tmp_path))
     clock = Clock()
-    heard, silent = (load.LoadWatch(tmp_path / "load", clock=clock) for _ in range(2))
+    heard, silent = (load.LoadWatch(tmp_path / "load", "m", clock=clock) for _ in range(2))
 
     def pass_time(seconds: float) -> None:
         for _ in range(int(seconds / TICK)):

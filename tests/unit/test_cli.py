@@ -17,6 +17,7 @@ from promprune_vllm import __version__, cli, serve_options
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.engine.families import FAMILIES
+from promprune_vllm.metrics.catalog import CATALOG, LABELS
 
 run = CliRunner().invoke
 
@@ -105,7 +106,7 @@ def test_a_bad_setting_ends_with_one_clear_line(monkeypatch: pytest.MonkeyPatch)
     assert "Did you mean 'promprune'?" in result.output
 
 
-@pytest.mark.parametrize("name", ["methods", "families"])
+@pytest.mark.parametrize("name", ["methods", "families", "metrics"])
 def test_the_readme_shows_the_generated_table(name: str) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     shown = readme.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
@@ -179,7 +180,17 @@ def test_a_calibration_says_where_it_comes_from() -> None:
         assert bool(family.calibration) == (family.calibrated != "the method's default")
 
 
-def test_families_are_listed_without_vllm() -> None:
-    code = "import sys; from promprune_vllm.families_table import markdown; markdown(); print(*sys.modules)"
+@pytest.mark.parametrize("table", ["families_table", "metrics_table"])
+def test_tables_are_printed_without_vllm(table: str) -> None:
+    code = f"import sys; from promprune_vllm.{table} import markdown; markdown(); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "vllm" not in result.stdout.split()
+
+
+def test_metrics_are_listed_with_their_labels() -> None:
+    listed = json.loads(run(cli.app, ["metrics", "--json"]).output)
+    assert [row["name"] for row in listed] == [metric.name for metric in CATALOG]
+    assert {label for row in listed for label in row["labels"]} == set(LABELS)
+    shown = run(cli.app, ["metrics"]).output
+    for metric in CATALOG:
+        assert f"{metric.name}{{{', '.join(metric.labels)}}} {metric.kind}\n  {metric.help}" in shown

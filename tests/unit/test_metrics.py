@@ -5,55 +5,148 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from promprune_vllm.core.savings import Decoder, saved_blocks
 from promprune_vllm.metrics import recorder as module
-from promprune_vllm.metrics.catalog import CATALOG, OUTCOMES
-from promprune_vllm.metrics.recorder import Recorder
+from promprune_vllm.metrics.catalog import CATALOG, LABELS, UNPRUNED, Metric
+from promprune_vllm.metrics.recorder import Recorder, Saving
+
+METHODS = ["promprune", "random"]
 
 
 @pytest.mark.parametrize("metric", CATALOG, ids=lambda metric: metric.name)
-def test_names_follow_the_conventions(metric: object) -> None:
-    name = metric.name  # type: ignore[attr-defined]
-    assert name.startswith("promprune_")
-    assert ":" not in name
-    assert name.endswith("_total") == (metric.kind == "counter")  # type: ignore[attr-defined]
-    assert metric.help.endswith(".")  # type: ignore[attr-defined]
-    assert list(metric.buckets) == sorted(metric.buckets)  # type: ignore[attr-defined]
+def test_names_follow_the_conventions(metric: Metric) -> None:
+    assert metric.name.startswith("promprune_")
+    assert ":" not in metric.name
+    assert metric.name.endswith("_total") == (metric.kind == "counter")
+    assert metric.help.endswith(".")
+    assert list(metric.buckets) == sorted(set(metric.buckets))
+    assert bool(metric.buckets) == (metric.kind == "histogram")
+    assert metric.labels[0] == "model_name"
+    assert set(metric.labels) <= set(LABELS)
+    assert metric.unpruned <= ("method" in metric.labels)
 
 
-def _samples(directory: Path) -> dict[tuple[str, str], float]:
+def samples(directory: Path) -> dict[tuple[str, ...], float]:
+    """Return the value of every series by its name and its labels but the model's, sorted by label."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(directory))
     return {
-        (sample.name, sample.labels.get("outcome", "")): sample.value
+        (each.name, *(each.labels[label] for label in sorted(each.labels) if label != "model_name")): each.value
         for family in registry.collect()
-        for sample in family.samples
+        for each in family.samples
     }
 
 
-def test_everything_is_there_at_zero_and_counts(tmp_path: Path) -> None:
-    recorder = Recorder(str(tmp_path))
-    assert {_samples(tmp_path)["promprune_requests_total", outcome] for outcome in OUTCOMES} == {0}
-    recorder.prompt(576, 64)
-    recorder.prompt(576, 576)
-    recorder.outcome("refused")
-    recorder.selection(0.003)
-    counted = _samples(tmp_path)
-    assert counted["promprune_visual_tokens_seen_total", ""] == 1152
-    assert counted["promprune_visual_tokens_kept_total", ""] == 640
-    assert [counted["promprune_requests_total", outcome] for outcome in OUTCOMES] == [1, 1, 0, 1, 0]
-    assert counted["promprune_selection_seconds_count", ""] == 1
+def label_values(metric: Metric, methods: Sequence[str]) -> list[list[str]]:
+    """Return what each label but the model's can be, sorted by label."""
+    known = {label: list(LABELS[label][1]) for label in metric.labels}
+    known["method"] = [*methods, UNPRUNED] if metric.unpruned else list(methods)
+    return [known[label] for label in sorted(metric.labels) if label != "model_name"]
+
+
+def test_everything_is_there_at_zero(tmp_path: Path) -> None:
+    Recorder(str(tmp_path), "demo").create(CATALOG, METHODS)
+    shown = samples(tmp_path)
+    assert set(shown.values()) == {0}
+    for metric in CATALOG:
+        name = f"{metric.name}_count" if metric.kind == "histogram" else metric.name
+        # A gauge shows what was set last, so nothing before that.
+        expected = () if metric.kind == "gauge" else product(*label_values(metric, METHODS))
+        assert {key[1:] for key in shown if key[0] == name} == set(expected), metric.name
+
+
+def test_a_prompt_is_counted_by_what_prunes_its_images(tmp_path: Path) -> None:
+    recorder = Recorder(str(tmp_path), "demo")
+    recorder.prompt("promprune", [(576, 64, False), (576, 576, True)], Saving(kv_bytes=4096, flops=10**12))
+    recorder.prompt("promprune", [(576, 576, True)], Saving(kv_bytes=0, flops=0))
+    assert {key: value for key, value in samples(tmp_path).items() if value and key[0].endswith("_total")} == {
+        ("promprune_requests_total", "pruned"): 1,
+        ("promprune_requests_total", "full"): 1,
+        ("promprune_images_total", "false", "promprune"): 1,
+        ("promprune_images_total", "true", UNPRUNED): 2,
+        ("promprune_visual_tokens_seen_total", "promprune"): 576,
+        ("promprune_visual_tokens_seen_total", UNPRUNED): 1152,
+        ("promprune_visual_tokens_kept_total", "promprune"): 64,
+        ("promprune_visual_tokens_kept_total", UNPRUNED): 1152,
+        ("promprune_visual_tokens_saved_total", "promprune"): 512,
+        ("promprune_kv_cache_saved_bytes_total", "promprune"): 4096,
+        ("promprune_prefill_flops_avoided_total", "promprune"): 1e12,
+    }
+    shown = samples(tmp_path)
+    assert shown["promprune_image_kept_tokens_count", "promprune"] == 1
+    assert shown["promprune_image_kept_tokens_sum", UNPRUNED] == 1152
+
+
+def test_the_other_counts_and_observations(tmp_path: Path) -> None:
+    recorder = Recorder(str(tmp_path), "demo")
+    recorder.refused("limits")
+    recorder.outcome("failed")
+    recorder.budget("share")
+    recorder.selection("promprune", "choose", 0.003)
+    recorder.entropy("promprune", 0.42)
+    recorder.saliency_share("promprune", 0.25)
+    recorder.encoder_batch(1152)
+    recorder.build("promprune", "0.1", "0.32.0")
+    shown = samples(tmp_path)
+    assert shown["promprune_requests_total", "refused"] == 1
+    assert shown["promprune_refused_requests_total", "limits"] == 1
+    assert shown["promprune_requests_total", "failed"] == 1
+    assert shown["promprune_budgets_total", "share"] == 1
+    assert shown["promprune_selection_seconds_sum", "promprune", "choose"] == 0.003
+    assert shown["promprune_spectral_entropy_sum", "promprune"] == 0.42
+    assert shown["promprune_saliency_share_sum", "promprune"] == 0.25
+    assert shown["promprune_encoder_batch_tokens_sum",] == 1152
+    assert shown["promprune_build_info", "promprune", "0.1", "0.32.0"] == 1
+
+
+def test_every_bucket_means_something(tmp_path: Path) -> None:
+    """The bounds of a share are inclusive: exactly all, and exactly none, land where they belong."""
+    recorder = Recorder(str(tmp_path), "demo")
+    for value in (0.0, 1.0):
+        recorder.saliency_share("promprune", value)
+    shown = samples(tmp_path)
+    assert shown["promprune_saliency_share_bucket", "0.05", "promprune"] == 1
+    assert shown["promprune_saliency_share_bucket", "0.95", "promprune"] == 1
+    assert shown["promprune_saliency_share_bucket", "1.0", "promprune"] == 2
+
+
+LLAMA_7B = Decoder(layers=32, hidden=4096, heads=32, kv_heads=32, head=128, intermediate=11008)
+
+
+def test_prefill_flops_of_a_known_model() -> None:
+    # 2 x 6.476e9 weights of Llama-7B's layers, without embedding and output head, and one position's scores.
+    assert LLAMA_7B.prefill_flops(1) == 2 * 6_476_005_376 + 4 * 32 * 4096
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000))
+def test_flops_count_every_pair_of_positions_once(first: int, more: int) -> None:
+    """A prefill in two chunks, the second on top of the first one's cache, is the same arithmetic."""
+    pairs = 4 * 32 * 4096
+    second = LLAMA_7B.prefill_flops(more) + pairs * first * more
+    assert LLAMA_7B.prefill_flops(first + more) == LLAMA_7B.prefill_flops(first) + second
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "blocks"), [(618, 106, 16), (64, 33, 0), (65, 64, 1), (64, 64, 0), (33, 1, 1)]
+)
+def test_only_whole_blocks_are_saved(before: int, after: int, blocks: int) -> None:
+    assert saved_blocks(before, after, 32) == blocks
 
 
 def test_recording_leaves_prometheus_client_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     before = values.ValueClass
-    Recorder(str(tmp_path))
+    Recorder(str(tmp_path), "demo").outcome("full")
     assert values.ValueClass is before
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
 
@@ -64,8 +157,8 @@ def test_vllms_directory_is_used_where_it_made_one(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(tmp_path))
     monkeypatch.setenv("PROMPRUNE_METRICS_OWNER", str(os.getpid()))
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared))
-    module.recorder().outcome("full")
-    assert _samples(shared)["promprune_requests_total", "full"] == 1
+    module.recorder("demo").outcome("full")
+    assert samples(shared)["promprune_requests_total", "full"] == 1
     assert not list(tmp_path.glob("*.db"))
 
 

@@ -1,0 +1,55 @@
+"""Prompts are counted where the engine takes them: one that vLLM refuses, as too long say, saves no token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.plan import SUMMARY, Summary
+from promprune_vllm.engine.wrapping import wrap
+from promprune_vllm.metrics.recorder import recorder
+
+_SAVINGS = "_promprune_savings"
+
+
+def install() -> None:
+    """Wrap the step that makes an engine's request of a processed prompt. Idempotent."""
+    checks.require_names(checks.INPUT_NAMES)
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    wrap(InputProcessor, "process_inputs", _counting)
+
+
+def _counting(original: Any) -> Any:
+    def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, request_id, prompt, *args, **kwargs)
+        # Anything else is no prompt of a request yet: vLLM renders it and comes by here again, or checks options.
+        if isinstance(prompt, dict) and "type" in prompt:
+            _count(self, prompt)
+        return request
+
+    return process_inputs
+
+
+def _count(input_processor: Any, engine_input: dict[str, Any]) -> None:
+    ours = recorder(input_processor.model_config.served_model_name)
+    summary: Summary | None = engine_input.get(SUMMARY)
+    if summary is None:
+        ours.outcome("full" if engine_input["type"] == "multimodal" else "text")
+        return
+    after = len(engine_input["prompt_token_ids"])
+    before = after + sum(image.seen - image.kept for image in summary.images)
+    counts = [
+        (image.seen, image.kept, cached) for image, cached in zip(summary.images, summary.cached, strict=True)
+    ]
+    ours.prompt(summary.method, counts, _savings(input_processor).of(before, after))
+    if summary.form is not None:
+        ours.budget(summary.form)
+
+
+def _savings(input_processor: Any) -> Any:
+    from promprune_vllm.engine.savings import Savings
+
+    if _SAVINGS not in input_processor.__dict__:
+        setattr(input_processor, _SAVINGS, Savings(input_processor.vllm_config))
+    return input_processor.__dict__[_SAVINGS]

@@ -1,0 +1,66 @@
+"""What is to happen to the images of one prompt, as it travels through vLLM's processing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SUMMARY = "visual_tokens"
+"""Key of a processed prompt: its ``Summary``."""
+PLAN = "_promprune_plan"
+"""Processor option that carries the ``Plan``; the Hugging Face processor must never see it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """What happens to one image: visual tokens before and after pruning, and what selects them.
+
+    Args:
+        seen: Tokens before pruning.
+        kept: Tokens after.
+        method: Index among the allowed methods.
+        text: Tokens of the user's text, where the method looks at it.
+    """
+
+    seen: int
+    kept: int
+    method: int = 0
+    text: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Plan:
+    """What happens to the images of one call of the processor, in order of appearance.
+
+    Args:
+        images: One plan each.
+        cached: Filled in on the way: which of them vLLM's processor cache already had.
+    """
+
+    images: tuple[ImagePlan, ...] = ()
+    cached: tuple[bool, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What happened to the images of one prompt.
+
+    Args:
+        images: One plan each, in order of appearance.
+        cached: Which of them vLLM's processor cache already had.
+        method: What selects the tokens of images that lose any.
+        form: How the request wrote its budget (see ``Ask.form``), ``None`` if it did not send one.
+    """
+
+    images: tuple[ImagePlan, ...]
+    cached: tuple[bool, ...]
+    method: str
+    form: str | None
+
+
+def split(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
+    """Take our plan out of processor options."""
+    rest = dict(kwargs)
+    plan: Any = rest.pop(PLAN, None)
+    return plan or Plan(), rest

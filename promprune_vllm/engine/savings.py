@@ -1,0 +1,70 @@
+"""What pruning saves, in bytes of KV cache and operations of the prefill, from vLLM's own configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
+
+from promprune_vllm.core.savings import Decoder, saved_blocks
+from promprune_vllm.metrics.recorder import Saving
+
+_PLAIN_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
+"""KV-cache types with one element for one number, and nothing beside."""
+
+
+class Savings:
+    """Tells what prompts of one engine save.
+
+    Args:
+        vllm_config: The engine's. Its block size may still change until the engine is up, so it is read anew.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._cache = vllm_config.cache_config
+        self._bytes_per_token = bytes_per_token(vllm_config)
+        self._decoder = decoder(vllm_config)
+
+    @property
+    def known(self) -> bool:
+        """Whether both can be told for this model."""
+        return self._bytes_per_token is not None and self._decoder is not None
+
+    def of(self, before: int, after: int) -> Saving | None:
+        """Return what a prompt of ``after`` tokens saves that had ``before``; ``None`` where that is not known."""
+        if self._bytes_per_token is None or self._decoder is None:
+            return None
+        block = int(self._cache.block_size)
+        return Saving(
+            kv_bytes=saved_blocks(before, after, block) * block * self._bytes_per_token,
+            flops=self._decoder.prefill_flops(before) - self._decoder.prefill_flops(after),
+        )
+
+
+def bytes_per_token(vllm_config: Any) -> int | None:
+    """Return what one token takes of the KV cache over all layers and ranks, or ``None`` where that varies."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    stored = resolve_kv_cache_dtype_string(cache.cache_dtype, model)
+    if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers or model.use_mla or model.is_hybrid:
+        return None
+    # Heads are repeated where there are more ranks than heads.
+    heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    numbers = model.get_total_num_hidden_layers() * heads * model.get_head_size() * 2  # keys and values
+    return int(numbers * kv_cache_dtype_str_to_dtype(stored, model).itemsize)
+
+
+def decoder(vllm_config: Any) -> Decoder | None:
+    """Return the sizes of the language model, or ``None`` where it is no dense decoder of equal layers."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    intermediate = getattr(text, "intermediate_size", None)
+    if model.is_moe or model.use_mla or model.is_hybrid or not isinstance(intermediate, int):
+        return None
+    return Decoder(
+        layers=model.get_total_num_hidden_layers(),
+        hidden=int(text.hidden_size),
+        heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+        kv_heads=model.get_total_num_kv_heads(),
+        head=model.get_head_size(),
+        intermediate=intermediate,
+    )
