@@ -174,7 +174,7 @@ def _requests() -> list[Any]:
         lines(
             "Budgets by form",
             "How the budgets of requests with images were written: a number of tokens, a share, full, auto, "
-            "a list with one entry for each image, or a total the images share. Requests without one are not here.",
+            "a list with one entry for each image, or a total they share. Requests without one do not count.",
             (per_second("promprune_budgets_total", "form"), "{{form}}"),
             unit="reqps",
             stacked=True,

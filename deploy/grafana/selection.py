@@ -180,7 +180,7 @@ def _content() -> list[Any]:
             "The two averages side by side: as images get more varied, less of the budget goes to salient tokens.",
             (_running_mean(_ENTROPY, "method", method=_METHOD), "entropy, {{method}}"),
             (_running_mean(_SALIENCY, "method", method=_METHOD), "saliency share, {{method}}"),
-            unit="percentunit",
+            unit="none",
             share=True,
             empty="not used by this method",
         ),
