@@ -171,6 +171,7 @@ def calibrate(
 
 @app.command()
 def demo(
+    *,
     once: Annotated[bool, typer.Option("--once", help="Stop the server after the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
     port: Annotated[
@@ -179,13 +180,35 @@ def demo(
             "--port", min=0, max=65535, help="Port; 0 takes a free one. Default: 8000, a free one with --once."
         ),
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--traffic", min=1, metavar="SECONDS", help="Send a mix of images and budgets this long instead."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="With --traffic: a running server, such as http://127.0.0.1:8000."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="With --traffic: requests in flight.")] = 4,
+    seed: Annotated[int, typer.Option(help="With --traffic: the same seed sends the same requests.")] = 0,
 ) -> None:
-    """Serve a small model, send it one photograph under several budgets, and show what each one costs."""
-    from promprune_vllm.demo.run import run_demo
+    """Serve a small model and send it one photograph under several budgets, or a while of mixed traffic."""
+    from promprune_vllm.demo.run import run_demo, run_traffic
+    from promprune_vllm.demo.sender import Traffic
     from promprune_vllm.errors import DemoError
 
+    if url is not None and seconds is None:
+        _fail("--url goes with --traffic SECONDS: without it, the demo asks the server that it starts itself.")
+    traffic = None if seconds is None else Traffic(seconds, concurrency, seed)
     try:
-        run_demo(once=once, as_json=as_json, port=port)
+        if url is not None and traffic is not None:
+            run_traffic(url, traffic, api_key, as_json=as_json)
+        else:
+            run_demo(once=once, as_json=as_json, port=port, traffic=traffic)
     except DemoError as error:
         _fail(str(error))
 

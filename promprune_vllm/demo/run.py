@@ -1,4 +1,4 @@
-"""``promprune demo``: one real photograph, four budgets, and what each one costs."""
+"""``promprune demo``: one real photograph, four budgets, and what each one costs; or a while of mixed traffic."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.model import find_or_build_demo_model
+from promprune_vllm.demo.sender import Report, Traffic, send
 from promprune_vllm.demo.server import Server, serving
 from promprune_vllm.errors import DemoError
 
@@ -53,13 +54,14 @@ class Row:
     selection_ms: float | None
 
 
-def run_demo(*, once: bool, as_json: bool, port: int | None) -> None:
+def run_demo(*, once: bool, as_json: bool, port: int | None, traffic: Traffic | None = None) -> None:
     """Serve the demo model, measure, show, and keep serving unless ``once``.
 
     Args:
         once: End after the table.
         as_json: One JSON document on standard output instead of the table.
         port: ``None`` is 8000, or any free port with ``once``; 0 is any free port.
+        traffic: Sent instead of the four budgets.
 
     Raises:
         DemoError: The server could not be started, or ended by itself.
@@ -68,25 +70,55 @@ def run_demo(*, once: bool, as_json: bool, port: int | None) -> None:
     chosen = port if port is not None else (0 if once else DEFAULT_PORT)
     with (
         tempfile.TemporaryDirectory(prefix="promprune-demo-") as scratch,
-        _demo_server(err, Path(scratch) / "server.log", chosen) as server,
+        _demo_server(err, Path(scratch) / "server.log", chosen, traffic) as server,
     ):
-        rows = list(_measured(err, server))
-        if as_json:
-            document = {"model": MODEL_NAME, "photo": PHOTO, "rows": [asdict(row) for row in rows]}
-            print(json.dumps(document, indent=2), flush=True)
+        if traffic is None:
+            _show_budgets(list(_measured(err, server)), as_json=as_json)
         else:
-            Console().print(_table(rows))
+            run_traffic(server.url, traffic, None, as_json=as_json)
         if not once:
             (err if as_json else Console()).print(_next_steps(server.url), highlight=False, soft_wrap=True)
             _serve_until_interrupted(server)
 
 
+def run_traffic(url: str, traffic: Traffic, api_key: str | None, *, as_json: bool) -> Report:
+    """Send traffic to a running server and show what came of it.
+
+    Args:
+        url: Base address of a server that runs the plugin.
+        traffic: How much.
+        api_key: The server's, if it asks for one.
+        as_json: One JSON document on standard output instead of the table.
+
+    Raises:
+        DemoError: There is no such server, it wants another key, or it went away.
+    """
+    what = f"{traffic.seconds:g} s of traffic to {url}, {traffic.concurrency} requests at a time"
+    with _telling(Console(stderr=True), f"Sending {what} …"):
+        report = send(url, traffic, api_key)
+    if as_json:
+        print(json.dumps(report.as_document(), indent=2), flush=True)
+    else:
+        Console().print(report.as_table())
+    return report
+
+
+def _show_budgets(rows: list[Row], *, as_json: bool) -> None:
+    if as_json:
+        document = {"model": MODEL_NAME, "photo": PHOTO, "rows": [asdict(row) for row in rows]}
+        print(json.dumps(document, indent=2), flush=True)
+    else:
+        Console().print(_table(rows))
+
+
 @contextmanager
-def _demo_server(err: Console, log: Path, port: int) -> Iterator[Server]:
+def _demo_server(err: Console, log: Path, port: int, traffic: Traffic | None) -> Iterator[Server]:
     with _telling(err, "Making the demo model: a small LLaVA-1.5 with seeded random weights …"):
         model = find_or_build_demo_model()
     options = ["--served-model-name", MODEL_NAME, "--enforce-eager", "--max-model-len", "2048"]
     options += ["--block-size", str(_BLOCK_TOKENS), "--visual-token-detail", *_device_options()]
+    if traffic is not None:
+        options += ["--visual-token-allow-methods", ",".join(_simple_methods())]
     started = time.monotonic()
     with ExitStack() as stack:
         with _telling(err, "Starting the server …") as tell:
@@ -119,6 +151,14 @@ def _device_options() -> tuple[str, ...]:
 
     # On a CPU float32 is the fastest type vLLM computes exactly in; GPUs take the model's default.
     return () if torch.cuda.is_available() else ("--dtype", "float32")
+
+
+def _simple_methods() -> list[str]:
+    """Return the methods that look at the tokens alone: to be compared with the default on a dashboard."""
+    from promprune_vllm.core.features import Need
+    from promprune_vllm.core.registry import get_method, methods
+
+    return [name for name in methods() if get_method(name).needs == Need.PROJECTED]
 
 
 def _measured(err: Console, server: Server) -> Iterator[Row]:

@@ -1,0 +1,177 @@
+"""What ``promprune demo --traffic`` sends, decided by a seed, and the sums of what came of it; pure functions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+PLAIN, TEXT, REFUSED = "no budget", "text only", "refused on purpose"
+QUESTIONS = (
+    "What is in the picture?",
+    "Describe the picture in one sentence.",
+    "Which colours stand out?",
+    "Is there any text to be read?",
+)
+POOL = 27
+"""Pictures that come again; their names are numbers below this."""
+_KINDS = {
+    PLAIN: 14,
+    "tokens": 24,
+    "share": 14,
+    "full": 5,
+    "auto": 10,
+    "list": 8,
+    "total": 8,
+    TEXT: 8,
+    REFUSED: 6,
+}
+"""Kinds of requests, and how often each comes."""
+_BUDGETS: dict[str, tuple[object, ...]] = {
+    "tokens": (32, 64, 128, 128, 256),
+    "share": (0.1, "25%", "50%"),
+    "full": ("full",),
+    "auto": ("auto",),
+    "list": ([64, "full"], ["25%", 128], [64, 64]),
+    "total": ({"total": 128}, {"total": 512}),
+    REFUSED: (0, "plenty", [64, 64, 64, 64, 64]),
+}
+_NO_METHOD = "no-such-method"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image, by what it is made from.
+
+    Args:
+        name: Number of a picture of the pool.
+        box: Cut out of it: left, top and side as shares; ``None`` is the whole picture, which comes again.
+    """
+
+    name: int
+    box: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request to send.
+
+    Args:
+        kind: A key of the mix: the form of the budget, or what else is special about the request.
+        pictures: None for a request without images.
+        budget: ``visual_token_budget``; ``None`` leaves it out.
+        method: ``visual_token_method``; ``None`` leaves it out.
+        question: The text.
+        answer_tokens: Length of the answer.
+        stream: Whether the answer is streamed.
+        abort: Whether the client goes away after the first piece of a stream.
+    """
+
+    kind: str
+    pictures: tuple[Picture, ...]
+    budget: object
+    method: str | None
+    question: str
+    answer_tokens: int
+    stream: bool
+    abort: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What came of a request.
+
+    Args:
+        kind: Of the ``Ask``.
+        outcome: ``answered``, ``aborted`` by the client, ``refused`` by the server, or ``failed``.
+        seen: Visual tokens of its images before pruning, as the reply says.
+        kept: Those that entered the language model.
+    """
+
+    kind: str
+    outcome: str
+    seen: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Sums over the requests of one kind, or over all."""
+
+    kind: str
+    requests: int
+    seen: int
+    kept: int
+    saved: int
+    refused: int
+    aborted: int
+    failed: int
+
+
+def plan(seed: int, methods: Sequence[str] = ()) -> Iterator[Ask]:
+    """Yield requests without end: first one of every kind, then a mix; the same seed gives the same ones.
+
+    Args:
+        seed: Of everything that is drawn.
+        methods: Names the server allows beside its own; one request in five names one of them.
+    """
+    rng = random.Random(seed)
+    tour = [_ask(rng, kind, ()) for kind in _KINDS]
+    tour += [_ask(rng, REFUSED, (), refusal=i) for i in range(len(_BUDGETS[REFUSED]) + 1)]
+    tour += [replace(_ask(rng, "tokens", ()), method=method) for method in methods]
+    tour.append(replace(_ask(rng, "tokens", ()), stream=True, abort=True))
+    rng.shuffle(tour)
+    yield from tour
+    while True:
+        (kind,) = rng.choices(list(_KINDS), list(_KINDS.values()))
+        yield _ask(rng, kind, methods)
+
+
+def _ask(rng: random.Random, kind: str, methods: Sequence[str], refusal: int | None = None) -> Ask:
+    several = 2 if kind in ("list", "total") or (kind in ("tokens", "share") and rng.random() < 0.15) else 1
+    pictures = tuple(_picture(rng) for _ in range(0 if kind == TEXT else several))
+    budget = rng.choice(_BUDGETS[kind]) if kind in _BUDGETS else None
+    method = rng.choice(methods) if methods and pictures and kind != REFUSED and rng.random() < 0.2 else None
+    if kind == REFUSED:
+        wrong = rng.randrange(len(_BUDGETS[REFUSED]) + 1) if refusal is None else refusal
+        budget, method = (64, _NO_METHOD) if wrong == len(_BUDGETS[REFUSED]) else (_BUDGETS[REFUSED][wrong], None)
+    stream = rng.random() < 0.5
+    return Ask(
+        kind=kind,
+        pictures=pictures,
+        budget=budget,
+        method=method,
+        question=rng.choice(QUESTIONS),
+        answer_tokens=rng.randint(4, 24),
+        stream=stream,
+        abort=stream and kind != REFUSED and rng.random() < 0.1,
+    )
+
+
+def _picture(rng: random.Random) -> Picture:
+    """Draw a picture: two of three from the pool, the first of it most often; else a new cut-out."""
+    name = min(int(rng.expovariate(0.25)), POOL - 1)
+    if rng.random() < 2 / 3:
+        return Picture(name)
+    side = rng.uniform(0.4, 0.9)
+    return Picture(name, (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side))
+
+
+def lines(sent: Sequence[Sent]) -> list[Line]:
+    """Return one line for each kind that was sent, in the order of the mix."""
+    return [_sum(kind, [each for each in sent if each.kind == kind]) for kind in _KINDS if _has(sent, kind)]
+
+
+def total(sent: Sequence[Sent]) -> Line:
+    """Return the line of all requests together."""
+    return _sum("all", sent)
+
+
+def _has(sent: Sequence[Sent], kind: str) -> bool:
+    return any(each.kind == kind for each in sent)
+
+
+def _sum(kind: str, sent: Sequence[Sent]) -> Line:
+    seen, kept = sum(each.seen for each in sent), sum(each.kept for each in sent)
+    of = {name: sum(each.outcome == name for each in sent) for name in ("refused", "aborted", "failed")}
+    return Line(kind, requests=len(sent), seen=seen, kept=kept, saved=seen - kept, **of)
