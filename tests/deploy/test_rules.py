@@ -1,0 +1,75 @@
+"""Recording rules and alerts: Prometheus' own checks and their unit tests, and that every alert helps somebody."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.watching import PROMETHEUS, RULES, recorded, rules, tool
+
+TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
+ALERTS = [rule for rule in rules() if "alert" in rule]
+
+
+def _promtool(*arguments: str | Path) -> str:
+    command = [tool("promtool"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rules_are_in_order() -> None:
+    shown = _promtool("check", "rules", *RULES)
+    assert f"{len(recorded())} rules found" in shown
+    assert f"{len(ALERTS)} rules found" in shown
+
+
+def test_rules_do_what_their_tests_say() -> None:
+    _promtool("test", "rules", *TESTS)
+
+
+def test_prometheus_configuration_is_in_order(tmp_path: Path) -> None:
+    file = PROMETHEUS / "prometheus.yml"
+    if not file.is_file():
+        pytest.skip("there is no deploy/prometheus/prometheus.yml")
+    config = yaml.safe_load(file.read_text())
+    # In its container the rules lie elsewhere; here they are to be found and checked with it.
+    patterns = [Path(pattern) for pattern in config["rule_files"]]
+    here = [str(PROMETHEUS / "rules" / pattern.name) for pattern in patterns]
+    copy = tmp_path / "prometheus.yml"
+    copy.write_text(yaml.safe_dump({**config, "rule_files": here}))
+    shown = _promtool("check", "config", copy)
+    assert f"{len(RULES)} rule files found" in shown
+    jobs = [each["job_name"] for each in config["scrape_configs"]]
+    assert any("vllm" in job for job in jobs), "the alerts look for targets whose job has vllm in its name"
+
+
+def test_every_rule_is_tested_and_every_alert_also_for_being_quiet() -> None:
+    tests = [test for path in TESTS for test in yaml.safe_load(path.read_text())["tests"]]
+    expressions = " ".join(each["expr"] for test in tests for each in test.get("promql_expr_test", ()))
+    direct = {name for name in recorded() if name in expressions}
+    used = {name for name in recorded() if any(name in rule["expr"] for rule in ALERTS)}
+    assert direct | used == recorded()
+    cases = [case for test in tests for case in test.get("alert_rule_test", ())]
+    for rule in ALERTS:
+        own = [bool(case["exp_alerts"]) for case in cases if case["alertname"] == rule["alert"]]
+        assert set(own) == {True, False}, rule["alert"]
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_an_alert_says_what_is_seen_and_what_to_do(rule: dict[str, Any]) -> None:
+    assert rule["alert"].startswith("PromPrune"), "the dashboard counts alerts by this"
+    assert rule["labels"]["severity"] in ("info", "warning", "critical")
+    for text in ("summary", "description", "runbook"):
+        assert rule["annotations"][text].strip()
+    assert len(rule["annotations"]["runbook"]) > 100
+
+
+def test_recorded_series_are_named_by_level_metric_and_operation() -> None:
+    for name in recorded():
+        assert re.fullmatch(r"model_name(_[a-z]+)?:promprune_[a-z_]+:[a-z0-9_]+", name)
