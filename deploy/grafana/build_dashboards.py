@@ -103,7 +103,7 @@ def _label(name: str, label: str, query: str) -> dashboard.QueryVariable:
         dashboard.QueryVariable(name)
         .label(label)
         .datasource(SOURCE)
-        .query({"query": query, "refId": f"variable-{name}"})
+        .query({"qryType": 1, "query": query, "refId": f"variable-{name}"})  # 1: values of a label
         .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(model.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
