@@ -77,7 +77,7 @@ def _prometheus(directory: Path, url: str) -> Iterator[str]:
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(path) for path in RULES],
-        "scrape_configs": [{"job_name": "vllm", "static_configs": targets_of}],
+        "scrape_configs": [{"job_name": "promprune", "static_configs": targets_of}],
     }
     file, address = directory / "prometheus.yml", f"127.0.0.1:{free_port()}"
     file.write_text(yaml.safe_dump(config))

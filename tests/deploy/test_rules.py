@@ -46,7 +46,7 @@ def test_prometheus_configuration_is_in_order(tmp_path: Path) -> None:
     shown = _promtool("check", "config", copy)
     assert f"{len(RULES)} rule files found" in shown
     jobs = [each["job_name"] for each in config["scrape_configs"]]
-    assert any("vllm" in job for job in jobs), "the alerts look for targets whose job has vllm in its name"
+    assert [job for job in jobs if "vllm" in job or "promprune" in job], "the alerts know a server by its job"
 
 
 def test_every_rule_is_tested_and_every_alert_also_for_being_quiet() -> None:

@@ -4,11 +4,11 @@ import type {
   Dashboard as Published,
   Panel as AnyPanel,
   RowPanel,
-} from '@grafana/schema/dist/esm/raw/dashboard/x/dashboard_types.gen';
-import type * as Heatmap from '@grafana/schema/dist/esm/raw/composable/heatmap/panelcfg/x/HeatmapPanelCfg_types.gen';
-import type * as Stat from '@grafana/schema/dist/esm/raw/composable/stat/panelcfg/x/StatPanelCfg_types.gen';
-import type * as Table from '@grafana/schema/dist/esm/raw/composable/table/panelcfg/x/TablePanelCfg_types.gen';
-import type * as TimeSeries from '@grafana/schema/dist/esm/raw/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen';
+} from '@grafana/schema/dist/types/raw/dashboard/x/types.gen';
+import type * as Heatmap from '@grafana/schema/dist/types/raw/composable/heatmap/panelcfg/x/types.gen';
+import type * as Stat from '@grafana/schema/dist/types/raw/composable/stat/panelcfg/x/types.gen';
+import type * as Table from '@grafana/schema/dist/types/raw/composable/table/panelcfg/x/types.gen';
+import type * as TimeSeries from '@grafana/schema/dist/types/raw/composable/timeseries/panelcfg/x/types.gen';
 
 type Config = NonNullable<AnyPanel['fieldConfig']>;
 type Fields<Custom> = Omit<Config, 'defaults'> & { defaults: Omit<Config['defaults'], 'custom'> & { custom?: Custom } };
