@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
+TOOLS := $(PYTHON) deploy/environment/setup_tools.py --into $(VENV)/tools
 LOCK := deploy/environment/cpu-lock.txt
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lock clean
+.PHONY: help setup tools demo test check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -16,10 +17,13 @@ help: ## list the targets
 setup: ## make the CPU environment in .venv, or bring it up to date (PYTHON=python3.12 to choose the Python)
 	@$(SETUP)
 
+tools: setup ## a container engine and more for the tests of deploy/ (Debian and root; elsewhere these are skipped)
+	@$(TOOLS)
+
 demo: setup ## start the demo; ARGS="--once --json" for one run with machine-readable results
 	@$(BIN)/promprune demo $(ARGS)
 
-test: setup ## run the whole test suite; ARGS go to pytest
+test: setup tools ## run the whole test suite; ARGS go to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
