@@ -156,16 +156,10 @@ def test_grafana_is_told_where_prometheus_and_the_dashboards_are() -> None:
     assert (provider["type"], provider["options"]["path"]) == ("file", "/var/lib/grafana/dashboards")
 
 
-def test_the_compose_stack_starts_the_grafana_they_are_checked_for_and_shows_them_to_it() -> None:
-    file = ROOT / "deploy" / "compose.yaml"
-    if not file.is_file():
-        pytest.skip("there is no deploy/compose.yaml")
-    grafana = yaml.safe_load(file.read_text())["services"]["grafana"]
+def test_they_are_checked_for_the_grafana_that_the_compose_stack_starts() -> None:
+    grafana = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["grafana"]
     checked = json.loads((_SCHEMA / "package.json").read_text())["dependencies"]["@grafana/schema"]
     assert grafana["image"] == f"grafana/grafana:{checked}"
-    mounted = {tuple(volume.split(":")[:2]) for volume in grafana["volumes"]}
-    assert ("./grafana/dashboards", "/var/lib/grafana/dashboards") in mounted
-    assert ("./grafana/provisioning", "/etc/grafana/provisioning") in mounted
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from promprune_vllm.metrics.catalog import CATALOG
+from tests.deploy.docker_engine import environment
 
 ROOT = Path(__file__).parents[2]
 GRAFANA, PROMETHEUS = ROOT / "deploy" / "grafana", ROOT / "deploy" / "prometheus"
@@ -27,9 +28,9 @@ _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
 def tool(name: str) -> str:
     """Return the path of one of Prometheus' programs, or skip the test."""
-    found = shutil.which(name)
+    found = shutil.which(name, path=environment()["PATH"])
     if found is None:
-        pytest.skip(f"there is no {name} here: install Debian's package prometheus")
+        pytest.skip(f"{name} is not on this machine (`make tools` fetches it on Debian)")
     return found
 
 
