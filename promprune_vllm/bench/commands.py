@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 bench = typer.Typer(
-    name="bench", help="Measure: selecting tokens, a server under load, adapting to content.", no_args_is_help=True
+    name="bench",
+    help="Measure: selecting tokens, a prefill with fewer, a server under load, adapting to content.",
+    no_args_is_help=True,
 )
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
@@ -79,6 +81,36 @@ def content(
 
     with _failing():
         document = measuring.measure(method)
+    _show(document, None if as_json else measuring.table(document))
+
+
+@bench.command()
+def prefill(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b; repeat.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", min=1, help="Decoder layers to run. Default: all on CUDA, 2 on a CPU."),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each measurement, taken in turns.")] = 5,
+    *,
+    as_json: _JSON = False,
+) -> None:
+    """Time what a user gains: a prefill with all visual tokens, with K, and choosing the K."""
+    from rich.console import Console
+
+    from promprune_vllm.bench import prefill as measuring
+
+    if device not in ("cpu", "cuda"):
+        typer.secho(f"promprune: --device is cpu or cuda, not {device!r}.", err=True, fg=typer.colors.RED)
+        raise typer.Exit(code=2)
+    err = Console(stderr=True)
+    with _failing(), err.status("") as status:
+        document = measuring.measure(
+            model or list(measuring.CASES), device=device, layers=layers, repeats=repeats, tell=status.update
+        )
     _show(document, None if as_json else measuring.table(document))
 
 

@@ -43,11 +43,11 @@ def split(entropy: Tensor, keep: int, mu: float, tau: float) -> int:
 def greedy(gram: Tensor, salient: Tensor, keep: int) -> Tensor:
     """Extend ``(s,)`` salient tokens to ``(keep,)`` by the fast greedy MAP of Chen et al., NeurIPS 2018."""
     n, new = gram.shape[0], keep - salient.shape[0]
-    left = torch.ones(n)
+    left = torch.ones(n, device=gram.device)
     left[salient] = -torch.inf
-    first = gram[:, salient].amax(dim=1) if len(salient) else torch.zeros(n)
+    first = gram[:, salient].amax(dim=1) if len(salient) else torch.zeros_like(left)
     pick = int(first.masked_fill(left < 0, torch.inf).argmin())
-    factors, picks = torch.zeros(new, n), []
+    factors, picks = gram.new_zeros(new, n), []
     for t in range(new):
         picks.append(pick)
         e = (gram[pick] - factors[:t, pick] @ factors[:t]) / left[pick].clamp_min(1e-10).sqrt()
@@ -55,10 +55,19 @@ def greedy(gram: Tensor, salient: Tensor, keep: int) -> Tensor:
         left -= e * e
         left[pick] = -torch.inf
         pick = int(left.argmax())
-    return torch.cat([salient, torch.tensor(picks, dtype=torch.int64)])
+    return torch.cat([salient, torch.tensor(picks, dtype=torch.int64, device=gram.device)])
 
 
 def select(features: Tensor, saliency: Tensor, keep: int, mu: float, tau: float) -> Tensor:
     """The whole procedure: ``(keep,)`` tokens, increasing."""
     salient = saliency.topk(split(entropy_of(centred_gram(features)), keep, mu, tau)).indices
     return greedy(kernel(features), salient, keep).sort().values
+
+
+def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Mean attention that each of ``(P, H, d)`` patches receives, ``(P,)`` float32, by the whole map of a head."""
+    total = torch.zeros(queries.shape[0], device=queries.device)
+    for head in range(queries.shape[1]):
+        scores = queries[:, head].float() @ keys[:, head].float().T * scale
+        total += scores.softmax(dim=-1).mean(dim=0)
+    return total / queries.shape[1]

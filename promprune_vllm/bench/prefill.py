@@ -1,0 +1,221 @@
+"""``promprune bench prefill``: the prefill's time with all visual tokens, with K, and what choosing the K costs.
+
+The language models have the published widths and random weights: a prefill's time does not depend on their values.
+Where a whole model is too much for the machine, fewer layers are run and their time is scaled up; every layer does
+the same work, and the selection is not scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from promprune_vllm.bench import machine, plain, spectra
+from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.core.features import VisionFeatures
+from promprune_vllm.core.savings import Decoder
+from promprune_vllm.core.selection import select
+from promprune_vllm.errors import BenchError
+from promprune_vllm.kernels import ops
+
+TAU = 0.02
+SHARE_LOGIT = 1.0986122886681098  # of the quarter that goes to saliency: ln 3
+TEXT_TOKENS = 64
+_LLAMA = Decoder(layers=32, hidden=4096, heads=32, kv_heads=32, head=128, intermediate=11008)
+_QWEN = Decoder(layers=28, hidden=3584, heads=28, kv_heads=4, head=128, intermediate=18944)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image on one model.
+
+    Args:
+        model: Whose widths these are.
+        decoder: Sizes of its language model.
+        groups: Parts of the image that a method selects from, each by itself.
+        n: Visual tokens of a group.
+        keep: Kept of a group.
+        patches: Patches whose received attention is the saliency; 0 where a class token has it for nothing.
+    """
+
+    model: str
+    decoder: Decoder
+    groups: int
+    n: int
+    keep: int
+    patches: int = 0
+
+
+CASES = {
+    "llava-1.5-7b": Case("LLaVA-1.5-7B", _LLAMA, 1, 576, 64),
+    "llava-next-7b": Case("LLaVA-NeXT-7B", _LLAMA, 5, 576, 64),
+    "qwen2.5-vl-7b": Case("Qwen2.5-VL-7B", _QWEN, 1, 1296, 256, patches=5184),
+}
+_VISION_HEADS, _VISION_HEAD = 16, 80  # Qwen2.5-VL's tower
+
+
+def measure(
+    names: Sequence[str], *, device: str, layers: int | None, repeats: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure and return a document.
+
+    Args:
+        names: Keys of ``CASES``.
+        device: ``cpu`` (float32) or ``cuda`` (bfloat16).
+        layers: Decoder layers to run; by default all on CUDA and two on a CPU.
+        repeats: Of each variant, in turns.
+        tell: Called with what is being done.
+
+    Raises:
+        BenchError: A case or a device that is not there.
+    """
+    unknown = sorted(set(names) - set(CASES))
+    if unknown:
+        raise BenchError(f"--model {unknown[0]} is none of {', '.join(CASES)}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BenchError(
+            "--device cuda: torch sees no CUDA device here. Leave the option out to measure on the CPU."
+        )
+    ops.warm_up(torch.device(device))
+    rows = []
+    for name in names:
+        case = CASES[name]
+        run = layers or (case.decoder.layers if device == "cuda" else 2)
+        tell(f"{case.model}: {run} of {case.decoder.layers} layers …")
+        rows.append(_measured(case, torch.device(device), min(run, case.decoder.layers), repeats))
+    return {
+        **provenance(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "kernels": ops.in_force(torch.device(device)),
+        "text_tokens": TEXT_TOKENS,
+        "repeats": repeats,
+        "cases": rows,
+    }
+
+
+def _measured(case: Case, device: torch.device, layers: int, repeats: int) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    prefill = _prefill(case.decoder, layers, device, dtype)
+    visual = {"full": case.groups * case.n, "native": case.groups * case.keep}
+    inputs = {
+        name: torch.randn(1, tokens + TEXT_TOKENS, case.decoder.hidden, device=device, dtype=dtype)
+        for name, tokens in visual.items()
+    }
+    ours, plainly = _selections(case, device, dtype)
+    variants: dict[str, Callable[[], object]] = {
+        "full": lambda: prefill(inputs["full"]),
+        "native": lambda: prefill(inputs["native"]),
+        "ours": ours,
+        "plain": plainly,
+    }
+    timed = {name: _until_done(run, device) for name, run in variants.items()}
+    times = machine.in_turns(timed, repeats, machine.clock(threads=2)[1])
+    factor = case.decoder.layers / layers
+    full, native = (times[name]["median"] * factor for name in ("full", "native"))
+    costs = {name: times[name]["median"] for name in ("ours", "plain")}
+    return {
+        "model": case.model,
+        "tokens": visual["full"],
+        "kept": visual["native"],
+        "layers": case.decoder.layers,
+        "layers_run": layers,
+        "full_ms": full,
+        "native_ms": native,
+        "selection_ms": costs,
+        "saving_kept": {name: 1 - cost / (full - native) for name, cost in costs.items()},
+        "measured": times,
+    }
+
+
+def _until_done(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    def whole() -> None:
+        with torch.inference_mode():
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return whole
+
+
+def _prefill(
+    decoder: Decoder, layers: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[Tensor], object]:
+    """Return what runs a prompt of ``(1, T, hidden)`` embeddings through the layers, into a KV cache."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=decoder.hidden,
+        intermediate_size=decoder.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads,
+        head_dim=decoder.head,
+        max_position_embeddings=8192,
+        attn_implementation="sdpa",
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = LlamaModel(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return lambda embeddings: model(inputs_embeds=embeddings, use_cache=True)
+
+
+def _selections(
+    case: Case, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return our selection of an image's tokens and the published procedure as one would write it down."""
+    tokens = [
+        spectra.features(spectra.TIMED, case.n, case.decoder.hidden, seed).to(device, dtype)
+        for seed in range(case.groups)
+    ]
+    mus = [float(ops.spectral_entropy(x)) - TAU * SHARE_LOGIT for x in tokens]
+    random = torch.Generator().manual_seed(1)
+    from_class = torch.rand(case.n, generator=random).to(device)
+    shape = (case.patches, _VISION_HEADS, _VISION_HEAD)
+    queries, keys = (torch.randn(shape, generator=random).to(device, dtype) for _ in range(2))
+
+    def saliency(received: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+        if not case.patches:
+            return from_class
+        return received(queries, keys, _VISION_HEAD**-0.5).view(case.n, -1).mean(dim=1)
+
+    def ours() -> list[Tensor]:
+        scores = saliency(ops.received_attention)
+        features = [VisionFeatures(projected=x, grid=(1, 1, case.n), saliency=scores) for x in tokens]
+        pairs = zip(features, mus, strict=True)
+        kept = [select(each, case.keep, "promprune", mu=mu, tau=TAU).indices for each, mu in pairs]
+        return [x[indices] for x, indices in zip(tokens, kept, strict=True)]
+
+    def plainly() -> list[Tensor]:
+        scores = saliency(plain.received_attention)
+        return [x[plain.select(x, scores, case.keep, mu, TAU)] for x, mu in zip(tokens, mus, strict=True)]
+
+    return ours, plainly
+
+
+def table(document: dict[str, Any]) -> Table:
+    """Return the document as a table."""
+    shown = Table(title=f"Prefill with {TEXT_TOKENS} text tokens, milliseconds, on {document['device']}")
+    for name in ("model", "visual tokens", "all", "K", "choose: ours", "plain", "saving kept: ours", "plain"):
+        shown.add_column(name, justify="left" if name == "model" else "right")
+    for row in document["cases"]:
+        scaled = (
+            "" if row["layers"] == row["layers_run"] else f", {row['layers_run']} of {row['layers']} layers run"
+        )
+        shown.add_row(
+            row["model"] + scaled,
+            f"{row['tokens']} to {row['kept']}",
+            *(f"{row[name]:.1f}" for name in ("full_ms", "native_ms")),
+            *(f"{row['selection_ms'][name]:.1f}" for name in ("ours", "plain")),
+            *(f"{row['saving_kept'][name]:.1%}" for name in ("ours", "plain")),
+        )
+    return shown
