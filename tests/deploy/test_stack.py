@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import urllib.parse
@@ -12,7 +13,7 @@ import pytest
 from tests.conftest import VISUAL_TOKENS
 from tests.deploy.conftest import API_KEY, Stack
 from tests.deploy.docker_engine import Engine, EngineError
-from tests.deploy.images import ROOT
+from tests.deploy.images import DEPLOY, ROOT
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1500)]
 IMAGE = "promprune-vllm:0.1.0.dev0-cpu"
@@ -32,6 +33,11 @@ def query(stack: Stack, promql: str) -> list[tuple[dict[str, str], float]]:
     return [(row["metric"], float(row["value"][1])) for row in json.loads(body)["data"]["result"]]
 
 
+def kept_tokens(stack: Stack) -> float:
+    """Return what Prometheus knows."""
+    return sum(value for _, value in query(stack, 'promprune_visual_tokens_kept_total{job="promprune"}'))
+
+
 def test_every_service_becomes_healthy(stack: Stack) -> None:
     print(f"healthy after {stack.healthy_seconds:.0f} s")
     assert stack.compose.statuses() == {"vllm": "healthy", "prometheus": "healthy"}
@@ -39,15 +45,25 @@ def test_every_service_becomes_healthy(stack: Stack) -> None:
 
 def test_a_budget_saves_prompt_tokens_and_prometheus_has_seen_it(stack: Stack) -> None:
     script = str(ROOT / "tests" / "deploy" / "client.py")
+    before = kept_tokens(stack)
     full, pruned = json.loads(stack.engine.inside([sys.executable, script, f"{URL}/v1", API_KEY], timeout=300))
     assert full["prompt_tokens"] - pruned["prompt_tokens"] == VISUAL_TOKENS - 64
     assert pruned["visual_tokens"]["kept"] == 64
-    deadline, kept = time.monotonic() + 30, 0.0
-    while time.monotonic() < deadline and kept != VISUAL_TOKENS + 64:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and kept_tokens(stack) - before < VISUAL_TOKENS + 64:
         time.sleep(1)
-        kept = sum(value for _, value in query(stack, 'promprune_visual_tokens_kept_total{job="promprune"}'))
-    assert kept == VISUAL_TOKENS + 64
+    assert kept_tokens(stack) - before == VISUAL_TOKENS + 64
     assert [value for _, value in query(stack, 'up{job="promprune"}')] == [1.0]
+
+
+def test_the_readme_gets_to_the_first_saved_token(stack: Stack) -> None:
+    """What comes after `docker compose up`; the lines before it are what the fixture does."""
+    found = re.search(r"<!-- run: compose -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    _, _, rest = found.group(1).partition("docker compose up -d --wait\n. ./.env && ")
+    script = f"cd {DEPLOY} && VLLM_API_KEY={API_KEY} && {rest}"
+    printed = stack.engine.inside(["bash", "-c", script])
+    assert printed.split() == ["x-visual-tokens-seen:", str(VISUAL_TOKENS), "x-visual-tokens-kept:", "64"]
 
 
 def test_the_api_key_is_required(stack: Stack) -> None:
