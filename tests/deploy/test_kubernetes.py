@@ -137,7 +137,7 @@ def test_the_config_map_holds_every_dashboard(manifests: dict[str, Any]) -> None
 
 
 def test_the_production_stack_gets_the_plugin() -> None:
-    """Names of the chart's values cannot be checked without helm; they were read in its values.schema.json."""
+    """Names of the chart's values cannot be checked without helm; they were read in its values and templates."""
     engine = yaml.safe_load((KUBERNETES / "production-stack-values.yaml").read_text())["servingEngineSpec"]
     (model,) = engine["modelSpec"]
     assert f"{model['repository']}:{model['tag']}" == IMAGES["overlays/gpu"]
