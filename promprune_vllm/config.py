@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     allow_methods: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="further methods a request may choose as visual_token_method, with commas between"
     )
+    kernels: Literal["fast", "reference"] = Field(
+        default="fast", description="selection by the fast kernels of the device, or by the float64 reference"
+    )
     tiles: Tiles = Field(
         default="own",
         description="how an image of tiles is pruned: each on its own statistics (as in the paper), each by the "
@@ -143,7 +146,9 @@ class Settings(BaseSettings):
         from promprune_vllm.core.registry import options_of
 
         selector = self.selector(calibration, method)
-        content = json.dumps([selector.name, options_of(selector), self.tiles], sort_keys=True, default=str)
+        content = json.dumps(
+            [selector.name, options_of(selector), self.tiles, self.kernels], sort_keys=True, default=str
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

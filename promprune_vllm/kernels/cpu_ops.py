@@ -124,7 +124,7 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     return mean
 
 
-def warm_up() -> None:
+def warm_up(device: torch.device | None = None) -> None:  # noqa: ARG001  # there is one
     """Compile every loop for both precisions, so that no request waits for it (a second, or a cache's read)."""
     from promprune_vllm.kernels import cpu_loops
 

@@ -1,7 +1,7 @@
 """The public operations. Methods import from here; which implementation runs is decided here, by device.
 
-With ``PROMPRUNE_KERNELS=fast``, tensors on a CPU take the fast path of ``cpu_ops``; all others take the
-reference. A further device is one more line in ``_on``.
+Tensors on a CPU take ``cpu_ops``, those on CUDA ``triton_ops`` where Triton is installed; other devices take the
+float64 reference, and with ``PROMPRUNE_KERNELS=reference`` all do. A further device is one more line in ``_path``.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 VARIABLE = "PROMPRUNE_KERNELS"
+PATHS = ("fast", "reference")
 logger = logging.getLogger("vllm.promprune")
 
 
@@ -62,8 +63,8 @@ class Cosines(Protocol):
     def matrix(self) -> Tensor:
         """Return ``(N, N)`` float64."""
 
-    def entropy(self) -> Tensor:
-        """Return the 0-d float64 spectral entropy."""
+    def entropy(self, *, exact: bool = False) -> Tensor:
+        """Return the 0-d float64 spectral entropy; ``exact``: from float64 eigenvalues, as the reference."""
 
     def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
         """Return the ``(keep,)`` tokens of a DPP."""
@@ -71,11 +72,14 @@ class Cosines(Protocol):
 
 def cosines(features: Tensor) -> Cosines:
     """Return the cosines of ``(N, D)`` tokens, shared by everything that is asked of them."""
-    if _on(features.device) is torch_ops:
+    name, path, _ = _path(features.device)
+    if name == "torch reference":
         return torch_cosines.Cosines(features)
-    from promprune_vllm.kernels import cpu_cosines
+    if name == "numba":
+        from promprune_vllm.kernels import cpu_cosines
 
-    return cpu_cosines.Cosines(features)
+        return cpu_cosines.Cosines(features)
+    return path.Cosines(features)  # type: ignore[no-any-return]
 
 
 def cosine_gram(features: Tensor) -> Tensor:
@@ -106,14 +110,15 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 def in_force(device: torch.device) -> str:
     """Return the path tensors of a device take, in words."""
-    return f"torch reference on {device.type}" if _on(device) is torch_ops else "numba on CPU"
+    name, _, why = _path(device)
+    return f"{name} on {device.type}{why and f' ({why})'}"
 
 
 def warm_up(device: torch.device) -> None:
     """Compile what the path of a device needs, and log which one it is: at start-up, before any request."""
     path = _on(device)
     if path is not torch_ops:
-        path.warm_up()
+        path.warm_up(device)
     _log(in_force(device))
 
 
@@ -123,8 +128,31 @@ def _log(path: str) -> None:
 
 
 def _on(device: torch.device) -> ModuleType:
-    if device.type != "cpu" or os.environ.get(VARIABLE) != "fast":
-        return torch_ops
-    from promprune_vllm.kernels import cpu_ops
+    return _path(device)[1]
 
-    return cpu_ops
+
+def _path(device: torch.device) -> tuple[str, ModuleType, str]:
+    """Return the path of a device: its name, its module, and where it is not the fast one, why not."""
+    chosen = os.environ.get(VARIABLE, "fast")
+    if chosen not in PATHS:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(PATHS)}, got {chosen!r}.")
+    if chosen == "reference":
+        return "torch reference", torch_ops, f"{VARIABLE}=reference"
+    if device.type == "cpu":
+        from promprune_vllm.kernels import cpu_ops
+
+        return "numba", cpu_ops, ""
+    if device.type != "cuda":
+        return "torch reference", torch_ops, f"there is no fast path for {device.type}"
+    path, missing = _triton()
+    return ("torch reference", torch_ops, missing) if path is None else ("Triton", path, "")
+
+
+@functools.cache
+def _triton() -> tuple[ModuleType | None, str]:
+    """Return the path of CUDA, or why there is none. vLLM puts a placeholder in the place of a missing Triton."""
+    try:
+        from promprune_vllm.kernels import triton_ops
+    except (ImportError, AttributeError) as error:
+        return None, f"slower: Triton cannot be used: {error}"
+    return triton_ops, ""

@@ -22,7 +22,7 @@ class Cosines:
         """Return ``(N, N)`` float64; see ``torch_ops.cosine_gram``."""
         return cosine_gram(self._features)
 
-    def entropy(self) -> Tensor:
+    def entropy(self, *, exact: bool = False) -> Tensor:  # noqa: ARG002  # it always is
         """Return the 0-d float64 entropy; see ``torch_ops.spectral_entropy``."""
         return spectral_entropy(self._features)
 

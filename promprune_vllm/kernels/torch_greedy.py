@@ -13,6 +13,8 @@ choice ever goes through the host. They share their conventions:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,16 +45,40 @@ def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: T
     Returns:
         ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
     """
-    state = _Growing(gram, order, given, keep)
-    nearest = _nearest_given(gram, state.is_given)
-    acc = state.hollow.to(gram.dtype)
-    factors = gram.new_zeros(keep, gram.shape[0])  # row t: every token along the t-th new direction
+    is_given = _ranks(order) < given
+    return _grown(
+        lambda pick: gram.index_select(0, pick).squeeze(0),
+        _nearest_given(gram, is_given),
+        _Growing(gram.diagonal(), order, given, keep),
+        quality,
+    )
+
+
+def greedy_dpp_by_rows(unit: Tensor, order: Tensor, given: Tensor, keep: int) -> Tensor:
+    """Do what ``greedy_dpp`` does, one row of cosines at a time: O(N K) memory where a matrix would be O(N^2).
+
+    Args:
+        unit: ``(N, D)`` float64 tokens of length 1, or 0.
+        order: As for ``greedy_dpp``; so are the others.
+    """
+    first = unit.index_select(0, order[:keep])  # those that may be given, (K, D)
+    later = torch.arange(keep, device=order.device) >= given
+    nearest = (unit @ first.T).masked_fill_(later, -torch.inf).amax(dim=1)
+    state = _Growing((unit * unit).sum(dim=1), order, given, keep)
+    return _grown(lambda pick: unit @ unit.index_select(0, pick).squeeze(0), nearest, state, None)
+
+
+def _grown(row: Callable[[Tensor], Tensor], nearest: Tensor, state: _Growing, quality: Tensor | None) -> Tensor:
+    """Take every token of a DPP, given what returns one token's cosines to all."""
+    acc = state.hollow.to(nearest.dtype)
+    keep, total = state.picks.shape[0], acc.shape[0]
+    factors = acc.new_zeros(keep, total)  # row t: every token along the t-th new direction
     for t in range(keep):
         cost = acc.sqrt() if quality is None else -quality * (1 - acc).clamp_min(0).sqrt()
         cost = torch.where(state.is_seed(t), nearest, cost).masked_fill(acc >= 1 - EXHAUSTED, torch.inf)
         pick, chosen = state.take(t, cost)
         known = factors[:t].index_select(1, pick).squeeze(1) @ factors[:t]
-        residual = gram.index_select(0, pick).squeeze(0) - known
+        residual = row(pick) - known
         e = residual / (1 - acc.index_select(0, pick)).clamp_min(EXHAUSTED).sqrt()
         factors[t] = torch.where(chosen, e, torch.zeros_like(e))
         acc = acc + factors[t] * factors[t]
@@ -72,7 +98,7 @@ def farthest_points(gram: Tensor, order: Tensor, given: Tensor, keep: int, *, fr
     Returns:
         ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
     """
-    state = _Growing(gram, order, given, keep)
+    state = _Growing(gram.diagonal(), order, given, keep)
     nearest = _nearest_given(gram, state.is_given)
     closest = nearest if from_given else torch.full_like(nearest, -torch.inf)  # (N,) cosine to the set
     for t in range(keep):
@@ -99,7 +125,7 @@ def facility_location(gram: Tensor, order: Tensor, given: Tensor, keep: int) -> 
     Returns:
         ``(keep,)`` int64: the given tokens in order, then the new ones as they were picked.
     """
-    state = _Growing(gram, order, given, keep)
+    state = _Growing(gram.diagonal(), order, given, keep)
     ground = (~state.is_given & ~state.hollow).to(gram.dtype)
     covered = torch.full_like(ground, -1)  # (N,) cosine to the best new token so far
     for t in range(keep):
@@ -111,6 +137,13 @@ def facility_location(gram: Tensor, order: Tensor, given: Tensor, keep: int) -> 
     return state.picks
 
 
+def _ranks(order: Tensor) -> Tensor:
+    """Return each token's place in the order, ``(N,)``."""
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.shape[0], device=order.device)
+    return rank
+
+
 def _nearest_given(gram: Tensor, is_given: Tensor) -> Tensor:
     """Return each token's largest cosine to a given one, ``(N,)``; -inf where nothing is given."""
     return gram.masked_fill(~is_given[None, :], -torch.inf).amax(dim=1)
@@ -119,14 +152,13 @@ def _nearest_given(gram: Tensor, is_given: Tensor) -> Tensor:
 class _Growing:
     """A set on its way to ``keep`` tokens; what the rules share."""
 
-    def __init__(self, gram: Tensor, order: Tensor, given: Tensor, keep: int) -> None:
-        self._total = gram.shape[0]
+    def __init__(self, itself: Tensor, order: Tensor, given: Tensor, keep: int) -> None:
+        self._total = order.shape[0]
         self._given = given
-        self._rank = torch.empty_like(order)
-        self._rank[order] = torch.arange(self._total, device=order.device)
+        self._rank = _ranks(order)
         self._open = torch.ones_like(order, dtype=torch.bool)
         self.is_given = self._rank < given  # (N,)
-        self.hollow = gram.diagonal() < 0.5  # (N,) zero rows; every other cosine with itself is 1
+        self.hollow = itself < 0.5  # (N,) zero rows; every other cosine with itself is 1
         self.picks = order.new_empty(keep)
 
     def is_seed(self, t: int) -> Tensor:

@@ -25,13 +25,13 @@ def cosine_gram(features: Tensor) -> Tensor:
     Returns:
         ``(N, N)`` float64. A zero row has cosine 0 with everything, and so has a row that is not finite.
     """
-    x = _unit_rows(features)
+    x = unit_rows(features)
     return x @ x.T
 
 
 def cross_cosine(features: Tensor, others: Tensor) -> Tensor:
     """Cosine of every token with every row of another set, ``(N, M)`` float64; rules as for ``cosine_gram``."""
-    return _unit_rows(features) @ _unit_rows(others).T
+    return unit_rows(features) @ unit_rows(others).T
 
 
 def settled(values: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def spectral_entropy(features: Tensor) -> Tensor:
     n, d = features.shape
     if min(n, d) < 2:
         return features.new_ones((), dtype=torch.float64)
-    x = _unit_rows(features)
+    x = unit_rows(features)
     x = x - x.mean(dim=0)
     gram = x @ x.T if n <= d else x.T @ x  # the smaller of the two has the same non-zero eigenvalues
     flat = ~(gram.diagonal().sum() >= 1e-9)
@@ -217,7 +217,7 @@ def token_keys(features: Tensor, seed: int) -> Tensor:
     return _mix(row ^ _mix(image + seed % 2**62))
 
 
-def _unit_rows(features: Tensor) -> Tensor:
+def unit_rows(features: Tensor) -> Tensor:
     """Return ``(N, D)`` float64 rows of length 1; a row that is zero or not finite becomes zero."""
     x = features.double()
     norm = x.norm(dim=1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promprune_vllm import VisionFeatures, select
+from promprune_vllm.config import Settings
+from promprune_vllm.errors import SettingsError
 from promprune_vllm.kernels import (
     cpu_cosines,
     cpu_gram,
@@ -32,7 +35,7 @@ few = settings(
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PROMPRUNE_KERNELS", "fast")
+    monkeypatch.delenv("PROMPRUNE_KERNELS", raising=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,16 +214,19 @@ def test_features_that_want_gradients_are_taken_as_they_are() -> None:
         assert select(features, 9, method).indices.shape == (9,)
 
 
-def test_the_fast_path_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_path_is_taken_unless_the_reference_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _power(60, 80)
     features = VisionFeatures(projected=x, grid=(1, 1, 60), saliency=torch.arange(60.0))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert (ops.in_force(cpu), ops.in_force(cuda)) == ("numba on CPU", "torch reference on cuda")
+    assert ops.in_force(cpu) == "numba on cpu"
+    if importlib.util.find_spec("triton") is None:
+        assert ops.in_force(cuda).startswith("torch reference on cuda (slower: Triton cannot be used: ")
+    assert ops.in_force(torch.device("meta")) == "torch reference on meta (there is no fast path for meta)"
     assert isinstance(ops.cosines(x), cpu_cosines.Cosines)
     assert isinstance(ops.cosines(x.to("meta")), torch_cosines.Cosines)
     fast = select(features, 20, mu=0.8, tau=0.1)
-    monkeypatch.delenv("PROMPRUNE_KERNELS")
-    assert ops.in_force(cpu) == "torch reference on cpu"
+    monkeypatch.setenv("PROMPRUNE_KERNELS", "reference")
+    assert ops.in_force(cpu) == "torch reference on cpu (PROMPRUNE_KERNELS=reference)"
     assert isinstance(ops.cosines(x), torch_cosines.Cosines)
     monkeypatch.setattr(cpu_gram, "cosines", None)
     slow = select(features, 20, mu=0.8, tau=0.1)
@@ -229,12 +235,20 @@ def test_the_fast_path_is_taken_where_it_is_asked_for(monkeypatch: pytest.Monkey
     assert torch.equal(ops.cosine_gram(x), torch_ops.cosine_gram(x))
 
 
+def test_a_path_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMPRUNE_KERNELS", "quick")
+    with pytest.raises(ValueError, match="PROMPRUNE_KERNELS must be one of fast, reference, got 'quick'"):
+        ops.cosine_gram(_power(5, 5))
+    with pytest.raises(SettingsError, match="kernels"):
+        Settings.from_environment()
+
+
 def test_the_path_in_force_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ops._log.cache_clear()
     with caplog.at_level("INFO", logger="vllm.promprune"):
         ops.warm_up(torch.device("cpu"))
         ops.warm_up(torch.device("cpu"))
-    assert [record.getMessage() for record in caplog.records] == ["selection kernels: numba on CPU"]
+    assert [record.getMessage() for record in caplog.records] == ["selection kernels: numba on cpu"]
 
 
 def test_warming_up_leaves_nothing_to_compile() -> None:

@@ -1,0 +1,136 @@
+"""The CUDA path: Triton kernels, nothing that asks the host, the same work for every image of a size.
+
+What is computed in which precision, and what that guarantees:
+
+* Cosines are float64, right to 1e-8 ... 1e-7 (``triton_gram``). The greedy choice is made on them in float64 by
+  the reference's rules, ties in steps of 2**-32 included. Repeated tokens have the same bits, so they tie exactly.
+  The tokens kept are those of the float64 reference unless two costs are within about 1e-7 of each other.
+* The entropy comes from those cosines, centred in float64, by products in float32 (``entropy_chain``): right to
+  1e-5. Where a split of the budget is that close to a half it can differ by one token. ``exact`` takes the
+  reference's eigenvalues instead; the solver makes the host wait.
+* The same image on the same kind of GPU with the same versions gives the same tokens, whatever is computed beside
+  it: an image's kernels never see another image, their tiles depend on its shape alone, no sum is taken in the
+  order in which programs happen to finish, and no matrix product is left to a library that chooses its own.
+* Nothing is copied to the host and nothing depends on a value there: everything can be captured in a CUDA graph.
+
+What an image of very many tokens may take is bounded. Beyond ``DENSE`` tokens no N x N matrix is made: rows of
+cosines are taken one by one, by torch in float64, and memory is O(N (D + K)). The entropy's matrix has the side
+``min(N, D)``; where both exceed ``DENSE`` it is that of ``DENSE`` tokens, evenly spread over the image.
+
+Features of float64 come from no model; they take the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.kernels import (
+    entropy_chain,
+    torch_greedy,
+    torch_ops,
+    triton_attention,
+    triton_gram,
+    triton_greedy,
+)
+
+DENSE = triton_greedy.MOST_TOKENS
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cosine_gram(features: Tensor) -> Tensor:
+    """Return ``(N, N)`` float64 as ``torch_ops.cosine_gram`` does, to about 1e-7."""
+    if features.dtype not in _TYPES:
+        return torch_ops.cosine_gram(features)
+    return triton_gram.cosines(features[None])[0]
+
+
+def spectral_entropy(features: Tensor) -> Tensor:
+    """Return the 0-d float64 entropy as ``torch_ops.spectral_entropy`` does, to about 1e-5."""
+    n, d = features.shape
+    if features.dtype not in _TYPES or min(n, d) < 2:
+        return torch_ops.spectral_entropy(features)
+    if n > d and d <= DENSE:
+        return entropy_chain.spectral_entropy(triton_gram.scatter(features[None]), triton_gram.TritonChain())[0]
+    return entropy_of_gram(cosine_gram(sample(features)))
+
+
+def entropy_of_gram(gram: Tensor) -> Tensor:
+    """Return the entropy of tokens whose ``(N, N)`` cosines are at hand, N at most D."""
+    mean = gram.mean(dim=1)
+    offset = mean - mean.mean() / 2
+    centred = (gram - offset[:, None]).sub_(offset[None, :])
+    return entropy_chain.spectral_entropy(centred[None], triton_gram.TritonChain())[0]
+
+
+def sample(features: Tensor) -> Tensor:
+    """Return at most ``DENSE`` tokens, evenly spread over those there are."""
+    n = features.shape[0]
+    if n <= DENSE:
+        return features
+    return features.index_select(0, torch.arange(DENSE, device=features.device) * n // DENSE)
+
+
+def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
+    """Return ``(keep,)`` tokens as ``torch_greedy.greedy_dpp`` does."""
+    if gram.shape[0] > DENSE:
+        return torch_greedy.greedy_dpp(gram, order, given, keep, quality)
+    weights = None if quality is None else quality.detach().double()[None]
+    return triton_greedy.greedy_dpp(gram.detach().double()[None], order[None], given.reshape(1), keep, weights)[0]
+
+
+def max_min_select(gram: Tensor, keep: int) -> Tensor:
+    """Return ``(keep,)`` tokens: the reference, which does not ask the host either."""
+    return torch_ops.max_min_select(gram, keep)
+
+
+def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return ``(P,)`` float32 as ``torch_ops.received_attention`` does."""
+    if queries.dtype not in _TYPES:
+        return torch_ops.received_attention(queries, keys, scale)
+    return triton_attention.received_attention(queries, keys, scale)
+
+
+class Cosines:
+    """The cosines of one group of tokens, as ``torch_cosines.Cosines``.
+
+    Args:
+        features: ``(N, D)`` tokens of any floating type.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features.detach()
+        self._gram: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """Return ``(N, N)`` float64."""
+        if self._gram is None:
+            self._gram = cosine_gram(self._features)
+        return self._gram
+
+    def entropy(self, *, exact: bool = False) -> Tensor:
+        """Return the 0-d float64 entropy."""
+        n, d = self._features.shape
+        if exact:
+            return torch_ops.spectral_entropy(self._features)
+        if 2 <= n <= min(d, DENSE) and self._features.dtype in _TYPES:
+            return entropy_of_gram(self.matrix())
+        return spectral_entropy(self._features)
+
+    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
+        """Return the ``(keep,)`` tokens."""
+        if self._features.shape[0] > DENSE:
+            return torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(self._features), order, given, keep)
+        return greedy_dpp(self.matrix(), order, given, keep)
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile the kernels for tokens of 16 bits, for every size of block: at start-up, before any request."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for n, keep in ((64, 16), (600, 64), (1040, 80), (2080, 80), (4096, 80)):
+            shared = Cosines(torch.ones((n, 4096), dtype=dtype, device=device))
+            shared.entropy()
+            order = torch.arange(n, device=device)
+            shared.greedy_dpp(order, order[3], keep)
+        patches = torch.ones((2, 64, 1, 80), dtype=dtype, device=device)
+        received_attention(patches[0], patches[1], 1.0)
