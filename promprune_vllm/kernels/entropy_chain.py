@@ -117,7 +117,7 @@ def spectral_entropy(scatter: Tensor, chain: Chain | None = None) -> Tensor:
 
 @functools.cache
 def _coefficients(device: torch.device) -> Tensor:
-    """Return the coefficients on a device; copied there once, since a CUDA graph captures no copy from the host."""
+    """Return the coefficients on a device, copied there once: a CUDA graph captures no copy from the host."""
     return torch.tensor(COEFFICIENTS, dtype=torch.float64).to(device)
 
 

@@ -34,7 +34,7 @@ def _rounded(x):
 
 @triton.jit
 def _decided(cost, closed, rank, j):
-    """Return the open token of least cost in steps of 2**-32, the lowest of equal ones, else the next of the order.
+    """Return the open token of least cost in steps of 2**-32, the lowest of equal ones, or the next of the order.
 
     And whether the rule chose it.
     """

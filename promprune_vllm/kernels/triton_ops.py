@@ -13,9 +13,10 @@ What is computed in which precision, and what that guarantees:
   order in which programs happen to finish, and no matrix product is left to a library that chooses its own.
 * Nothing is copied to the host and nothing depends on a value there: everything can be captured in a CUDA graph.
 
-What an image of very many tokens may take is bounded. Beyond ``DENSE`` tokens no N x N matrix is made: rows of
-cosines are taken one by one, by torch in float64, and memory is O(N (D + K)). The entropy's matrix has the side
-``min(N, D)``; where both exceed ``DENSE`` it is that of ``DENSE`` tokens, evenly spread over the image.
+What an image of very many tokens may take is bounded. Beyond ``DENSE`` tokens the choice makes no N x N matrix:
+rows of cosines are taken one by one, by torch in float64, and memory is O(N (D + K)). The entropy's matrix has the
+side ``min(N, D)``; where both exceed ``SIDE``, wider than any model today, it is that of ``SIDE`` tokens, evenly
+spread over the image: another entropy, of a smaller set.
 
 Features of float64 come from no model; they take the reference.
 """
@@ -34,7 +35,7 @@ from promprune_vllm.kernels import (
     triton_greedy,
 )
 
-DENSE = triton_greedy.MOST_TOKENS
+DENSE, SIDE = triton_greedy.MOST_TOKENS, 8192
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +51,7 @@ def spectral_entropy(features: Tensor) -> Tensor:
     n, d = features.shape
     if features.dtype not in _TYPES or min(n, d) < 2:
         return torch_ops.spectral_entropy(features)
-    if n > d and d <= DENSE:
+    if n > d and d <= SIDE:
         return entropy_chain.spectral_entropy(triton_gram.scatter(features[None]), triton_gram.TritonChain())[0]
     return entropy_of_gram(cosine_gram(sample(features)))
 
@@ -64,11 +65,11 @@ def entropy_of_gram(gram: Tensor) -> Tensor:
 
 
 def sample(features: Tensor) -> Tensor:
-    """Return at most ``DENSE`` tokens, evenly spread over those there are."""
+    """Return at most ``SIDE`` tokens, evenly spread over those there are."""
     n = features.shape[0]
-    if n <= DENSE:
+    if n <= SIDE:
         return features
-    return features.index_select(0, torch.arange(DENSE, device=features.device) * n // DENSE)
+    return features.index_select(0, torch.arange(SIDE, device=features.device) * n // SIDE)
 
 
 def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:

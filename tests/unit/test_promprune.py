@@ -281,6 +281,8 @@ def test_spectral_entropy_knows_its_ends() -> None:
         ({"entropy": "spectrum"}, "spectral, feature_norm, attention"),
         ({"coverage": "kmeans"}, "dpp, fps, facility_location"),
         ({"fps_from_salient": True}, "coverage='dpp'"),
+        ({"exact_entropy": True, "entropy": "attention"}, "entropy='attention'"),
+        ({"exact_entropy": "no"}, "'no'"),
         ({"fps_from_salient": "false", "coverage": "fps"}, "'false'"),
     ],
 )
