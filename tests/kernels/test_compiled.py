@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from promprune_vllm.kernels import triton_attention, triton_gram, triton_greedy
 
-SHARED = {80: 163, 89: 99, 90: 227}  # KiB a program may have, by compute capability
+SHARED = {89: 99, 90: 227}  # KiB a program may have, by compute capability
 F64 = "*fp64"
 
 
