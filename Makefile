@@ -23,7 +23,8 @@ tools: setup ## a container engine and more for the tests of deploy/ (Debian and
 demo: setup ## start the demo; ARGS="--once --json" for one run with machine-readable results
 	@$(BIN)/promprune demo $(ARGS)
 
-test: setup tools ## run the whole test suite; ARGS go to pytest
+test: tools ## run the whole test suite; ARGS go to pytest
+	@$(SETUP) --triton
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit

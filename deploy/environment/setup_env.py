@@ -25,6 +25,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LOCK = HERE / "cpu-lock.txt"
 SHIM = HERE / "torchvision_ops_shim.py"
+# In a folder of its own: vLLM for CPU asks whether triton can be imported, and what tests exercise must not depend
+# on the answer. Only the tests of the CUDA kernels look there, from a process of their own.
+TRITON, TRITON_FOLDER = "triton==3.7.1", "triton-only"
 TORCH, TORCHVISION = "torch==2.13.0+cpu", "torchvision==0.28.0+cpu"
 TORCH_INDEX = "--index-url=https://download.pytorch.org/whl/cpu"
 PIP = ("-m", "pip", "--disable-pip-version-check")
@@ -134,6 +137,17 @@ class Environment:
             run(self.python, "-c", "import torchvision")
 
 
+def add_triton(venv: Environment) -> None:
+    """Install Triton where only tests of the CUDA kernels look for it."""
+    folder = venv.path / TRITON_FOLDER
+    if not (folder / "triton").is_dir():
+        say(f"installing {TRITON} into {folder}, for the tests of the CUDA kernels")
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        run(venv.python, *PIP, "install", "--quiet", "--no-input", "--no-deps", "--target", str(part), TRITON)
+        part.rename(folder)
+
+
 def ensure_libnuma() -> None:
     try:
         ctypes.CDLL("libnuma.so.1")
@@ -174,6 +188,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's folder")
     parser.add_argument("--no-uv", action="store_true", help="install with pip only (slower)")
+    parser.add_argument(
+        "--triton", action="store_true", help="and Triton beside it, for tests of the CUDA kernels"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -181,7 +198,10 @@ def main() -> int:
             found = sys.version.split()[0]
             raise SetupError(f"vLLM needs Python 3.11 to 3.14, this is {found}: make setup PYTHON=python3.11")
         ensure_libnuma()
-        set_up(Environment(arguments.venv.absolute()), use_uv=not arguments.no_uv)
+        venv = Environment(arguments.venv.absolute())
+        set_up(venv, use_uv=not arguments.no_uv)
+        if arguments.triton and sys.platform == "linux":
+            add_triton(venv)
     except (SetupError, OSError) as error:
         say(str(error))
         return 1
