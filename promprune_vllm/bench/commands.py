@@ -161,6 +161,7 @@ def _show(document: dict[str, Any], table: Any) -> None:
 
 @bench.command("kernels")
 def kernels(  # noqa: PLR0917  # options of the command line, given by name
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda: eager and from a CUDA graph.")] = "cpu",
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch; the compiled loops use one.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each measurement, taken in turns.")] = 7,
     dtype: Annotated[
@@ -170,12 +171,12 @@ def kernels(  # noqa: PLR0917  # options of the command line, given by name
     large: Annotated[bool, typer.Option("--large", help="Also 16384x3584:512: minutes and 10 GB.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Time selecting tokens on the CPU: ours, our float64 reference, and the plain float32 procedure."""
+    """Time selecting tokens: ours, the plain float32 procedure, and on a CPU our float64 reference."""
     from promprune_vllm.bench import kernels as measured
 
     try:
         cases = measured.cases(case, large=large)
-        measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json)
+        measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json, device=device)
     except ValueError as error:
         typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(code=2) from error

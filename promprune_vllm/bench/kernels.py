@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.bench import machine, plain, spectra
-from promprune_vllm.bench.kernels_report import show
+from promprune_vllm.bench.kernels_report import show, show_cuda
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.selection import select
 from promprune_vllm.kernels import cpu_cosines, cpu_gram, cpu_loops, cpu_ops, ops, torch_greedy, torch_ops
@@ -79,16 +79,26 @@ def cases(wanted: Sequence[str] | None, *, large: bool) -> list[Case]:
     return found
 
 
-def run(wanted: Sequence[Case], *, threads: int, repeats: int, dtype: str, as_json: bool) -> None:
+def run(
+    wanted: Sequence[Case], *, threads: int, repeats: int, dtype: str, as_json: bool, device: str = "cpu"
+) -> None:
     """Measure and print.
 
     Raises:
-        ValueError: A type the features cannot have.
+        ValueError: A type the features cannot have, or a device that is not there.
         RuntimeError: Ours kept other tokens than the float64 reference.
     """
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, not {dtype!r}")
+    if device == "cuda":
+        from promprune_vllm.bench import kernels_cuda
+
+        found = kernels_cuda.run(wanted, repeats=repeats, dtype=kind)
+        print(json.dumps(found, indent=2)) if as_json else show_cuda(found)
+        return
+    if device != "cpu":
+        raise ValueError(f"--device must be cpu or cuda, not {device!r}")
     what, now = machine.clock(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

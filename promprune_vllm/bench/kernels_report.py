@@ -29,6 +29,25 @@ def show(result: Mapping[str, Any]) -> None:
             console.print(f"{row['case']} was skipped: {row['skipped']}")
 
 
+def show_cuda(result: Mapping[str, Any]) -> None:
+    """Print what was measured on a GPU."""
+    console, machine = Console(), result["machine"]
+    console.print(
+        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}; {result['path']}; "
+        f"features: {result['features']}; {result['repeats']} repeats\n{machine['command']}",
+        soft_wrap=True,
+    )
+    table = Table(title=f"{result['clock']} in ms: median (min … max)", title_justify="left")
+    for name in ("case", "what", "ms", "tokens other than float64's", "memory, MiB"):
+        table.add_column(name)
+    for row in result["cases"]:
+        for name, times in row["whole"].items():
+            ours = name in {"eager", "graph"}
+            more = (str(row["other_tokens"]), f"{row['memory_bytes'] / 2**20:.0f}") if ours else ("", "")
+            table.add_row(row["case"], name, _spread(times), *more)
+    console.print(table)
+
+
 def _whole(rows: list[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=f"Whole selection, {title}", title_justify="left")
     for name in ("case", "ours", "plain float32", "float64 reference", "plain / ours", "reference / ours"):

@@ -48,6 +48,14 @@ def test_refuses_a_case_it_cannot_measure(case: str) -> None:
     assert "--case" in refused.output
 
 
+def test_says_that_there_is_no_gpu() -> None:
+    if not torch.cuda.is_available():
+        refused = run(cli.app, ["bench", "kernels", "--device", "cuda", "--case", "60x80:9"])
+        assert refused.exit_code == 2
+        assert "torch sees no CUDA device" in refused.output
+    assert run(cli.app, ["bench", "kernels", "--device", "tpu"]).exit_code == 2
+
+
 def test_says_what_memory_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.machine, "available_memory", lambda: 2**30)
     (row,) = [
