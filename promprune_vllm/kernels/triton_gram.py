@@ -2,7 +2,7 @@
 
 Tokens are multiplied as they come, so that those of 16 bits go through tensor cores, whose products are exact.
 They are summed in float32 for ``CHUNK`` columns at a time and in float64 beyond: N^2 D / 64 additions of that. A
-cosine is then right to about 1e-8 where all columns weigh alike, and to 1e-7 where those of one chunk outweigh all
+cosine is then right to about 1e-8 where all columns weigh alike, and to 1e-6 where those of one chunk outweigh all
 others. Lengths divide the sums afterwards, in float64.
 
 Tiles are of one size whatever the GPU and the batch, every sum has one order, and only tiles on and below the

@@ -2,15 +2,17 @@
 
 What is computed in which precision, and what that guarantees:
 
-* Cosines are float64, right to 1e-8 ... 1e-7 (``triton_gram``). The greedy choice is made on them in float64 by
+* Cosines are float64, right to 1e-8 ... 1e-6 (``triton_gram``). The greedy choice is made on them in float64 by
   the reference's rules, ties in steps of 2**-32 included. Repeated tokens have the same bits, so they tie exactly.
-  The tokens kept are those of the float64 reference unless two costs are within about 1e-7 of each other.
+  The tokens kept are those of the float64 reference unless two costs are that close: an emulation of these sums
+  kept the same tokens of 72 of 72 images (12 spectra, 576 tokens of bfloat16, K = 64).
 * The entropy comes from those cosines, centred in float64, by products in float32 (``entropy_chain``): right to
   1e-5. Where a split of the budget is that close to a half it can differ by one token. ``exact`` takes the
   reference's eigenvalues instead; the solver makes the host wait.
 * The same image on the same kind of GPU with the same versions gives the same tokens, whatever is computed beside
   it: an image's kernels never see another image, their tiles depend on its shape alone, no sum is taken in the
-  order in which programs happen to finish, and no matrix product is left to a library that chooses its own.
+  order in which programs happen to finish, and up to ``DENSE`` tokens no matrix product is left to a library that
+  chooses its own order.
 * Nothing is copied to the host and nothing depends on a value there: everything can be captured in a CUDA graph.
 
 What an image of very many tokens may take is bounded. Beyond ``DENSE`` tokens the choice makes no N x N matrix:
@@ -40,7 +42,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cosine_gram(features: Tensor) -> Tensor:
-    """Return ``(N, N)`` float64 as ``torch_ops.cosine_gram`` does, to about 1e-7."""
+    """Return ``(N, N)`` float64 as ``torch_ops.cosine_gram`` does, to about 1e-6."""
     if features.dtype not in _TYPES:
         return torch_ops.cosine_gram(features)
     return triton_gram.cosines(features[None])[0]
