@@ -22,6 +22,8 @@ from promprune_vllm.kernels.triton_launch import blocks, launch
 ONE_PANEL = (800, 64)
 """Up to so many tokens, of which so many are kept, are chosen in one launch."""
 PANEL, TILE = 32, 64
+LEAST_BLOCK = 1024
+"""Smaller images run in it too: each size is compiled, and a start-up should not take minutes."""
 MOST_TOKENS = 4096
 """What one program holds in registers, and 128 MiB of matrix."""
 
@@ -137,14 +139,15 @@ def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: T
     """
     count, n = order.shape
     few = n <= ONE_PANEL[0] and keep <= ONE_PANEL[1]
-    size = triton.next_power_of_2(keep) if few else PANEL
+    size = ONE_PANEL[1] if few else PANEL
     gram = gram.contiguous() if few else gram.clone(memory_format=torch.contiguous_format)
     given, order = given.contiguous(), order.contiguous()
     nearest = gram.new_empty((count, n))
     launch(_nearest, (blocks(n, TILE), count), gram, order, given, nearest, n, keep, ROWS=16, BLOCK=TILE)
     rank, acc = start(gram.diagonal(dim1=1, dim2=2), order, given)
     picks, factors = order[:, :keep].clone(), gram.new_empty((count, size, n))
-    block, weights = max(64, triton.next_power_of_2(n)), nearest if quality is None else quality.contiguous()
+    block = max(LEAST_BLOCK, triton.next_power_of_2(n))
+    weights = nearest if quality is None else quality.contiguous()
     for first in range(0, keep, size):
         launch(
             _panel, (count,), gram, nearest, weights, given, rank, acc, factors, picks, first, n, keep,

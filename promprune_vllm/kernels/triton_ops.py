@@ -130,8 +130,8 @@ class Cosines:
 def warm_up(device: torch.device) -> None:
     """Compile the kernels for tokens of 16 bits, for every size of block: at start-up, before any request."""
     for dtype in (torch.bfloat16, torch.float16):
-        for n, keep in ((64, 16), (600, 64), (1040, 80), (2080, 80), (4096, 80)):
-            shared = Cosines(torch.ones((n, 4096), dtype=dtype, device=device))
+        for n, d, keep in ((600, 1024, 64), (1040, 1024, 80), (2080, 1040, 80)):
+            shared = Cosines(torch.ones((n, d), dtype=dtype, device=device))
             shared.entropy()
             order = torch.arange(n, device=device)
             shared.greedy_dpp(order, order[3], keep)
