@@ -105,6 +105,9 @@ class Engine:
         return processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
 
 
-@pytest.fixture(scope="session")
-def engine(demo_model: Path) -> Engine:
-    return Engine(demo_model)
+# Of one module: vLLM's process groups belong to the process, and go when any engine in it is closed.
+@pytest.fixture(scope="module")
+def engine(demo_model: Path) -> Iterator[Engine]:
+    made = Engine(demo_model)
+    yield made
+    made.close()

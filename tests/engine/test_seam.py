@@ -91,8 +91,11 @@ def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
     from vllm.renderers.online_renderer import OnlineRenderer
 
     plugin.register()
-    config = SimpleNamespace(model="gpt-oss", architectures=["GptOssForCausalLM"], hf_config=None)
-    renderer = SimpleNamespace(parser=None, renderer=SimpleNamespace(mm_processor=None, model_config=config))
+    config = SimpleNamespace(
+        model="gpt-oss", served_model_name="gpt-oss", architectures=["GptOssForCausalLM"], hf_config=None
+    )
+    inner = SimpleNamespace(mm_processor=None, model_config=config)
+    renderer = SimpleNamespace(parser=None, renderer=inner, model_config=config)
     OnlineRenderer.adjust_harmony_request(renderer, _request())  # type: ignore[arg-type]
     with pytest.raises(VLLMValidationError, match="gpt-oss cannot be pruned, it takes no images"):
         OnlineRenderer.adjust_harmony_request(renderer, _request(top=64))  # type: ignore[arg-type]
