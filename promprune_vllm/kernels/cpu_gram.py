@@ -6,6 +6,7 @@ whole. Memory beside the result: at most 512 columns of the features.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -44,12 +45,29 @@ def cosines(features: Tensor, dtype: torch.dtype, rows: Tensor | None = None) ->
     return _mirrored(gram), features
 
 
-def centred(gram: Tensor) -> Tensor:
-    """Inner products of the same tokens less their mean: a new ``(N, N)``, without going back to the features."""
+@contextlib.contextmanager
+def centred(gram: Tensor) -> Iterator[Tensor]:
+    """Lend the memory of ``(N, N)`` float32 cosines to the inner products of the same tokens less their mean.
+
+    Inside, what is on and below the diagonal holds those; above it are still the cosines, from which the rest is
+    restored afterwards. So the eigen-solver's own copy is the only second matrix there ever is.
+    """
     # Strip by strip: summing in float64 copies what it sums.
     mean = torch.cat([strip.mean(dim=1, dtype=torch.float64) for strip in torch.split(gram, 64)])
     offset = (mean - mean.mean() / 2).to(gram.dtype)
-    return (gram - offset[:, None]).sub_(offset[None, :])
+    diagonal = gram.diagonal().clone()
+    for top, bottom in pairwise(_edges(gram.shape[0])):
+        gram[top:bottom, :top].sub_(offset[top:bottom, None]).sub_(offset[None, :top])
+        square, own = gram[top:bottom, top:bottom], offset[top:bottom]
+        square.copy_(torch.triu(square, 1) + torch.tril(square - own[:, None] - own[None, :]))
+    try:
+        yield gram
+    finally:
+        gram.diagonal().copy_(diagonal)
+        for top, bottom in pairwise(_edges(gram.shape[0])):
+            gram[top:bottom, :top] = gram[:top, top:bottom].T
+            square = gram[top:bottom, top:bottom]
+            square.copy_(torch.triu(square) + torch.triu(square, 1).T)
 
 
 def covariance(features: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 _STEP = 2.0**32
 _EXHAUSTED = 1e-5  # torch_greedy.EXHAUSTED, which a test compares
+_BLOCK = 64  # tokens whose least is looked at before they are
 # No reordering of sums; only what lets a minimum and a multiply-add become vector instructions.
 _FASTMATH = {"nnan", "nsz", "contract"}
 
@@ -56,54 +57,87 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def least(key: Array, root: bool, bound: float, margin: float, near: Array) -> tuple[int, float]:
-    """Find the token of least cost among those with ``key < bound``; equal steps go to the lowest index.
+def least(keys: Array, margin: float, near: Array) -> tuple[int, float]:
+    """Find the token of least cost; of costs in equal steps, the lowest index.
 
     Args:
-        key: ``(N,)`` costs, or their squares; infinite for tokens that may not be chosen.
-        root: The keys are squares.
-        bound: Keys from here on may not be chosen.
+        keys: ``(N,)`` float64 costs; infinite for tokens that may not be chosen.
         margin: Tokens whose cost exceeds the least one by no more than this are marked in ``near``.
         near: ``(N,)`` bool, written to.
 
     Returns:
         The token and its cost; -1 and infinity if there is none.
     """
-    lowest = key[0]
-    for j in range(1, key.shape[0]):
-        lowest = min(lowest, key[j])
-    if not lowest < bound:
-        return -1, np.inf
-    cost = np.sqrt(np.float64(lowest)) if root else np.float64(lowest)
-    reach = cost + max(margin, 2 / _STEP)
-    limit = min(reach * reach if root else reach, bound)
+    cost = keys[0]
+    for j in range(1, keys.shape[0]):
+        cost = min(cost, keys[j])
     pick, fewest = -1, np.inf
-    for j in range(key.shape[0]):
-        if key[j] <= limit and key[j] < bound:
-            near[j] = True
-            steps = np.rint((np.sqrt(np.float64(key[j])) if root else np.float64(key[j])) * _STEP)
-            if steps < fewest:
-                pick, fewest = j, steps
+    if cost < np.inf:
+        limit = cost + max(margin, 2 / _STEP)
+        for j in range(keys.shape[0]):
+            if keys[j] <= limit:
+                near[j] = True
+                steps = np.rint(keys[j] * _STEP)
+                if steps < fewest:
+                    pick, fewest = j, steps
+    return pick, cost
+
+
+@_compiled
+def least_explained(acc: Array, bits: Array, lows: Array, margin: float, near: Array) -> tuple[int, float]:
+    """Find the token of which least is explained, as ``least`` does with the square roots as costs.
+
+    Args:
+        acc: ``(T,)`` explained volume, T a multiple of ``_BLOCK``; infinite for tokens that may not be chosen.
+        bits: ``(T,)`` the same memory as integers, which order floats that are not negative, and of which the
+            least is found in vector instructions.
+        lows: ``(T / _BLOCK,)`` of the type of ``bits``, scratch.
+        margin, near: See ``least``.
+    """
+    for c in range(lows.shape[0]):
+        low = bits[c * _BLOCK]
+        for j in range(_BLOCK):
+            low = min(low, bits[c * _BLOCK + j])
+        lows[c] = low
+    least_of = lows.view(acc.dtype)
+    squared = np.float64(least_of.min())
+    if not squared < 1 - _EXHAUSTED:
+        return -1, np.inf
+    cost = np.sqrt(squared)
+    reach = cost + max(margin, 2 / _STEP)
+    pick, fewest = -1, np.inf
+    for c in range(least_of.shape[0]):
+        if least_of[c] <= reach * reach:
+            for j in range(c * _BLOCK, c * _BLOCK + _BLOCK):
+                if acc[j] <= reach * reach and acc[j] < 1 - _EXHAUSTED:
+                    near[j] = True
+                    steps = np.rint(np.sqrt(np.float64(acc[j])) * _STEP)
+                    if steps < fewest:
+                        pick, fewest = j, steps
     return pick, cost
 
 
 @_compiled
 def explain(row: Array, factors: Array, used: int, pick: int, acc: Array) -> None:
-    """Add what a new token explains: one row of the Cholesky factor, four earlier rows at a time.
+    """Add what a new token explains: one row of the Cholesky factor, eight earlier rows at a time.
 
     Args:
         row: ``(N,)`` the new token's cosines.
-        factors: ``(R, N)``, zero from row ``used`` on; R is a multiple of 4. Row ``used`` is written.
+        factors: ``(R, N)``, zero from row ``used`` on; R is a multiple of 8. Row ``used`` is written.
         used: Rows in use.
         pick: The new token.
-        acc: ``(N,)`` explained volume so far, brought up to date.
+        acc: ``(T,)`` explained volume so far, T at least N; brought up to date.
     """
     e = row.copy()
-    for s in range(0, used, 4):
+    for s in range(0, used, 8):
         a, b, c, d = factors[s, pick], factors[s + 1, pick], factors[s + 2, pick], factors[s + 3, pick]
         fa, fb, fc, fd = factors[s], factors[s + 1], factors[s + 2], factors[s + 3]
+        g, h, k, m = factors[s + 4, pick], factors[s + 5, pick], factors[s + 6, pick], factors[s + 7, pick]
+        fg, fh, fk, fm = factors[s + 4], factors[s + 5], factors[s + 6], factors[s + 7]
         for j in range(e.shape[0]):
-            e[j] -= a * fa[j] + b * fb[j] + c * fc[j] + d * fd[j]
+            e[j] -= (a * fa[j] + b * fb[j] + c * fc[j] + d * fd[j]) + (
+                g * fg[j] + h * fh[j] + k * fk[j] + m * fm[j]
+            )
     scale = e.dtype.type(1 / np.sqrt(max(1 - np.float64(acc[pick]), _EXHAUSTED)))
     into = factors[used]
     for j in range(e.shape[0]):
@@ -129,15 +163,14 @@ def seed_keys(gram: Array, given: Array, acc: Array) -> Array:
 @_compiled
 def weighted_keys(quality: Array, acc: Array) -> Array:
     """Return the negative gain of each token under a quality, ``(N,)`` float64; infinite as above."""
-    keys = np.full(acc.shape[0], np.inf)
-    for j in range(acc.shape[0]):
+    keys = np.full(quality.shape[0], np.inf)
+    for j in range(quality.shape[0]):
         if acc[j] < 1 - _EXHAUSTED:
             keys[j] = -quality[j] * np.sqrt(1 - np.float64(acc[j]))
     return keys
 
 
-@_compiled
-def greedy_dpp(  # noqa: PLR0917  # numba takes no keyword-only arguments
+def greedy_dpp(  # noqa: PLR0917  # as the loop inside, which takes no keyword-only arguments
     gram: Array, order: Array, given: int, keep: int, quality: Array, known: Array, margin: float
 ) -> tuple[Array, Array, Array, float]:
     """Grow a set as ``torch_greedy.greedy_dpp`` does.
@@ -157,23 +190,41 @@ def greedy_dpp(  # noqa: PLR0917  # numba takes no keyword-only arguments
         volume of a choice.
     """
     n = gram.shape[0]
-    acc = np.zeros(n, gram.dtype)
+    acc = np.full(-(-n // _BLOCK) * _BLOCK, np.inf, gram.dtype)
+    acc[:n] = 0
+    acc[:n][gram.diagonal() < 0.5] = 1
+    acc[order[:given]] = np.inf
+    bits = acc.view(f"i{acc.itemsize}")
+    factors = np.zeros((-(-(keep - given) // 8) * 8, n), gram.dtype)
+    return _grow(gram, order, given, keep, quality, known, margin, acc, bits, factors)  # type: ignore[no-any-return]
+
+
+@_compiled
+def _grow(  # noqa: PLR0917
+    gram: Array,
+    order: Array,
+    given: int,
+    keep: int,
+    quality: Array,
+    known: Array,
+    margin: float,
+    acc: Array,
+    bits: Array,
+    factors: Array,
+) -> tuple[Array, Array, Array, float]:
+    """The loop of ``greedy_dpp``, on its state: see ``explain`` and ``least_explained``."""
+    n = gram.shape[0]
     picks, costs, near = order[:keep].copy(), np.zeros(keep), np.zeros(n, np.bool_)
-    is_open = np.ones(n, np.bool_)
-    for j in range(n):
-        if gram[j, j] < 0.5:
-            acc[j] = 1
-    for g in order[:given]:
-        acc[g], is_open[g] = np.inf, False
-    factors = np.zeros(((keep - given + 3) // 4 * 4, n), gram.dtype)
+    is_open, lows = np.ones(n, np.bool_), np.empty_like(bits[: bits.shape[0] // _BLOCK])
+    is_open[order[:given]] = False
     used, place, deepest = 0, given, 0.0
     for t in range(given, keep):
         if t == given and given > 0:
-            pick, cost = least(seed_keys(gram, order[:given], acc), False, np.inf, margin, near)
+            pick, cost = least(seed_keys(gram, order[:given], acc), margin, near)
         elif quality.shape[0] > 0:
-            pick, cost = least(weighted_keys(quality, acc), False, np.inf, margin, near)
+            pick, cost = least(weighted_keys(quality, acc), margin, near)
         else:
-            pick, cost = least(acc, True, 1 - _EXHAUSTED, margin, near)
+            pick, cost = least_explained(acc, bits, lows, margin, near)
         if t - given < known.shape[0]:
             pick = known[t - given]
         costs[t] = cost

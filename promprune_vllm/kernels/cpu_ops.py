@@ -14,6 +14,7 @@ The matrix products and the eigen-solve use torch's threads; the compiled loops 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -69,10 +70,14 @@ def entropy_of_gram(features: Tensor, single: Tensor | None) -> Tensor:
         single: ``(N, N)`` float32 cosines; not looked at where N > D.
     """
     n, d = features.shape
-    matrix = cpu_gram.covariance(features) if n > d or single is None else cpu_gram.centred(single)
-    if not float(matrix.diagonal().sum(dtype=torch.float64)) >= LEAST_SPREAD * n:
-        return torch_ops.spectral_entropy(features)
-    eigenvalues = torch.linalg.eigvalsh(matrix).double()
+    with (
+        nullcontext(cpu_gram.covariance(features))
+        if n > d or single is None
+        else cpu_gram.centred(single) as lower
+    ):
+        if not float(lower.diagonal().sum(dtype=torch.float64)) >= LEAST_SPREAD * n:
+            return torch_ops.spectral_entropy(features)
+        eigenvalues = torch.linalg.eigvalsh(lower).double()  # reads nothing above the diagonal
     if float(eigenvalues.clamp_max(0).sum().neg()) > MOST_NEGATIVE * float(eigenvalues.sum()):
         return torch_ops.spectral_entropy(features)
     p = eigenvalues.clamp_min(1e-12)

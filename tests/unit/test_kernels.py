@@ -222,12 +222,12 @@ def test_the_fast_path_is_taken_unless_the_reference_is_asked_for(monkeypatch: p
     if importlib.util.find_spec("triton") is None:
         assert ops.in_force(cuda).startswith("torch reference on cuda (slower: Triton cannot be used: ")
     assert ops.in_force(torch.device("meta")) == "torch reference on meta (there is no fast path for meta)"
-    assert isinstance(ops.cosines(x), cpu_cosines.Cosines)
-    assert isinstance(ops.cosines(x.to("meta")), torch_cosines.Cosines)
+    assert isinstance(ops.cosines([x])._cosines, cpu_cosines.Cosines)  # type: ignore[attr-defined]
+    assert isinstance(ops.cosines([x.to("meta")])._cosines, torch_cosines.Cosines)  # type: ignore[attr-defined]
     fast = select(features, 20, mu=0.8, tau=0.1)
     monkeypatch.setenv("PROMPRUNE_KERNELS", "reference")
     assert ops.in_force(cpu) == "torch reference on cpu (PROMPRUNE_KERNELS=reference)"
-    assert isinstance(ops.cosines(x), torch_cosines.Cosines)
+    assert isinstance(ops.cosines([x])._cosines, torch_cosines.Cosines)  # type: ignore[attr-defined]
     monkeypatch.setattr(cpu_gram, "cosines", None)
     slow = select(features, 20, mu=0.8, tau=0.1)
     assert torch.equal(fast.indices, slow.indices)
@@ -252,7 +252,7 @@ def test_the_path_in_force_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_warming_up_leaves_nothing_to_compile() -> None:
-    compiled = [cpu_loops.greedy_dpp, cpu_loops.max_min_select]
+    compiled = [cpu_loops._grow, cpu_loops.max_min_select]
     before = [len(loop.signatures) for loop in compiled]  # type: ignore[attr-defined]
     select(VisionFeatures(projected=_power(60, 80), grid=(1, 1, 60), saliency=torch.arange(60.0)), 20)
     cpu_ops.greedy_dpp(torch_ops.cosine_gram(_power(9, 9)), _order(9), torch.tensor(0), 3, torch.ones(9))
