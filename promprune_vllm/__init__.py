@@ -17,6 +17,7 @@ _HOME = {
     "get_method": "promprune_vllm.core.registry",
     "methods": "promprune_vllm.core.registry",
     "select": "promprune_vllm.core.selection",
+    "select_many": "promprune_vllm.core.selection",
 }
 __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from promprune_vllm.core.registry import methods as methods
     from promprune_vllm.core.selection import Selection as Selection
     from promprune_vllm.core.selection import select as select
+    from promprune_vllm.core.selection import select_many as select_many
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,9 @@ class Selector(Protocol):
 
     ``merges`` says whether its selections carry ``rows``, merged out of several tokens, or only drop tokens;
     a method that does not say it drops.
+
+    A method that gains by choosing from several groups at once adds ``select_many(groups, keeps)``, a list of what
+    ``select`` returns for each; the others are asked group by group.
     """
 
     name: ClassVar[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from types import MappingProxyType
@@ -56,21 +56,53 @@ def select(features: VisionFeatures, keep: int, method: str | Selector = "prompr
         UnknownMethodError, SettingsError: See ``get_method``.
         ValueError: The features lack something the method needs.
     """
-    if isinstance(keep, bool) or not isinstance(keep, SupportsIndex) or (keep := index(keep)) < 1:
-        raise BudgetError(f"keep must be a positive integer, got {keep!r}.", param="keep")
+    return select_many([features], [keep], method, **options)[0]
+
+
+def select_many(
+    groups: Sequence[VisionFeatures], keeps: Sequence[int], method: str | Selector = "promprune", **options: Any
+) -> list[Selection]:
+    """Choose from several groups, such as the crops of one image: each as ``select`` does.
+
+    A method that can takes groups of one shape in the same launches on an accelerator.
+
+    Args:
+        groups: Each with what the method needs.
+        keeps: How many tokens to keep of each.
+        method, options: See ``select``.
+
+    Raises:
+        As ``select``; ``ValueError`` also if there are not as many ``keeps`` as groups.
+    """
+    if len(groups) != len(keeps):
+        raise ValueError(f"{len(groups)} groups need as many numbers of tokens to keep, not {len(keeps)}")
+    counts = [_count(keep) for keep in keeps]
     selector = _resolve(method, options)
-    total = features.tokens
-    if keep >= total:
-        return Selection(torch.arange(total, device=features.projected.device))
-    missing = selector.needs & ~features.has
-    if missing:
-        raise ValueError(
-            f"Method {selector.name!r} needs {missing.name} and the features do not carry it. "
-            "Pass it in VisionFeatures, or choose another method."
-        )
-    selection = selector.select(features, keep)
-    check_selection(selection, features, keep, selector.name)
-    return selection
+    found: dict[int, Selection] = {}
+    pruned: list[int] = []
+    for number, (features, keep) in enumerate(zip(groups, counts, strict=True)):
+        if keep >= features.tokens:
+            found[number] = Selection(torch.arange(features.tokens, device=features.projected.device))
+        elif missing := selector.needs & ~features.has:
+            raise ValueError(
+                f"Method {selector.name!r} needs {missing.name} and the features do not carry it. "
+                "Pass it in VisionFeatures, or choose another method."
+            )
+        else:
+            pruned.append(number)
+    asked = [groups[i] for i in pruned], [counts[i] for i in pruned]
+    at_once = getattr(selector, "select_many", None)
+    chosen = at_once(*asked) if at_once else map(selector.select, *asked)
+    for number, selection in zip(pruned, chosen, strict=True):
+        check_selection(selection, groups[number], counts[number], selector.name)
+        found[number] = selection
+    return [found[number] for number in range(len(groups))]
+
+
+def _count(keep: SupportsIndex) -> int:
+    if isinstance(keep, bool) or not isinstance(keep, SupportsIndex) or (count := index(keep)) < 1:
+        raise BudgetError(f"keep must be a positive integer, got {keep!r}.", param="keep")
+    return count
 
 
 def check_selection(selection: Selection, features: VisionFeatures, keep: int, method: str) -> None:

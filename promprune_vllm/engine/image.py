@@ -11,7 +11,7 @@ from torch import Tensor
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import Selector
-from promprune_vllm.core.selection import Selection, select
+from promprune_vllm.core.selection import Selection, select_many
 
 Project = Callable[[Tensor], Tensor]
 
@@ -85,11 +85,9 @@ class EncodedImage:
         """
         sizes = [group.features.tokens for group in self.groups]
         counts = BudgetPolicy().allocate(min(keep, sum(sizes)), sizes)
-        parts = [
-            (group, select(group.features, count, method))
-            for group, count in zip(self.groups, counts, strict=True)
-            if count
-        ]
+        asked = [(group, count) for group, count in zip(self.groups, counts, strict=True) if count]
+        chosen = select_many([group.features for group, _ in asked], [count for _, count in asked], method)
+        parts = [(group, selection) for (group, _), selection in zip(asked, chosen, strict=True)]
         return Chosen(self.rows, parts, self.spare[: max(0, keep - sum(sizes))])
 
     def pruned(self, keep: int, method: Selector, project: Project) -> tuple[Tensor, Tensor]:

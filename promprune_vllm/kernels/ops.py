@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,12 @@ from promprune_vllm.kernels.torch_ops import (
     token_keys,
 )
 
+if TYPE_CHECKING:
+    from promprune_vllm.kernels import cpu_cosines
+
 __all__ = [
     "Cosines",
+    "batches",
     "complement",
     "cosine_gram",
     "cosines",
@@ -58,28 +63,62 @@ logger = logging.getLogger("vllm.promprune")
 
 
 class Cosines(Protocol):
-    """The cosines of one group, for a method that asks more than one thing of them; see ``torch_cosines``."""
+    """The cosines of B groups of tokens, for a method that asks more than one thing of them."""
 
-    def matrix(self) -> Tensor:
-        """Return ``(N, N)`` float64."""
+    def matrices(self) -> list[Tensor]:
+        """Return ``(N, N)`` float64 of each group."""
 
-    def entropy(self, *, exact: bool = False) -> Tensor:
-        """Return the 0-d float64 spectral entropy; ``exact``: from float64 eigenvalues, as the reference."""
+    def entropies(self, *, exact: bool = False) -> list[Tensor]:
+        """Return the 0-d float64 spectral entropy of each; ``exact``: from float64 eigenvalues."""
 
-    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
-        """Return the ``(keep,)`` tokens of a DPP."""
+    def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+        """Return the ``(keep,)`` tokens of a DPP for each; see ``torch_greedy.greedy_dpp``, ``given <= keep``."""
 
 
-def cosines(features: Tensor) -> Cosines:
-    """Return the cosines of ``(N, D)`` tokens, shared by everything that is asked of them."""
-    name, path, _ = _path(features.device)
-    if name == "torch reference":
-        return torch_cosines.Cosines(features)
+class _Alone:
+    """A group by itself, on a path that takes one after the other; see ``torch_cosines``, ``cpu_cosines``."""
+
+    def __init__(self, cosines: torch_cosines.Cosines | cpu_cosines.Cosines) -> None:
+        self._cosines = cosines
+
+    def matrices(self) -> list[Tensor]:
+        return [self._cosines.matrix()]
+
+    def entropies(self, *, exact: bool = False) -> list[Tensor]:
+        return [self._cosines.entropy(exact=exact)]
+
+    def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+        return [self._cosines.greedy_dpp(orders[0], given[0], keeps[0])]
+
+
+def batches(groups: Sequence[Tensor]) -> list[list[int]]:
+    """Return which of some groups, ``(N, D)`` tokens each, to take together: the numbers of each batch.
+
+    On CUDA those of one shape and type share every launch. Elsewhere each is a batch of its own, so that no more
+    than one Gram is held at a time.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        together = _path(group.device)[0] == "Triton"
+        alike.setdefault((group.shape, group.dtype, group.device) if together else (number,), []).append(number)
+    found = []
+    for numbers in alike.values():
+        most = _on(groups[numbers[0]].device).together(groups[numbers[0]].shape) if len(numbers) > 1 else 1
+        found += [numbers[start : start + most] for start in range(0, len(numbers), most)]
+    return found
+
+
+def cosines(groups: Sequence[Tensor]) -> Cosines:
+    """Return the cosines of one of the ``batches``, shared by everything that is asked of them."""
+    name, path, _ = _path(groups[0].device)
+    if name == "Triton":
+        return path.Cosines(groups)  # type: ignore[no-any-return]
+    (group,) = groups
     if name == "numba":
         from promprune_vllm.kernels import cpu_cosines
 
-        return cpu_cosines.Cosines(features)
-    return path.Cosines(features)  # type: ignore[no-any-return]
+        return _Alone(cpu_cosines.Cosines(group))
+    return _Alone(torch_cosines.Cosines(group))
 
 
 def cosine_gram(features: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ What is computed in which precision, and what that guarantees:
   1e-5. Where a split of the budget is that close to a half it can differ by one token. ``exact`` takes the
   reference's eigenvalues instead; the solver makes the host wait.
 * The same image on the same kind of GPU with the same versions gives the same tokens, whatever is computed beside
-  it: an image's kernels never see another image, their tiles depend on its shape alone, no sum is taken in the
-  order in which programs happen to finish, and up to ``DENSE`` tokens no matrix product is left to a library that
-  chooses its own order.
+  it: only groups of one image share a launch, their tiles depend on shapes alone, no sum is taken in the order in
+  which programs happen to finish, and up to ``DENSE`` tokens no matrix product is left to a library that chooses
+  its own order.
 * Nothing is copied to the host and nothing depends on a value there: everything can be captured in a CUDA graph.
 
 What an image of very many tokens may take is bounded. Beyond ``DENSE`` tokens the choice makes no N x N matrix:
@@ -24,6 +24,9 @@ Features of float64 come from no model; they take the reference.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,15 +58,15 @@ def spectral_entropy(features: Tensor) -> Tensor:
         return torch_ops.spectral_entropy(features)
     if n > d and d <= SIDE:
         return entropy_chain.spectral_entropy(triton_gram.scatter(features[None]), triton_gram.TritonChain())[0]
-    return entropy_of_gram(cosine_gram(sample(features)))
+    return entropies_of_grams(cosine_gram(sample(features))[None])[0]
 
 
-def entropy_of_gram(gram: Tensor) -> Tensor:
-    """Return the entropy of tokens whose ``(N, N)`` cosines are at hand, N at most D."""
-    mean = gram.mean(dim=1)
-    offset = mean - mean.mean() / 2
-    centred = (gram - offset[:, None]).sub_(offset[None, :])
-    return entropy_chain.spectral_entropy(centred[None], triton_gram.TritonChain())[0]
+def entropies_of_grams(grams: Tensor) -> Tensor:
+    """Return the ``(B,)`` entropies of images whose ``(B, N, N)`` cosines are at hand, N at most D."""
+    mean = grams.mean(dim=2)
+    offset = mean - mean.mean(dim=1, keepdim=True) / 2
+    centred = (grams - offset[:, :, None]).sub_(offset[:, None, :])
+    return entropy_chain.spectral_entropy(centred, triton_gram.TritonChain())
 
 
 def sample(features: Tensor) -> Tensor:
@@ -94,46 +97,61 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     return triton_attention.received_attention(queries, keys, scale)
 
 
+def together(shape: torch.Size) -> int:
+    """Return how many groups of ``(N, D)`` share a launch: together no more memory than one of ``DENSE``."""
+    return max(1, (DENSE // shape[0]) ** 2)
+
+
 class Cosines:
-    """The cosines of one group of tokens, as ``torch_cosines.Cosines``.
+    """The cosines of B groups of one shape and type, as ``ops.Cosines``; one launch for all of them.
 
     Args:
-        features: ``(N, D)`` tokens of any floating type.
+        groups: ``(N, D)`` tokens each, of any floating type.
     """
 
-    def __init__(self, features: Tensor) -> None:
-        self._features = features.detach()
-        self._gram: Tensor | None = None
+    def __init__(self, groups: Sequence[Tensor]) -> None:
+        self._groups = [group.detach() for group in groups]
 
-    def matrix(self) -> Tensor:
-        """Return ``(N, N)`` float64."""
-        if self._gram is None:
-            self._gram = cosine_gram(self._features)
-        return self._gram
+    @cached_property
+    def _grams(self) -> Tensor:
+        if self._groups[0].dtype not in _TYPES:
+            return torch.stack([torch_ops.cosine_gram(group) for group in self._groups])
+        alone = len(self._groups) == 1
+        return triton_gram.cosines(self._groups[0][None] if alone else torch.stack(self._groups))
 
-    def entropy(self, *, exact: bool = False) -> Tensor:
-        """Return the 0-d float64 entropy."""
-        n, d = self._features.shape
+    def matrices(self) -> list[Tensor]:
+        """Return ``(N, N)`` float64 of each."""
+        return list(self._grams)
+
+    def entropies(self, *, exact: bool = False) -> list[Tensor]:
+        """Return the 0-d float64 entropy of each."""
+        n, d = self._groups[0].shape
         if exact:
-            return torch_ops.spectral_entropy(self._features)
-        if 2 <= n <= min(d, DENSE) and self._features.dtype in _TYPES:
-            return entropy_of_gram(self.matrix())
-        return spectral_entropy(self._features)
+            return [torch_ops.spectral_entropy(group) for group in self._groups]
+        if 2 <= n <= min(d, DENSE) and self._groups[0].dtype in _TYPES:
+            return list(entropies_of_grams(self._grams))
+        return [spectral_entropy(group) for group in self._groups]
 
-    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
-        """Return the ``(keep,)`` tokens."""
-        if self._features.shape[0] > DENSE:
-            return torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(self._features), order, given, keep)
-        return greedy_dpp(self.matrix(), order, given, keep)
+    def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+        """Return the tokens of each. All are chosen up to the largest of ``keeps``; the first stay the same."""
+        if self._groups[0].shape[0] > DENSE:
+            return [
+                torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(group), order, count, keep)
+                for group, order, count, keep in zip(self._groups, orders, given, keeps, strict=True)
+            ]
+        picks = triton_greedy.greedy_dpp(
+            self._grams, torch.stack(list(orders)), torch.stack(list(given)), max(keeps)
+        )
+        return [tokens[:keep] for tokens, keep in zip(picks, keeps, strict=True)]
 
 
 def warm_up(device: torch.device) -> None:
     """Compile the kernels for tokens of 16 bits, for every size of block: at start-up, before any request."""
     for dtype in (torch.bfloat16, torch.float16):
         for n, d, keep in ((600, 1024, 64), (1040, 1024, 80), (2080, 1040, 80)):
-            shared = Cosines(torch.ones((n, d), dtype=dtype, device=device))
-            shared.entropy()
+            shared = Cosines([torch.ones((n, d), dtype=dtype, device=device)])
+            shared.entropies()
             order = torch.arange(n, device=device)
-            shared.greedy_dpp(order, order[3], keep)
+            shared.greedy_dpp([order], [order[3]], [keep])
         patches = torch.ones((2, 64, 1, 80), dtype=dtype, device=device)
         received_attention(patches[0], patches[1], 1.0)

@@ -31,7 +31,9 @@ Deviations, each where the reference is undefined or decided by rounding:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -42,6 +44,7 @@ from promprune_vllm.core.registry import register
 from promprune_vllm.core.selection import Selection
 from promprune_vllm.kernels.ops import (
     Cosines,
+    batches,
     cosines,
     descending_order,
     facility_location,
@@ -108,33 +111,56 @@ class PromPrune:
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Keep ``keep`` tokens; reports ``saliency_tokens`` and, by its name, the entropy used."""
-        assert features.saliency is not None
-        similar = cosines(features.projected)  # one Gram for the entropy and the coverage
-        entropy = features.entropy if features.entropy is not None else self._entropy(features, similar)  # ()
-        z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
-        share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
-        salient = (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, as the reference
-        order = descending_order(features.saliency)  # (N,)
-        picks = self._cover(similar, order, salient, keep)
-        report = {f"{self.entropy}_entropy": entropy, "saliency_tokens": salient}
-        return Selection(picks.sort().values, report=report)
+        return self._selected([features], [keep])[0]
+
+    def select_many(self, groups: Sequence[VisionFeatures], keeps: Sequence[int]) -> list[Selection]:
+        """Do for each group as ``select`` does: the same tokens, in fewer launches on CUDA."""
+        found: dict[int, Selection] = {}
+        for batch in batches([group.projected for group in groups]):
+            found |= zip(batch, self._selected([groups[i] for i in batch], [keeps[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(groups))]
 
     def entropy_of(self, features: VisionFeatures) -> Tensor:
         """Return H of a group, 0-d float64 in [0, 1]: what decides how its budget is split."""
-        return self._entropy(features, cosines(features.projected))
+        return self._entropies([features], cosines([features.projected]))[0]
 
-    def _entropy(self, features: VisionFeatures, similar: Cosines) -> Tensor:
+    def _selected(self, groups: Sequence[VisionFeatures], keeps: Sequence[int]) -> list[Selection]:
+        similar = cosines([group.projected for group in groups])  # one Gram for the entropy and the coverage
+        entropies = self._entropies(groups, similar)
+        salient = [self._salient(entropy, keep) for entropy, keep in zip(entropies, keeps, strict=True)]
+        orders = [descending_order(group.saliency) for group in groups if group.saliency is not None]  # (N,) each
+        picks = self._cover(similar, orders, salient, keeps)
+        return [
+            Selection(tokens.sort().values, report={f"{self.entropy}_entropy": entropy, "saliency_tokens": count})
+            for tokens, entropy, count in zip(picks, entropies, salient, strict=True)
+        ]
+
+    def _salient(self, entropy: Tensor, keep: int) -> Tensor:
+        z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
+        share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
+        return (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, as the reference
+
+    def _entropies(self, groups: Sequence[VisionFeatures], similar: Cosines) -> list[Tensor]:
+        known = [group.entropy for group in groups if group.entropy is not None]
+        if len(known) == len(groups):
+            return known
         if self.entropy == "spectral":
-            return similar.entropy(exact=self.exact_entropy)
-        if self.entropy == "feature_norm":
-            return share_entropy(features.projected.double().norm(dim=1))
-        assert features.saliency is not None
-        return share_entropy(features.saliency)
+            found = similar.entropies(exact=self.exact_entropy)
+        elif self.entropy == "feature_norm":
+            found = [share_entropy(group.projected.double().norm(dim=1)) for group in groups]
+        else:
+            found = [share_entropy(group.saliency) for group in groups if group.saliency is not None]
+        return [
+            computed if group.entropy is None else group.entropy
+            for group, computed in zip(groups, found, strict=True)
+        ]
 
-    def _cover(self, similar: Cosines, order: Tensor, salient: Tensor, keep: int) -> Tensor:
+    def _cover(
+        self, similar: Cosines, orders: Sequence[Tensor], salient: Sequence[Tensor], keeps: Sequence[int]
+    ) -> list[Tensor]:
         if self.coverage == "dpp":
-            return similar.greedy_dpp(order, salient, keep)
-        gram = similar.matrix()
+            return similar.greedy_dpp(orders, salient, keeps)
+        cover = facility_location
         if self.coverage == "fps":
-            return farthest_points(gram, order, salient, keep, from_given=self.fps_from_salient)
-        return facility_location(gram, order, salient, keep)
+            cover = partial(farthest_points, from_given=self.fps_from_salient)
+        return [cover(*each) for each in zip(similar.matrices(), orders, salient, keeps, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from promprune_vllm import VisionFeatures, methods, select
+from promprune_vllm import VisionFeatures, methods, select, select_many
 from promprune_vllm.core.registry import get_method
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.kernels import ops, triton_attention, triton_gram, triton_greedy, triton_ops
@@ -45,6 +45,12 @@ def test_promprune_is_kernels_from_end_to_end(launches: list[Any]) -> None:
     triton_ops.received_attention(*torch.empty(2, 30, 2, 80, device="meta"), 0.1)
 
 
+def test_crops_neither_and_equal_ones_share_a_launch(launches: list[Any]) -> None:
+    crops = [_features(n) for n in (90, 90, 70, 90)]
+    assert [len(each.indices) for each in select_many(crops, (12, 11, 5, 1))] == [12, 11, 5, 1]
+    assert [kernel.__name__ for kernel in launches].count("_panel") == 2
+
+
 def test_very_many_tokens_neither(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ops, "DENSE", 80)
     monkeypatch.setattr(triton_ops, "SIDE", 85)
@@ -52,9 +58,11 @@ def test_very_many_tokens_neither(launches: list[Any], monkeypatch: pytest.Monke
 
 
 def test_a_value_asked_for_is_noticed(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    split = triton_ops.greedy_dpp
+    choose = triton_greedy.greedy_dpp
     monkeypatch.setattr(
-        triton_ops, "greedy_dpp", lambda gram, order, given, keep: split(gram, order, given + int(given), keep)
+        triton_greedy,
+        "greedy_dpp",
+        lambda gram, order, given, keep: choose(gram, order, given + int(given[0]), keep),
     )
     with pytest.raises(RuntimeError, match="meta"):
         select(_features(90), 12)

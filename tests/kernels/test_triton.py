@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from promprune_vllm import VisionFeatures, select
+from promprune_vllm import VisionFeatures, select, select_many
 from promprune_vllm.kernels import (
     entropy_chain,
     ops,
@@ -65,7 +65,7 @@ def test_cosines_of_any_shape_and_type(
 def test_entropy_of_any_shape(n: int, d: int, device: torch.device, wide_tiles: Callable[[int], None]) -> None:
     wide_tiles(min(n, d))
     x = _power(n, d).bfloat16().to(device)
-    assert abs(float(triton_ops.Cosines(x).entropy() - torch_ops.spectral_entropy(x))) <= 2e-5
+    assert abs(float(triton_ops.Cosines([x]).entropies()[0] - torch_ops.spectral_entropy(x))) <= 2e-5
 
 
 def test_tiles_of_their_real_size_give_the_same(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -101,7 +101,7 @@ def test_repeated_tokens_tie_to_the_bit(device: torch.device) -> None:
     for given in (0, 3):
         order, count = _order(45).to(device), torch.tensor(given, device=device)
         expected = torch_greedy.greedy_dpp(torch_ops.cosine_gram(x), order, count, 30)
-        assert torch.equal(triton_ops.Cosines(x).greedy_dpp(order, count, 30), expected)
+        assert torch.equal(triton_ops.Cosines([x]).greedy_dpp([order], [count], [30])[0], expected)
 
 
 @pytest.mark.parametrize(("n", "keeps"), [(5, (1, 2, 4)), (123, (1, 2, 70)), (576, (24,)), (577, (34,))], ids=str)
@@ -151,6 +151,34 @@ def test_images_in_one_launch_are_those_one_by_one(device: torch.device) -> None
         )
 
 
+def test_crops_of_one_shape_share_their_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops of 40, 40, 31 and 40 tokens, of which three are taken together, keep what each keeps by itself."""
+    monkeypatch.setattr(ops, "_path", lambda _: ("Triton", triton_ops, ""))
+    sizes, keeps = (40, 40, 31, 40), (12, 11, 9, 1)
+    crops = [
+        VisionFeatures(
+            projected=_power(n, 90, seed).bfloat16().to(device),
+            grid=(1, 1, n),
+            saliency=_order(n).roll(seed).to(device),
+        )
+        for seed, n in enumerate(sizes)
+    ]
+    seen: list[int] = []
+    grams = triton_gram.cosines
+    monkeypatch.setattr(triton_gram, "cosines", lambda x: seen.append(len(x)) or grams(x))
+    together = select_many(crops, keeps, mu=0.8, tau=0.1)
+    assert seen == [3, 1]
+    for crop, keep, selection in zip(crops, keeps, together, strict=True):
+        alone = select(crop, keep, mu=0.8, tau=0.1)
+        assert torch.equal(selection.indices, alone.indices)
+        torch.testing.assert_close(dict(selection.report), dict(alone.report), rtol=0, atol=1e-9)
+    monkeypatch.setattr(triton_ops, "DENSE", 41)  # no two matrices fit
+    assert [each.indices.tolist() for each in select_many(crops, keeps, mu=0.8, tau=0.1)] == [
+        each.indices.tolist() for each in together
+    ]
+    assert seen[-4:] == [1, 1, 1, 1]
+
+
 def test_beyond_the_dense_size_nothing_is_quadratic(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(triton_ops, "DENSE", 100)
     monkeypatch.setattr(triton_ops, "SIDE", 100)
@@ -159,10 +187,11 @@ def test_beyond_the_dense_size_nothing_is_quadratic(monkeypatch: pytest.MonkeyPa
     order = _order(300).to(device)
     for width in (64, 400):  # a D x D matrix; or that of a sample
         x = _power(300, width).to(device)
-        shared, slow = triton_ops.Cosines(x), torch_ops.cosine_gram(x)
+        shared, slow = triton_ops.Cosines([x]), torch_ops.cosine_gram(x)
         count = torch.tensor(6, device=device)
-        assert torch.equal(shared.greedy_dpp(order, count, 30), torch_greedy.greedy_dpp(slow, order, count, 30))
-        error = abs(float(shared.entropy() - torch_ops.spectral_entropy(x)))
+        (tokens,) = shared.greedy_dpp([order], [count], [30])
+        assert torch.equal(tokens, torch_greedy.greedy_dpp(slow, order, count, 30))
+        error = abs(float(shared.entropies()[0] - torch_ops.spectral_entropy(x)))
         assert error <= (2e-5 if width == 64 else 0.1)  # the entropy of a third of the tokens
     assert shapes == [100]
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select
+from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select, select_many
 from promprune_vllm.core.registry import option_names
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.methods_table import describe
@@ -211,6 +211,16 @@ def test_an_image_keeps_the_same_tokens_in_every_batch(method: str) -> None:
     for i, expected in enumerate(alone):
         in_batch = changed(images[i], **{name: value[i] for name, value in stacked.items()})
         assert same(select(in_batch, 11, method), expected)
+
+
+@both_paths
+@pytest.mark.parametrize(("method", "options"), list(variants()))
+def test_crops_chosen_together_keep_what_each_keeps_alone(method: str, options: dict[str, Any]) -> None:
+    crops = [draw(grid, seed=seed) for seed, grid in enumerate([(1, 4, 5), (1, 3, 5), (1, 4, 5), (1, 1, 2)])]
+    keeps = (9, 4, 8, 2)  # the last keeps all
+    chosen = select_many(crops, keeps, method, **options)
+    alone = [select(crop, keep, method, **options) for crop, keep in zip(crops, keeps, strict=True)]
+    assert all(map(same, chosen, alone))
 
 
 @both_paths

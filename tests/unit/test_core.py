@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import promprune_vllm
-from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select
+from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select, select_many
 from promprune_vllm.core import registry
 from promprune_vllm.errors import BudgetError, SettingsError, UnknownMethodError
 
@@ -109,6 +109,15 @@ def test_a_method_that_breaks_the_contract_is_caught(indices: torch.Tensor, comp
 
     with pytest.raises(RuntimeError, match=complaint):
         select(features(), 3, Broken())
+
+
+def test_several_groups_are_refused_as_one_is() -> None:
+    group = features()
+    with pytest.raises(BudgetError, match="keep must be a positive integer, got 0"):
+        select_many([group, group], [3, 0])
+    with pytest.raises(ValueError, match="2 groups need as many numbers of tokens to keep, not 1"):
+        select_many([group, group], [3])
+    assert select_many([], []) == []
 
 
 def test_two_methods_cannot_share_a_name() -> None:
