@@ -1,7 +1,6 @@
 """``promprune bench kernels``: selection on the CPU, ours beside our reference and the plain float32 procedure.
 
-All variants of a case run in turns in one process on the same synthetic features. ``mu`` is set from the float64
-entropy so that a quarter of the budget goes to saliency; otherwise stage 2 would have nothing or everything to do.
+All variants of a case run in turns in one process on the same synthetic features.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promprune_vllm.bench import machine, plain, spectra
+from promprune_vllm.bench import machine, plain, spectra, workload
 from promprune_vllm.bench.kernels_report import show, show_cuda
-from promprune_vllm.core.features import VisionFeatures
-from promprune_vllm.core.selection import select
+from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.kernels import cpu_cosines, cpu_gram, cpu_loops, cpu_ops, ops, torch_greedy, torch_ops
 
-TAU = 0.02
-SHARE_LOGIT = 1.0986122886681098  # of the quarter that goes to saliency: ln 3
 LARGE = 4096
 """Tokens from which everything is run once: minutes rather than milliseconds."""
 _NOTHING = np.empty(0, np.int64)
@@ -99,17 +95,18 @@ def run(
         return
     if device != "cpu":
         raise ValueError(f"--device must be cpu or cuda, not {device!r}")
-    what, now = machine.clock(threads)
+    what, timed = machine.clock(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         cpu_ops.warm_up()
         result: dict[str, Any] = {
-            "machine": {**machine.provenance(), "threads": threads},
+            **provenance(),
+            "threads": threads,
             "features": f"{spectra.TIMED}, seed 0, {dtype}",
             "repeats": repeats,
             "clock": what,
-            "cases": [_measured_fast(case, repeats, kind, now) for case in wanted],
+            "cases": [_measured_fast(case, repeats, kind, timed) for case in wanted],
             "entropy": [_entropies(family) for family in spectra.FAMILIES],
         }
     finally:
@@ -120,33 +117,27 @@ def run(
         show(result)
 
 
-def _measured_fast(case: Case, repeats: int, dtype: torch.dtype, now: Callable[[], float]) -> dict[str, Any]:
-    with _path("fast"):
-        return _measured(case, repeats, dtype, now)
+def _measured_fast(case: Case, repeats: int, dtype: torch.dtype, timed: machine.Clock) -> dict[str, Any]:
+    with path("fast"):
+        return _measured(case, repeats, dtype, timed)
 
 
-def _measured(case: Case, repeats: int, dtype: torch.dtype, now: Callable[[], float]) -> dict[str, Any]:
+def _measured(case: Case, repeats: int, dtype: torch.dtype, timed: machine.Clock) -> dict[str, Any]:
     if case.needs > machine.available_memory():
         return {"case": str(case), "skipped": f"the reference needs about {case.needs / 2**30:.0f} GiB"}
     if case.n > LARGE:
         repeats = 1
-    images = [spectra.features(spectra.TIMED, case.n, case.d, seed).to(dtype) for seed in range(case.images)]
-    saliency = torch.rand(case.n, generator=torch.Generator().manual_seed(1))
-    # The reference's entropy decides mu, so it is not decided by what is measured.
-    mus = [float(torch_ops.spectral_entropy(x)) - TAU * SHARE_LOGIT for x in images]
+    images = workload.Images.drawn(case.images, case.n, case.d, dtype, torch.device("cpu"))
 
     def ours() -> list[Tensor]:
-        tokens = [VisionFeatures(projected=x, grid=(1, 1, case.n), saliency=saliency) for x in images]
-        return [
-            select(x, case.keep, "promprune", mu=mu, tau=TAU).indices for x, mu in zip(tokens, mus, strict=True)
-        ]
+        return images.ours(case.keep)
 
     def reference() -> list[Tensor]:
-        with _path("reference"):
-            return ours()
+        with path("reference"):
+            return images.ours(case.keep)
 
     def plainly() -> list[Tensor]:
-        return [plain.select(x, saliency, case.keep, mu, TAU) for x, mu in zip(images, mus, strict=True)]
+        return images.plainly(case.keep)
 
     whole = {"ours": ours, "reference": reference, "plain": plainly}
     picks = {name: [set(kept.tolist()) for kept in choose()] for name, choose in whole.items()}
@@ -156,8 +147,8 @@ def _measured(case: Case, repeats: int, dtype: torch.dtype, now: Callable[[], fl
     flips = sum(len(a - b) for a, b in zip(picks["plain"], picks["reference"], strict=True))
     return {
         "case": str(case),
-        "whole": machine.in_turns(whole, repeats, now),
-        "stages": machine.in_turns(_stages(images[0], saliency, case.keep), repeats, now),
+        "whole": machine.in_turns(whole, repeats, timed),
+        "stages": machine.in_turns(_stages(images.tokens[0], images.saliency, case.keep), repeats, timed),
         "plain_flips": flips,
         "memory_bytes": memory,
         "memory_in_matrices": None if memory is None else round(memory / (4 * case.n**2), 2),
@@ -202,7 +193,10 @@ def _entropies(family: str, n: int = 576, d: int = 4096, keep: int = 64) -> dict
     grid = (float(exact) + torch.linspace(-0.06, 0.06, 241, dtype=torch.float64)).tolist()
     row: dict[str, Any] = {"family": family, "entropy": float(exact)}
     for name, value in found.items():
-        apart = [abs(plain.split(value, keep, mu, TAU) - plain.split(exact, keep, mu, TAU)) for mu in grid]
+        apart = [
+            abs(plain.split(value, keep, mu, workload.TAU) - plain.split(exact, keep, mu, workload.TAU))
+            for mu in grid
+        ]
         row[name] = {
             "error": abs(float(value) - float(exact)),
             "splits_that_differ": sum(map(bool, apart)) / len(apart),
@@ -212,7 +206,8 @@ def _entropies(family: str, n: int = 576, d: int = 4096, keep: int = 64) -> dict
 
 
 @contextlib.contextmanager
-def _path(name: str) -> Iterator[None]:
+def path(name: str) -> Iterator[None]:
+    """Choose the path of the kernels for a while."""
     before = os.environ.get(ops.VARIABLE)
     os.environ[ops.VARIABLE] = name
     try:

@@ -6,17 +6,15 @@ mostly the host's; replayed from a graph it is the kernels'. A server pays the e
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from promprune_vllm.bench import kernels, machine, plain, spectra
-from promprune_vllm.core.features import VisionFeatures
-from promprune_vllm.core.selection import select
-from promprune_vllm.kernels import ops, torch_ops
+from promprune_vllm.bench import kernels, machine, spectra, workload
+from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.kernels import ops
 
 HEADS, WIDTH, MERGED = 16, 80, 4
 """Of Qwen2.5-VL's vision attention: patches are four times as many as its tokens."""
@@ -33,7 +31,9 @@ def run(wanted: Sequence[kernels.Case], *, repeats: int, dtype: torch.dtype) -> 
     device = torch.device("cuda")
     ops.warm_up(device)
     return {
-        "machine": {**machine.provenance(), "gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda},
+        **provenance(),
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
         "features": f"{spectra.TIMED}, seed 0, {str(dtype).removeprefix('torch.')}",
         "repeats": repeats,
         "clock": "device time between CUDA events",
@@ -43,40 +43,33 @@ def run(wanted: Sequence[kernels.Case], *, repeats: int, dtype: torch.dtype) -> 
 
 
 def _measured(case: kernels.Case, repeats: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    images = [spectra.features(spectra.TIMED, case.n, case.d, seed).to(dtype) for seed in range(case.images)]
-    saliency = torch.rand(case.n, generator=torch.Generator().manual_seed(1))
-    moved, scores = [image.to(device) for image in images], saliency.to(device)
-    mus = [float(torch_ops.spectral_entropy(x)) - kernels.TAU * kernels.SHARE_LOGIT for x in moved]
+    images = workload.Images.drawn(case.images, case.n, case.d, dtype, device)
 
     def ours() -> list[Tensor]:
-        tokens = [VisionFeatures(projected=x, grid=(1, 1, case.n), saliency=scores) for x in moved]
-        return [
-            select(x, case.keep, "promprune", mu=mu, tau=kernels.TAU).indices
-            for x, mu in zip(tokens, mus, strict=True)
-        ]
+        return images.ours(case.keep)
 
     q, k = (torch.randn(MERGED * case.n, HEADS, WIDTH, device=device).to(dtype) for _ in range(2))
 
     def received() -> Tensor:
         return ops.received_attention(q, k, WIDTH**-0.5)
 
-    def plainly() -> list[Tensor]:
-        with torch.device(device):
-            return [plain.select(x, scores, case.keep, mu, kernels.TAU) for x, mu in zip(moved, mus, strict=True)]
-
-    with kernels._path("reference"):
-        expected = [set(kept.tolist()) for kept in ours()]
+    with kernels.path("reference"):
+        expected = [set(tokens.tolist()) for tokens in ours()]
     kept = [set(tokens.tolist()) for tokens in ours()]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ours()
     memory = torch.cuda.max_memory_allocated() - before
-    variants: dict[str, Callable[[], object]] = {"eager": ours, "graph": _captured(ours), "plain": plainly}
+    variants: dict[str, Callable[[], object]] = {
+        "eager": ours,
+        "graph": _captured(ours),
+        "plain": lambda: images.plainly(case.keep),
+    }
     if case.n >= 1000:
         variants |= {"received attention, eager": received, "received attention, graph": _captured(received)}
     return {
         "case": str(case),
-        "whole": _in_turns(variants, repeats),
+        "whole": machine.in_turns(variants, repeats, _device_time),
         "other_tokens": sum(len(a - b) for a, b in zip(kept, expected, strict=True)),
         "memory_bytes": memory,
     }
@@ -97,16 +90,11 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def _in_turns(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for lap in range(repeats + 1):  # the first is not counted
-        for name, function in variants.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            if lap:
-                times[name].append(float(start.elapsed_time(end)))
-    return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+def _device_time(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))

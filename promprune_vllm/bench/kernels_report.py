@@ -14,11 +14,11 @@ Times = Mapping[str, Mapping[str, float]]
 def show(result: Mapping[str, Any]) -> None:
     """Print a result as tables. Ratios are of the medians of one run."""
     console = Console()
-    machine = result["machine"]
+    versions = result["versions"]
     console.print(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"numba {machine['numba']}; features: {result['features']}; {result['repeats']} repeats; "
-        f"load before {machine['load before']}\n{machine['command']}",
+        f"{result['machine']}, {result['cores']} cores, {result['threads']} thread(s), torch {versions['torch']}, "
+        f"numba {versions['numba']}; features: {result['features']}; {result['repeats']} repeats; "
+        f"load before {result['load_before']}\n{result['command']}",
         soft_wrap=True,
     )
     measured = [row for row in result["cases"] if "skipped" not in row]
@@ -31,10 +31,10 @@ def show(result: Mapping[str, Any]) -> None:
 
 def show_cuda(result: Mapping[str, Any]) -> None:
     """Print what was measured on a GPU."""
-    console, machine = Console(), result["machine"]
+    console = Console()
     console.print(
-        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}; {result['path']}; "
-        f"features: {result['features']}; {result['repeats']} repeats\n{machine['command']}",
+        f"{result['gpu']}, CUDA {result['cuda']}, torch {result['versions']['torch']}; {result['path']}; "
+        f"features: {result['features']}; {result['repeats']} repeats\n{result['command']}",
         soft_wrap=True,
     )
     table = Table(title=f"{result['clock']} in ms: median (min … max)", title_justify="left")

