@@ -154,10 +154,20 @@ def in_force(device: torch.device) -> str:
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile what the path of a device needs, and log which one it is: at start-up, before any request."""
+    """Compile what the path of a device needs, and log which one it is: at start-up, before any request.
+
+    Raises:
+        RuntimeError: It cannot be compiled. No other path is taken instead, which would be slower unnoticed.
+    """
     path = _on(device)
     if path is not torch_ops:
-        path.warm_up(device)
+        try:
+            path.warm_up(device)
+        except Exception as error:
+            raise RuntimeError(
+                f"The selection kernels for {device.type} could not be compiled: {error}. "
+                f"{VARIABLE}=reference (--visual-token-kernels reference) selects without them, slower."
+            ) from error
     _log(in_force(device))
 
 

@@ -251,6 +251,17 @@ def test_the_path_in_force_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
     assert [record.getMessage() for record in caplog.records] == ["selection kernels: numba on cpu"]
 
 
+def test_kernels_that_cannot_be_compiled_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: torch.device) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(cpu_ops, "warm_up", broken)
+    with pytest.raises(
+        RuntimeError, match="for cpu could not be compiled: no compiler. PROMPRUNE_KERNELS=reference"
+    ):
+        ops.warm_up(torch.device("cpu"))
+
+
 def test_warming_up_leaves_nothing_to_compile() -> None:
     compiled = [cpu_loops._grow, cpu_loops.max_min_select]
     before = [len(loop.signatures) for loop in compiled]  # type: ignore[attr-defined]
