@@ -257,7 +257,7 @@ def test_kernels_that_cannot_be_compiled_name_the_way_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cpu_ops, "warm_up", broken)
     with pytest.raises(
-        RuntimeError, match="for cpu could not be compiled: no compiler. PROMPRUNE_KERNELS=reference"
+        RuntimeError, match=r"for cpu could not be compiled: no compiler\. PROMPRUNE_KERNELS=reference"
     ):
         ops.warm_up(torch.device("cpu"))
 
