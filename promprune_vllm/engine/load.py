@@ -4,7 +4,8 @@ vLLM's entry points for statistics cannot be off: one that is merely installed s
 is called for every step. So the one method that receives them is wrapped, and only with ``adapt_to_load``.
 
 Several API servers: an engine gives each step's statistics to only one of them, so all of them write what they
-get into one small file, and each reads the whole file. Their levels agree to within one reading.
+get into one small file, and each reads the whole file, a moment apart from the others. A moment can decide about a
+step, so levels may differ for as long as a step takes; the metric shows the lowest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cosines on a CPU: one triangle of the product, in pieces that stay in its caches, in either precision.
 
 The raw products are taken first and divided by the lengths afterwards, so that the features are never copied as a
-whole. Memory beside the result: at most 512 columns of the features.
+whole. Memory beside the result: at most 512 columns of the features, less of some rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 COLUMNS = 512
 """Columns multiplied at a time, half as many in float64; a copy is made only where the type or the rows change."""
+GATHERED = 2**17
+"""Entries of some rows gathered at a time, 1 MiB in float64; few rows, many columns: small products are slow."""
 _STRIPS = 6  # of rows; more save less arithmetic than smaller products lose (measured at N = 576 and 1296)
 # A row's squared length: beyond these, or where it is not finite, rows are scaled before they are multiplied.
 _LENGTHS = {torch.float32: (2.0**-80, 2.0**80), torch.float64: (2.0**-800, 2.0**800)}
@@ -52,22 +54,15 @@ def centred(gram: Tensor) -> Iterator[Tensor]:
     Inside, what is on and below the diagonal holds those; above it are still the cosines, from which the rest is
     restored afterwards. So the eigen-solver's own copy is the only second matrix there ever is.
     """
-    # Strip by strip: summing in float64 copies what it sums.
-    mean = torch.cat([strip.mean(dim=1, dtype=torch.float64) for strip in torch.split(gram, 64)])
-    offset = (mean - mean.mean() / 2).to(gram.dtype)
+    from promprune_vllm.kernels import cpu_loops
+
     diagonal = gram.diagonal().clone()
-    for top, bottom in pairwise(_edges(gram.shape[0])):
-        gram[top:bottom, :top].sub_(offset[top:bottom, None]).sub_(offset[None, :top])
-        square, own = gram[top:bottom, top:bottom], offset[top:bottom]
-        square.copy_(torch.triu(square, 1) + torch.tril(square - own[:, None] - own[None, :]))
+    cpu_loops.centre(gram.numpy())
     try:
         yield gram
     finally:
         gram.diagonal().copy_(diagonal)
-        for top, bottom in pairwise(_edges(gram.shape[0])):
-            gram[top:bottom, :top] = gram[:top, top:bottom].T
-            square = gram[top:bottom, top:bottom]
-            square.copy_(torch.triu(square) + torch.triu(square, 1).T)
+        cpu_loops.mirror(gram.numpy(), True)
 
 
 def covariance(features: Tensor) -> Tensor:
@@ -94,11 +89,13 @@ def covariance(features: Tensor) -> Tensor:
 
 
 def _products(features: Tensor, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
-    width = COLUMNS * 4 // dtype.itemsize
-    pieces = torch.split(features, width, dim=1)
     if rows is None:
-        return _lower_gram((piece.to(dtype) for piece in pieces), features.shape[0], dtype)
-    return _lower_gram((piece.index_select(0, rows).to(dtype) for piece in pieces), rows.shape[0], dtype)
+        width = COLUMNS * 4 // dtype.itemsize
+        pieces = (piece.to(dtype) for piece in torch.split(features, width, dim=1))
+        return _lower_gram(pieces, features.shape[0], dtype)
+    width = max(COLUMNS // 4, GATHERED // rows.shape[0])
+    pieces = (piece.index_select(0, rows).to(dtype) for piece in torch.split(features, width, dim=1))
+    return _lower_gram(pieces, rows.shape[0], dtype)
 
 
 def _lower_gram(pieces: Iterator[Tensor], n: int, dtype: torch.dtype) -> Tensor:
@@ -113,10 +110,9 @@ def _lower_gram(pieces: Iterator[Tensor], n: int, dtype: torch.dtype) -> Tensor:
 
 def _mirrored(gram: Tensor) -> Tensor:
     """Copy what is below the diagonal above it, in place: symmetric to the last bit."""
-    for top, bottom in pairwise(_edges(gram.shape[0])):
-        gram[:top, top:bottom] = gram[top:bottom, :top].T
-        square = gram[top:bottom, top:bottom]
-        square.copy_(torch.tril(square) + torch.tril(square, -1).T)
+    from promprune_vllm.kernels import cpu_loops
+
+    cpu_loops.mirror(gram.numpy(), False)
     return gram
 
 

@@ -57,6 +57,38 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
+def mirror(matrix: Array, down: bool) -> None:
+    """Copy one triangle of ``(N, N)`` over the other, in place, in tiles that stay in the nearest cache."""
+    n = matrix.shape[0]
+    for top in range(0, n, _BLOCK):
+        bottom = min(n, top + _BLOCK)
+        for left in range(0, bottom, _BLOCK):
+            for i in range(top, bottom):
+                for j in range(left, min(i, left + _BLOCK)):
+                    if down:
+                        matrix[i, j] = matrix[j, i]
+                    else:
+                        matrix[j, i] = matrix[i, j]
+
+
+@_compiled
+def centre(gram: Array) -> None:
+    """Take the mean token out of ``(N, N)`` float32 cosines, on and below the diagonal only, in place."""
+    n = gram.shape[0]
+    mean = np.zeros(n)
+    for i in range(n):  # down the columns, which are the rows: no sum waits for the one before
+        row = gram[i]
+        for j in range(n):
+            mean[j] += row[j]
+    mean /= n
+    offset = (mean - mean.mean() / 2).astype(gram.dtype)
+    for i in range(n):
+        row, own = gram[i], offset[i]
+        for j in range(i + 1):
+            row[j] = row[j] - own - offset[j]
+
+
+@_compiled
 def least(keys: Array, margin: float, near: Array) -> tuple[int, float]:
     """Find the token of least cost; of costs in equal steps, the lowest index.
 

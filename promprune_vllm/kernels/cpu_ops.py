@@ -138,4 +138,6 @@ def warm_up(device: torch.device | None = None) -> None:  # noqa: ARG001  # ther
         for weights in (np.empty(0), np.ones(3)):
             for given in (0, 1):
                 cpu_loops.greedy_dpp(np.eye(3, dtype=dtype), order, given, 2, weights, nothing, 0.0)
+        cpu_loops.mirror(np.eye(3, dtype=dtype), True)
+    cpu_loops.centre(np.eye(3, dtype=np.float32))
     cpu_loops.max_min_select(np.eye(3), 2)

@@ -173,7 +173,8 @@ ENCODER_BATCH_TOKENS = Metric(
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
-    "Share of the default that images keep at the moment where nothing else is asked; below 1 under load.",
+    "Share of the default that images keep at the moment where nothing else is asked; below 1 under load. "
+    "Of several API servers, the lowest.",
 )
 BUILD_INFO = Metric(
     "promprune_build_info",

@@ -186,7 +186,7 @@ def _family(metric: Metric) -> Any:
     if metric.kind == "counter":
         return Counter(metric.name, metric.help, metric.labels, registry=None)
     if metric.kind == "gauge":
-        return Gauge(metric.name, metric.help, metric.labels, registry=None, multiprocess_mode="mostrecent")
+        return Gauge(metric.name, metric.help, metric.labels, registry=None, multiprocess_mode="min")
     return Histogram(metric.name, metric.help, metric.labels, registry=None, buckets=metric.buckets)
 
 
