@@ -94,8 +94,10 @@ class Recorder:
             self._families = {metric.name: _family(metric) for metric in CATALOG}
 
     def create(self, metrics: Sequence[Metric], methods: Sequence[str]) -> None:
-        """Show every series of these metrics, at zero."""
+        """Show every series of these metrics at zero, but no gauge: of those the lowest set by any process shows."""
         for metric in metrics:
+            if metric.kind == "gauge":
+                continue
             for values in metric.series(self._model_name, methods):
                 self._at(metric, *values[1:])
 

@@ -60,7 +60,7 @@ def test_everything_is_there_at_zero(tmp_path: Path) -> None:
     assert set(shown.values()) == {0}
     for metric in CATALOG:
         name = f"{metric.name}_count" if metric.kind == "histogram" else metric.name
-        # A gauge shows what was set last, so nothing before that.
+        # A gauge shows the lowest of what was set, so nothing before that.
         expected = () if metric.kind == "gauge" else product(*label_values(metric, METHODS))
         assert {key[1:] for key in shown if key[0] == name} == set(expected), metric.name
 
