@@ -94,7 +94,7 @@ class Recorder:
             self._families = {metric.name: _family(metric) for metric in CATALOG}
 
     def create(self, metrics: Sequence[Metric], methods: Sequence[str]) -> None:
-        """Show every series of these metrics at zero, but no gauge: of those the lowest set by any process shows."""
+        """Show every series of these metrics at zero; but no gauge, which shows the lowest any process set."""
         for metric in metrics:
             if metric.kind == "gauge":
                 continue
