@@ -1,4 +1,5 @@
-"""The command line: ``promprune serve | methods | families | metrics | calibrate | demo | demo-model | bench``."""
+"""The command line: ``promprune serve | methods | families | metrics | calibrate | demo | demo-model``, and
+``bench`` and ``eval``, whose options are in their own folders."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from promprune_vllm.bench.commands import bench
+from promprune_vllm.evaluation.commands import evaluate
 
 app = typer.Typer(
     name="promprune",
@@ -22,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

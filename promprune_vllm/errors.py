@@ -8,6 +8,7 @@
     ├── IncompatibleVllmError    a vLLM this release was not written for
     ├── CalibrationError         no images to calibrate with, or a model vLLM cannot load
     ├── BenchError               a measurement that could not be made
+    ├── EvaluationError          questions that could not be asked, or answers that do not belong together
     └── DemoError                the demo's own server did not start or did not stay
 
 A message carries the value found, the limit, and what to do next.
@@ -69,3 +70,7 @@ class DemoError(PromPruneError):
 
 class BenchError(PromPruneError):
     """A measurement that could not be made."""
+
+
+class EvaluationError(PromPruneError):
+    """Questions that could not be asked, or answers that do not belong together."""

@@ -20,6 +20,7 @@ FORBIDDEN = {
     "server": {"vllm", "torch", "transformers"},
     "demo": {"vllm"},
     "bench": {"vllm"},
+    "evaluation": {"vllm", "torch", "transformers"},
 }
 OURS_ALLOWED = {
     "core": {"core", "errors"},
@@ -29,6 +30,7 @@ OURS_ALLOWED = {
     "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
     "server": {"server", "core", "config", "metrics", "errors"},
     "bench": {"bench", "core", "demo", "engine", "errors", "cli", "kernels", "methods"},
+    "evaluation": {"evaluation", "core", "demo", "errors", "bench"},
 }
 
 

@@ -1,0 +1,150 @@
+"""Plots of a report, as PNG and SVG. Needs matplotlib: ``pip install 'promprune-vllm[eval]'``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from promprune_vllm.errors import EvaluationError
+from promprune_vllm.evaluation.records import FULL_METHOD
+from promprune_vllm.evaluation.report import CONTROLS, SUBJECT, Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SUBJECT_COLOUR, _FULL_COLOUR = "#b2182b", "#222222"
+_FORMATS = ("png", "svg")
+_CURVES, _HEAT = "accuracy-budget", "tasks"
+
+
+def require() -> None:
+    """Refuse to go on without matplotlib, before an hour is spent on asking.
+
+    Raises:
+        EvaluationError: It is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise EvaluationError(
+            f"Plots need matplotlib ({error}): pip install 'promprune-vllm[eval]', or give --no-plots."
+        ) from error
+
+
+def save(report: Report, folder: Path) -> list[Path]:
+    """Draw accuracy over budget, and a heat map of tasks for every budget.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib as mpl
+
+    figures = {_CURVES: curves(report)}
+    figures |= {f"{_HEAT}-{budget.strip('%')}": heat_map(report, budget) for budget in report.budgets}
+    written = []
+    # The same answers give the same bytes, so that plots can be committed.
+    with mpl.rc_context({"svg.hashsalt": "promprune", "svg.fonttype": "path"}):
+        for name, figure in figures.items():
+            for kind in _FORMATS:
+                file = folder / f"{name}.{kind}"
+                metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+                figure.savefig(file, dpi=150, metadata=metadata)
+                written.append(file)
+    return written
+
+
+def curves(report: Report) -> Figure:
+    """Draw the macro accuracy, and that of every task, over the tokens kept."""
+    figure = _figure(11, 2.7 * (1 + math.ceil(len(report.tasks) / 3)) + 1.2)
+    rows = 2 + math.ceil(len(report.tasks) / 3)
+    grid = figure.add_gridspec(rows, 3)
+    wide = figure.add_subplot(grid[:2, :])
+    _curve(wide, report, None, "Macro accuracy")
+    wide.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    for place, task in enumerate(report.tasks):
+        _curve(figure.add_subplot(grid[2 + place // 3, place % 3]), report, task, task)
+    return figure
+
+
+def heat_map(report: Report, budget: str) -> Figure:
+    """Draw the accuracy of every task (columns) with every method (rows) at one budget."""
+    rows = [FULL_METHOD, *report.methods]
+    values, names = [], []
+    for method in rows:
+        cell = report.cell(method, None if method == FULL_METHOD else budget)
+        if cell is not None:
+            each = [100 * cell.tasks[t].value if t in cell.tasks else math.nan for t in report.tasks]
+            values.append([*each, 100 * cell.macro.value])
+            names.append("all tokens" if method == FULL_METHOD else method)
+    columns = [*report.tasks, "macro"]
+    figure = _figure(1.5 + 0.85 * len(columns), 1.3 + 0.33 * len(names))
+    axes = figure.add_subplot()
+    axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=_ink(value), fontsize=8)
+    axes.axvline(len(columns) - 1.5, color="white", linewidth=3)
+    axes.set_title(f"Accuracy by task, %, {budget} of {_seen(report)} visual tokens kept")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no window system, nothing global
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _curve(axes: Any, report: Report, task: str | None, title: str) -> None:
+    full = report.cell(FULL_METHOD)
+    for place, method in enumerate(report.methods):
+        cells = [cell for budget in report.budgets if (cell := report.cell(method, budget)) is not None]
+        cells = [cell for cell in cells if task is None or task in cell.tasks]
+        estimates = [cell.macro if task is None else cell.tasks[task] for cell in cells]
+        axes.errorbar(
+            [cell.kept for cell in cells],
+            [100 * each.value for each in estimates],
+            yerr=[0 if math.isnan(each.error) else 100 * each.error for each in estimates],
+            label=method,
+            **_style(method, place),
+        )
+    if full is not None and (task is None or task in full.tasks):
+        level = 100 * (full.macro if task is None else full.tasks[task]).value
+        axes.axhline(level, color=_FULL_COLOUR, linestyle=":", linewidth=1.2, label="all tokens")
+    ticks = sorted({round(cell.kept) for cell in report.cells if cell.method != FULL_METHOD})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(visible=True, alpha=0.25)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("visual tokens kept", fontsize=8)
+    axes.set_ylabel("%", fontsize=8)
+    axes.tick_params(labelsize=8)
+
+
+def _style(method: str, place: int) -> dict[str, Any]:
+    colour = f"C{place % 10}"
+    if method == SUBJECT:
+        return {"color": _SUBJECT_COLOUR, "linewidth": 2.4, "marker": "o", "markersize": 4, "zorder": 5}
+    if method in CONTROLS:
+        return {"color": "#777777", "linewidth": 1.2, "linestyle": _dashes(method), "marker": ".", "markersize": 4}
+    if method.startswith("split-"):
+        return {"color": colour, "linewidth": 1.0, "linestyle": "--", "marker": ".", "markersize": 4}
+    return {"color": colour, "linewidth": 1.0, "marker": ".", "markersize": 4}
+
+
+def _dashes(control: str) -> str:
+    return (":", "-.")[CONTROLS.index(control) % 2]
+
+
+def _ink(value: float) -> str:
+    return "white" if value < 60 else "black"
+
+
+def _seen(report: Report) -> str:
+    seen: Sequence[int] = sorted({answer.seen for answer in report.records.answers.values()})
+    return str(seen[0]) if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"

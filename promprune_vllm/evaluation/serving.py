@@ -1,0 +1,38 @@
+"""The server that ``promprune eval`` starts where none is named: the demo's model, every method allowed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from promprune_vllm.demo.model import find_or_build_demo_model
+from promprune_vllm.demo.server import serving
+
+
+@contextmanager
+def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]:
+    """Yield the address of the server to ask: the one given, or one started here.
+
+    Args:
+        url: A running server; then the model does not matter.
+        model: Checkpoint to serve; the demo model by default.
+        err: Told what is being done.
+    """
+    if url is not None:
+        yield url
+        return
+    from promprune_vllm.core.registry import methods
+
+    options = ["--enforce-eager", "--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "64"]
+    options += ["--served-model-name", "demo", "--dtype", "float32", "--disable-uvicorn-access-log"]
+    options += ["--visual-token-allow-methods", ",".join(methods())]
+    err.print("Starting a server …", highlight=False)
+    with tempfile.TemporaryDirectory(prefix="promprune-eval-") as scratch:
+        directory = model or find_or_build_demo_model()
+        log = Path(scratch) / "server.log"
+        with serving(directory, *options, log=log, environment={"VLLM_CPU_KVCACHE_SPACE": "2"}) as server:
+            yield server.url

@@ -1,0 +1,120 @@
+"""A report as Markdown, for a README, and as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from promprune_vllm.evaluation.records import FULL_METHOD
+from promprune_vllm.evaluation.report import ALL_TOKENS, BEST_SPLIT, CONTROLS, SUBJECT, Report
+from promprune_vllm.evaluation.statistics import Comparison, Estimate
+
+_NOTE = (
+    "± is one standard error, clustered by image. Differences are paired, in points, with the 95 % interval of a "
+    "bootstrap over images; p is McNemar's exact test, which takes questions as independent. The best fixed split "
+    "is chosen by these same answers, which flatters it."
+)
+
+
+def markdown(report: Report) -> str:
+    """Return the report: macro accuracies, PromPrune against the rest, and every task."""
+    parts = ["### Macro accuracy, %", macro_table(report)]
+    if report.against(SUBJECT):
+        parts += [f"### `{SUBJECT}` less the others, points", pairs_table(report)]
+    for budget in report.budgets:
+        parts += [f"### Every task, budget {budget}", tasks_table(report, budget)]
+    return "\n\n".join([*parts, _NOTE, asked(report)]) + "\n"
+
+
+def macro_table(report: Report) -> str:
+    """Return macro accuracies, a row per method and a column per budget."""
+    head = ["method", *report.budgets]
+    return _markdown(head, _macro_rows(report))
+
+
+def pairs_table(report: Report, method: str = SUBJECT) -> str:
+    """Return one method's paired differences, a row per budget."""
+    against = [*CONTROLS, BEST_SPLIT, ALL_TOKENS]
+    rows = []
+    for budget in report.budgets:
+        found = {pair.against: pair for pair in report.against(method) if pair.budget == budget}
+        cells = [
+            _difference(found[name].comparison, found[name].other if name == BEST_SPLIT else "")
+            if name in found
+            else "-"
+            for name in against
+        ]
+        rows.append([budget, *cells])
+    return _markdown(["budget", *against], rows)
+
+
+def tasks_table(report: Report, budget: str) -> str:
+    """Return the accuracies of every task at one budget, and with all tokens."""
+    rows = []
+    for method in (FULL_METHOD, *report.methods):
+        cell = report.cell(method, None if method == FULL_METHOD else budget)
+        if cell is not None:
+            each = [points(cell.tasks[task]) if task in cell.tasks else "-" for task in report.tasks]
+            rows.append([_named(method), *each, points(cell.macro)])
+    return _markdown(["method", *report.tasks, "macro"], rows)
+
+
+def asked(report: Report) -> str:
+    """Say who was asked how much, and on what."""
+    settings, run = report.records.settings, report.records.runs[-1]
+    answers = len(report.records.answers)
+    images = len({answer.image for answer in report.records.answers.values()})
+    versions = f"promprune-vllm {settings['server']['version']}, vLLM {settings['server']['vllm_version']}"
+    return (
+        f"{answers} answers about {images} images of split {settings['scenes']['split']}; {versions}; asked from "
+        f"{run['machine']}, {run['cores']} cores, commit {run['commit'] or 'unknown'}: `{run['command']}`."
+    )
+
+
+def terminal(report: Report) -> Table:
+    """Return macro accuracies for the terminal."""
+    table = Table(title="Macro accuracy, % ± standard error", title_justify="left")
+    table.add_column("method")
+    for budget in report.budgets:
+        table.add_column(budget, justify="right")
+    for row in _macro_rows(report):
+        table.add_row(*(cell.strip("`") for cell in row))
+    return table
+
+
+def points(estimate: Estimate) -> str:
+    """Write an accuracy in per cent with its standard error."""
+    error = "" if math.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}"
+    return f"{100 * estimate.value:.1f}{error}"
+
+
+def _macro_rows(report: Report) -> list[list[str]]:
+    rows = []
+    full = report.cell(FULL_METHOD)
+    if full is not None:
+        rows.append(
+            [_named(FULL_METHOD), *([points(full.macro)] + [""] * len(report.budgets))[: len(report.budgets)]]
+        )
+    for method in report.methods:
+        cells = [report.cell(method, budget) for budget in report.budgets]
+        rows.append([_named(method), *("-" if cell is None else points(cell.macro) for cell in cells)])
+    return rows
+
+
+def _named(method: str) -> str:
+    return ALL_TOKENS if method == FULL_METHOD else f"`{method}`"
+
+
+def _difference(comparison: Comparison, named: str) -> str:
+    d, low, high = (100 * each for each in (comparison.difference.value, comparison.low, comparison.high))
+    p = "p < 0.001" if comparison.p_value < 0.001 else f"p = {comparison.p_value:.2g}"
+    interval = "" if math.isnan(low) else f" ({low:+.1f} … {high:+.1f})"
+    return f"{d:+.1f}{interval}, {p}{named and f'; {named}'}"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""Fixed splits of the budget between salient and covering tokens: what PromPrune's adaptive split has to beat.
+
+The paper's own ablation (arXiv 2603.14892, Table 4) holds the salient share fixed: the same two stages, with the
+share taken from no entropy. These are ``promprune`` with ``kr_min = kr_max``, under names of their own so that a
+request can choose one. All salient is ``fastervlm``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.registry import register
+from promprune_vllm.core.selection import Selection
+from promprune_vllm.kernels.ops import cosines, descending_order
+
+
+class _Split:
+    needs: ClassVar[Need] = Need.PROJECTED | Need.SALIENCY
+    paper: ClassVar[str] = "control"
+    merges: ClassVar[bool] = False
+    percent: ClassVar[int]
+
+    def select(self, features: VisionFeatures, keep: int) -> Selection:
+        """Keep the most attended tokens to that share of ``keep``, and cover the rest of the image."""
+        assert features.saliency is not None
+        count = round(self.percent * keep / 100)  # half to even, as promprune
+        salient = torch.full((), count, dtype=torch.int64, device=features.projected.device)
+        order = descending_order(features.saliency)  # (N,)
+        picks = cosines(features.projected).greedy_dpp(order, salient, keep)
+        return Selection(picks.sort().values, report={"saliency_tokens": salient})
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Split0(_Split):
+    """PromPrune's second stage alone: every token covers."""
+
+    name: ClassVar[str] = "split-0"
+    percent: ClassVar[int] = 0
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Split25(_Split):
+    """PromPrune with a quarter of the budget salient, whatever the image."""
+
+    name: ClassVar[str] = "split-25"
+    percent: ClassVar[int] = 25
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Split50(_Split):
+    """PromPrune with half of the budget salient, whatever the image."""
+
+    name: ClassVar[str] = "split-50"
+    percent: ClassVar[int] = 50
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Split75(_Split):
+    """PromPrune with three quarters of the budget salient, whatever the image."""
+
+    name: ClassVar[str] = "split-75"
+    percent: ClassVar[int] = 75

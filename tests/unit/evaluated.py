@@ -1,0 +1,145 @@
+"""Scenes and a server for the tests of the evaluation: no model, no vLLM."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from PIL import Image
+
+from promprune_vllm.evaluation.records import Answer, Records
+
+STATE: dict[str, Any] = {
+    "version": "0.1",
+    "vllm_version": "0.32.0",
+    "model": "/models/demo",
+    "architecture": "LlavaForConditionalGeneration",
+    "prunable": True,
+    "reason": None,
+    "method": {"name": "promprune", "options": {"mu": 0.2}},
+    "allowed_methods": [{"name": "promprune", "options": {"mu": 0.2}}, {"name": "random", "options": {"seed": 0}}],
+}
+SETTINGS = {"server": {name: STATE[name] for name in ("version", "vllm_version", "model", "architecture")}}
+RUN = {"machine": "a machine", "cores": 2, "commit": "0123456789ab", "command": "promprune eval"}
+
+
+@dataclass(frozen=True)
+class Question:
+    task: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two questions of each of two tasks, or one of one."""
+
+    kind: str
+    seed: int
+
+    def image(self) -> Image.Image:
+        return Image.new("RGB", (8, 8), (self.seed % 256, 0, 0))
+
+    def questions(self) -> tuple[Question, ...]:
+        if self.kind == "concentrated":
+            return (Question("big-shape", "which shape ?", "star"),)
+        return tuple(
+            Question(task, f"{task} {self.seed} {i} ?", "yes") for task in ("presence", "count") for i in range(2)
+        )
+
+
+def draw(kind: str, seed: int, split: str) -> Scene:
+    assert split == "held-out"
+    return Scene(kind, seed)
+
+
+def answers(
+    method: str, budget: str, correct: Callable[[int, int], bool], *, images: int = 40, task: str = "presence"
+) -> list[Answer]:
+    """Two answers about each image."""
+    return [
+        Answer(
+            kind="scattered",
+            seed=seed,
+            index=index,
+            task=task,
+            method=method,
+            budget=budget,
+            question="?",
+            expected="yes",
+            said="yes" if correct(seed, index) else "no",
+            correct=correct(seed, index),
+            seen=576,
+            kept=576 if budget == "full" else int(budget),
+            seconds=0.1,
+        )
+        for seed in range(images)
+        for index in range(2)
+    ]
+
+
+def records(*groups: list[Answer]) -> Records:
+    settings = {**SETTINGS, "scenes": {"split": "held-out", "fingerprint": "f"}}
+    return Records(settings, (RUN,), {answer.key: answer for group in groups for answer in group})
+
+
+Responder = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+
+
+def reply(body: dict[str, Any], said: str = "yes") -> tuple[int, dict[str, Any]]:
+    """What a server with the plugin says to a question."""
+    budget = body["visual_token_budget"]
+    kept = 576 if budget == "full" else budget
+    usage = {"prompt_tokens": kept + 9, "visual_tokens": {"seen": 576, "kept": kept, "images": []}}
+    return 200, {"choices": [{"message": {"content": said}}], "usage": usage}
+
+
+@contextmanager
+def server(
+    respond: Responder = reply, *, state: dict[str, Any] | None = STATE, api_key: str | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server on the loopback interface; yields its address and the bodies it got."""
+    got: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if api_key is not None and self.headers.get("Authorization") != f"Bearer {api_key}":
+                self._send(401, {"error": {"message": "no"}})
+            elif self.path == "/v1/models":
+                self._send(200, {"data": [{"id": "demo"}]})
+            elif self.path == "/v1/visual_tokens" and state is not None:
+                self._send(200, state)
+            else:
+                self._send(404, {"detail": "Not Found"})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            got.append(body)
+            self._send(*respond(body))
+
+        def _send(self, status: int, content: dict[str, Any]) -> None:
+            raw = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_: object) -> None: ...
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}", got
+    finally:
+        running.shutdown()
+        running.server_close()
+        thread.join()
