@@ -1,0 +1,70 @@
+"""What scenes are written down in: things, questions, and the words both use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("scattered", "concentrated")
+SPLITS = ("train", "held-out")
+SCATTERED_TASKS = ("presence", "count", "colour", "digit", "where", "relation")
+CONCENTRATED_TASKS = ("big-shape", "big-colour", "plate")
+TASKS = SCATTERED_TASKS + CONCENTRATED_TASKS
+PIXELS = 336
+PATCH = 14  # side of a patch of the vision tower, in pixels
+GRID = PIXELS // PATCH  # patches a side
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 228, "purple": 290}  # degrees
+COLOURS = tuple(HUES)
+QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
+MAX_COUNT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One thing of a scene.
+
+    Args:
+        what: A shape, "card" (a coloured card with one digit), "plate", or "glyph" (a digit on a plate).
+        colour: Its name; of a plate "", of a glyph that of its ink.
+        x: Centre, in pixels from the left edge.
+        y: Centre, in pixels from the top.
+        width: In pixels.
+        height: In pixels.
+        turn: Degrees that it is rotated by.
+        rgb: The very colour it is painted in.
+        sample: Which handwritten digit, as an index of the data set, of a card or a glyph.
+        digit: What that digit is, 0 to 9.
+    """
+
+    what: str
+    colour: str
+    x: float
+    y: float
+    width: float
+    height: float
+    turn: float = 0.0
+    rgb: tuple[int, int, int] = (0, 0, 0)
+    sample: int = -1
+    digit: int = -1
+
+    @property
+    def name(self) -> str:
+        """How questions call it, such as "red star"."""
+        return f"{self.colour} {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about a scene.
+
+    Args:
+        task: One of `TASKS`, or "which-image" about two scenes.
+        text: As it is sent to a server.
+        answer: The one right answer: a word or a digit, in lower case.
+    """
+
+    task: str
+    text: str
+    answer: str

@@ -1,0 +1,105 @@
+"""Scenes: from a seed to a picture, its questions and the patches that matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from promprune_vllm.demo.scenes.backgrounds import (
+    BACKGROUNDS,
+    CONCENTRATED_WEIGHTS,
+    SCATTERED_WEIGHTS,
+    background,
+)
+from promprune_vllm.demo.scenes.drawing import cover, draw
+from promprune_vllm.demo.scenes.layout import concentrated_things, scattered_things
+from promprune_vllm.demo.scenes.questions import concentrated_questions, scattered_questions, shown
+from promprune_vllm.demo.scenes.record import KINDS, PATCH, PIXELS, SPLITS, Question, Thing
+
+_HELD = 0.25  # the share of a patch that things cover, for the patch to hold them
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One scene; equal ones look equal on any machine.
+
+    Args:
+        kind: One of `KINDS`: many things all over the picture, or one large thing.
+        seed: Which of them.
+        split: One of `SPLITS`.
+        things: All that is drawn on the background, in this order.
+        behind: The kind of background.
+        counted: The shape and the colour whose numbers are asked for; empty in a concentrated scene.
+    """
+
+    kind: str
+    seed: int
+    split: str
+    things: tuple[Thing, ...]
+    behind: str
+    counted: tuple[str, ...]
+
+    def image(self) -> Image.Image:
+        """The picture, RGB, `PIXELS` a side."""
+        generator = np.random.default_rng(Random(self._key("paint")).getrandbits(64))
+        canvas = background(self.behind, generator, self.split)
+        for thing in self.things:
+            draw(canvas, thing)
+        return canvas
+
+    def questions(self) -> tuple[Question, ...]:
+        """All its questions, in an order that depends on the seed alone."""
+        rng = Random(self._key("ask"))
+        if self.kind == "scattered":
+            return tuple(scattered_questions(rng, self.things, *self.counted))
+        return tuple(concentrated_questions(rng, self.things))
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The (24, 24) patches, top row first, that hold a good part of a thing."""
+        covered = Image.new("L", (PIXELS, PIXELS))
+        for thing in self.things:
+            if thing.what != "glyph":  # its plate covers it
+                cover(covered, thing)
+        return np.asarray(covered.reduce(PATCH)) >= 255 * _HELD
+
+    def _key(self, purpose: str) -> str:
+        return _key(self.kind, self.seed, self.split, purpose)
+
+
+def _key(kind: str, seed: int, split: str, purpose: str) -> str:
+    return f"{split}/{kind}/{seed}/{purpose}"
+
+
+def make_scene(kind: str, seed: int, split: str = "held-out") -> Scene:
+    """Scene number `seed` of a kind and a split."""
+    if kind not in KINDS or split not in SPLITS:
+        raise ValueError(f"no scene is {kind!r} and {split!r}: kinds are {KINDS}, splits {SPLITS}")
+    rng = Random(_key(kind, seed, split, "compose"))
+    counted: tuple[str, ...] = ()
+    if kind == "scattered":
+        things, *counted_names = scattered_things(rng, split)
+        counted, weights = tuple(counted_names), SCATTERED_WEIGHTS
+    else:
+        things, weights = concentrated_things(rng, split), CONCENTRATED_WEIGHTS
+    (behind,) = rng.choices(BACKGROUNDS, weights)
+    return Scene(kind, seed, split, things, behind, counted)
+
+
+def pair_question(first: Scene, second: Scene) -> Question:
+    """Ask about two images, `first` before `second`, which of them shows something.
+
+    Raises:
+        ValueError: Neither scene shows anything that the other does not.
+    """
+    rng = Random(f"{first._key('pair')}/{second._key('pair')}")
+    here, there = shown(first.things), shown(second.things)
+    sides = [("first", sorted(here - there)), ("second", sorted(there - here))]
+    rng.shuffle(sides)
+    for answer, names in sides:
+        if names:
+            return Question("which-image", f"which image shows a {rng.choice(names)}?", answer)
+    raise ValueError(f"the scenes {first.seed} and {second.seed} show the same things")
