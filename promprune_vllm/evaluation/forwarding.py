@@ -1,0 +1,107 @@
+"""A server on the loopback interface that adds our fields to every chat request and hands it on.
+
+Clients that build requests of fixed fields, as lmms-eval does, reach a server with a budget through it unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+
+from promprune_vllm.evaluation.target import Target
+
+CHAT = "/v1/chat/completions"
+_TIMEOUT_SECONDS = 600
+
+
+@dataclass(slots=True)
+class Tally:
+    """What went through.
+
+    Args:
+        answered: Chat requests the server answered.
+        refused: Those it did not, with what it said of the last.
+        seen: Visual tokens of all images.
+        kept: Those that entered the language model.
+    """
+
+    answered: int = 0
+    refused: int = 0
+    last_refusal: str = ""
+    seen: int = 0
+    kept: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, reply: httpx.Response) -> None:
+        """Count one reply to a chat request."""
+        with self._lock:
+            if reply.status_code != httpx.codes.OK:
+                self.refused += 1
+                self.last_refusal = f"status {reply.status_code}: {reply.text[:500]}"
+                return
+            self.answered += 1
+            self.seen += int(reply.headers.get("x-visual-tokens-seen", 0))
+            self.kept += int(reply.headers.get("x-visual-tokens-kept", 0))
+
+
+@contextmanager
+def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str, Tally]]:
+    """Hand requests on while the block is open.
+
+    Args:
+        target: The server they go to, with its API key.
+        fields: Put into the body of every chat request.
+
+    Yields:
+        The address to use in the server's place, without ``/v1``, and what goes through.
+    """
+    tally = Tally()
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._hand_on(None)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.path == CHAT:
+                    body = json.dumps({**json.loads(body), **fields}).encode()
+                self._hand_on(body)
+
+            def _hand_on(self, body: bytes | None) -> None:
+                kind = {"Content-Type": "application/json"}
+                try:
+                    reply = client.request(self.command, f"{target.url}{self.path}", content=body, headers=kind)
+                except httpx.HTTPError as error:
+                    content = {"error": {"message": f"{target.url} went away: {error}", "code": 502}}
+                    reply = httpx.Response(502, json=content)
+                if self.path == CHAT:
+                    tally.count(reply)
+                self.send_response(reply.status_code)
+                self.send_header("Content-Type", reply.headers.get("Content-Type", "application/json"))
+                self.send_header("Content-Length", str(len(reply.content)))
+                self.end_headers()
+                self.wfile.write(reply.content)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing: the tally counts."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", tally
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
