@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,66 +16,82 @@ from promprune_vllm.errors import PromPruneError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from promprune_vllm.evaluation.plan import Wanted
     from promprune_vllm.evaluation.report import Report
 
 BUDGETS = "192,128,64,32,16,8"
-_SERVED = "of the server at --url; the first it serves by default. Without --url: the checkpoint to serve."
+_URL = Annotated[str | None, typer.Option("--url", help="A running server; without one, the demo's is started.")]
+_KEY = Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url.")]
+_MODEL = Annotated[
+    str | None,
+    typer.Option("--model", help="Name at --url, by default the first; without --url, the checkpoint to serve."),
+]
+_METHODS = Annotated[
+    str, typer.Option("--methods", help="With commas between; name:N asks N questions. Default: all it allows.")
+]
+_BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
+_TASKS = Annotated[
+    str, typer.Option("--tasks", help="Tasks or kinds of scenes, with commas between. Default: all.")
+]
+_QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Of each task with each method.")]
+_OUT = Annotated[Path, typer.Option("--out", help="Folder of the answers; goes on with what is there.")]
+_FLIGHT = Annotated[int, typer.Option("--concurrency", min=1, max=256, help="Requests in flight.")]
+_REPORT = Annotated[bool, typer.Option("--report-only", help="Ask nothing: report on what --out has.")]
+_PLOTS = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw them; needs matplotlib.")]
+_LMMS = Annotated[
+    str, typer.Option("--lmms", help="Run lmms-eval's TASKS, such as pope,mme,gqa, in place of ours.")
+]
+_COMMAND = Annotated[str, typer.Option("--lmms-command", help="How lmms-eval is run, in its own environment.")]
+_WORDS = Annotated[str, typer.Option("--lmms-args", help='Handed to lmms-eval, such as "--limit 200".')]
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 
-def evaluate(  # noqa: PLR0917  # options of the command line, given by name
-    url: Annotated[
-        str | None, typer.Option("--url", help="A running server; without one, the demo's is started.")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help=f"Name {_SERVED}")] = None,
-    methods: Annotated[
-        str,
-        typer.Option("--methods", help="With commas between; name:N asks N questions. Default: all it allows."),
-    ] = "",
-    budgets: Annotated[
-        str, typer.Option("--budgets", help='Tokens or shares such as "25%", with commas between.')
-    ] = BUDGETS,
-    tasks: Annotated[
-        str, typer.Option("--tasks", help="Tasks, or kinds of scenes, with commas between. Default: all.")
-    ] = "",
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Of each task with each method.")] = 500,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the answers; goes on with what is there.")] = Path(
-        "eval"
-    ),
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=256, help="Requests in flight.")] = 16,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Ask nothing: report on --out.")] = False,
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw them; needs matplotlib.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, not the table.")] = False,
+@dataclass(frozen=True, slots=True)
+class _Where:
+    url: str | None
+    model: str | None
+    api_key: str | None
+    out: Path
+
+
+def evaluate(
+    *,
+    url: _URL = None,
+    api_key: _KEY = None,
+    model: _MODEL = None,
+    methods: _METHODS = "",
+    budgets: _BUDGETS = BUDGETS,
+    tasks: _TASKS = "",
+    questions: _QUESTIONS = 500,
+    out: _OUT = Path("eval"),
+    concurrency: _FLIGHT = 16,
+    report_only: _REPORT = False,
+    plots: _PLOTS = True,
+    lmms: _LMMS = "",
+    lmms_command: _COMMAND = "lmms-eval",
+    lmms_args: _WORDS = "",
+    as_json: _JSON = False,
 ) -> None:
     """Measure what pruning costs: questions about generated scenes, by method, budget and task, over HTTP.
 
-    Every answer is a line of OUT/answers.jsonl; the same command goes on after an interruption.
+    Every answer is a line of OUT/answers.jsonl; the same command goes on after an interruption. With --lmms, the
+    benchmarks of the papers are asked instead, by lmms-eval.
     """
     from rich.console import Console
 
-    from promprune_vllm.evaluation import plots as drawing
-    from promprune_vllm.evaluation import run
     from promprune_vllm.evaluation.plan import wanted
-    from promprune_vllm.evaluation.serving import a_server
-    from promprune_vllm.evaluation.target import look
 
-    err = Console(stderr=True)
+    err, where = Console(stderr=True), _Where(url, model, api_key, out)
     try:
+        asked = wanted(tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url))
+        if lmms:
+            _drive_lmms(where, asked, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
+            return
         if plots:
-            drawing.require()
-        if report_only:
-            report = run.write(out)
-        else:
-            asked = wanted(
-                tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url)
-            )
-            checkpoint = Path(model) if model and url is None else None
-            with a_server(url, checkpoint, err) as address:
-                target = look(address, model if url else None, api_key)
-                report = run.evaluate(target, asked.plan(list(target.methods)), out, err)
-        _show(report, out, err, plots=plots, as_json=as_json)
+            from promprune_vllm.evaluation.plots import require
+
+            require()
+        _show(_report(where, None if report_only else asked, err), out, err, plots=plots, as_json=as_json)
     except PromPruneError as error:
         typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(code=2) from error
@@ -89,6 +107,35 @@ def _check(url: str | None) -> Callable[[str], object]:
     from promprune_vllm.core.registry import get_method
 
     return get_method
+
+
+def _report(where: _Where, asked: Wanted | None, err: Console) -> Report:
+    from promprune_vllm.evaluation import run
+    from promprune_vllm.evaluation.serving import a_server
+    from promprune_vllm.evaluation.target import look
+
+    if asked is None:
+        return run.write(where.out)
+    checkpoint = Path(where.model) if where.model and where.url is None else None
+    with a_server(where.url, checkpoint, err) as address:
+        target = look(address, where.model if where.url else None, where.api_key)
+        return run.evaluate(target, asked.plan(list(target.methods)), where.out, err)
+
+
+def _drive_lmms(
+    where: _Where, asked: Wanted, tasks: str, command: str, words: str, *, err: Console, as_json: bool
+) -> None:
+    from promprune_vllm.errors import EvaluationError
+    from promprune_vllm.evaluation import lmms
+    from promprune_vllm.evaluation.target import look
+
+    if where.url is None:
+        raise EvaluationError("--lmms asks a server that runs: give its address with --url.")
+    target = look(where.url, where.model, where.api_key)
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, asked.concurrency)
+    document = lmms.drive(target, asked.plan(list(target.methods)).ways, run, err)
+    typer.echo(json.dumps(document, indent=2) if as_json else lmms.table(lmms.rows_of(document), names))
 
 
 def _show(report: Report, out: Path, err: Console, *, plots: bool, as_json: bool) -> None:

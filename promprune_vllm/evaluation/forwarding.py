@@ -6,6 +6,7 @@ Clients that build requests of fixed fields, as lmms-eval does, reach a server w
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class Tally:
 
 
 @contextmanager
-def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str, Tally]]:
+def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Tally]]:
     """Hand requests on while the block is open.
 
     Args:
@@ -60,9 +61,10 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
         fields: Put into the body of every chat request.
 
     Yields:
-        The address to use in the server's place, without ``/v1``, and what goes through.
+        The address to use in the server's place, without ``/v1``; the API key to use there, so that nobody else on
+        this machine spends the server's; and what goes through.
     """
-    tally = Tally()
+    tally, key = Tally(), secrets.token_hex(16)
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
 
@@ -79,6 +81,9 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
                 self._hand_on(body)
 
             def _hand_on(self, body: bytes | None) -> None:
+                if self.headers.get("Authorization") != f"Bearer {key}":
+                    self.send_error(401)
+                    return
                 kind = {"Content-Type": "application/json"}
                 try:
                     reply = client.request(self.command, f"{target.url}{self.path}", content=body, headers=kind)
@@ -100,7 +105,7 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", tally
+            yield f"http://127.0.0.1:{server.server_port}", key, tally
         finally:
             server.shutdown()
             server.server_close()

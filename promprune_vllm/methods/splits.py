@@ -7,7 +7,7 @@ request can choose one. All salient is ``fastervlm``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import register
 from promprune_vllm.core.selection import Selection
-from promprune_vllm.kernels.ops import cosines, descending_order
+from promprune_vllm.methods.promprune import PromPrune
 
 
 class _Split:
@@ -26,12 +26,12 @@ class _Split:
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Keep the most attended tokens to that share of ``keep``, and cover the rest of the image."""
-        assert features.saliency is not None
-        count = round(self.percent * keep / 100)  # half to even, as promprune
-        salient = torch.full((), count, dtype=torch.int64, device=features.projected.device)
-        order = descending_order(features.saliency)  # (N,)
-        picks = cosines(features.projected).greedy_dpp(order, salient, keep)
-        return Selection(picks.sort().values, report={"saliency_tokens": salient})
+        share = self.percent / 100
+        none = torch.zeros(
+            (), dtype=torch.float64, device=features.projected.device
+        )  # spares looking at the spectrum
+        chosen = PromPrune(kr_min=share, kr_max=share).select(replace(features, entropy=none), keep)
+        return Selection(chosen.indices, report={"saliency_tokens": chosen.report["saliency_tokens"]})
 
 
 @register

@@ -196,7 +196,10 @@ def test_options_are_checked_before_a_server_is_started(arguments: tuple[str, ..
 
 def test_replies_without_counts_are_refused(tmp_path: Path) -> None:
     bare = {"choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 9}}
-    with server(lambda _: (200, bare)) as (url, _), pytest.raises(EvaluationError, match=r"no usage\.visual_tokens"):
+    with (
+        server(lambda _: (200, bare)) as (url, _),
+        pytest.raises(EvaluationError, match=r"no usage\.visual_tokens"),
+    ):
         evaluate(url, tmp_path)
 
 

@@ -1,0 +1,208 @@
+"""``promprune eval --lmms``: drives lmms-eval against a server, once for every method and budget.
+
+lmms-eval builds requests of fixed fields, so each run talks to a forwarder that adds the method and the budget. It
+scores a request that failed as a wrong answer; here one failed request fails the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.errors import EvaluationError
+from promprune_vllm.evaluation.asking import Way
+from promprune_vllm.evaluation.forwarding import Tally, forwarding
+from promprune_vllm.evaluation.published import BENCHMARKS, REPORTED
+from promprune_vllm.evaluation.records import FULL_METHOD
+from promprune_vllm.evaluation.target import Target
+
+NOT_MEASURED = "*not measured here*"
+_KNOWN = {benchmark.task: benchmark for benchmark in BENCHMARKS}
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How lmms-eval is run.
+
+    Args:
+        command: The program and its first words.
+        tasks: Its tasks.
+        words: Handed on to it as they are.
+        out: Folder of its results and logs.
+        concurrency: Requests in flight.
+    """
+
+    command: tuple[str, ...]
+    tasks: tuple[str, ...]
+    words: tuple[str, ...]
+    out: Path
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one run scored.
+
+    Args:
+        method: ``full`` where every token was kept.
+        budget: As asked for.
+        requests: Answered.
+        kept_share: Visual tokens that entered the language model, over those before pruning.
+        scores: By task, as the papers print them.
+    """
+
+    method: str
+    budget: str
+    requests: int
+    kept_share: float
+    scores: Mapping[str, float]
+
+
+def drive(target: Target, ways: Sequence[Way], run: Run, err: Console) -> dict[str, Any]:
+    """Run lmms-eval once for every way and return the scores.
+
+    Args:
+        target: The server.
+        ways: Every token first.
+        run: How.
+        err: Told what is being done.
+
+    Raises:
+        EvaluationError: lmms-eval is not there or failed, or the server refused a request of its.
+    """
+    target.require([way.method for way in ways if way.method != FULL_METHOD])
+    rows = []
+    for way in ways:
+        err.print(f"lmms-eval with {way.fields}: {', '.join(run.tasks)} …", highlight=False)
+        rows.append(_row(target, way, run))
+    document = {
+        "settings": target.settings(),
+        "rows": [asdict(row) for row in rows],
+        "run": provenance(),
+    }
+    (run.out / "lmms.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (run.out / "lmms.md").write_text(table(rows, run.tasks) + "\n", encoding="utf-8")
+    return document
+
+
+def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_KNOWN)) -> str:
+    """Return the papers' layout as Markdown: rows measured here, then those of the papers.
+
+    Args:
+        rows: Every token first; without any, a row each says that nothing was measured here.
+        tasks: The columns.
+    """
+    titles = [_KNOWN[task].title if task in _KNOWN else task for task in tasks]
+    lines = [["", "tokens", *titles, "relative, %", "whose figures"]]
+    full = next((row for row in rows if row.method == FULL_METHOD), None)
+    for row in rows:
+        cells = [_number(row.scores.get(task)) for task in tasks]
+        lines.append([_named(row.method), row.budget, *cells, _relative(row, full, tasks), "measured here"])
+    if not rows:
+        for method, budget in (("all tokens", "576"), ("`promprune`", "64")):
+            lines.append([method, budget, *[NOT_MEASURED] * (len(tasks) + 1), "ours"])
+    for reported in REPORTED:
+        cells = [_number(reported.scores.get(task)) for task in tasks]
+        lines.append(
+            [
+                reported.method,
+                str(reported.tokens),
+                *cells,
+                f"{reported.relative:.1f}",
+                f"the paper's, {reported.source}",
+            ]
+        )
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + " --- |" * len(lines[0]), *body])
+
+
+def rows_of(document: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a document."""
+    return [Row(**row) for row in document["rows"]]
+
+
+def _row(target: Target, way: Way, run: Run) -> Row:
+    folder = run.out / f"{way.method}-{way.budget_text.strip('%')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.rglob("*_results.json"))
+    with forwarding(target, way.fields) as (address, key, tally):
+        _run(_words(target, run, address, folder), key, folder / "log.txt")
+    if tally.refused or not tally.answered:
+        what = tally.last_refusal or "it asked nothing"
+        raise EvaluationError(
+            f"{tally.refused} requests of lmms-eval with {way.fields} failed at {target.url}, and it scores those "
+            f"as wrong answers ({what}): see {folder / 'log.txt'}."
+        )
+    found = sorted(set(folder.rglob("*_results.json")) - before)
+    if not found:
+        raise EvaluationError(f"lmms-eval wrote no results below {folder}: see log.txt there.")
+    results = json.loads(found[-1].read_text(encoding="utf-8"))["results"]
+    return Row(way.method, way.budget_text, tally.answered, _share(tally), scores(results))
+
+
+def _words(target: Target, run: Run, address: str, folder: Path) -> list[str]:
+    arguments = f"model_version={target.model},base_url={address}/v1,num_concurrent={run.concurrency}"
+    options = ["--model", "openai", "--model_args", arguments, "--tasks", ",".join(run.tasks)]
+    return [*run.command, *options, "--batch_size", "1", "--output_path", str(folder), *run.words]
+
+
+def _run(words: Sequence[str], key: str, log: Path) -> None:
+    environment = {**os.environ, "OPENAI_API_KEY": key}
+    try:
+        with log.open("wb") as output:
+            status = subprocess.run(
+                words, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+            ).returncode
+    except OSError as error:
+        raise EvaluationError(
+            f"lmms-eval cannot be run: {words[0]}: {error.strerror}. Install it in an environment of its own with "
+            "`pip install lmms-eval`, and say how to run it with --lmms-command."
+        ) from error
+    if status:
+        end = "\n".join(log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:])
+        raise EvaluationError(f"lmms-eval ended with status {status}; the end of {log}:\n{end}")
+
+
+def scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return one figure per task out of lmms-eval's results: what the papers print, or the first metric."""
+    found = {}
+    for task, metrics in results.items():
+        values = {
+            name.partition(",")[0]: float(value)
+            for name, value in metrics.items()
+            if "," in name and "_stderr" not in name and isinstance(value, int | float)
+        }
+        known = _KNOWN.get(task)
+        if known is not None and set(known.metrics) <= set(values):
+            found[task] = round(known.scale * sum(values[name] for name in known.metrics), 4)
+        elif values:
+            found[task] = next(iter(values.values()))
+    return found
+
+
+def _share(tally: Tally) -> float:
+    return round(tally.kept / tally.seen, 4) if tally.seen else 1.0
+
+
+def _relative(row: Row, full: Row | None, tasks: Sequence[str]) -> str:
+    both = [task for task in tasks if full is not None and full.scores.get(task) and task in row.scores]
+    if full is None or not both:
+        return "-"
+    return f"{100 * sum(row.scores[task] / full.scores[task] for task in both) / len(both):.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+
+
+def _named(method: str) -> str:
+    return "all tokens" if method == FULL_METHOD else f"`{method}`"
