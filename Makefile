@@ -9,7 +9,7 @@ LOCK := deploy/environment/cpu-lock.txt
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test check lock clean
+.PHONY: help setup tools demo test eval check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,8 +24,11 @@ demo: setup ## start the demo; ARGS="--once --json" for one run with machine-rea
 	@$(BIN)/promprune demo $(ARGS)
 
 test: tools ## run the whole test suite; ARGS go to pytest
-	@$(SETUP) --triton
+	@$(SETUP) --triton --lmms
 	@$(BIN)/python -m pytest $(ARGS)
+
+eval: setup ## measure what pruning costs: every method and budget, an hour on two cores; goes on after an interruption
+	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods "$(EVAL_METHODS)" $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
 	@$(BIN)/ruff check .

@@ -28,6 +28,9 @@ SHIM = HERE / "torchvision_ops_shim.py"
 # In a folder of its own: vLLM for CPU asks whether triton can be imported, and what tests exercise must not depend
 # on the answer. Only the tests of the CUDA kernels look there, from a process of their own.
 TRITON, TRITON_FOLDER = "triton==3.7.1", "triton-only"
+# lmms-eval asks for some 200 packages, other versions of vLLM's own among them. What it needs to ask a server is 25
+# more beside vLLM's, 260 MB in a folder of their own; only the test that runs it, as a process, looks there.
+LMMS, LMMS_FOLDER = HERE / "lmms.txt", "lmms-only"
 TORCH, TORCHVISION = "torch==2.13.0+cpu", "torchvision==0.28.0+cpu"
 TORCH_INDEX = "--index-url=https://download.pytorch.org/whl/cpu"
 PIP = ("-m", "pip", "--disable-pip-version-check")
@@ -137,15 +140,19 @@ class Environment:
             run(self.python, "-c", "import torchvision")
 
 
-def add_triton(venv: Environment) -> None:
-    """Install Triton where only tests of the CUDA kernels look for it."""
-    folder = venv.path / TRITON_FOLDER
-    if not (folder / "triton").is_dir():
-        say(f"installing {TRITON} into {folder}, for the tests of the CUDA kernels")
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        run(venv.python, *PIP, "install", "--quiet", "--no-input", "--no-deps", "--target", str(part), TRITON)
-        part.rename(folder)
+def add_beside(venv: Environment, folder: Path, what: str, *words: str) -> None:
+    """Install packages in a folder that only some tests look into, once for each wording of them."""
+    wording = "\n".join(Path(word).read_text() if Path(word).is_file() else word for word in words)
+    stamp = folder / STAMP
+    if stamp.is_file() and stamp.read_text() == wording:
+        return
+    say(f"installing {what} into {folder}, for tests")
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    run(venv.python, *PIP, "install", "--quiet", "--no-input", "--no-deps", "--target", str(part), *words)
+    (part / STAMP).write_text(wording)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def ensure_libnuma() -> None:
@@ -191,6 +198,7 @@ def main() -> int:
     parser.add_argument(
         "--triton", action="store_true", help="and Triton beside it, for tests of the CUDA kernels"
     )
+    parser.add_argument("--lmms", action="store_true", help="and lmms-eval beside it, for the test that runs it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -201,7 +209,9 @@ def main() -> int:
         venv = Environment(arguments.venv.absolute())
         set_up(venv, use_uv=not arguments.no_uv)
         if arguments.triton and sys.platform == "linux":
-            add_triton(venv)
+            add_beside(venv, venv.path / TRITON_FOLDER, TRITON, TRITON)
+        if arguments.lmms:
+            add_beside(venv, venv.path / LMMS_FOLDER, "lmms-eval", "-r", str(LMMS))
     except (SetupError, OSError) as error:
         say(str(error))
         return 1

@@ -102,7 +102,7 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
                 """Say nothing: the tally counts."""
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}", key, tally

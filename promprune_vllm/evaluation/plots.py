@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation.records import FULL_METHOD
-from promprune_vllm.evaluation.report import CONTROLS, SUBJECT, Report
+from promprune_vllm.evaluation.report import CONTROLS, FIXED_SPLITS, SUBJECT, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SUBJECT_COLOUR, _FULL_COLOUR = "#b2182b", "#222222"
+_SUBJECT_COLOUR, _FULL_COLOUR, _CONTROL_COLOUR = "#b2182b", "#222222", "#777777"
+# Neither red nor grey: those are the subject's and the controls'. Fixed splits share one hue, darker with their share.
+_COLOURS = ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#c49c00", "#006d5b")
+_SPLIT_COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08306b")
 _FORMATS = ("png", "svg")
 _CURVES, _HEAT = "accuracy-budget", "tasks"
 
@@ -127,14 +130,20 @@ def _curve(axes: Any, report: Report, task: str | None, title: str) -> None:
 
 
 def _style(method: str, place: int) -> dict[str, Any]:
-    colour = f"C{place % 10}"
     if method == SUBJECT:
         return {"color": _SUBJECT_COLOUR, "linewidth": 2.4, "marker": "o", "markersize": 4, "zorder": 5}
     if method in CONTROLS:
-        return {"color": "#777777", "linewidth": 1.2, "linestyle": _dashes(method), "marker": ".", "markersize": 4}
-    if method.startswith("split-"):
-        return {"color": colour, "linewidth": 1.0, "linestyle": "--", "marker": ".", "markersize": 4}
-    return {"color": colour, "linewidth": 1.0, "marker": ".", "markersize": 4}
+        return {
+            "color": _CONTROL_COLOUR,
+            "linewidth": 1.2,
+            "linestyle": _dashes(method),
+            "marker": ".",
+            "markersize": 4,
+        }
+    thin = {"linewidth": 1.0, "marker": ".", "markersize": 4}
+    if method in FIXED_SPLITS[:-1]:
+        return {"color": _SPLIT_COLOURS[FIXED_SPLITS.index(method)], "linestyle": "--", **thin}
+    return {"color": _COLOURS[place % len(_COLOURS)], **thin}
 
 
 def _dashes(control: str) -> str:

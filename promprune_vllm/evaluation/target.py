@@ -72,14 +72,13 @@ def look(url: str, model: str | None = None, api_key: str | None = None) -> Targ
         EvaluationError: Nobody answers, the plugin is not there, or the model is not served or cannot be pruned.
     """
     url = url.rstrip("/").removesuffix("/v1")
-    state = _get(
-        url,
-        STATE_PATH,
-        api_key,
-        missing=f"{url} serves without promprune-vllm: it has no {STATE_PATH}. "
-        "Install the plugin beside its vLLM and start it again, for example with `promprune serve`.",
+    none = (
+        f"{url} serves without promprune-vllm: it has no {STATE_PATH}. "
+        "Install the plugin beside its vLLM and start it again, for example with `promprune serve`."
     )
-    served = [each["id"] for each in _get(url, "/v1/models", api_key)["data"]]
+    with httpx.Client(headers=_headers(api_key), timeout=_TIMEOUT_SECONDS) as client:
+        state = _get(client, url, STATE_PATH, missing=none)
+        served = [each["id"] for each in _get(client, url, "/v1/models")["data"]]
     if model is not None and model not in served:
         raise EvaluationError(f"{url} serves no model {model!r}, only {', '.join(served)}: give one with --model.")
     if not state["prunable"]:
@@ -89,9 +88,9 @@ def look(url: str, model: str | None = None, api_key: str | None = None) -> Targ
     return Target(url, model or served[0], api_key, state)
 
 
-def _get(url: str, path: str, api_key: str | None, missing: str | None = None) -> Any:
+def _get(client: httpx.Client, url: str, path: str, missing: str | None = None) -> Any:
     try:
-        reply = httpx.get(f"{url}{path}", headers=_headers(api_key), timeout=_TIMEOUT_SECONDS)
+        reply = client.get(f"{url}{path}")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise EvaluationError(
             f"Nothing answers at {url} ({error}): start a server with `promprune serve`, or correct --url."

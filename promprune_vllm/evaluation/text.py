@@ -108,7 +108,10 @@ def _named(method: str) -> str:
 
 
 def _difference(comparison: Comparison, named: str) -> str:
-    d, low, high = (100 * each for each in (comparison.difference.value, comparison.low, comparison.high))
+    # Adding 0 turns a negative zero into a plain one.
+    d, low, high = (
+        round(100 * each, 1) + 0 for each in (comparison.difference.value, comparison.low, comparison.high)
+    )
     p = "p < 0.001" if comparison.p_value < 0.001 else f"p = {comparison.p_value:.2g}"
     interval = "" if math.isnan(low) else f" ({low:+.1f} … {high:+.1f})"
     return f"{d:+.1f}{interval}, {p}{named and f'; {named}'}"
