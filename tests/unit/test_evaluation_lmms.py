@@ -142,6 +142,14 @@ def test_without_figures_the_table_says_so_beside_the_papers() -> None:
     assert all("the paper's, arXiv 2603." in line for line in theirs)
 
 
+def test_the_readme_shows_that_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.partition("<!-- lmms -->\n")[2].partition("\n<!-- /lmms -->")[0]
+    assert shown == lmms.table([]), (
+        "put promprune_vllm.evaluation.lmms.table([]) between the two marks of README.md"
+    )
+
+
 def test_an_unknown_task_is_read_by_its_first_metric() -> None:
     results = {"own": {"alias": "own", "exact_match,none": 0.25, "exact_match_stderr,none": 0.1}, "empty": {}}
     assert lmms.scores(results) == {"own": 0.25}
