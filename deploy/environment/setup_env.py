@@ -28,8 +28,8 @@ SHIM = HERE / "torchvision_ops_shim.py"
 # In a folder of its own: vLLM for CPU asks whether triton can be imported, and what tests exercise must not depend
 # on the answer. Only the tests of the CUDA kernels look there, from a process of their own.
 TRITON, TRITON_FOLDER = "triton==3.7.1", "triton-only"
-# lmms-eval asks for some 150 packages, another torch among them. What it imports to ask a server is 25 beside vLLM's:
-# 260 MB in a folder of their own, where only the test looks that runs it as a process.
+# lmms-eval asks for some 150 packages, another torch among them. What it imports to ask a server is 25 beside
+# vLLM's: 260 MB in a folder of their own, where only the test looks that runs it as a process.
 LMMS, LMMS_FOLDER = HERE / "lmms.txt", "lmms-only"
 TORCH, TORCHVISION = "torch==2.13.0+cpu", "torchvision==0.28.0+cpu"
 TORCH_INDEX = "--index-url=https://download.pytorch.org/whl/cpu"
