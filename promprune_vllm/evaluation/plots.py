@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SUBJECT_COLOUR, _FULL_COLOUR, _CONTROL_COLOUR = "#b2182b", "#222222", "#777777"
-# Neither red nor grey: those are the subject's and the controls'. Fixed splits have one hue, darker with the share.
+# Neither red nor grey: those are the subject's and the controls'. Splits have one hue, darker with their share.
 _COLOURS = ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#c49c00", "#006d5b")
 _SPLIT_COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08306b")
 _FORMATS = ("png", "svg")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from promprune_vllm.cli import app
 from promprune_vllm.core.registry import methods
+from promprune_vllm.demo.scenes.record import CONCENTRATED_TASKS, SCATTERED_TASKS
 from promprune_vllm.errors import EvaluationError, UnknownMethodError
 from promprune_vllm.evaluation import run
 from promprune_vllm.evaluation.asking import Way, jobs
@@ -19,7 +20,7 @@ from promprune_vllm.evaluation.plan import Plan, wanted
 from promprune_vllm.evaluation.records import FILE, Log, read, right
 from promprune_vllm.evaluation.report import CONTROLS, FIXED_SPLITS, SUBJECT
 from promprune_vllm.evaluation.target import look
-from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS, chosen, gather
+from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS, chosen, fingerprint, gather
 from tests.unit.evaluated import RUN, STATE, answers, draw, reply, server
 
 TWO = chosen(["presence", "big-shape"])
@@ -221,6 +222,22 @@ def test_the_plan_is_every_method_the_server_allows_with_every_budget() -> None:
         ("random", 3),
         ("promprune", 7),
     ]
+
+
+def test_the_demos_scenes_ask_every_task_as_often_as_wanted() -> None:
+    assert {(task.kind, task.name) for task in TASKS} == {
+        *(("scattered", name) for name in SCATTERED_TASKS),
+        *(("concentrated", name) for name in CONCENTRATED_TASKS),
+    }
+    pictures = gather(TASKS, 30)
+    for task in TASKS:
+        ranks = [item.rank for picture in pictures for item in picture.items if item.task == task.name]
+        assert sorted(ranks) == list(range(30))
+        assert {picture.kind for picture in pictures if task.name in {i.task for i in picture.items}} == {
+            task.kind
+        }
+    assert pictures == gather(TASKS, 30)
+    assert fingerprint() == fingerprint()
 
 
 def test_the_names_the_report_knows_are_in_the_registry() -> None:
