@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +27,11 @@ PREFIX = "PROMPRUNE_"
 FLAG = "--visual-token-"
 Tiles = Literal["own", "base", "merged"]
 Calibration = Mapping[str, Mapping[str, Any]]
+
+
+def environment() -> tuple[tuple[str, str], ...]:
+    """Return the variables that settings are read from, as they are now."""
+    return tuple((name, value) for name, value in os.environ.items() if name.upper().startswith(PREFIX))
 
 
 class Settings(BaseSettings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -97,8 +98,9 @@ def options_of(method: Selector) -> dict[str, Any]:
     return {name: getattr(method, name) for name in option_names(method)}
 
 
+@functools.cache
 def _load() -> None:
-    """Import every module of ``promprune_vllm.methods``, so that adding a file is adding a method."""
+    """Import every module of ``promprune_vllm.methods``, once, so that adding a file is adding a method."""
     load: Callable[[str], object] = importlib.import_module
     package = importlib.import_module("promprune_vllm.methods")
     for module in pkgutil.iter_modules(package.__path__):

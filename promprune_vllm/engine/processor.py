@@ -7,6 +7,7 @@ vLLM's own cache key, so it shares the entry of a request without a budget.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
-from promprune_vllm.config import Settings
+from promprune_vllm.config import Settings, environment
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
@@ -40,6 +41,23 @@ _KEY_PREFIX = "promprune-"
 checks.require_names(checks.PROCESSOR_NAMES)
 
 
+@functools.lru_cache(maxsize=8)
+def _chosen(
+    _: tuple[tuple[str, str], ...], architectures: tuple[str, ...]
+) -> tuple[Settings, tuple[Selector, ...], tuple[str, ...]]:
+    """Return the settings of an environment with their methods and the methods' digests.
+
+    vLLM makes a processor anew for every request with an image, so none of this may be done each time.
+    """
+    settings = Settings.from_environment()
+    calibration = families.calibration(architectures)
+    return (
+        settings,
+        tuple(settings.selector(calibration, method) for method in settings.allowed),
+        tuple(settings.digest(calibration, method) for method in settings.allowed),
+    )
+
+
 class PrunedProcessorMixin:
     """Goes before vLLM's processor class in a family's bases.
 
@@ -52,11 +70,9 @@ class PrunedProcessorMixin:
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
-        self._settings = settings = Settings.from_environment()
-        calibration = families.calibration(self.info.ctx.model_config.architectures)  # type: ignore[attr-defined]
-        self._methods = [settings.selector(calibration, method) for method in settings.allowed]
-        self._digests = [settings.digest(calibration, method) for method in settings.allowed]
-        self._policy = settings.policy()
+        architectures = self.info.ctx.model_config.architectures  # type: ignore[attr-defined]
+        self._settings, self._methods, self._digests = _chosen(environment(), tuple(architectures))
+        self._policy = self._settings.policy()
         self.refusal: str | None = None
         """Why this server cannot prune at all; then every image keeps its tokens."""
         for method in self._methods:

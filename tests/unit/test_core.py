@@ -146,3 +146,12 @@ def test_uniform_is_evenly_spaced() -> None:
     assert select(features(576, 4), 1, "uniform").indices.tolist() == [288]
     gaps = select(features(576, 4), 64, "uniform").indices.diff()
     assert gaps.unique().tolist() == [9]
+
+
+def test_the_folder_of_methods_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server looks methods up with every request."""
+    import pkgutil
+
+    known = list(methods())
+    monkeypatch.setattr(pkgutil, "iter_modules", None)
+    assert list(methods()) == known
