@@ -31,7 +31,7 @@ _METHODS = Annotated[
 ]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
 _TASKS = Annotated[
-    str, typer.Option("--tasks", help="Tasks or kinds of scenes, with commas between. Default: all.")
+    str, typer.Option("--tasks", help="Tasks or kinds of scenes, with commas between; name:N caps it at N. All.")
 ]
 _QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Of each task with each method.")]
 _OUT = Annotated[Path, typer.Option("--out", help="Folder of the answers; goes on with what is there.")]

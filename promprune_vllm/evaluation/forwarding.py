@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,40 +68,19 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self._hand_on(None)
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if self.path == CHAT:
-                    body = json.dumps({**json.loads(body), **fields}).encode()
-                self._hand_on(body)
-
-            def _hand_on(self, body: bytes | None) -> None:
-                if self.headers.get("Authorization") != f"Bearer {key}":
-                    self.send_error(401)
-                    return
+        def ask(method: str, path: str, body: bytes | None) -> httpx.Response:
+            if path == CHAT and body is not None:
+                body = json.dumps({**json.loads(body), **fields}).encode()
+            try:
                 kind = {"Content-Type": "application/json"}
-                try:
-                    reply = client.request(self.command, f"{target.url}{self.path}", content=body, headers=kind)
-                except httpx.HTTPError as error:
-                    content = {"error": {"message": f"{target.url} went away: {error}", "code": 502}}
-                    reply = httpx.Response(502, json=content)
-                if self.path == CHAT:
-                    tally.count(reply)
-                self.send_response(reply.status_code)
-                self.send_header("Content-Type", reply.headers.get("Content-Type", "application/json"))
-                self.send_header("Content-Length", str(len(reply.content)))
-                self.end_headers()
-                self.wfile.write(reply.content)
+                reply = client.request(method, f"{target.url}{path}", content=body, headers=kind)
+            except httpx.HTTPError as error:
+                reply = httpx.Response(502, json={"error": {"message": f"{target.url} went away: {error}"}})
+            if path == CHAT:
+                tally.count(reply)
+            return reply
 
-            def log_message(self, *_: object) -> None:
-                """Say nothing: the tally counts."""
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(ask, key))
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
@@ -110,3 +89,32 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def _handler(ask: Callable[[str, str, bytes | None], httpx.Response], key: str) -> type[BaseHTTPRequestHandler]:
+    """Return what answers one request, given what asks the server."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._hand_on(None)
+
+        def do_POST(self) -> None:
+            self._hand_on(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+        def _hand_on(self, body: bytes | None) -> None:
+            if self.headers.get("Authorization") != f"Bearer {key}":
+                self.send_error(401)
+                return
+            reply = ask(self.command, self.path, body)
+            self.send_response(reply.status_code)
+            self.send_header("Content-Type", reply.headers.get("Content-Type", "application/json"))
+            self.send_header("Content-Length", str(len(reply.content)))
+            self.end_headers()
+            self.wfile.write(reply.content)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing: the tally counts."""
+
+    return Handler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL.Image import Image
@@ -24,12 +24,18 @@ class Task:
         weight: In the macro accuracy: every task about scattered objects counts as much as those about a single
             object together.
         asks: What for, in a few words.
+        most: Questions of it, where fewer are wanted than of others.
     """
 
     name: str
     kind: str
     weight: float
     asks: str
+    most: int | None = None
+
+    def of(self, questions: int) -> int:
+        """Return how many of its questions are wanted where so many are of each task."""
+        return questions if self.most is None else min(self.most, questions)
 
 
 TASKS = (
@@ -108,17 +114,27 @@ class Picture:
 def chosen(names: Sequence[str]) -> tuple[Task, ...]:
     """Return tasks by name, in the order of ``TASKS``; a kind of scene names all of its tasks.
 
+    Args:
+        names: Each with ``:N`` after it where N questions are the most that are wanted; none for all tasks.
+
     Raises:
-        EvaluationError: There is no such task.
+        EvaluationError: There is no such task, or N is no number.
     """
-    known = {task.name for task in TASKS}
-    for name in names:
-        if name not in known and name not in KINDS:
+    found: dict[str, Task] = {}
+    for each in names or KINDS:
+        name, colon, most = each.partition(":")
+        named = [task for task in TASKS if name in (task.name, task.kind)]
+        if not named:
             raise EvaluationError(
                 f"There is no task {name!r}. Give some of {', '.join(task.name for task in TASKS)}, "
                 f"or {' or '.join(KINDS)} for all of that kind."
             )
-    return tuple(task for task in TASKS if not names or task.name in names or task.kind in names)
+        if colon and not (most.isdecimal() and int(most)):
+            raise EvaluationError(
+                f"{each!r} asks no number of questions: write it as {name}:100, or {name} alone."
+            )
+        found |= {task.name: replace(task, most=int(most) if colon else None) for task in named}
+    return tuple(found[task.name] for task in TASKS if task.name in found)
 
 
 def gather(tasks: Sequence[Task], questions: int, draw: Draw | None = None) -> tuple[Picture, ...]:
@@ -129,19 +145,20 @@ def gather(tasks: Sequence[Task], questions: int, draw: Draw | None = None) -> t
 
     Args:
         tasks: At least one.
-        questions: Of each task.
+        questions: Of each task that sets no smaller limit.
         draw: Makes a scene; that of the demo by default.
     """
     draw = draw or scenes()
     pictures: list[Picture] = []
     for kind in dict.fromkeys(task.kind for task in tasks):
-        missing = {task.name: questions for task in tasks if task.kind == kind}
+        wanted = {task.name: task.of(questions) for task in tasks if task.kind == kind}
+        missing = dict(wanted)
         seed = 0
         while any(missing.values()):
             items = []
             for index, asked in enumerate(draw(kind, seed, SPLIT).questions()):
                 if missing.get(asked.task):
-                    rank = questions - missing[asked.task]
+                    rank = wanted[asked.task] - missing[asked.task]
                     missing[asked.task] -= 1
                     items.append(Item(asked.task, index, rank, asked.text, asked.answer))
             if items:

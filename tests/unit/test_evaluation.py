@@ -185,6 +185,7 @@ def test_a_method_the_server_does_not_allow_is_refused() -> None:
     ("arguments", "says"),
     [
         (("--tasks", "presence,ocr"), "There is no task 'ocr'. Give some of presence, count"),
+        (("--tasks", "scattered,plate:0"), "'plate:0' asks no number of questions"),
         (("--methods", "promrune"), "Did you mean 'promprune'"),
         (("--methods", "random:many"), "'random:many' asks no number of questions"),
         (("--budgets", "64,lots"), "--budgets cannot have 'lots'"),
@@ -222,6 +223,13 @@ def test_the_plan_is_every_method_the_server_allows_with_every_budget() -> None:
         ("random", 3),
         ("promprune", 7),
     ]
+
+
+def test_a_task_may_be_asked_less_than_others() -> None:
+    tasks = chosen(["concentrated", "big-shape:3"])
+    assert [(task.name, task.of(10)) for task in tasks] == [("big-shape", 3), ("big-colour", 10), ("plate", 10)]
+    items = [item for picture in gather(chosen(["scattered:4", "count:1"])[:2], 9, draw) for item in picture.items]
+    assert sorted((item.task, item.rank) for item in items) == [("count", 0), *(("presence", i) for i in range(4))]
 
 
 def test_the_demos_scenes_ask_every_task_as_often_as_wanted() -> None:
