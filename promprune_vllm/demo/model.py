@@ -228,7 +228,7 @@ def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype:
         model = model_class(config)
     weights = {}
     for parameter_name, parameter in model.named_parameters():
-        name = _checkpoint_name(parameter_name, config.model_type)
+        name = checkpoint_name(parameter_name, config.model_type)
         weights[name] = _random_weight(name, tuple(parameter.shape), seed).to(getattr(torch, dtype))
     # Not save_file: it makes a file that only its owner can read, useless to a server in a container.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
@@ -236,7 +236,8 @@ def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype:
     GenerationConfig(**processing.ROLE_IDS).save_pretrained(target)
 
 
-def _checkpoint_name(name: str, model_type: str) -> str:
+def checkpoint_name(name: str, model_type: str) -> str:
+    """The name that published checkpoints have for a parameter of transformers' module tree."""
     for ours, published in _CHECKPOINT_NAMES.get(model_type, (("", ""),)):
         if name.startswith(ours):
             return published + name.removeprefix(ours)

@@ -1,0 +1,109 @@
+"""The demo model's shape and its weights before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from promprune_vllm.demo.scenes.record import COLOURS, GRID, PIXELS, SHAPES
+from promprune_vllm.demo.training import tokenizer
+
+MAX_TOKENS = 4096
+VISION_HIDDEN, HIDDEN = 128, 192
+_POSITION_SCALE = 0.6
+
+# What the auxiliary heads tell of a patch: (name, width), in the order of their columns.
+PATCH_HEADS = (
+    ("shape", len(SHAPES) + 2),  # and card, plate
+    ("colour", len(COLOURS)),
+    ("digit", 10),
+    ("rank", 3),  # first, in between or last on its plate
+    ("centre", 1),  # whether a thing's centre lies in it
+    ("xy", 2),
+    ("look", 5),  # its own mean red, green and blue, and how much it varies each way
+)
+SHOWN = len(SHAPES) * len(COLOURS) + 10  # what the class token tells: which coloured shapes and digits there are
+
+
+class Heads(nn.Module):
+    """Heads that are read during training only: what every patch and the class token must tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(VISION_HIDDEN, sum(width for _, width in PATCH_HEADS))
+        self.shown = nn.Linear(VISION_HIDDEN, SHOWN)
+
+    def forward(self, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """From `(B, 1 + K, Dv)`, the class token first: logits `(B, K, width)` by head, and `(B, SHOWN)`."""
+        columns = self.patch(hidden[:, 1:]).split([width for _, width in PATCH_HEADS], dim=-1)
+        return {name: part for (name, _), part in zip(PATCH_HEADS, columns, strict=True)}, self.shown(hidden[:, 0])
+
+
+def llava_config() -> LlavaConfig:
+    """The configuration that is trained and exported; 3.1 M parameters."""
+    roles = {"pad_token_id": tokenizer.PAD_ID, "bos_token_id": tokenizer.BOS_ID, "eos_token_id": tokenizer.EOS_ID}
+    vision = CLIPVisionConfig(
+        hidden_size=VISION_HIDDEN,
+        intermediate_size=512,
+        num_hidden_layers=5,  # the last one is in the file, as in every LLaVA, but no feature is read from it
+        num_attention_heads=4,
+        image_size=PIXELS,
+        patch_size=tokenizer.PATCH_PX,
+    )
+    text = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=tokenizer.VOCAB_SIZE,
+        hidden_size=HIDDEN,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,  # of 32, the least that vLLM's CPU attention takes
+        max_position_embeddings=MAX_TOKENS,
+        **roles,
+        dtype="float32",
+    )
+    return LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.IMAGE_ID,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **roles,
+        dtype="float32",
+    )
+
+
+def new_model(seed: int) -> tuple[Any, Heads]:
+    """A `LlavaForConditionalGeneration` to be trained, and its heads.
+
+    Patches start out knowing where they are (2-D sines and cosines): with random position embeddings the model did
+    not learn within half an hour where things lie or how two of them lie to each other.
+    """
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(llava_config())
+    heads = Heads()
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embedding.weight[1:] = sin_cos_positions() * _POSITION_SCALE
+        model.model.vision_tower.embeddings.position_embedding.weight[0] = 0.0
+        unused = model.model.vision_tower.encoder.layers[-1]  # passes its input on, so that nobody reads noise
+        for linear in (unused.self_attn.out_proj, unused.mlp.fc2):
+            linear.weight.zero_()
+            linear.bias.zero_()
+    for parameter in unused.parameters():
+        parameter.requires_grad_(False)
+    return model, heads
+
+
+def sin_cos_positions() -> Tensor:
+    """Sines and cosines of the patch's row and column at eight to thirty-two periods, `(576, Dv)`."""
+    quarter = VISION_HIDDEN // 4
+    frequency = torch.pi * 2.0 ** torch.linspace(-1, 3, quarter)  # half a period to eight periods a side
+    at = (torch.arange(GRID) + 0.5) / GRID
+    waves = torch.cat([torch.sin(at[:, None] * frequency), torch.cos(at[:, None] * frequency)], dim=1)  # (24, Dv / 2)
+    rows = waves[:, None, :].expand(GRID, GRID, -1)
+    columns = waves[None, :, :].expand(GRID, GRID, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(GRID * GRID, VISION_HIDDEN)

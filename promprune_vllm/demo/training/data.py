@@ -1,0 +1,120 @@
+"""Training batches: scenes drawn by worker processes, each used a few times, with subsets of their patches."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from promprune_vllm.demo.scenes import Question, make_scene
+from promprune_vllm.demo.scenes.record import GRID
+from promprune_vllm.demo.training.samples import NAMES, Sample, pack, sample
+
+PATCHES = GRID * GRID
+CONCENTRATED_SHARE = 0.3
+_POOL = 1536  # scenes kept for another use, 0.5 GB
+_AT_A_TIME = 8
+_PAIR_QUESTIONS = 6  # of either answer
+_SAMPLERS = ((0.65, "things"), (0.20, "strata"), (0.15, "anywhere"))
+
+Batch = dict[str, Tensor]
+
+
+class TrainingScenes(Dataset[Batch]):
+    """Scene number i of a run, for ever."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Batch:
+        concentrated = Random(f"mix/{self.seed}/{index}").random() < CONCENTRATED_SHARE
+        kind = "concentrated" if concentrated else "scattered"
+        return as_tensors(sample(make_scene(kind, self.seed * 10**9 + index, "train")))
+
+
+def as_tensors(one: Sample) -> Batch:
+    """A sample's arrays, by their names."""
+    return {field.name: torch.from_numpy(getattr(one, field.name)) for field in fields(Sample)}
+
+
+class Pool:
+    """The latest scenes of a run; a batch takes some new ones and draws the others among them.
+
+    The state is the number of the next scene and that of the random generator: the scenes of a resumed run are drawn
+    anew, from the same seeds.
+    """
+
+    def __init__(self, seed: int, *, workers: int, following: int = 0, size: int = _POOL) -> None:
+        self.following = max(0, following - size)
+        self._rows: Batch = {}
+        self._size = size
+        self._waiting: list[Batch] = []
+        indices = range(self.following, 10**9)
+        self._loader: Any = iter(
+            DataLoader(TrainingScenes(seed), batch_size=_AT_A_TIME, sampler=indices, num_workers=workers)
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self._take(following - self.following)
+
+    def batch(self, size: int, *, uses: int) -> Batch:
+        """`size` scenes, `1 / uses` of them new."""
+        fresh = min(size, max(1, size // uses))
+        self._take(fresh)
+        held = min(self.following, self._size)
+        newest = torch.arange(self.following - fresh, self.following) % self._size
+        others = torch.randint(0, held, (size - fresh,), generator=self.generator)
+        rows = torch.cat([newest, others])
+        return {name: column[rows] for name, column in self._rows.items()}
+
+    def _take(self, count: int) -> None:
+        for _ in range(count):
+            if not self._waiting:
+                loaded = next(self._loader)
+                self._waiting = [{name: column[i] for name, column in loaded.items()} for i in range(_AT_A_TIME)]
+            for name, value in self._waiting.pop(0).items():
+                if name not in self._rows:
+                    self._rows[name] = torch.empty((self._size, *value.shape), dtype=value.dtype)
+                self._rows[name][self.following % self._size] = value
+            self.following += 1
+
+
+def subset(held: Tensor, keep: int, generator: torch.Generator) -> Tensor:
+    """Choose patches of each scene, in raster order, as if they had been pruned.
+
+    Args:
+        held: ``(B, 576)`` bool, patches with a thing: "things" takes these first.
+        keep: How many of the 576.
+        generator: Random numbers.
+
+    Returns:
+        ``(B, keep)`` int64, ascending in each row.
+    """
+    rows = len(held)
+    if keep == PATCHES:
+        return torch.arange(PATCHES).expand(rows, -1)
+    how = torch.multinomial(torch.tensor([share for share, _ in _SAMPLERS]), rows, True, generator=generator)
+    score = torch.rand(rows, PATCHES, generator=generator)
+    score = score + (held & (how == 0)[:, None])
+    chosen = score.topk(keep, dim=1).indices.sort(dim=1).values
+    jitter = torch.rand(rows, keep, generator=generator)
+    strata = ((torch.arange(keep) + jitter) * (PATCHES / keep)).long().clamp(max=PATCHES - 1)
+    return torch.where((how == 1)[:, None], strata, chosen)
+
+
+def pair_texts(named: Tensor, rng: Random) -> Tensor:
+    """Questions about each two scenes in a row, `(B, 55)` to `(B / 2, 5, TEXT_TOKENS)`: which one shows a thing?"""
+    packed = []
+    for first, second in named.view(-1, 2, len(NAMES)).bool():
+        asked = []
+        for answer, only in (("first", first & ~second), ("second", second & ~first)):
+            names = [NAMES[i] for i in only.nonzero().flatten().tolist()]
+            for name in rng.sample(names, min(_PAIR_QUESTIONS, len(names))):
+                asked.append(Question("which-image", f"which image shows a {name}?", answer))
+        rng.shuffle(asked)
+        packed.append(pack(asked))
+    return torch.from_numpy(np.stack(packed))

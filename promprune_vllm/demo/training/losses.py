@@ -1,0 +1,70 @@
+"""What training makes small."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from promprune_vllm.demo.scenes.record import GRID
+from promprune_vllm.demo.training.samples import LABELS, NONE
+
+_CLASSES = LABELS[:4]
+_WEIGHTS = {"shape": 1.0, "colour": 0.7, "digit": 1.0, "rank": 0.3, "centre": 0.7, "xy": 1.0, "look": 0.2, "shown": 5.0}
+_END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
+
+
+def patch_loss(
+    told: dict[str, Tensor], shown: Tensor, truth: tuple[Tensor, Tensor], indices: Tensor, looks: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The auxiliary loss of the tower.
+
+    Args:
+        told: ``(B, K, width)`` by name of head.
+        shown: ``(B, SHOWN)`` logits of the class token.
+        truth: Labels ``(B, K, 5)`` and what is shown ``(B, SHOWN)``.
+        indices: ``(B, K)``, which patches these are.
+        looks: ``(B, K, 5)`` of `forward.look`.
+
+    Returns:
+        The loss, and by name a share right (of classes) or a loss (of the others).
+    """
+    labels, present = truth
+    parts: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for column, name in enumerate(_CLASSES):
+        target = labels[..., column].flatten().long()
+        logits = told[name].flatten(0, 1).float()
+        known = target != NONE
+        losses = functional.cross_entropy(logits, target, ignore_index=NONE, reduction="sum")
+        parts[name] = losses / known.sum().clamp(min=1)
+        seen[name] = ((logits.argmax(-1) == target) & known).sum() / known.sum().clamp(min=1)
+    centre = labels[..., 4].float()
+    each = functional.binary_cross_entropy_with_logits(told["centre"][..., 0].float(), centre, reduction="none")
+    parts["centre"] = (each * (centre != NONE)).sum() / (centre != NONE).sum().clamp(min=1)
+    places = torch.stack([indices % GRID, indices // GRID], dim=-1) * (2 / (GRID - 1)) - 1
+    parts["xy"] = functional.mse_loss(told["xy"].float(), places.float())
+    parts["look"] = functional.mse_loss(told["look"].float(), looks.float())
+    parts["shown"] = functional.binary_cross_entropy_with_logits(shown.float(), present.float())
+    seen |= {name: parts[name] for name in ("centre", "xy", "look", "shown")}
+    total = torch.stack([_WEIGHTS[name] * part for name, part in parts.items()]).sum()
+    return total, {name: value.detach() for name, value in seen.items()}
+
+
+def answer_loss(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of the packed answers.
+
+    Args:
+        logits: ``(B, T, V)``.
+        text: ``(B, 5, T)`` of `samples.pack`.
+
+    Returns:
+        The loss, and ``(B, T)`` whether the answer to come is the largest logit.
+    """
+    target = text[:, 3].long()
+    each = functional.cross_entropy(
+        logits.flatten(0, 1).float(), target.flatten(), ignore_index=NONE, reduction="none"
+    ).view_as(target)
+    answers = text[:, 4] != NONE
+    weights = torch.where(answers, 1.0, _END_WEIGHT) * (target != NONE)
+    return (each * weights).sum() / weights.sum().clamp(min=1e-6), (logits.argmax(-1) == target).detach()

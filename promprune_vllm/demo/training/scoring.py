@@ -1,0 +1,109 @@
+"""How often the model is right about scenes it has not seen, and whether its class token looks at the things."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promprune_vllm.demo.scenes import TASKS, Scene, make_scene
+from promprune_vllm.demo.training.data import PATCHES, as_tensors
+from promprune_vllm.demo.training.forward import normalised, read, see
+from promprune_vllm.demo.training.samples import TASK_IDS, sample
+
+MACRO, SALIENCY = "macro", "saliency AUC"
+_BATCH = 10
+_TASK_NAMES = list(TASK_IDS)
+
+
+def held_out_scenes(scattered: int, concentrated: int, first_seed: int = 0) -> list[Scene]:
+    """So many scenes of each kind, from a seed on."""
+    numbers = {"scattered": scattered, "concentrated": concentrated}
+    return [make_scene(kind, first_seed + i) for kind, number in numbers.items() for i in range(number)]
+
+
+@torch.inference_mode()
+def score(model: Any, scenes: list[Scene], *, keep: int = PATCHES, sampler: str = "random") -> dict[str, float]:
+    """Answer every question of some scenes.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+        scenes: To be asked about.
+        keep: Visual tokens that are read; which ones is chosen after the tower, as a server would.
+        sampler: "random", or "uniform" for evenly spaced ones.
+
+    Returns:
+        Per cent right by task and their mean, `MACRO`; and `SALIENCY`, the area under the ROC curve of the class
+        token's attention against the patches that hold something, a mean over scenes.
+    """
+    asked: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    areas = []
+    device = model.device
+    generator = torch.Generator().manual_seed(0)
+    for begin in range(0, len(scenes), _BATCH):
+        some = scenes[begin : begin + _BATCH]
+        columns = [as_tensors(sample(scene)) for scene in some]
+        patches = torch.stack([column["patches"] for column in columns]).to(device)
+        text = torch.stack([column["text"] for column in columns]).to(device)
+        hidden, attention = _look(model.model.vision_tower, patches)
+        areas += [_area(row, scene.mask().ravel()) for row, scene in zip(attention.cpu().numpy(), some, strict=True)]
+        images = model.model.multi_modal_projector(hidden[:, 1:])
+        rows = _choose(len(some), keep, sampler, generator).to(device)
+        images = images.gather(1, rows[..., None].expand(-1, -1, images.shape[-1]))
+        good = read(model, [images], text).argmax(-1) == text[:, 3]
+        for task, hit in zip(text[:, 4].flatten().tolist(), good.flatten().tolist(), strict=True):
+            if task >= 0:
+                asked[_TASK_NAMES[task]] += 1
+                right[_TASK_NAMES[task]] += hit
+    scores = {task: 100 * right[task] / asked[task] for task in TASKS if asked[task]}
+    return scores | {MACRO: float(np.mean(list(scores.values()))), SALIENCY: float(np.mean(areas))}
+
+
+def _look(tower: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """What the tower tells of all patches, `(B, 577, Dv)`, and its last used layer's class attention, `(B, 576)`."""
+    captured: list[Tensor] = []
+    layer = tower.encoder.layers[-2]
+    hook = layer.self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: captured.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    indices = torch.arange(PATCHES, device=patches.device).expand(len(patches), -1)
+    try:
+        hidden = see(tower, normalised(patches, indices), indices)
+    finally:
+        hook.remove()
+    attend = layer.self_attn
+    (normed,) = captured
+    heads = tower.config.num_attention_heads
+    query = attend.q_proj(normed[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key = attend.k_proj(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
+    weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+    return hidden, weights.mean(1)[:, 0, 1:]
+
+
+def _choose(rows: int, keep: int, sampler: str, generator: torch.Generator) -> Tensor:
+    if sampler == "random":
+        scores = torch.rand(rows, PATCHES, generator=generator)
+        return scores.topk(keep, dim=1).indices.sort(dim=1).values
+    return ((torch.arange(keep) + 0.5) * (PATCHES / keep)).long().expand(rows, -1)
+
+
+def _area(score: Any, truth: Any) -> float:
+    """The area under the ROC curve; 0.5 where all patches or none hold something."""
+    positives = int(truth.sum())
+    if positives in (0, len(truth)):
+        return 0.5
+    ranks = np.empty(len(score))
+    ranks[np.argsort(score, kind="stable")] = np.arange(1, len(score) + 1)
+    return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * (len(truth) - positives)))
+
+
+def load(directory: Path) -> Any:
+    """The exported model, in float32."""
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()

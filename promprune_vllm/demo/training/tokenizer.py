@@ -1,0 +1,115 @@
+"""The input side of the trained model: a word is a token where we know it, and its bytes where we do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promprune_vllm.demo.scenes.record import COLOURS, PIXELS, PLURALS, QUARTERS, SHAPES
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
+PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
+USER, ASSISTANT = "USER:", "ASSISTANT:"
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+VOCAB_SIZE = 384  # of the embedding; a multiple of 64
+PATCH_PX = 14
+_SPACE = "▁"
+_WORDS = (
+    *("is", "there", "a", "how", "many", "are", "shapes", "what", "colour", "shape", "the", "digit", "on", "card"),
+    *("where", "left", "right", "above", "below", "or", "of", "it", "last", "which", "image", "shows", "plate"),
+    *("yes", "no", "in", "picture", "?", ".", ",", "!", ":"),
+    *map(str, range(10)),
+    *COLOURS,
+    *SHAPES,
+    *PLURALS.values(),
+    *QUARTERS,
+    *ORDINALS,
+)
+
+# LLaVA-1.5's form, images first. Of several images each is numbered, so that a question can tell them apart; one
+# alone is not. The template writes <s>, and the tokenizer never adds one by itself.
+CHAT_TEMPLATE = (
+    """\
+{%- set ordinals = """
+    + repr(list(ORDINALS))
+    + """ %}
+{{- bos_token }}
+{%- for message in messages %}
+  {%- if message['role'] == 'user' %}{{- 'USER: ' }}
+  {%- elif message['role'] == 'assistant' %}{{- 'ASSISTANT: ' }}
+  {%- endif %}
+  {%- if message['content'] is string %}{{- message['content'] }}
+  {%- else %}
+    {%- set images = message['content'] | selectattr('type', 'in', ['image', 'image_url']) | list %}
+    {%- for image in images %}
+      {%- if images | length > 1 and loop.index0 < ordinals | length %}{{- ordinals[loop.index0] + ' ' }}{%- endif %}
+      {{- '<image>\\n' }}
+    {%- endfor %}
+    {%- for part in message['content'] %}
+      {%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
+    {%- endfor %}
+  {%- endif %}
+  {{- eos_token if message['role'] == 'assistant' else ' ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"""
+)
+
+
+def tokenizer(max_tokens: int = 4096) -> Any:
+    """A `PreTrainedTokenizerFast` of lower-case words; any other text becomes one token per byte."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    for token in (USER, ASSISTANT, _SPACE, *(_SPACE + word for word in _WORDS)):
+        vocabulary.setdefault(token, len(vocabulary))
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    if len(vocabulary) > VOCAB_SIZE:
+        raise ValueError(f"{len(vocabulary)} tokens do not fit in {VOCAB_SIZE} rows")
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, ignore_merges=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("color", "colour"), normalizers.Replace(Regex(r"\s+"), " ")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?[?.,!:]"), "isolated"),
+            pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always", split=True),
+        ]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", left=1, right=0),
+        ]
+    )
+    # They swallow the spaces around them, so that nothing stands between <image> and the question's first word.
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, lstrip=True, rstrip=True) for t in SPECIAL_TOKENS]
+    )
+    backend.add_tokens([AddedToken(t, normalized=False, lstrip=True, rstrip=True) for t in (USER, ASSISTANT)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=SPECIAL_TOKENS[PAD_ID],
+        bos_token=SPECIAL_TOKENS[BOS_ID],
+        eos_token=SPECIAL_TOKENS[EOS_ID],
+        extra_special_tokens={"image_token": SPECIAL_TOKENS[IMAGE_ID]},
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def processor(max_tokens: int = 4096) -> Any:
+    """A `LlavaProcessor` with CLIP's preprocessing at 336 px."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    side = {"height": PIXELS, "width": PIXELS}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=side),
+        tokenizer=tokenizer(max_tokens),
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )

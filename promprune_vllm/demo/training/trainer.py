@@ -1,0 +1,188 @@
+"""The training loop: a clock, a log, checkpoints, and steps on any number of patches."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.demo.training import schedule
+from promprune_vllm.demo.training.architecture import new_model
+from promprune_vllm.demo.training.data import Pool, pair_texts, subset
+from promprune_vllm.demo.training.forward import look, normalised, read, see
+from promprune_vllm.demo.training.losses import answer_loss, patch_loss
+from promprune_vllm.demo.training.optimiser import Optimiser
+from promprune_vllm.demo.training.samples import TASK_IDS
+from promprune_vllm.demo.training.schedule import Stage
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+_SAVE_EVERY_S = 120.0
+_LOG_EVERY_S = 20.0
+_CHECK_EVERY_S = 300.0  # a look at held-out scenes
+_TASKS = list(TASK_IDS)
+
+
+class Trainer:
+    """One run, in a directory of its own; made anew in the same directory it goes on where the last one was saved.
+
+    Args:
+        directory: Where the checkpoint and the log are.
+        minutes: Of training altogether, those before a resumption included; not of checks and saving.
+        device: "cpu" or "cuda".
+        seed: Of the weights and the scenes.
+        tell: Is told about progress.
+        workers: Processes that draw scenes.
+    """
+
+    def __init__(
+        self, directory: Path, *, minutes: float, device: str, seed: int, tell: Callable[[str], None], workers: int = 1
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.seconds, self.device, self.seed = directory, 60 * minutes, device, seed
+        self.tell, self.workers = tell, workers
+        self.model, self.heads = new_model(seed)
+        self.model.to(device)
+        self.heads.to(device)
+        inner = self.model.model
+        self.optimiser = Optimiser(
+            {
+                "tower": [*inner.vision_tower.named_parameters(), *self.heads.named_parameters()],
+                "reader": [
+                    *inner.multi_modal_projector.named_parameters(),
+                    *inner.language_model.named_parameters(),
+                    *self.model.lm_head.named_parameters(),
+                ],
+            }
+        )
+        self.elapsed, self.step, self.scenes, self.stage = 0.0, 0, 0, ""
+        self._sums: Counter[str] = Counter()
+        saved = self.directory / CHECKPOINT
+        self._begin(torch.load(saved, weights_only=True) if saved.is_file() else None)
+
+    def _begin(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self.pool = Pool(self.seed, workers=self.workers)
+            return
+        if state["seed"] != self.seed:
+            raise ValueError(f"{self.directory} holds a run with seed {state['seed']}; begin afresh or elsewhere")
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.elapsed, self.step, self.scenes = state["elapsed"], state["step"], state["scenes"]
+        self.tell(f"going on at step {self.step}, {self.elapsed / 60:.1f} min")
+        self.pool = Pool(self.seed, workers=self.workers, following=state["following"])
+        self.pool.generator.set_state(state["generator"])
+
+    def save(self) -> None:
+        """Write the checkpoint; a crash meanwhile leaves the one before."""
+        state = {
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "elapsed": self.elapsed,
+            "step": self.step,
+            "scenes": self.scenes,
+            "following": self.pool.following,
+            "generator": self.pool.generator.get_state(),
+        }
+        fresh = self.directory / f"{CHECKPOINT}.new"
+        torch.save(state, fresh)
+        os.replace(fresh, self.directory / CHECKPOINT)
+
+    def train(self, check: Callable[[Any], dict[str, float]] | None = None) -> None:
+        """Train until the time is over.
+
+        Args:
+            check: Scores the model on held-out scenes, now and then.
+        """
+        saved = logged = checked = self.elapsed
+        while self.elapsed < self.seconds:
+            begun = time.perf_counter()
+            stage, within = schedule.stage_at(self.elapsed / self.seconds)
+            if stage.name != self.stage:
+                self.stage = stage.name
+                self.tell(f"stage {stage.name!r} at {self.elapsed / 60:.1f} min, step {self.step}")
+            self._one_step(stage, schedule.rates_at(stage, within))
+            self.elapsed += time.perf_counter() - begun
+            if self.elapsed - logged >= _LOG_EVERY_S:
+                self._log(self._means())
+                logged = self.elapsed
+            if self.elapsed - saved >= _SAVE_EVERY_S:
+                self.save()
+                saved = self.elapsed
+            if check is not None and stage.reader[0] and self.elapsed - checked >= _CHECK_EVERY_S:
+                self._log({f"held-out {name}": score for name, score in check(self.model).items()})
+                checked = self.elapsed
+        self._log(self._means())
+        self.save()
+
+    def _one_step(self, stage: Stage, rates: dict[str, float]) -> None:
+        rng = Random(f"step/{self.seed}/{self.step}")
+        keep = rng.choice(stage.keep)
+        paired = rng.random() < stage.pairs
+        size = max(4, stage.batch * min(stage.keep) // keep // 2 * 2)
+        batch = self.pool.batch(size, uses=stage.uses)
+        if paired:
+            batch["text"] = pair_texts(batch["named"], rng)
+        indices = subset(batch["held"], keep, self.pool.generator)
+        moved = {name: column.to(self.device) for name, column in batch.items() if name != "held"}
+        with torch.autocast(self.device, torch.bfloat16, enabled=has_fast_bfloat16(self.device)):
+            loss = self._loss(stage, moved, indices.to(self.device), paired=paired)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step(rates)
+        self.step += 1
+        self.scenes += size
+        self._sums.update({"steps": 1, "loss": loss.item()})
+
+    def _loss(self, stage: Stage, batch: dict[str, Tensor], indices: Tensor, *, paired: bool) -> Tensor:
+        with torch.set_grad_enabled(stage.tower[0] > 0):
+            chosen = normalised(batch["patches"], indices)
+            hidden = see(self.model.model.vision_tower, chosen, indices)
+            loss = torch.zeros((), device=self.device)
+            if stage.aux:
+                told, shown = self.heads(hidden)
+                labels = batch["labels"].gather(1, indices[..., None].expand(-1, -1, batch["labels"].shape[-1]))
+                aux, seen = patch_loss(told, shown, (labels, batch["shown"]), indices, look(chosen))
+                loss = loss + stage.aux * aux
+                self._sums.update({"aux steps": 1} | {f"aux {name}": value.item() for name, value in seen.items()})
+        if not stage.reader[0]:
+            return loss
+        images = self.model.model.multi_modal_projector(hidden[:, 1:])
+        text = batch["text"]
+        logits = read(self.model, [images[0::2], images[1::2]] if paired else [images], text)
+        answers, right = answer_loss(logits, text)
+        for task, good in zip(text[:, 4].flatten().tolist(), right.flatten().tolist(), strict=True):
+            if task >= 0:
+                self._sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
+        self._sums.update({"read steps": 1, "answers": answers.item()})
+        return loss + answers
+
+    def _means(self) -> dict[str, float]:
+        sums, self._sums = self._sums, Counter()
+        means = {"loss": sums["loss"] / max(1, sums["steps"])}
+        if sums["read steps"]:
+            means["answers"] = sums["answers"] / sums["read steps"]
+        means |= {name: sums[name] / sums["aux steps"] for name in sums if name.startswith("aux ") and name != "aux steps"}
+        return means | {task: sums[f"right {task}"] / sums[f"n {task}"] for task in _TASKS if sums[f"n {task}"]}
+
+    def _log(self, values: dict[str, float]) -> None:
+        line = {"minutes": round(self.elapsed / 60, 2), "stage": self.stage, "step": self.step, "scenes": self.scenes}
+        rounded = {name: round(value, 4) for name, value in values.items()}
+        with (self.directory / LOG).open("a") as file:
+            file.write(json.dumps(line | rounded) + "\n")
+        shown = " ".join(f"{name}={value:.3g}" for name, value in rounded.items())
+        self.tell(f"{self.elapsed / 60:6.1f} min {self.stage} step {self.step}: {shown}")
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether bfloat16 is faster than float32: on GPUs, and on CPUs with instructions for it."""
+    return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
