@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from promprune_vllm.bench.commands import bench
+from promprune_vllm.demo.commands import demo_model
 from promprune_vllm.evaluation.commands import evaluate
 
 app = typer.Typer(
@@ -216,26 +216,7 @@ def demo(
         _fail(str(error))
 
 
-@app.command("demo-model")
-def demo_model(
-    family: Annotated[str, typer.Option("--family", help="llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to make; an earlier demo model is replaced.")],
-    seed: Annotated[int, typer.Option("--seed", help="Of the weights; the same seed gives the same bytes.")] = 0,
-) -> None:
-    """Write a tiny checkpoint of a model family, with random weights, to try things without real ones."""
-    from promprune_vllm.demo.families import build_family_model
-
-    try:
-        directory = build_family_model(family, out, seed=seed)
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    typer.echo(directory)
-    # On stderr, so that MODEL=$(promprune demo-model ...) is the directory alone.
-    typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {_TINY_OPTIONS}", err=True)
-
-
-# What its bytes as tokens and its heads of 32 suit: a short context, exact sums, blocks the CPU's attention takes.
-_TINY_OPTIONS = "--dtype float32 --max-model-len 2048 --block-size 32 --enforce-eager"
+app.command("demo-model")(demo_model)
 
 
 def _run_vllm(arguments: list[str]) -> None:

@@ -103,7 +103,9 @@ def sin_cos_positions() -> Tensor:
     quarter = VISION_HIDDEN // 4
     frequency = torch.pi * 2.0 ** torch.linspace(-1, 3, quarter)  # half a period to eight periods a side
     at = (torch.arange(GRID) + 0.5) / GRID
-    waves = torch.cat([torch.sin(at[:, None] * frequency), torch.cos(at[:, None] * frequency)], dim=1)  # (24, Dv / 2)
+    waves = torch.cat(
+        [torch.sin(at[:, None] * frequency), torch.cos(at[:, None] * frequency)], dim=1
+    )  # (24, Dv / 2)
     rows = waves[:, None, :].expand(GRID, GRID, -1)
     columns = waves[None, :, :].expand(GRID, GRID, -1)
     return torch.cat([rows, columns], dim=-1).reshape(GRID * GRID, VISION_HIDDEN)

@@ -45,8 +45,8 @@ def as_tensors(one: Sample) -> Batch:
 class Pool:
     """The latest scenes of a run; a batch takes some new ones and draws the others among them.
 
-    The state is the number of the next scene and that of the random generator: the scenes of a resumed run are drawn
-    anew, from the same seeds.
+    The state is the number of the next scene and that of the random generator: the scenes of a resumed run are
+    drawn anew, from the same seeds.
     """
 
     def __init__(self, seed: int, *, workers: int, following: int = 0, size: int = _POOL) -> None:
@@ -101,13 +101,13 @@ def subset(held: Tensor, keep: int, generator: torch.Generator) -> Tensor:
     score = torch.rand(rows, PATCHES, generator=generator)
     score = score + (held & (how == 0)[:, None])
     chosen = score.topk(keep, dim=1).indices.sort(dim=1).values
-    jitter = torch.rand(rows, keep, generator=generator)
-    strata = ((torch.arange(keep) + jitter) * (PATCHES / keep)).long().clamp(max=PATCHES - 1)
+    edges = torch.arange(keep + 1) * PATCHES // keep
+    strata = edges[:-1] + (torch.rand(rows, keep, generator=generator) * edges.diff()).long()
     return torch.where((how == 1)[:, None], strata, chosen)
 
 
 def pair_texts(named: Tensor, rng: Random) -> Tensor:
-    """Questions about each two scenes in a row, `(B, 55)` to `(B / 2, 5, TEXT_TOKENS)`: which one shows a thing?"""
+    """Questions about each two scenes in a row, which of them shows a thing: `(B, 55)` to `(B / 2, 5, T)`."""
     packed = []
     for first, second in named.view(-1, 2, len(NAMES)).bool():
         asked = []

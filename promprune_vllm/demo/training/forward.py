@@ -1,4 +1,4 @@
-"""The model's own layers, called so that training pays for few tokens: subsets of the patches, packed questions."""
+"""The model's own layers, called so that training pays for few tokens: subsets of patches, packed questions."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from promprune_vllm.demo.scenes.record import PATCH
 from promprune_vllm.demo.training import tokenizer
 
 PREFIX = (tokenizer.BOS_ID, 4)  # <s>USER:, before the image
-PATCH_VALUES = 3 * PATCH * PATCH
 
 
 def normalised(patches: Tensor, indices: Tensor) -> Tensor:
-    """Choose `(B, K)` patches of `(B, 576, 588)` uint8 and normalise them as CLIP's preprocessing does, float32."""
-    chosen = patches.gather(1, indices[..., None].expand(-1, -1, PATCH_VALUES))
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
+    """Choose `(B, K)` patches of `(B, 576, 588)` uint8, normalised as CLIP's preprocessing does, float32."""
+    rows = torch.arange(len(patches), device=patches.device)[:, None]
     mean = torch.tensor(OPENAI_CLIP_MEAN, device=patches.device).repeat_interleave(PATCH * PATCH)
     std = torch.tensor(OPENAI_CLIP_STD, device=patches.device).repeat_interleave(PATCH * PATCH)
-    return (chosen.float() / 255 - mean) / std
+    return (patches[rows, indices].float() / 255 - mean) / std
 
 
 def look(chosen: Tensor) -> Tensor:
@@ -34,7 +32,7 @@ def look(chosen: Tensor) -> Tensor:
     Returns:
         ``(B, K, 5)``, of about unit size.
     """
-    planes = chosen.unflatten(-1, (3, PATCH, PATCH))
+    planes = chosen.view(*chosen.shape[:2], 3, PATCH, PATCH)
     grey = planes.mean(2)
     across = (grey[..., 1:] - grey[..., :-1]).abs().mean((-1, -2)).add(0.01).log()
     down = (grey[..., 1:, :] - grey[..., :-1, :]).abs().mean((-1, -2)).add(0.01).log()
@@ -60,7 +58,8 @@ def see(tower: Any, chosen: Tensor, indices: Tensor) -> Tensor:
     hidden = tower.pre_layrnorm(torch.cat([first.to(hidden.dtype), hidden], dim=1))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
-    return hidden
+    out: Tensor = hidden
+    return out
 
 
 def prefix_tokens(images: int) -> list[list[int]]:

@@ -10,7 +10,16 @@ from promprune_vllm.demo.scenes.record import GRID
 from promprune_vllm.demo.training.samples import LABELS, NONE
 
 _CLASSES = LABELS[:4]
-_WEIGHTS = {"shape": 1.0, "colour": 0.7, "digit": 1.0, "rank": 0.3, "centre": 0.7, "xy": 1.0, "look": 0.2, "shown": 5.0}
+_WEIGHTS = {
+    "shape": 1.0,
+    "colour": 0.7,
+    "digit": 1.0,
+    "rank": 0.3,
+    "centre": 0.7,
+    "xy": 1.0,
+    "look": 0.2,
+    "shown": 5.0,
+}
 _END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
 
 

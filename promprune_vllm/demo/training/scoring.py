@@ -51,7 +51,9 @@ def score(model: Any, scenes: list[Scene], *, keep: int = PATCHES, sampler: str 
         patches = torch.stack([column["patches"] for column in columns]).to(device)
         text = torch.stack([column["text"] for column in columns]).to(device)
         hidden, attention = _look(model.model.vision_tower, patches)
-        areas += [_area(row, scene.mask().ravel()) for row, scene in zip(attention.cpu().numpy(), some, strict=True)]
+        areas += [
+            _area(row, scene.mask().ravel()) for row, scene in zip(attention.cpu().numpy(), some, strict=True)
+        ]
         images = model.model.multi_modal_projector(hidden[:, 1:])
         rows = _choose(len(some), keep, sampler, generator).to(device)
         images = images.gather(1, rows[..., None].expand(-1, -1, images.shape[-1]))
@@ -64,8 +66,13 @@ def score(model: Any, scenes: list[Scene], *, keep: int = PATCHES, sampler: str 
     return scores | {MACRO: float(np.mean(list(scores.values()))), SALIENCY: float(np.mean(areas))}
 
 
+def check(model: Any) -> dict[str, float]:
+    """Score a model in training on 60 held-out scenes, none of which is among the first million."""
+    return score(model, held_out_scenes(40, 20, first_seed=10**6))
+
+
 def _look(tower: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tower tells of all patches, `(B, 577, Dv)`, and its last used layer's class attention, `(B, 576)`."""
+    """What the tower tells of all patches, `(B, 577, Dv)`; its last used layer's class attention, `(B, 576)`."""
     captured: list[Tensor] = []
     layer = tower.encoder.layers[-2]
     hook = layer.self_attn.register_forward_pre_hook(

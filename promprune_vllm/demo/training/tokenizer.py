@@ -41,7 +41,9 @@ CHAT_TEMPLATE = (
   {%- else %}
     {%- set images = message['content'] | selectattr('type', 'in', ['image', 'image_url']) | list %}
     {%- for image in images %}
-      {%- if images | length > 1 and loop.index0 < ordinals | length %}{{- ordinals[loop.index0] + ' ' }}{%- endif %}
+      {%- if images | length > 1 and loop.index0 < ordinals | length %}
+        {{- ordinals[loop.index0] + ' ' }}
+      {%- endif %}
       {{- '<image>\\n' }}
     {%- endfor %}
     {%- for part in message['content'] %}

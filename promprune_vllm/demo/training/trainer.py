@@ -43,7 +43,14 @@ class Trainer:
     """
 
     def __init__(
-        self, directory: Path, *, minutes: float, device: str, seed: int, tell: Callable[[str], None], workers: int = 1
+        self,
+        directory: Path,
+        *,
+        minutes: float,
+        device: str,
+        seed: int,
+        tell: Callable[[str], None],
+        workers: int = 1,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.seconds, self.device, self.seed = directory, 60 * minutes, device, seed
@@ -171,11 +178,20 @@ class Trainer:
         means = {"loss": sums["loss"] / max(1, sums["steps"])}
         if sums["read steps"]:
             means["answers"] = sums["answers"] / sums["read steps"]
-        means |= {name: sums[name] / sums["aux steps"] for name in sums if name.startswith("aux ") and name != "aux steps"}
+        means |= {
+            name: sums[name] / sums["aux steps"]
+            for name in sums
+            if name.startswith("aux ") and name != "aux steps"
+        }
         return means | {task: sums[f"right {task}"] / sums[f"n {task}"] for task in _TASKS if sums[f"n {task}"]}
 
     def _log(self, values: dict[str, float]) -> None:
-        line = {"minutes": round(self.elapsed / 60, 2), "stage": self.stage, "step": self.step, "scenes": self.scenes}
+        line = {
+            "minutes": round(self.elapsed / 60, 2),
+            "stage": self.stage,
+            "step": self.step,
+            "scenes": self.scenes,
+        }
         rounded = {name: round(value, 4) for name, value in values.items()}
         with (self.directory / LOG).open("a") as file:
             file.write(json.dumps(line | rounded) + "\n")

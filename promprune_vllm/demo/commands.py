@@ -1,0 +1,117 @@
+"""``promprune demo-model``: where the trained model is, how good it is, how to train it, and tiny random ones."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
+
+# What bytes as tokens and heads of 32 suit: a short context, exact sums, blocks the CPU's attention takes.
+_TINY_OPTIONS = "--dtype float32 --max-model-len 2048 --block-size 32 --enforce-eager"
+
+
+def demo_model(
+    *,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--family",
+            help="Write random weights of llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl to --out.",
+        ),
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train the demo model in --out, or go on with it.")
+    ] = False,
+    score: Annotated[
+        bool, typer.Option("--score", help="Score it (or the one in --out) on held-out scenes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory of the model to make, train or score.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights and scenes.")] = 0,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Time to train, in all.")] = 95.0,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="With --train: begin anew even if there is a checkpoint.")
+    ] = False,
+    scenes: Annotated[int, typer.Option("--scenes", min=1, help="With --score: of each kind.")] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="With --score: print one JSON document.")] = False,
+) -> None:
+    """Say where the trained demo model is and how good; train it; score it; or write a tiny random one."""
+    chosen = [name for name, on in (("--family", family), ("--train", train), ("--score", score)) if on]
+    if len(chosen) > 1:
+        _fail(f"{' and '.join(chosen)} do not go together.")
+    if (family or train) and out is None:
+        _fail(f"{chosen[0]} needs --out DIR.")
+    if family and out:
+        _write_random(family, out, seed)
+    elif train and out:
+        _train(out, minutes=minutes, device=device, seed=seed, fresh=fresh)
+    elif score:
+        _score(out or TRAINED, scenes, as_json=as_json)
+    else:
+        typer.echo(TRAINED)
+        typer.echo(f"Its card: {CARD}\nPer cent right on held-out scenes, all 576 tokens:", err=True)
+        _show(json.loads(SCORES.read_text())["full"])
+
+
+def _write_random(family: str, out: Path, seed: int) -> None:
+    from promprune_vllm.demo.families import build_family_model
+
+    try:
+        directory = build_family_model(family, out, seed=seed)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    typer.echo(directory)
+    # On stderr, so that MODEL=$(promprune demo-model ...) is the directory alone.
+    typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {_TINY_OPTIONS}", err=True)
+
+
+def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) -> None:
+    from promprune_vllm.demo.training.export import export
+    from promprune_vllm.demo.training.scoring import check
+    from promprune_vllm.demo.training.trainer import CHECKPOINT, LOG, Trainer
+
+    if fresh:
+        for name in (CHECKPOINT, LOG):
+            (out / name).unlink(missing_ok=True)
+    try:
+        trainer = Trainer(
+            out, minutes=minutes, device=device, seed=seed, tell=lambda text: typer.echo(text, err=True)
+        )
+        trainer.train(check)
+    except (ValueError, ModuleNotFoundError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
+    typer.echo(export(trainer.model, out / "model"))
+    typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(out / 'model'))}", err=True)
+
+
+def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
+    from promprune_vllm.demo.training.scoring import held_out_scenes, load, score
+
+    model, held_out = load(directory), held_out_scenes(scenes, scenes)
+    ways = {"full": {}, "random 64": {"keep": 64}, "uniform 64": {"keep": 64, "sampler": "uniform"}}
+    scores = {way: score(model, held_out, **options) for way, options in ways.items()}  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps({"scenes of each kind": scenes} | scores, indent=2))
+        return
+    for way, one in scores.items():
+        typer.echo(f"\n{way} tokens")
+        _show(one)
+
+
+def _show(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        typer.echo(f"  {name:<14}{value:6.3f}" if value <= 1 else f"  {name:<14}{value:5.1f} %", err=True)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"promprune: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(code=2)

@@ -1,0 +1,189 @@
+"""Training code of the demo model: what it computes is what transformers computes when the model is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from promprune_vllm.demo.scenes import KINDS, Scene, make_scene
+from promprune_vllm.demo.scenes.record import COLOURS, PATCH
+from promprune_vllm.demo.training import schedule, tokenizer
+from promprune_vllm.demo.training.architecture import new_model, sin_cos_positions
+from promprune_vllm.demo.training.data import PATCHES, Pool, as_tensors, pair_texts, subset
+from promprune_vllm.demo.training.forward import normalised, read, see
+from promprune_vllm.demo.training.samples import LABELS, NAMES, NONE, TASK_IDS, pack, sample, token_ids
+from promprune_vllm.demo.training.scoring import MACRO, SALIENCY, score
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    made, _ = new_model(seed=1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():  # far from zero, so that every part shows in the logits
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return tokenizer.processor()
+
+
+def asked_by_transformers(model: Any, processor: Any, scenes: list[Scene], text: str) -> torch.Tensor:
+    content = [*({"type": "image"} for _ in scenes), {"type": "text", "text": text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[scene.image() for scene in scenes], return_tensors="pt")
+    with torch.inference_mode():
+        return model(**inputs).logits[0, -1]
+
+
+def projected(model: Any, scene: Scene) -> torch.Tensor:
+    patches = as_tensors(sample(scene))["patches"][None]
+    indices = torch.arange(PATCHES)[None]
+    hidden = see(model.model.vision_tower, normalised(patches, indices), indices)
+    return model.model.multi_modal_projector(hidden[:, 1:])
+
+
+@torch.inference_mode()
+def test_packed_questions_get_the_logits_of_questions_asked_alone(model: Any, processor: Any) -> None:
+    scene = make_scene("scattered", 5)
+    text = torch.from_numpy(pack(scene.questions()))[None]
+    logits = read(model, [projected(model, scene)], text)[0]
+    answers = (text[0, 4] != NONE).nonzero().flatten().tolist()
+    assert len(answers) == len(scene.questions())
+    for place, question in list(zip(answers, scene.questions(), strict=True))[::6]:
+        alone = asked_by_transformers(model, processor, [scene], question.text)
+        torch.testing.assert_close(logits[place], alone, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_two_images_get_the_logits_that_transformers_gives(model: Any, processor: Any) -> None:
+    scenes = [make_scene("scattered", seed) for seed in (1, 2)]
+    named = torch.stack([as_tensors(sample(scene))["named"] for scene in scenes])
+    text = pair_texts(named, Random(0))
+    logits = read(model, [projected(model, scene) for scene in scenes], text)[0]
+    end = int((text[0, 4] == TASK_IDS["which-image"]).nonzero()[0])
+    asked = processor.tokenizer.decode(text[0, 0, :end].tolist())
+    alone = asked_by_transformers(model, processor, scenes, asked)
+    torch.testing.assert_close(logits[end], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("text", ["red", "3", "top-left", "which image shows a plate ?", "héllo wörld", "7 3 1"])
+def test_any_text_survives_the_tokenizer(text: str, processor: Any) -> None:
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
+
+
+def test_words_are_tokens_however_they_are_written(processor: Any) -> None:
+    ids = processor.tokenizer("What COLOR is the\nstar?")["input_ids"]
+    assert ids == list(token_ids("what colour is the star ?"))
+    assert processor.tokenizer.unk_token_id not in ids
+    assert len(ids) == 6
+
+
+def test_every_word_of_every_question_is_one_token() -> None:
+    bytes_from = tokenizer.tokenizer().convert_tokens_to_ids("<0x00>")
+    for kind in KINDS:
+        for seed in range(60):
+            for question in make_scene(kind, seed).questions():
+                assert max(token_ids(question.text)) < bytes_from
+                assert len(token_ids(question.answer)) == 1
+
+
+def test_labels_say_what_is_there() -> None:
+    for seed in range(20):
+        scene = make_scene("scattered", seed, "train")
+        labels = sample(scene).labels.reshape(24, 24, len(LABELS))
+        for thing in scene.things:
+            row, column = int(thing.y // PATCH), int(thing.x // PATCH)
+            assert labels[row, column, 1] == COLOURS.index(thing.colour)
+            assert labels[row, column, 2] == thing.digit
+            assert labels[row, column, 4] == 1
+        assert (labels[..., 4] == 1).sum() == len(scene.things)
+
+
+@pytest.mark.parametrize("keep", [96, 144, 208, 576])
+def test_subsets_are_distinct_patches_in_order(keep: int) -> None:
+    held = torch.rand(64, PATCHES, generator=torch.Generator().manual_seed(1)) < 0.1
+    chosen = subset(held, keep, torch.Generator().manual_seed(0))
+    assert chosen.shape == (64, keep)
+    assert (chosen.diff(dim=1) > 0).all()
+    assert chosen.min() >= 0
+    assert chosen.max() < PATCHES
+    whole = [set(held[i].nonzero().flatten().tolist()) <= set(chosen[i].tolist()) for i in range(64)]
+    assert sum(whole) > 0.4 * 64
+
+
+def test_pairs_are_asked_in_both_directions() -> None:
+    named = torch.stack([as_tensors(sample(make_scene("scattered", seed)))["named"] for seed in range(8)])
+    text = pair_texts(named, Random(0))
+    answers = text[:, 3][text[:, 4] == TASK_IDS["which-image"]].tolist()
+    first, second = (token_ids(word)[0] for word in ("first", "second"))
+    assert set(answers) == {first, second}
+    assert abs(answers.count(first) - answers.count(second)) <= 8
+    assert named.shape == (8, len(NAMES))
+
+
+def test_stages_fill_the_time_and_rates_stay_within_bounds() -> None:
+    assert sum(stage.share for stage in schedule.STAGES) == pytest.approx(1)
+    names = [schedule.stage_at(progress / 100)[0].name for progress in range(101)]
+    assert list(dict.fromkeys(names)) == ["see", "read", "both", "full"]
+    for stage in schedule.STAGES:
+        for within in (0.0, 0.01, 0.5, 1.0):
+            rates = schedule.rates_at(stage, within)
+            assert all(0 < rate <= 1 for rate in rates.values())
+            assert ("reader" in rates) == (stage.reader[0] > 0)
+
+
+def test_a_resumed_pool_holds_the_scenes_it_held() -> None:
+    whole = Pool(3, workers=0, size=8)
+    whole.batch(8, uses=1)
+    whole.batch(4, uses=1)
+    state = whole.generator.get_state()
+    resumed = Pool(3, workers=0, following=12, size=8)
+    resumed.generator.set_state(state)
+    for _ in range(2):
+        one, same = whole.batch(4, uses=2), resumed.batch(4, uses=2)
+        assert all(torch.equal(one[name], same[name]) for name in one)
+
+
+def test_positions_can_be_told_by_a_linear_layer() -> None:
+    positions = sin_cos_positions().double()
+    truth = torch.stack([torch.arange(PATCHES) // 24, torch.arange(PATCHES) % 24], dim=1).double() / 24
+    gram = positions.T @ positions + 1e-6 * torch.eye(positions.shape[1], dtype=torch.double)
+    fitted = positions @ torch.linalg.solve(gram, positions.T @ truth)
+    assert (fitted - truth).square().mean() < 1e-3
+
+
+def test_a_score_has_every_task(model: Any) -> None:
+    scenes = [make_scene(kind, seed) for kind in KINDS for seed in range(4)]
+    for keep in (PATCHES, 64):
+        scores = score(model, scenes, keep=keep)
+        assert {MACRO, SALIENCY, "presence", "relation"} <= set(scores)
+        assert 0.2 < scores[SALIENCY] < 0.8
+
+
+def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+    from promprune_vllm.demo.training import trainer
+
+    told: list[str] = []
+
+    def run(minutes: float) -> trainer.Trainer:
+        return trainer.Trainer(tmp_path, minutes=minutes, device="cpu", seed=5, tell=told.append, workers=0)
+
+    first = run(1e-9)
+    first.train()
+    first.save()
+    again = run(first.elapsed / 60 + 1e-9)
+    assert again.step == first.step
+    again.train()
+    assert again.step > first.step
+    lines = [json.loads(line) for line in (tmp_path / trainer.LOG).read_text().splitlines()]
+    assert lines[-1]["step"] == again.step
+    with pytest.raises(ValueError, match="seed"):
+        trainer.Trainer(tmp_path, minutes=1, device="cpu", seed=6, tell=told.append, workers=0)
