@@ -101,12 +101,15 @@ _TEXT_SPEC = DemoModelSpec(hidden=64, heads=2, mlp=128, layers=2)
 
 def find_or_build_demo_model(spec: DemoModelSpec = DEFAULT_SPEC) -> Path:
     """The directory of this model in the cache of the user, built (some seconds) if it is not there yet."""
-    if own := os.environ.get("PROMPRUNE_CACHE"):
-        cache = Path(own)
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune"
     digest = hashlib.sha256(stamp("llava", asdict(spec)).encode()).hexdigest()[:12]
-    return build_demo_model(cache / f"demo-llava-{digest}", spec)
+    return build_demo_model(cache_directory() / f"demo-llava-{digest}", spec)
+
+
+def cache_directory() -> Path:
+    """Where the user's demo models are kept; it may not exist yet."""
+    if own := os.environ.get("PROMPRUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune"
 
 
 def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC) -> Path:

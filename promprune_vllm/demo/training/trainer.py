@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -105,14 +106,16 @@ class Trainer:
         torch.save(state, fresh)
         os.replace(fresh, self.directory / CHECKPOINT)
 
-    def train(self, check: Callable[[Any], dict[str, float]] | None = None) -> None:
+    def train(self, check: Callable[[Any], dict[str, float]] | None = None, *, limit_s: float = math.inf) -> None:
         """Train until the time is over.
 
         Args:
             check: Scores the model on held-out scenes, now and then.
+            limit_s: Stop after so many seconds at the latest, wherever the schedule stands then.
         """
         saved = logged = checked = self.elapsed
-        while self.elapsed < self.seconds:
+        end = min(self.seconds, self.elapsed + limit_s)
+        while self.elapsed < end:
             begun = time.perf_counter()
             stage, within = schedule.stage_at(self.elapsed / self.seconds)
             if stage.name != self.stage:
