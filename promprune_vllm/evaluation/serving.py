@@ -11,6 +11,7 @@ from rich.console import Console
 
 from promprune_vllm.demo.model import find_or_build_demo_model
 from promprune_vllm.demo.server import serving
+from promprune_vllm.demo.trained import TRAINED
 
 
 @contextmanager
@@ -32,7 +33,15 @@ def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]
     options += ["--visual-token-allow-methods", ",".join(methods())]
     err.print("Starting a server …", highlight=False)
     with tempfile.TemporaryDirectory(prefix="promprune-eval-") as scratch:
-        directory = model or find_or_build_demo_model()
+        directory = model or _demo_model(err)
         log = Path(scratch) / "server.log"
         with serving(directory, *options, log=log, environment={"VLLM_CPU_KVCACHE_SPACE": "2"}) as server:
             yield server.url
+
+
+def _demo_model(err: Console) -> Path:
+    """Return the trained model, or where a checkout has none, the one with random weights."""
+    if (TRAINED / "config.json").is_file():
+        return TRAINED
+    err.print("There is no trained model in this checkout: the answers of random weights mean nothing.")
+    return find_or_build_demo_model()
