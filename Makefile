@@ -7,6 +7,14 @@ SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
 TOOLS := $(PYTHON) deploy/environment/setup_tools.py --into $(VENV)/tools
 LOCK := deploy/environment/cpu-lock.txt
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
+# Questions of each task, so that all of it fits into an hour: most for PromPrune and the controls, least for methods
+# that read the question, since they encode the image anew for each. A lone shape and its colour weigh little.
+EVAL_OUT := eval
+EVAL_METHODS := promprune:300,random:300,uniform:300
+EVAL_METHODS := $(EVAL_METHODS),split-0:150,split-25:150,split-50:150,split-75:150,fastervlm:150
+EVAL_METHODS := $(EVAL_METHODS),divprune:100,prumerge:100,prunesid:100,visionzip:100,vispruner:100
+EVAL_METHODS := $(EVAL_METHODS),cdpruner:40,fsr:40,sppruner:40
+EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tools demo test eval check lock clean
@@ -28,7 +36,7 @@ test: tools ## run the whole test suite; ARGS go to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 eval: setup ## measure what pruning costs: every method and budget, an hour on two cores; goes on after an interruption
-	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods "$(EVAL_METHODS)" $(ARGS)
+	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods $(EVAL_METHODS) --tasks $(EVAL_TASKS) $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
 	@$(BIN)/ruff check .

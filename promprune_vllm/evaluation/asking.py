@@ -26,6 +26,8 @@ from promprune_vllm.evaluation.tasks import SPLIT, Draw, Item, Picture, scenes
 ANSWER_TOKENS = 16
 _TIMEOUT_SECONDS = 600
 _PICTURES_HELD = 8
+_IDLE_SECONDS = 2
+_ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ class _Images:
 async def _ask_all(
     target: Target, todo: Iterator[Job], concurrency: int, tell: Callable[[Answer], None], images: _Images
 ) -> None:
-    limits = httpx.Limits(max_connections=concurrency)
+    # Servers close a connection that was idle for some seconds, uvicorn after five: none about to be is used.
+    limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=_IDLE_SECONDS)
     async with httpx.AsyncClient(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
 
         async def work() -> None:
@@ -145,13 +148,7 @@ async def _ask_all(
 
 async def _ask(client: httpx.AsyncClient, target: Target, job: Job, image_url: str) -> Answer:
     started = time.perf_counter()
-    try:
-        reply = await client.post(f"{target.url}/v1/chat/completions", json=_body(target.model, job, image_url))
-    except httpx.HTTPError as error:
-        raise EvaluationError(
-            f"The server at {target.url} went away ({type(error).__name__}: {error}). Start it again and give the "
-            "same command: what was answered is kept."
-        ) from error
+    reply = await _post(client, f"{target.url}/v1/chat/completions", _body(target.model, job, image_url))
     seconds = time.perf_counter() - started
     if reply.status_code != httpx.codes.OK:
         raise EvaluationError(
@@ -159,6 +156,21 @@ async def _ask(client: httpx.AsyncClient, target: Target, job: Job, image_url: s
             f"{reply.status_code}: {_message(reply)}"
         )
     return _answer(job, reply.json(), seconds)
+
+
+async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> httpx.Response:
+    """Post, again where a connection broke before there was a reply: a question changes nothing on the server."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            return await client.post(url, json=body)
+        except httpx.HTTPError as error:
+            if not left:
+                raise EvaluationError(
+                    f"The server at {url} went away ({type(error).__name__}: {error}). Start it again and give "
+                    "the same command: what was answered is kept."
+                ) from error
+            await asyncio.sleep(_PAUSE_SECONDS)
+    raise AssertionError("every attempt returns or raises")
 
 
 def _body(model: str, job: Job, image_url: str) -> dict[str, Any]:

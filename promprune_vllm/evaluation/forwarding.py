@@ -65,7 +65,9 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
         this machine spends the server's; and what goes through.
     """
     tally, key = Tally(), secrets.token_hex(16)
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(
+        max_connections=None, keepalive_expiry=2
+    )  # before the server ends it, which is a failure
     with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
 
         def ask(method: str, path: str, body: bytes | None) -> httpx.Response:

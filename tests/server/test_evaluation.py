@@ -40,7 +40,7 @@ def evaluate(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         [sys.executable, "-m", "promprune_vllm", "eval", *arguments],
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=880,
         check=False,
         env={**os.environ, **environment},
     )
@@ -111,6 +111,7 @@ def _task(folder: Path) -> None:
     (folder / "promprune_scenes.yaml").write_text(written)
 
 
+@pytest.mark.timeout(900)  # lmms-eval is run twice, and indexes some thousand tasks each time
 @pytest.mark.skipif(not LMMS.is_dir(), reason="no lmms-eval: python deploy/environment/setup_env.py --lmms")
 def test_lmms_eval_asks_at_the_budget_it_is_told(every_method: Server, tmp_path: Path) -> None:
     _task(tmp_path / "task")

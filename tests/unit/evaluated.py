@@ -89,6 +89,7 @@ def records(*groups: list[Answer]) -> Records:
 
 
 Responder = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+"""Says status and content; a status of 0 breaks the connection."""
 
 
 def reply(body: dict[str, Any], said: str = "yes") -> tuple[int, dict[str, Any]]:
@@ -122,7 +123,11 @@ def server(
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             got.append(body)
-            self._send(*respond(body))
+            status, content = respond(body)
+            if status:
+                self._send(status, content)
+            else:
+                self.close_connection = True
 
         def _send(self, status: int, content: dict[str, Any]) -> None:
             raw = json.dumps(content).encode()

@@ -14,7 +14,7 @@ from promprune_vllm.cli import app
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.scenes.record import CONCENTRATED_TASKS, SCATTERED_TASKS
 from promprune_vllm.errors import EvaluationError, UnknownMethodError
-from promprune_vllm.evaluation import run
+from promprune_vllm.evaluation import asking, run
 from promprune_vllm.evaluation.asking import Way, jobs
 from promprune_vllm.evaluation.plan import Plan, wanted
 from promprune_vllm.evaluation.records import FILE, Log, read, right
@@ -86,6 +86,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = read(tmp_path / FILE)
     assert len(whole.runs) == 3
     assert {"machine", "cores", "versions", "commit", "command", "time"} <= set(whole.runs[0])
+
+
+def test_a_broken_connection_is_tried_again_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_PAUSE_SECONDS", 0)
+    breaks = iter([True, True])
+
+    def shaky(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return (0, {}) if next(breaks, False) else reply(body)
+
+    one = Plan((Way.full(1),), TWO[:1], 1)
+    with server(shaky) as (url, got):
+        assert evaluate(url, tmp_path / "a", one).cells[0].macro.questions == 1
+    assert len(got) == 3
+    with server(lambda _: (0, {})) as (url, got), pytest.raises(EvaluationError, match="went away"):
+        evaluate(url, tmp_path / "b", one)
+    assert len(got) == 3
 
 
 def test_more_is_asked_into_the_same_folder(tmp_path: Path) -> None:
