@@ -12,8 +12,7 @@ NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 EVAL_OUT := eval
 EVAL_METHODS := promprune:300,random:300,uniform:300
 EVAL_METHODS := $(EVAL_METHODS),split-0:150,split-25:150,split-50:150,split-75:150,fastervlm:150
-EVAL_METHODS := $(EVAL_METHODS),divprune:100,prumerge:100,prunesid:100,visionzip:100,vispruner:100
-EVAL_METHODS := $(EVAL_METHODS),cdpruner:40,fsr:40,sppruner:40
+EVAL_METHODS := $(EVAL_METHODS),cdpruner:40,fsr:40,sppruner:40,*:100
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 
 .DEFAULT_GOAL := help
@@ -36,7 +35,7 @@ test: tools ## run the whole test suite; ARGS go to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 eval: setup ## measure what pruning costs: every method and budget, an hour on two cores; goes on after an interruption
-	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods $(EVAL_METHODS) --tasks $(EVAL_TASKS) $(ARGS)
+	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
 	@$(BIN)/ruff check .

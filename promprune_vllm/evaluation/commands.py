@@ -27,7 +27,7 @@ _MODEL = Annotated[
     typer.Option("--model", help="Name at --url, by default the first; without --url, the checkpoint to serve."),
 ]
 _METHODS = Annotated[
-    str, typer.Option("--methods", help="With commas between; name:N asks N questions. Default: all it allows.")
+    str, typer.Option("--methods", help="With commas between; name:N asks N questions; * is all others. All.")
 ]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
 _TASKS = Annotated[

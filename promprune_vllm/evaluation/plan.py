@@ -12,6 +12,9 @@ from promprune_vllm.evaluation.asking import Way
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.tasks import Task, chosen
 
+REST = "*"
+"""In a method's place: every other one that the server allows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -62,9 +65,11 @@ class Wanted:
         Args:
             allowed: The methods of the server.
         """
-        methods = self.methods or tuple((name, self.questions) for name in allowed)
-        most = max(questions for _, questions in methods)
-        pruned = (Way(name, budget, questions) for name, questions in methods for budget in self.budgets)
+        methods = dict(self.methods or ((REST, self.questions),))
+        if (rest := methods.pop(REST, None)) is not None:
+            methods |= {name: rest for name in allowed if name not in methods}
+        most = max(methods.values())
+        pruned = (Way(name, budget, n) for name, n in methods.items() for budget in self.budgets)
         return Plan((Way.full(most), *pruned), self.tasks, self.concurrency)
 
 
@@ -76,7 +81,7 @@ def wanted(
     Args:
         tasks: Names with commas between; empty for all.
         budgets: Tokens or shares with commas between.
-        methods: Names with commas between, each with ``:N`` after it or not; empty for all.
+        methods: Names with commas between, each with ``:N`` after it or not; ``*`` for all others.
         questions: Of a method that names no number.
         concurrency: Requests in flight.
         check: Refuses the name of a method.
@@ -86,7 +91,8 @@ def wanted(
     """
     named = [_method(each, questions) for each in _split(methods)]
     for name, _ in named:
-        check(name)
+        if name != REST:
+            check(name)
     return Wanted(
         chosen(_split(tasks)), tuple(map(_budget, _split(budgets))), tuple(named), questions, concurrency
     )

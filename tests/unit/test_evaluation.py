@@ -250,6 +250,12 @@ def test_a_task_may_be_asked_less_than_others() -> None:
     assert sorted((item.task, item.rank) for item in items) == [("count", 0), *(("presence", i) for i in range(4))]
 
 
+def test_a_star_is_every_other_method() -> None:
+    asked = wanted("", "8", "random:3,*:5", questions=7, concurrency=2, check=_registered)
+    ways = asked.plan(["promprune", "random", "uniform"]).ways
+    assert {way.method: way.questions for way in ways} == {"full": 5, "random": 3, "promprune": 5, "uniform": 5}
+
+
 def test_the_demos_scenes_ask_every_task_as_often_as_wanted() -> None:
     assert {(task.kind, task.name) for task in TASKS} == {
         *(("scattered", name) for name in SCATTERED_TASKS),
