@@ -6,11 +6,55 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MUON_RATE = 3e-3
 _ADAM_SHARE = 0.5
 _CLIP = 1.0
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` as "match_rms_adamw", but matrices of one shape at once, in float32.
+
+    torch's takes one matrix after another in bfloat16, which a CPU without instructions for it emulates: that took
+    a fifth of the time of a step.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter]) -> None:
+        super().__init__(matrices, {"lr": MUON_RATE, "weight_decay": 0.01, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # nothing to call
+        """Move every matrix that has a gradient."""
+        (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, alike in by_shape.items():
+            updates = []
+            for matrix in alike:
+                gradient, state = matrix.grad, self.state[matrix]
+                assert gradient is not None
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(state["momentum_buffer"], group["momentum"]))
+            rate = group["lr"] * 0.2 * max(shape) ** 0.5
+            for matrix, update in zip(alike, _orthogonal(torch.stack(updates)), strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def _orthogonal(updates: Tensor) -> Tensor:
+    """Newton-Schulz: `(N, rows, columns)` matrices with all singular values moved near 1."""
+    tall = updates.shape[1] > updates.shape[2]
+    wide = updates.mT if tall else updates
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
+    return wide.mT if tall else wide
 
 
 class Optimiser:
@@ -28,10 +72,7 @@ class Optimiser:
                 torch.optim.AdamW(rest, lr=MUON_RATE * _ADAM_SHARE, betas=(0.9, 0.98), weight_decay=0.01)
             ]
             if matrices:
-                muon = torch.optim.Muon(
-                    matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=5
-                )
-                self.groups[part].append(muon)
+                self.groups[part].append(Muon(matrices))
 
     def step(self, rates: dict[str, float]) -> None:
         """Move each part by its own share of the full learning rate; one that is not named stays."""

@@ -39,9 +39,9 @@ STAGES = (
     # The reader learns what questions are while the tower stands still.
     Stage("read", 0.06, 16, (144,), 2, tower=(0.0, 0.0), reader=(1.0, 1.0), aux=0.0),
     # Both, on different shares of the patches: with one share only, counting is calibrated to it.
-    Stage("both", 0.42, 16, (96, 144, 208, 288), 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, pairs=0.08),
+    Stage("both", 0.42, 24, (96, 144, 208, 288), 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, pairs=0.08),
     # All patches, as they are served, and now and then fewer.
-    Stage("full", 0.25, 16, (576, 576, 576, 192), 2, tower=(0.25, 0.01), reader=(0.5, 0.02), aux=0.3, pairs=0.08),
+    Stage("full", 0.25, 24, (576, 576, 576, 192), 2, tower=(0.25, 0.01), reader=(0.5, 0.02), aux=0.3, pairs=0.08),
 )
 _WARM_UP = 0.03  # of a stage
 

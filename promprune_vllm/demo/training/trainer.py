@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,6 +71,12 @@ class Trainer:
                 ],
             }
         )
+        # One thread per part of a batch, not all threads on every operation: these are small, and on two cores
+        # half of the time went into waiting for each other.
+        self.shards = 1 if device == "cuda" else max(1, min(8, os.cpu_count() or 1))
+        if device == "cpu":
+            torch.set_num_threads(1)
+        self._threads = ThreadPoolExecutor(self.shards)
         self.elapsed, self.step, self.scenes, self.stage = 0.0, 0, 0, ""
         self._sums: Counter[str] = Counter()
         saved = self.directory / CHECKPOINT
@@ -85,6 +92,9 @@ class Trainer:
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.elapsed, self.step, self.scenes = state["elapsed"], state["step"], state["scenes"]
+        log = self.directory / LOG  # without what came after the checkpoint
+        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
         self.tell(f"going on at step {self.step}, {self.elapsed / 60:.1f} min")
         self.pool = Pool(self.seed, workers=self.workers, following=state["following"])
         self.pool.generator.set_state(state["generator"])
@@ -139,21 +149,38 @@ class Trainer:
         rng = Random(f"step/{self.seed}/{self.step}")
         keep = rng.choice(stage.keep)
         paired = rng.random() < stage.pairs
-        size = max(4, stage.batch * min(stage.keep) // keep // 2 * 2)
+        whole = 2 * self.shards  # every shard has the same number of pairs
+        size = max(whole, stage.batch * min(stage.keep) // keep // whole * whole)
         batch = self.pool.batch(size, uses=stage.uses)
         if paired:
             batch["text"] = pair_texts(batch["named"], rng)
-        indices = subset(batch["held"], keep, self.pool.generator)
-        moved = {name: column.to(self.device) for name, column in batch.items() if name != "held"}
-        with torch.autocast(self.device, torch.bfloat16, enabled=has_fast_bfloat16(self.device)):
-            loss = self._loss(stage, moved, indices.to(self.device), paired=paired)
-        loss.backward()  # type: ignore[no-untyped-call]
+        batch["indices"] = subset(batch.pop("held"), keep, self.pool.generator)
+        parameters = [p for part in rates for p in self.optimiser.parameters[part]]
+        columns = {name: column.to(self.device).chunk(self.shards) for name, column in batch.items()}
+        shards = [{name: column[i] for name, column in columns.items()} for i in range(self.shards)]
+        done = list(
+            self._threads.map(lambda shard: self._gradients(stage, shard, parameters, paired=paired), shards)
+        )
+        for parameter, *gradients in zip(parameters, *(one for one, _ in done), strict=True):
+            there = [gradient for gradient in gradients if gradient is not None]
+            parameter.grad = torch.stack(there).sum(0) / self.shards if there else None
         self.optimiser.step(rates)
+        for _, sums in done:
+            self._sums.update(sums)
         self.step += 1
         self.scenes += size
-        self._sums.update({"steps": 1, "loss": loss.item()})
 
-    def _loss(self, stage: Stage, batch: dict[str, Tensor], indices: Tensor, *, paired: bool) -> Tensor:
+    def _gradients(
+        self, stage: Stage, batch: dict[str, Tensor], parameters: Sequence[Tensor], *, paired: bool
+    ) -> tuple[tuple[Tensor | None, ...], Counter[str]]:
+        sums: Counter[str] = Counter()
+        with torch.autocast(self.device, torch.bfloat16, enabled=has_fast_bfloat16(self.device)):
+            loss = self._loss(stage, batch, sums, paired=paired)
+        sums.update({"steps": 1, "loss": loss.item()})
+        return torch.autograd.grad(loss, parameters, allow_unused=True), sums
+
+    def _loss(self, stage: Stage, batch: dict[str, Tensor], sums: Counter[str], *, paired: bool) -> Tensor:
+        indices, text = batch["indices"], batch["text"]
         with torch.set_grad_enabled(stage.tower[0] > 0):
             chosen = normalised(batch["patches"], indices)
             hidden = see(self.model.model.vision_tower, chosen, indices)
@@ -163,17 +190,16 @@ class Trainer:
                 labels = batch["labels"].gather(1, indices[..., None].expand(-1, -1, batch["labels"].shape[-1]))
                 aux, seen = patch_loss(told, shown, (labels, batch["shown"]), indices, look(chosen))
                 loss = loss + stage.aux * aux
-                self._sums.update({"aux steps": 1} | {f"aux {name}": value.item() for name, value in seen.items()})
+                sums.update({"aux steps": 1} | {f"aux {name}": value.item() for name, value in seen.items()})
         if not stage.reader[0]:
             return loss
         images = self.model.model.multi_modal_projector(hidden[:, 1:])
-        text = batch["text"]
         logits = read(self.model, [images[0::2], images[1::2]] if paired else [images], text)
         answers, right = answer_loss(logits, text)
         for task, good in zip(text[:, 4].flatten().tolist(), right.flatten().tolist(), strict=True):
             if task >= 0:
-                self._sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
-        self._sums.update({"read steps": 1, "answers": answers.item()})
+                sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
+        sums.update({"read steps": 1, "answers": answers.item()})
         return loss + answers
 
     def _means(self) -> dict[str, float]:
