@@ -89,6 +89,7 @@ def new_model(seed: int) -> tuple[Any, Heads]:
     with torch.no_grad():
         model.model.vision_tower.embeddings.position_embedding.weight[1:] = sin_cos_positions() * _POSITION_SCALE
         model.model.vision_tower.embeddings.position_embedding.weight[0] = 0.0
+        _spread_llama(model.model.language_model)
         unused = model.model.vision_tower.encoder.layers[-1]  # passes its input on, so that nobody reads noise
         for linear in (unused.self_attn.out_proj, unused.mlp.fc2):
             linear.weight.zero_()
@@ -96,6 +97,44 @@ def new_model(seed: int) -> tuple[Any, Heads]:
     for parameter in unused.parameters():
         parameter.requires_grad_(False)
     return model, heads
+
+
+def _spread_llama(llama: Any) -> None:
+    """Make embeddings and what layers add to them of about unit size.
+
+    With the customary 0.02, a word was lost among what the first layer added to it, and reading stayed at chance.
+    """
+    llama.embed_tokens.weight.normal_()
+    for layer in llama.layers:
+        attend, mlp = layer.self_attn, layer.mlp
+        for linear in (attend.q_proj, attend.k_proj, attend.v_proj, mlp.gate_proj, mlp.up_proj):
+            linear.weight.normal_(std=linear.in_features**-0.5)
+        for linear in (attend.o_proj, mlp.down_proj):
+            linear.weight.normal_(std=(2 * len(llama.layers) * linear.in_features) ** -0.5)
+
+
+@torch.no_grad()
+def begin_projector(projector: Any, hidden: Tensor) -> None:
+    """Begin with a projector that takes the tower's features whitened, to tokens of zero mean and unit size.
+
+    What the tower tells lies in directions of very different size (the colour in small ones), around a large mean.
+    Read as they are, shapes were learnt and colours were not.
+
+    Args:
+        projector: Of a LLaVA.
+        hidden: ``(N, Dv)`` of what the trained tower tells.
+    """
+    first, second = projector.linear_1, projector.linear_2
+    mean = hidden.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(hidden.T))
+    whiten = vectors @ torch.diag((values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
+    first.weight.copy_(torch.randn_like(first.weight) * first.in_features**-0.5 @ whiten)
+    first.bias.copy_(-first.weight @ mean)
+    second.weight.normal_(std=second.in_features**-0.5)
+    second.bias.zero_()
+    tokens = projector(hidden)
+    second.weight.div_(tokens.std(0).mean())
+    second.bias.copy_(-projector(hidden).mean(0))
 
 
 def sin_cos_positions() -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.demo.training import schedule
-from promprune_vllm.demo.training.architecture import new_model
+from promprune_vllm.demo.training.architecture import begin_projector, new_model
 from promprune_vllm.demo.training.data import Pool, pair_texts, subset
 from promprune_vllm.demo.training.forward import look, normalised, read, see
 from promprune_vllm.demo.training.losses import answer_loss, patch_loss
@@ -77,7 +77,7 @@ class Trainer:
         if device == "cpu":
             torch.set_num_threads(1)
         self._threads = ThreadPoolExecutor(self.shards)
-        self.elapsed, self.step, self.scenes, self.stage = 0.0, 0, 0, ""
+        self.elapsed, self.step, self.scenes, self.stage, self.reading = 0.0, 0, 0, "", False
         self._sums: Counter[str] = Counter()
         saved = self.directory / CHECKPOINT
         self._begin(torch.load(saved, weights_only=True) if saved.is_file() else None)
@@ -92,6 +92,7 @@ class Trainer:
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.elapsed, self.step, self.scenes = state["elapsed"], state["step"], state["scenes"]
+        self.reading = state["reading"]
         log = self.directory / LOG  # without what came after the checkpoint
         lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
@@ -109,6 +110,7 @@ class Trainer:
             "elapsed": self.elapsed,
             "step": self.step,
             "scenes": self.scenes,
+            "reading": self.reading,
             "following": self.pool.following,
             "generator": self.pool.generator.get_state(),
         }
@@ -128,6 +130,8 @@ class Trainer:
         while self.elapsed < end:
             begun = time.perf_counter()
             stage, within = schedule.stage_at(self.elapsed / self.seconds)
+            if stage.reader[0] and not self.reading:
+                self._begin_reading()
             if stage.name != self.stage:
                 self.stage = stage.name
                 self.tell(f"stage {stage.name!r} at {self.elapsed / 60:.1f} min, step {self.step}")
@@ -144,6 +148,15 @@ class Trainer:
                 checked = self.elapsed
         self._log(self._means())
         self.save()
+
+    @torch.no_grad()
+    def _begin_reading(self) -> None:
+        batch = self.pool.batch(32, uses=4)
+        indices = subset(batch["held"], 144, self.pool.generator).to(self.device)
+        chosen = normalised(batch["patches"].to(self.device), indices)
+        hidden = see(self.model.model.vision_tower, chosen, indices)
+        begin_projector(self.model.model.multi_modal_projector, hidden[:, 1:].flatten(0, 1))
+        self.reading = True
 
     def _one_step(self, stage: Stage, rates: dict[str, float]) -> None:
         rng = Random(f"step/{self.seed}/{self.step}")
