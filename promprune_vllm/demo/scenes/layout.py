@@ -9,11 +9,14 @@ from promprune_vllm.demo.scenes.assets import digit_samples
 from promprune_vllm.demo.scenes.record import COLOURS, HUES, MAX_COUNT, PIXELS, SHAPES, Thing
 
 _BUSY = 0.4  # share of the scattered scenes with many small things instead of a few larger ones
+_SPARSE = 0.4  # share of those for training with very few things: finding one is learnt on these first
 _GAP = 3.0  # pixels between two things, at least
 
 
 def scattered_things(rng: Random, split: str) -> tuple[tuple[Thing, ...], str, str]:
     """Six to eleven shapes of 28-42 px or 18-26 of 20-30 px, and two to four cards of one digit each.
+
+    Some of the scenes for training have three to five shapes and one or two cards.
 
     Returns:
         The things, and a shape and a colour that equally often have 0 to `MAX_COUNT` shapes: what to count.
@@ -21,13 +24,16 @@ def scattered_things(rng: Random, split: str) -> tuple[tuple[Thing, ...], str, s
     busy = rng.random() < _BUSY
     sizes = (20.0, 30.0) if busy else (28.0, 42.0)
     total = rng.randint(18, 26) if busy else rng.randint(6, 11)
+    most_cards = 4
+    if split == "train" and rng.random() < _SPARSE:
+        sizes, total, most_cards = (28.0, 42.0), rng.randint(3, 5), 2
     counted_shape, counted_colour = rng.choice(SHAPES), rng.choice(COLOURS)
     kinds = _shapes(rng, total, counted_shape)
-    colours = [counted_colour] * rng.randint(0, MAX_COUNT)
+    colours = [counted_colour] * min(rng.randint(0, MAX_COUNT), total)
     others = [colour for colour in COLOURS if colour != counted_colour]
     colours += rng.choices(others, k=total - len(colours))
     rng.shuffle(colours)
-    cards = rng.sample(COLOURS, rng.randint(2, 4))
+    cards = rng.sample(COLOURS, rng.randint(most_cards // 2, most_cards))
     taken: list[tuple[float, float, float]] = []
     things = []
     for colour in cards:  # the largest first: the small ones find room between them

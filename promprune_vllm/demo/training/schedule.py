@@ -14,7 +14,7 @@ class Stage:
         name: For the log.
         share: Of the whole time.
         batch: Scenes of a step with the fewest patches; a step with more has fewer.
-        keep: How many patches a step may take, each equally often.
+        keep: How many patches a step may take; one that stands here twice, twice as often.
         uses: How often a scene is used.
         tower: Learning rate of the tower at the start and the end, as shares of the full one.
         reader: The same of the projector and the language model.
@@ -33,13 +33,24 @@ class Stage:
     pairs: float = 0.0
 
 
+_KEEP = (96, 96, 144, 144, 208, 288)
 STAGES = (
     # The tower learns to see by its own tasks, on a quarter of the patches: 3.7 times as many scenes in a minute.
     Stage("see", 0.34, 32, (144,), 4, tower=(1.0, 0.5), reader=(0.0, 0.0), aux=1.0),
     # The reader learns what questions are while the tower stands still.
     Stage("read", 0.04, 16, (144,), 2, tower=(0.0, 0.0), reader=(1.0, 1.0), aux=0.0),
     # Both, on different shares of the patches: with one share only, counting is calibrated to it.
-    Stage("both", 0.38, 24, (96, 144, 208, 288), 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, pairs=0.08),
+    Stage(
+        "both",
+        0.38,
+        24,
+        (96, 96, 144, 144, 208, 288),
+        2,
+        tower=(0.5, 0.25),
+        reader=(1.0, 0.5),
+        aux=0.3,
+        pairs=0.08,
+    ),
     # All patches, as they are served, and now and then fewer.
     Stage("full", 0.24, 24, (576, 576, 576, 192), 2, tower=(0.25, 0.01), reader=(0.5, 0.02), aux=0.3, pairs=0.08),
 )
