@@ -107,7 +107,7 @@ def subset(held: Tensor, keep: int, generator: torch.Generator) -> Tensor:
 
 
 def pair_texts(named: Tensor, rng: Random) -> Tensor:
-    """Questions about each two scenes in a row, which of them shows a thing: `(B, 55)` to `(B / 2, 5, T)`."""
+    """Questions about each two scenes in a row, which of them shows a thing: `(B, 55)` to `(B / 2, 6, T)`."""
     packed = []
     for first, second in named.view(-1, 2, len(NAMES)).bool():
         asked = []

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from promprune_vllm.demo.scenes.record import PATCH
 from promprune_vllm.demo.training import tokenizer
 
+# In this layer words are told to look at what they name; in the one below it, "red" meets "star".
+GAZING_LAYER, GAZING_HEADS = 1, 3
 PREFIX = (tokenizer.BOS_ID, 4)  # <s>USER:, before the image
 
 
@@ -72,13 +75,14 @@ def prefix_tokens(images: int) -> list[list[int]]:
     return [[*PREFIX, *numbered[0]], *numbered[1:]]
 
 
-def read(model: Any, images: list[Tensor], text: Tensor) -> Tensor:
+def read(model: Any, images: list[Tensor], text: Tensor, looks: list[Tensor] | None = None) -> Tensor:
     """Answer packed questions; every question sees the images and itself, as if it were asked alone.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
         images: Projected tokens of the first image of each row, of the second, ...; each ``(B, K, D)``.
-        text: ``(B, 5, T)`` of `samples.pack`.
+        text: ``(B, 6, T)`` of `samples.pack`.
+        looks: Gets what `_gaze` tells.
 
     Returns:
         ``(B, T, V)``: logits of the token after each.
@@ -94,9 +98,24 @@ def read(model: Any, images: list[Tensor], text: Tensor) -> Tensor:
     places = torch.cat([torch.arange(before, device=ids.device).expand(len(ids), -1), before + offsets], dim=1)
     cos_sin = llama.rotary_emb(hidden, position_ids=places)
     mask = _mask(before, number)
-    for layer in llama.layers:
+    for depth, layer in enumerate(llama.layers):
+        if looks is not None and depth == GAZING_LAYER:
+            looks.append(_gaze(layer, hidden, before, cos_sin))
         hidden = layer(hidden, attention_mask=mask, position_ids=places, position_embeddings=cos_sin)
     logits: Tensor = model.lm_head(llama.norm(hidden[:, before:]))
+    return logits
+
+
+def _gaze(layer: Any, hidden: Tensor, before: int, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention logits of some heads from each token of the text to all before it, `(B, heads, T, before)`."""
+    normed = layer.input_layernorm(hidden)
+    attend = layer.self_attn
+    query, key = (
+        project(normed).view(*normed.shape[:2], -1, attend.head_dim)[:, :, :GAZING_HEADS].transpose(1, 2)
+        for project in (attend.q_proj, attend.k_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *cos_sin)
+    logits: Tensor = query[:, :, before:] @ key[:, :, :before].transpose(-1, -2) * attend.head_dim**-0.5
     return logits
 
 

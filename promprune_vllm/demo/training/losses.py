@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -60,12 +62,30 @@ def patch_loss(
     return total, {name: value.detach() for name, value in seen.items()}
 
 
+def gaze_loss(logits: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+    """Make words look at the patches of what they name, and at the prompt's beginning where there is none.
+
+    Args:
+        logits: ``(B, heads, T, P + K)`` of `forward.read`: P tokens of the prompt, then the image.
+        text: ``(B, 6, T)`` of `samples.pack`.
+        owner: ``(B, K)``, the thing that a patch must tell of.
+    """
+    named = text[:, 5, :, None].long()  # (B, T, 1)
+    things = owner[:, None, :].long()
+    wanted = (named.clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things != NONE)
+    nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, logits.shape[-1] - owner.shape[-1])
+    columns = torch.cat([nothing, wanted], dim=-1)[:, None]  # (B, 1, T, P + K)
+    shares = logits.float().log_softmax(-1).masked_fill(~columns, float("-inf")).logsumexp((1, 3))
+    asked = text[:, 5] != NONE
+    return -((shares - math.log(logits.shape[1])) * asked).sum() / asked.sum().clamp(min=1)
+
+
 def answer_loss(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of the packed answers.
 
     Args:
         logits: ``(B, T, V)``.
-        text: ``(B, 5, T)`` of `samples.pack`.
+        text: ``(B, 6, T)`` of `samples.pack`.
 
     Returns:
         The loss, and ``(B, T)`` whether the answer to come is the largest logit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from promprune_vllm.demo.scenes import TASKS, Question, Scene
 from promprune_vllm.demo.scenes.questions import shown
-from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, SHAPES, Thing
+from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, PLURALS, SHAPES, Thing
 from promprune_vllm.demo.training import tokenizer
 
 TEXT_TOKENS = 176  # of all questions of a scene together; what does not fit is not asked
@@ -37,7 +38,8 @@ class Sample:
         labels: ``(576, 5)`` int8, `LABELS`, or `NONE` where a patch need not tell.
         shown: ``(58,)`` uint8, which coloured shapes and which digits there are.
         named: ``(55,)`` uint8, which of `NAMES` there are.
-        text: ``(5, TEXT_TOKENS)`` int16, see `pack`.
+        owner: ``(576,)`` int8, which thing a patch must tell of, or `NONE`.
+        text: ``(6, TEXT_TOKENS)`` int32, see `pack`.
     """
 
     patches: NDArray[np.uint8]
@@ -45,7 +47,8 @@ class Sample:
     labels: NDArray[np.int8]
     shown: NDArray[np.uint8]
     named: NDArray[np.uint8]
-    text: NDArray[np.int16]
+    owner: NDArray[np.int8]
+    text: NDArray[np.int32]
 
 
 def sample(scene: Scene) -> Sample:
@@ -53,21 +56,22 @@ def sample(scene: Scene) -> Sample:
     pixels = np.asarray(scene.image())
     patches = pixels.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 4, 1, 3).reshape(GRID * GRID, -1)
     rng = Random(f"{scene.split}/{scene.kind}/{scene.seed}/labels")
-    held, labels = _labels(scene.things, rng)
+    held, labels, owner = _labels(scene.things, rng)
     there = shown(scene.things)
     named = np.array([name in there for name in NAMES], dtype=np.uint8)
-    text = pack(scene.questions())
-    return Sample(np.ascontiguousarray(patches), held, labels, _class_targets(scene.things), named, text)
+    text = pack(scene.questions(), scene.things)
+    return Sample(np.ascontiguousarray(patches), held, labels, _class_targets(scene.things), named, owner, text)
 
 
-def pack(questions: tuple[Question, ...] | list[Question]) -> NDArray[np.int16]:
+def pack(questions: Sequence[Question], things: tuple[Thing, ...] = ()) -> NDArray[np.int32]:
     """Write questions and answers one after another.
 
     Returns:
-        ``(5, TEXT_TOKENS)``: token, position after the image, number of the question (`NONE` is padding), next
-        token to be learnt (`NONE` is not), and the task's id where the answer is next, else `NONE`.
+        ``(6, TEXT_TOKENS)``: token, position after the image, number of the question (`NONE` is padding), next
+        token to be learnt (`NONE` is not), the task's id where the answer is next, else `NONE`, and where a word
+        names things a bit for each of them, else `NONE`.
     """
-    rows = np.full((5, TEXT_TOKENS), NONE, dtype=np.int16)
+    rows = np.full((6, TEXT_TOKENS), NONE, dtype=np.int32)
     rows[:2] = 0
     begin = 0
     for number, question in enumerate(questions):
@@ -83,8 +87,37 @@ def pack(questions: tuple[Question, ...] | list[Question]) -> NDArray[np.int16]:
         rows[2, begin:end] = number
         rows[3, end - 2 : end] = answer[0], tokenizer.EOS_ID
         rows[4, end - 2] = TASK_IDS[question.task]
+        for word, bits in subjects(question, things).items() if things else ():
+            rows[5, begin + word] = bits
         begin = end
     return rows
+
+
+def subjects(question: Question, things: tuple[Thing, ...]) -> dict[int, int]:
+    """Which words of a question name which things: a bit for each thing by the word's number; 0 is none there."""
+    words = question.text.rstrip("?").split()
+    last, task = len(words) - 1, question.task
+
+    def bits(wanted: Callable[[Thing], bool]) -> int:
+        return sum(1 << i for i, thing in enumerate(things) if wanted(thing))
+
+    def named(end: int) -> int:
+        return bits(lambda thing: thing.name == f"{words[end - 1]} {words[end]}")
+
+    if task == "relation":
+        return {3: named(3), last: named(last)}
+    if task == "count" and words[3] == "shapes":
+        return {3: bits(lambda thing: thing.what in SHAPES and thing.colour == words[2])}
+    if task == "count":
+        return {2: bits(lambda thing: PLURALS.get(thing.what) == words[2])}
+    ends = {"first": 1, "last": len(things) - 1}
+    if task == "plate":
+        found = 1 << ends[words[3]] if words[3] in ends else bits(lambda t: t.name == f"{words[3]} glyph")
+    elif task == "colour":
+        found = bits(lambda thing: thing.what == words[last])
+    else:
+        found = 1 if task.startswith("big") else named(last)
+    return {} if task == "which-image" else {last: found}
 
 
 @cache
@@ -103,15 +136,19 @@ def _assistant_id() -> int:
     return token_ids(tokenizer.ASSISTANT)[0]
 
 
-def _labels(things: tuple[Thing, ...], rng: Random) -> tuple[NDArray[np.bool_], NDArray[np.int8]]:
+def _labels(
+    things: tuple[Thing, ...], rng: Random
+) -> tuple[NDArray[np.bool_], NDArray[np.int8], NDArray[np.int8]]:
+    owner = np.full((GRID, GRID), NONE, dtype=np.int8)
     held = np.zeros((GRID, GRID), dtype=bool)
     labels = np.full((GRID, GRID, len(LABELS)), NONE, dtype=np.int8)
     glyphs = [thing for thing in things if thing.what == "glyph"]
-    for thing in things:
+    for number, thing in enumerate(things):
         across, down = np.abs(_CENTRES - thing.x), np.abs(_CENTRES - thing.y)
         held |= (down < thing.height / 2 + 3)[:, None] & (across < thing.width / 2 + 3)[None, :]
         reach = [max(_NEAR_PX, _NEAR_SHARE * side) for side in (thing.width, thing.height)]
         near = (down <= reach[1])[:, None] & (across <= reach[0])[None, :]
+        owner[near] = number
         if thing.what != "glyph":
             labels[near, 0] = _WHATS.index(thing.what)
             labels[near, 4] = 0
@@ -127,7 +164,7 @@ def _labels(things: tuple[Thing, ...], rng: Random) -> tuple[NDArray[np.bool_], 
     for thing in things:
         if thing.what not in ("glyph", "plate"):
             labels[int(min(thing.y, PIXELS - 1) // PATCH), int(min(thing.x, PIXELS - 1) // PATCH), 4] = 1
-    return held.ravel(), labels.reshape(-1, len(LABELS))
+    return held.ravel(), labels.reshape(-1, len(LABELS)), owner.ravel()
 
 
 def _class_targets(things: tuple[Thing, ...]) -> NDArray[np.uint8]:
