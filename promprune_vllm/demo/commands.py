@@ -55,9 +55,7 @@ def demo_model(
     elif score:
         _score(out or TRAINED, scenes, as_json=as_json)
     elif not SCORES.is_file():
-        _fail(
-            "This package comes without a trained demo model yet: promprune demo-model --train --out DIR makes one."
-        )
+        _fail("This package has no trained demo model yet: promprune demo-model --train --out DIR makes one.")
     else:
         typer.echo(TRAINED)
         typer.echo(f"Its card: {CARD}\nPer cent right on held-out scenes, all 576 tokens:", err=True)
@@ -98,10 +96,10 @@ def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) ->
 
 
 def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
-    from promprune_vllm.demo.training.scoring import held_out_scenes, load, score
-
     if not (directory / "config.json").is_file():
         _fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
+    from promprune_vllm.demo.training.scoring import held_out_scenes, load, score
+
     model, held_out = load(directory), held_out_scenes(scenes, scenes)
     ways = {"full": {}, "random 64": {"keep": 64}, "uniform 64": {"keep": 64, "sampler": "uniform"}}
     scores = {way: score(model, held_out, **options) for way, options in ways.items()}  # type: ignore[arg-type]

@@ -194,3 +194,18 @@ def test_metrics_are_listed_with_their_labels() -> None:
     shown = run(cli.app, ["metrics"]).output
     for metric in CATALOG:
         assert f"{metric.name}{{{', '.join(metric.labels)}}} {metric.kind}\n  {metric.help}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--train", "--score"], "--train and --score do not go together"),
+        (["--train"], "--train needs --out DIR"),
+        (["--family", "llava"], "--family needs --out DIR"),
+        (["--score", "--out", "nowhere"], "nowhere holds no model"),
+    ],
+)
+def test_demo_model_says_what_it_needs(arguments: list[str], told: str, tmp_path: Path) -> None:
+    refused = run(cli.app, ["demo-model", *arguments])
+    assert refused.exit_code == 2
+    assert told in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,11 +14,16 @@ import torch
 from promprune_vllm.demo.scenes import KINDS, Scene, make_scene
 from promprune_vllm.demo.scenes.record import COLOURS, PATCH
 from promprune_vllm.demo.training import schedule, tokenizer
-from promprune_vllm.demo.training.architecture import new_model, sin_cos_positions
+from promprune_vllm.demo.training.architecture import begin_projector, new_model, sin_cos_positions
 from promprune_vllm.demo.training.data import PATCHES, Pool, as_tensors, pair_texts, subset
 from promprune_vllm.demo.training.forward import normalised, read, see
-from promprune_vllm.demo.training.samples import LABELS, NAMES, NONE, TASK_IDS, pack, sample, token_ids
+from promprune_vllm.demo.training.losses import gaze_loss
+from promprune_vllm.demo.training.optimiser import Muon
+from promprune_vllm.demo.training.samples import LABELS, NAMES, NONE, TASK_IDS, pack, sample, subjects, token_ids
 from promprune_vllm.demo.training.scoring import MACRO, SALIENCY, score
+
+# Scenes that had been used -> share right of (shape, digit) in the run that the recipe was written with; 2 cores.
+LEARNT = {4256: (0.42, 0.19), 8576: (0.51, 0.27), 16512: (0.62, 0.39), 24096: (0.80, 0.52), 32288: (0.90, 0.73)}
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +193,84 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert lines[-1]["step"] == again.step
     with pytest.raises(ValueError, match="seed"):
         trainer.Trainer(tmp_path, minutes=1, device="cpu", seed=6, tell=told.append, workers=0)
+
+
+def test_words_name_the_things_that_they_name() -> None:
+    for kind in KINDS:
+        for seed in range(40):
+            scene = make_scene(kind, seed)
+            for question in scene.questions():
+                words = question.text.rstrip("?").split()
+                for word, bits in subjects(question, scene.things).items():
+                    named = [thing for i, thing in enumerate(scene.things) if bits >> i & 1]
+                    if question.task == "count":
+                        assert len(named) == int(question.answer)
+                    elif question.task == "presence":
+                        assert bool(named) == (question.answer == "yes")
+                    else:
+                        (thing,) = named
+                        assert words[word] in (thing.what, "digit", "it")
+                        assert question.task not in ("digit", "plate") or str(thing.digit) == question.answer
+
+
+def test_looking_at_what_is_named_costs_nothing_and_looking_away_does() -> None:
+    text = torch.full((1, 6, 3), NONE)
+    text[0, 5] = torch.tensor([0b10, 0, NONE])  # one word names thing 1, the next names what is not there
+    owner = torch.tensor([[NONE, 0, 1, 1]])
+    there = torch.full((1, 2, 3, 6), -50.0)  # two tokens of the prompt, four patches
+    there[:, :, 0, 4:] = there[:, :, 1, :2] = there[:, :, 2, 3] = 0.0
+    assert gaze_loss(there, text, owner).item() == pytest.approx(0, abs=1e-4)
+    one_head = there.clone()
+    one_head[:, 1] = 0.0
+    shares = [(1 + 2 / 6) / 2, (1 + 2 / 6) / 2]
+    expected = -sum(math.log(share) for share in shares) / 2
+    assert gaze_loss(one_head, text, owner).item() == pytest.approx(expected, abs=1e-4)
+    assert gaze_loss(-there, text, owner) > 10
+
+
+def test_the_projector_begins_with_every_direction_equally_large(model: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-2, 1, 128)
+    hidden = torch.randn(4096, 128, generator=generator) * spread + 5.0
+    fresh = new_model(seed=2)[0].model.multi_modal_projector
+    begin_projector(fresh, hidden)
+    inner = fresh.linear_1(hidden)
+    tokens = fresh(hidden)
+    assert inner.mean(0).abs().max() < 0.1
+    assert 0.7 < inner.std(0).mean() < 1.3
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(192), atol=0.02, rtol=0)
+    assert tokens.std(0).mean().item() == pytest.approx(1, abs=0.05)
+    parts = hidden[:, 50:51] - hidden[:, 50:51].mean()  # a direction of 0.15
+    slope = (parts.T @ inner).norm() / (parts.norm() * inner.norm(dim=0).mean())
+    assert slope > 0.5
+
+
+def test_muon_moves_as_torchs_does() -> None:
+    torch.manual_seed(0)
+    shapes = [(24, 24), (64, 24), (24, 64), (24, 24)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    mine = Muon(ours)
+    other = torch.optim.Muon(theirs, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, same in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            same.grad = one.grad.clone()
+        mine.step()
+        other.step()
+    for one, same in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, same, atol=2e-3, rtol=0)  # theirs is computed in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_ten_minutes_of_training_begin_like_the_run_the_recipe_is_from(tmp_path: Path) -> None:
+    from promprune_vllm.demo.training.trainer import LOG, Trainer
+
+    Trainer(tmp_path, minutes=95, device="cpu", seed=0, tell=print).train(limit_s=600)
+    last = json.loads((tmp_path / LOG).read_text().splitlines()[-1])
+    then = max(scenes for scenes in LEARNT if scenes <= last["scenes"])  # 20,000 to 40,000 where nothing else runs
+    for name, share in zip(("shape", "digit"), LEARNT[then], strict=True):
+        assert last[f"aux {name}"] > share - 0.1
+    assert last["aux colour"] > 0.95
+    assert last["aux xy"] < 0.06
