@@ -15,32 +15,37 @@ from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 _TINY_OPTIONS = "--dtype float32 --max-model-len 2048 --block-size 32 --enforce-eager"
 
 
+_FAMILY = Annotated[
+    str | None,
+    typer.Option(
+        "--family", help="Write random weights of llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl to --out."
+    ),
+]
+_TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or go on with it.")]
+_SCORE = Annotated[bool, typer.Option("--score", help="Score it (or the one in --out) on held-out scenes.")]
+_OUT = Annotated[Path | None, typer.Option("--out", help="Directory of the model to make, train or score.")]
+_SEED = Annotated[int, typer.Option("--seed", help="Of weights and scenes.")]
+_MINUTES = Annotated[float, typer.Option("--minutes", min=0.01, help="Time to train, in all.")]
+_DEVICE = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+_FRESH = Annotated[
+    bool, typer.Option("--fresh/--resume", help="With --train: begin anew even if there is a checkpoint.")
+]
+_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score: of each kind.")]
+_JSON = Annotated[bool, typer.Option("--json", help="With --score: print one JSON document.")]
+
+
 def demo_model(
     *,
-    family: Annotated[
-        str | None,
-        typer.Option(
-            "--family",
-            help="Write random weights of llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl to --out.",
-        ),
-    ] = None,
-    train: Annotated[
-        bool, typer.Option("--train", help="Train the demo model in --out, or go on with it.")
-    ] = False,
-    score: Annotated[
-        bool, typer.Option("--score", help="Score it (or the one in --out) on held-out scenes.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Directory of the model to make, train or score.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of weights and scenes.")] = 0,
-    minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Time to train, in all.")] = 95.0,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="With --train: begin anew even if there is a checkpoint.")
-    ] = False,
-    scenes: Annotated[int, typer.Option("--scenes", min=1, help="With --score: of each kind.")] = 300,
-    as_json: Annotated[bool, typer.Option("--json", help="With --score: print one JSON document.")] = False,
+    family: _FAMILY = None,
+    train: _TRAIN = False,
+    score: _SCORE = False,
+    out: _OUT = None,
+    seed: _SEED = 0,
+    minutes: _MINUTES = 95.0,
+    device: _DEVICE = "cpu",
+    fresh: _FRESH = False,
+    scenes: _SCENES = 300,
+    as_json: _JSON = False,
 ) -> None:
     """Say where the trained demo model is and how good; train it; score it; or write a tiny random one."""
     chosen = [name for name, on in (("--family", family), ("--train", train), ("--score", score)) if on]
@@ -48,6 +53,8 @@ def demo_model(
         _fail(f"{' and '.join(chosen)} do not go together.")
     if (family or train) and out is None:
         _fail(f"{chosen[0]} needs --out DIR.")
+    if device not in ("cpu", "cuda"):
+        _fail(f"--device is cpu or cuda, not {device}.")
     if family and out:
         _write_random(family, out, seed)
     elif train and out:

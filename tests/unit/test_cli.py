@@ -205,7 +205,7 @@ def test_metrics_are_listed_with_their_labels() -> None:
         (["--score", "--out", "nowhere"], "nowhere holds no model"),
     ],
 )
-def test_demo_model_says_what_it_needs(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_demo_model_says_what_it_needs(arguments: list[str], told: str) -> None:
     refused = run(cli.app, ["demo-model", *arguments])
     assert refused.exit_code == 2
     assert told in refused.stderr
