@@ -41,7 +41,7 @@ class Trainer:
         device: "cpu" or "cuda".
         seed: Of the weights and the scenes.
         tell: Is told about progress.
-        workers: Processes that draw scenes.
+        workers: Processes that draw scenes. By default one beside a CPU that trains, all cores but one beside a GPU.
     """
 
     def __init__(
@@ -52,11 +52,14 @@ class Trainer:
         device: str,
         seed: int,
         tell: Callable[[str], None],
-        workers: int = 1,
+        workers: int | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.seconds, self.device, self.seed = directory, 60 * minutes, device, seed
-        self.tell, self.workers = tell, workers
+        self.tell = tell
+        if workers is None:
+            workers = 1 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
+        self.workers = workers
         self.model, self.heads = new_model(seed)
         self.model.to(device)
         self.heads.to(device)
