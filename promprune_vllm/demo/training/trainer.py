@@ -41,7 +41,7 @@ class Trainer:
         device: "cpu" or "cuda".
         seed: Of the weights and the scenes.
         tell: Is told about progress.
-        workers: Processes that draw scenes. By default one beside a CPU that trains, all cores but one beside a GPU.
+        workers: Processes that draw scenes; by default one beside a training CPU, all cores but one beside a GPU.
     """
 
     def __init__(
