@@ -133,6 +133,11 @@ class Environment:
         self.install(plain, [*local, TORCHVISION], [TORCH_INDEX, TORCHVISION], [plain])
         self.install(f"vLLM and the rest of {LOCK.name}", ["-r", str(LOCK)])
         self.install("promprune-vllm, editable", ["-e", str(ROOT)])
+        say("compiling to bytecode, which uv leaves to every start")
+        site = run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+        # A few packages carry files that are no Python of this version: those fail, and nobody imports them.
+        compile_all = (self.python, "-m", "compileall", "-q", "-j", "0", site)
+        subprocess.run(compile_all, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         say("checking that torchvision can be imported")
         news = run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
         if news:
