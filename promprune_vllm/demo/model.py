@@ -224,8 +224,6 @@ def llava_config(spec: DemoModelSpec) -> Any:
 def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype: DType) -> None:
     """Write config and weights of a model of which only names and shapes are ever made."""
     import torch
-    from safetensors.torch import save
-    from transformers import GenerationConfig
 
     with torch.device("meta"):
         model = model_class(config)
@@ -233,6 +231,14 @@ def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype:
     for parameter_name, parameter in model.named_parameters():
         name = checkpoint_name(parameter_name, config.model_type)
         weights[name] = _random_weight(name, tuple(parameter.shape), seed).to(getattr(torch, dtype))
+    save_checkpoint(target, weights, config)
+
+
+def save_checkpoint(target: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
+    """Write weights, by the names of published checkpoints, and the configuration; no processor."""
+    from safetensors.torch import save
+    from transformers import GenerationConfig
+
     # Not save_file: it makes a file that only its owner can read, useless to a server in a container.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     config.save_pretrained(target)

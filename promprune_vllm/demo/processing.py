@@ -14,7 +14,9 @@ VOCAB_SIZE = 320  # 260 tokens, padded to a multiple of 64
 
 # Images first, as LLaVA-1.5 was trained. The template writes <s> and the tokenizer never adds one by itself:
 # there is exactly one, whether or not the caller asks the tokenizer for special tokens.
-CHAT_TEMPLATE = """\
+# What stands for the images of a message is left open: `IMAGES_OPEN`.
+IMAGES_OPEN = "(images)"
+CHAT_FRAME = """\
 {{- bos_token }}
 {%- for message in messages %}
   {%- if message['role'] == 'user' %}{{- 'USER: ' }}
@@ -22,9 +24,7 @@ CHAT_TEMPLATE = """\
   {%- endif %}
   {%- if message['content'] is string %}{{- message['content'] }}
   {%- else %}
-    {%- for part in message['content'] %}
-      {%- if part['type'] in ('image', 'image_url') %}{{- '<image>\\n' }}{%- endif %}
-    {%- endfor %}
+(images)
     {%- for part in message['content'] %}
       {%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
     {%- endfor %}
@@ -32,6 +32,13 @@ CHAT_TEMPLATE = """\
   {{- eos_token if message['role'] == 'assistant' else ' ' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"""
+CHAT_TEMPLATE = CHAT_FRAME.replace(
+    IMAGES_OPEN,
+    """\
+    {%- for part in message['content'] %}
+      {%- if part['type'] in ('image', 'image_url') %}{{- '<image>\\n' }}{%- endif %}
+    {%- endfor %}""",
+)
 
 
 def byte_tokenizer(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes.record import COLOURS, GRID, PIXELS, SHAPES
 from promprune_vllm.demo.training import tokenizer
 
@@ -44,7 +45,6 @@ class Heads(nn.Module):
 
 def llava_config() -> LlavaConfig:
     """The configuration that is trained and exported; 3.1 M parameters."""
-    roles = {"pad_token_id": tokenizer.PAD_ID, "bos_token_id": tokenizer.BOS_ID, "eos_token_id": tokenizer.EOS_ID}
     vision = CLIPVisionConfig(
         hidden_size=VISION_HIDDEN,
         intermediate_size=512,
@@ -61,18 +61,18 @@ def llava_config() -> LlavaConfig:
         num_hidden_layers=4,
         num_attention_heads=6,  # of 32, the least that vLLM's CPU attention takes
         max_position_embeddings=MAX_TOKENS,
-        **roles,
+        **processing.ROLE_IDS,
         dtype="float32",
     )
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.IMAGE_ID,
+        image_token_index=processing.IMAGE_ID,
         image_seq_length=GRID * GRID,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        **roles,
+        **processing.ROLE_IDS,
         dtype="float32",
     )
 

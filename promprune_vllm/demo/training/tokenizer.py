@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from promprune_vllm.demo import processing
+from promprune_vllm.demo.processing import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, SPECIAL_TOKENS
 from promprune_vllm.demo.scenes.record import COLOURS, PIXELS, PLURALS, QUARTERS, SHAPES
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
-PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 VOCAB_SIZE = 384  # of the embedding; a multiple of 64
@@ -27,32 +27,16 @@ _WORDS = (
 
 # LLaVA-1.5's form, images first. Of several images each is numbered, so that a question can tell them apart; one
 # alone is not. The template writes <s>, and the tokenizer never adds one by itself.
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = f"{{%- set ordinals = {list(ORDINALS)!r} %}}\n" + processing.CHAT_FRAME.replace(
+    processing.IMAGES_OPEN,
     """\
-{%- set ordinals = """
-    + repr(list(ORDINALS))
-    + """ %}
-{{- bos_token }}
-{%- for message in messages %}
-  {%- if message['role'] == 'user' %}{{- 'USER: ' }}
-  {%- elif message['role'] == 'assistant' %}{{- 'ASSISTANT: ' }}
-  {%- endif %}
-  {%- if message['content'] is string %}{{- message['content'] }}
-  {%- else %}
     {%- set images = message['content'] | selectattr('type', 'in', ['image', 'image_url']) | list %}
     {%- for image in images %}
       {%- if images | length > 1 and loop.index0 < ordinals | length %}
         {{- ordinals[loop.index0] + ' ' }}
       {%- endif %}
       {{- '<image>\\n' }}
-    {%- endfor %}
-    {%- for part in message['content'] %}
-      {%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
-    {%- endfor %}
-  {%- endif %}
-  {{- eos_token if message['role'] == 'assistant' else ' ' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"""
+    {%- endfor %}""",
 )
 
 
