@@ -19,7 +19,17 @@ from promprune_vllm.demo.training.data import PATCHES, Pool, as_tensors, pair_te
 from promprune_vllm.demo.training.forward import normalised, read, see
 from promprune_vllm.demo.training.losses import gaze_loss
 from promprune_vllm.demo.training.optimiser import Muon
-from promprune_vllm.demo.training.samples import LABELS, NAMES, NONE, TASK_IDS, pack, sample, subjects, token_ids
+from promprune_vllm.demo.training.samples import (
+    EDGE,
+    LABELS,
+    NAMES,
+    NONE,
+    TASK_IDS,
+    pack,
+    sample,
+    subjects,
+    token_ids,
+)
 from promprune_vllm.demo.training.scoring import MACRO, SALIENCY, score
 
 # Scenes that had been used -> share right of (shape, digit) in the run that the recipe was written with; 2 cores.
@@ -213,19 +223,46 @@ def test_words_name_the_things_that_they_name() -> None:
                         assert question.task not in ("digit", "plate") or str(thing.digit) == question.answer
 
 
+def _one_question() -> tuple[torch.Tensor, torch.Tensor]:
+    """Text of one question whose words name thing 1, then what is not there; and whose patches are there."""
+    text = torch.full((1, 6, 4), NONE)
+    text[0, 2, :3] = 0
+    text[0, 5, :2] = torch.tensor([0b10, 0])
+    text[0, 4, 2] = 0  # the answer comes after the third token
+    return text, torch.tensor([[NONE, 0, 1, 1, EDGE]])
+
+
 def test_looking_at_what_is_named_costs_nothing_and_looking_away_does() -> None:
-    text = torch.full((1, 6, 3), NONE)
-    text[0, 5] = torch.tensor([0b10, 0, NONE])  # one word names thing 1, the next names what is not there
-    owner = torch.tensor([[NONE, 0, 1, 1]])
-    there = torch.full((1, 2, 3, 6), -50.0)  # two tokens of the prompt, four patches
-    there[:, :, 0, 4:] = there[:, :, 1, :2] = there[:, :, 2, 3] = 0.0
-    assert gaze_loss(there, text, owner).item() == pytest.approx(0, abs=1e-4)
-    one_head = there.clone()
+    text, owner = _one_question()
+    image = torch.full((1, 2, 4, 11), -50.0)  # two tokens of the prompt, five patches, four words
+    image[:, :, 0, 4:6] = image[:, :, 1, :2] = 0.0
+    words = torch.full((1, 2, 4, 11), -50.0)
+    words[:, :, 2, 7:9] = 0.0
+    assert gaze_loss([image, words], text, owner).item() == pytest.approx(0, abs=1e-4)
+    one_head = image.clone()
     one_head[:, 1] = 0.0
-    shares = [(1 + 2 / 6) / 2, (1 + 2 / 6) / 2]
-    expected = -sum(math.log(share) for share in shares) / 2
-    assert gaze_loss(one_head, text, owner).item() == pytest.approx(expected, abs=1e-4)
-    assert gaze_loss(-there, text, owner) > 10
+    expected = -math.log((1 + 2 / 6) / 2)  # of either word; the edge does not count
+    assert gaze_loss([one_head, words], text, owner).item() == pytest.approx(expected, abs=1e-4)
+    assert gaze_loss([-image, words], text, owner) > 10
+
+
+def test_looking_at_an_edge_is_neither_right_nor_wrong() -> None:
+    text, owner = _one_question()
+    image, words = torch.randn(2, 1, 2, 4, 11).unbind()
+    before = gaze_loss([image, words], text, owner)
+    image[..., 6] += 20
+    torch.testing.assert_close(gaze_loss([image, words], text, owner), before)
+
+
+def test_the_answer_looks_at_the_words_that_name_something() -> None:
+    text, owner = _one_question()
+    image = torch.zeros(1, 2, 4, 11)
+    words = torch.zeros(1, 2, 4, 11)
+    even = gaze_loss([image, words], text, owner).item()
+    words[:, :, 2, 7:9] = 50.0
+    assert even - gaze_loss([image, words], text, owner).item() == pytest.approx(math.log(11 / 2), abs=1e-4)
+    words[:, :, :2] = 7.0  # how words look at each other does not matter
+    assert even - gaze_loss([image, words], text, owner).item() == pytest.approx(math.log(11 / 2), abs=1e-4)
 
 
 def test_the_projector_begins_with_every_direction_equally_large(model: Any) -> None:

@@ -10,12 +10,14 @@ from torch.nn import functional
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes.record import PATCH
 from promprune_vllm.demo.training import tokenizer
 
-# In this layer words are told to look at what they name; in the one below it, "red" meets "star".
-GAZING_LAYER, GAZING_HEADS = 1, 3
-PREFIX = (tokenizer.BOS_ID, 4)  # <s>USER:, before the image
+# In the first of these layers words are told to look at what they name (in the one below it, "red" meets "star"),
+# and in the second the place of the answer is told to look at those words.
+GAZING_LAYERS, GAZING_HEADS = (1, 2), 3
+PREFIX = (processing.BOS_ID, 4)  # <s>USER:, before the image
 
 
 def normalised(patches: Tensor, indices: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def read(model: Any, images: list[Tensor], text: Tensor, looks: list[Tensor] | N
         model: A `LlavaForConditionalGeneration`.
         images: Projected tokens of the first image of each row, of the second, ...; each ``(B, K, D)``.
         text: ``(B, 6, T)`` of `samples.pack`.
-        looks: Gets what `_gaze` tells.
+        looks: Gets what `_gaze` tells of each of `GAZING_LAYERS`.
 
     Returns:
         ``(B, T, V)``: logits of the token after each.
@@ -99,15 +101,15 @@ def read(model: Any, images: list[Tensor], text: Tensor, looks: list[Tensor] | N
     cos_sin = llama.rotary_emb(hidden, position_ids=places)
     mask = _mask(before, number)
     for depth, layer in enumerate(llama.layers):
-        if looks is not None and depth == GAZING_LAYER:
-            looks.append(_gaze(layer, hidden, before, cos_sin))
+        if looks is not None and depth in GAZING_LAYERS:
+            looks.append(_gaze(layer, hidden, before, cos_sin).masked_fill(~mask[:, :, before:], -1e9))
         hidden = layer(hidden, attention_mask=mask, position_ids=places, position_embeddings=cos_sin)
     logits: Tensor = model.lm_head(llama.norm(hidden[:, before:]))
     return logits
 
 
 def _gaze(layer: Any, hidden: Tensor, before: int, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention logits of some heads from each token of the text to all before it, `(B, heads, T, before)`."""
+    """Attention logits of some heads from each token of the text to all, `(B, heads, T, before + T)`."""
     normed = layer.input_layernorm(hidden)
     attend = layer.self_attn
     query, key = (
@@ -115,7 +117,7 @@ def _gaze(layer: Any, hidden: Tensor, before: int, cos_sin: tuple[Tensor, Tensor
         for project in (attend.q_proj, attend.k_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, *cos_sin)
-    logits: Tensor = query[:, :, before:] @ key[:, :, :before].transpose(-1, -2) * attend.head_dim**-0.5
+    logits: Tensor = query[:, :, before:] @ key.transpose(-1, -2) * attend.head_dim**-0.5
     return logits
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from promprune_vllm.demo.scenes.record import GRID
-from promprune_vllm.demo.training.samples import LABELS, NONE
+from promprune_vllm.demo.training.samples import EDGE, LABELS, NONE
 
 _CLASSES = LABELS[:4]
 _WEIGHTS = {
@@ -23,6 +23,7 @@ _WEIGHTS = {
     "shown": 5.0,
 }
 _END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
+_NEVER = -1e9  # a logit; minus infinity has no gradient where nothing else is
 
 
 def patch_loss(
@@ -62,22 +63,37 @@ def patch_loss(
     return total, {name: value.detach() for name, value in seen.items()}
 
 
-def gaze_loss(logits: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
     """Make words look at the patches of what they name, and at the prompt's beginning where there is none.
 
+    In the next layer the place of the answer is made to look at these words. What stands at a thing's edge
+    (`EDGE`) is neither right nor wrong to look at.
+
     Args:
-        logits: ``(B, heads, T, P + K)`` of `forward.read`: P tokens of the prompt, then the image.
+        looks: Two of ``(B, heads, T, P + K + T)`` of `forward.read`: P tokens of the prompt, then the image, then
+            the text.
         text: ``(B, 6, T)`` of `samples.pack`.
         owner: ``(B, K)``, the thing that a patch must tell of.
     """
-    named = text[:, 5, :, None].long()  # (B, T, 1)
-    things = owner[:, None, :].long()
-    wanted = (named.clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things != NONE)
-    nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, logits.shape[-1] - owner.shape[-1])
-    columns = torch.cat([nothing, wanted], dim=-1)[:, None]  # (B, 1, T, P + K)
-    shares = logits.float().log_softmax(-1).masked_fill(~columns, float("-inf")).logsumexp((1, 3))
-    asked = text[:, 5] != NONE
-    return -((shares - math.log(logits.shape[1])) * asked).sum() / asked.sum().clamp(min=1)
+    named, number = text[:, 5].long(), text[:, 2]
+    length, things = named.shape[1], owner[:, None, :].long()
+    wanted = (named[..., None].clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things >= 0)
+    prompt = looks[0].shape[-1] - owner.shape[-1] - length
+    nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, prompt)
+    edges = functional.pad(things == EDGE, (prompt, 0))[:, None]
+    image = looks[0][..., :-length].float().masked_fill(edges, _NEVER)
+    asked = named != NONE
+    seen = _missing(image, torch.cat([nothing, wanted], dim=-1), asked)
+    words = (number[:, :, None] == number[:, None, :]) & asked[:, None, :]
+    words = functional.pad(words, (looks[1].shape[-1] - length, 0))
+    return seen + _missing(looks[1].float(), words, (text[:, 4] != NONE) & words.any(-1))
+
+
+def _missing(logits: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+    """Mean surprise, in nats, at how much attention `(B, heads, T, C)` rows `(B, T)` pay to the columns wanted."""
+    shares = logits.log_softmax(-1).masked_fill(~wanted[:, None], _NEVER).logsumexp((1, 3))
+    shares = (shares - math.log(logits.shape[1])).masked_fill(~rows, 0.0)
+    return -shares.sum() / rows.sum().clamp(min=1)
 
 
 def answer_loss(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes import TASKS, Question, Scene
 from promprune_vllm.demo.scenes.questions import shown
 from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, PLURALS, SHAPES, Thing
@@ -18,6 +19,7 @@ from promprune_vllm.demo.training import tokenizer
 
 TEXT_TOKENS = 176  # of all questions of a scene together; what does not fit is not asked
 NONE = -1  # no label
+EDGE = -2  # of a thing
 TASK_IDS = {task: i for i, task in enumerate((*TASKS, "which-image"))}
 LABELS = ("shape", "colour", "digit", "rank", "centre")  # columns of Sample.labels
 NAMES = (*(f"{colour} {what}" for what in (*SHAPES, "card") for colour in COLOURS), "plate")
@@ -38,7 +40,8 @@ class Sample:
         labels: ``(576, 5)`` int8, `LABELS`, or `NONE` where a patch need not tell.
         shown: ``(58,)`` uint8, which coloured shapes and which digits there are.
         named: ``(55,)`` uint8, which of `NAMES` there are.
-        owner: ``(576,)`` int8, which thing a patch must tell of, or `NONE`.
+        owner: ``(576,)`` int8, which thing a patch must tell of, `EDGE` if it holds some other part of one, or
+            `NONE`.
         text: ``(6, TEXT_TOKENS)`` int32, see `pack`.
     """
 
@@ -85,7 +88,7 @@ def pack(questions: Sequence[Question], things: tuple[Thing, ...] = ()) -> NDArr
         rows[0, begin:end] = tokens
         rows[1, begin:end] = np.arange(len(tokens))
         rows[2, begin:end] = number
-        rows[3, end - 2 : end] = answer[0], tokenizer.EOS_ID
+        rows[3, end - 2 : end] = answer[0], processing.EOS_ID
         rows[4, end - 2] = TASK_IDS[question.task]
         for word, bits in subjects(question, things).items() if things else ():
             rows[5, begin + word] = bits
@@ -164,6 +167,7 @@ def _labels(
     for thing in things:
         if thing.what not in ("glyph", "plate"):
             labels[int(min(thing.y, PIXELS - 1) // PATCH), int(min(thing.x, PIXELS - 1) // PATCH), 4] = 1
+    owner[held & (owner == NONE)] = EDGE
     return held.ravel(), labels.reshape(-1, len(LABELS)), owner.ravel()
 
 

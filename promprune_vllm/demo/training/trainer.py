@@ -218,7 +218,7 @@ class Trainer:
                 sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
         sums.update({"read steps": 1, "answers": answers.item()})
         if stage.gaze and not paired:
-            gaze = gaze_loss(looks[0], text, batch["owner"].gather(1, indices))
+            gaze = gaze_loss(looks, text, batch["owner"].gather(1, indices))
             sums.update({"gaze steps": 1, "gaze": gaze.item()})
             loss = loss + stage.gaze * gaze
         return loss + answers
