@@ -17,7 +17,7 @@ from promprune_vllm.demo.training import schedule, tokenizer
 from promprune_vllm.demo.training.architecture import begin_projector, new_model, sin_cos_positions
 from promprune_vllm.demo.training.data import PATCHES, Pool, as_tensors, pair_texts, subset
 from promprune_vllm.demo.training.forward import normalised, read, see
-from promprune_vllm.demo.training.losses import gaze_loss
+from promprune_vllm.demo.training.losses import gaze_loss, place_loss
 from promprune_vllm.demo.training.optimiser import Muon
 from promprune_vllm.demo.training.samples import (
     EDGE,
@@ -226,43 +226,51 @@ def test_words_name_the_things_that_they_name() -> None:
 def _one_question() -> tuple[torch.Tensor, torch.Tensor]:
     """Text of one question whose words name thing 1, then what is not there; and whose patches are there."""
     text = torch.full((1, 6, 4), NONE)
-    text[0, 2, :3] = 0
-    text[0, 5, :2] = torch.tensor([0b10, 0])
-    text[0, 4, 2] = 0  # the answer comes after the third token
+    text[0, 2] = 0
+    text[0, 5, 1:3] = torch.tensor([0b10, 0])
+    text[0, 4, 3] = 0  # the answer comes after the last token
     return text, torch.tensor([[NONE, 0, 1, 1, EDGE]])
+
+
+def _looks() -> list[torch.Tensor]:
+    """Perfect ones: two tokens of the prompt, five patches, four words."""
+    words, image, answer = torch.full((3, 1, 2, 4, 11), -50.0).unbind()
+    words[:, :, 1, 7] = words[:, :, 2, 8] = 0.0
+    image[:, :, 1, 4:6] = image[:, :, 2, :2] = 0.0
+    answer[:, :, 3, 8:10] = 0.0
+    return [words, image, answer]
 
 
 def test_looking_at_what_is_named_costs_nothing_and_looking_away_does() -> None:
     text, owner = _one_question()
-    image = torch.full((1, 2, 4, 11), -50.0)  # two tokens of the prompt, five patches, four words
-    image[:, :, 0, 4:6] = image[:, :, 1, :2] = 0.0
-    words = torch.full((1, 2, 4, 11), -50.0)
-    words[:, :, 2, 7:9] = 0.0
-    assert gaze_loss([image, words], text, owner).item() == pytest.approx(0, abs=1e-4)
-    one_head = image.clone()
-    one_head[:, 1] = 0.0
+    assert gaze_loss(_looks(), text, owner).item() == pytest.approx(0, abs=1e-4)
+    one_head = _looks()
+    one_head[1][:, 1] = 0.0
     expected = -math.log((1 + 2 / 6) / 2)  # of either word; the edge does not count
-    assert gaze_loss([one_head, words], text, owner).item() == pytest.approx(expected, abs=1e-4)
-    assert gaze_loss([-image, words], text, owner) > 10
+    assert gaze_loss(one_head, text, owner).item() == pytest.approx(expected, abs=1e-4)
+    for step in range(3):
+        looks = _looks()
+        looks[step] = -looks[step]
+        assert gaze_loss(looks, text, owner) > 10
+    looks = _looks()
+    looks[1][..., 6] += 100.0
+    assert gaze_loss(looks, text, owner).item() == pytest.approx(0, abs=1e-4)
 
 
-def test_looking_at_an_edge_is_neither_right_nor_wrong() -> None:
-    text, owner = _one_question()
-    image, words = torch.randn(2, 1, 2, 4, 11).unbind()
-    before = gaze_loss([image, words], text, owner)
-    image[..., 6] += 20
-    torch.testing.assert_close(gaze_loss([image, words], text, owner), before)
-
-
-def test_the_answer_looks_at_the_words_that_name_something() -> None:
-    text, owner = _one_question()
-    image = torch.zeros(1, 2, 4, 11)
-    words = torch.zeros(1, 2, 4, 11)
-    even = gaze_loss([image, words], text, owner).item()
-    words[:, :, 2, 7:9] = 50.0
-    assert even - gaze_loss([image, words], text, owner).item() == pytest.approx(math.log(11 / 2), abs=1e-4)
-    words[:, :, :2] = 7.0  # how words look at each other does not matter
-    assert even - gaze_loss([image, words], text, owner).item() == pytest.approx(math.log(11 / 2), abs=1e-4)
+def test_words_must_tell_where_the_thing_is_and_the_answer_what_they_tell() -> None:
+    text, _ = _one_question()
+    owner = torch.full((1, PATCHES), NONE)
+    owner[0, [24 + 3, 24 + 5]] = 1  # second row, fourth and sixth column
+    at = torch.tensor([4 * 2 / 23 - 1, 1 * 2 / 23 - 1])
+    told = [torch.randn(1, 4, 2), torch.randn(1, 4, 2)]
+    told[0][0, 1] = told[1][0, 3] = at  # the word that names it, the place of the answer
+    assert place_loss(told, text, owner).item() == pytest.approx(0, abs=1e-10)
+    told[1][0, 3] += 0.5
+    assert place_loss(told, text, owner).item() == pytest.approx(0.25, abs=1e-6)
+    text[0, 5, 2] = 0b100  # two things are named: the answer is about both
+    owner[0, 0] = 2
+    told[0][0, 2] = -1.0
+    assert place_loss(told, text, owner).item() == pytest.approx(0, abs=1e-10)
 
 
 def test_the_projector_begins_with_every_direction_equally_large(model: Any) -> None:

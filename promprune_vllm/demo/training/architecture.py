@@ -36,6 +36,8 @@ class Heads(nn.Module):
         super().__init__()
         self.patch = nn.Linear(VISION_HIDDEN, sum(width for _, width in PATCH_HEADS))
         self.shown = nn.Linear(VISION_HIDDEN, SHOWN)
+        self.place = nn.Linear(HIDDEN, 2)  # where the thing is that a word names, or that a question is about
+        nn.init.zeros_(self.place.weight)  # what it tells the others to do waits until it tells something
 
     def forward(self, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """From `(B, 1 + K, Dv)`, the class token first: logits `(B, K, width)` by head, and `(B, SHOWN)`."""

@@ -14,9 +14,9 @@ from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes.record import PATCH
 from promprune_vllm.demo.training import tokenizer
 
-# In the first of these layers words are told to look at what they name (in the one below it, "red" meets "star"),
-# and in the second the place of the answer is told to look at those words.
-GAZING_LAYERS, GAZING_HEADS = (1, 2), 3
+# What some heads of the first three layers are told to do. Words that name a thing look at the word before them
+# ("red" meets "star"), then at the patches of what they name; then the place of the answer looks at those words.
+GAZING_LAYERS, GAZING_HEADS = (0, 1, 2), 3
 PREFIX = (processing.BOS_ID, 4)  # <s>USER:, before the image
 
 
@@ -77,14 +77,17 @@ def prefix_tokens(images: int) -> list[list[int]]:
     return [[*PREFIX, *numbered[0]], *numbered[1:]]
 
 
-def read(model: Any, images: list[Tensor], text: Tensor, looks: list[Tensor] | None = None) -> Tensor:
+def read(
+    model: Any, images: list[Tensor], text: Tensor, watched: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
     """Answer packed questions; every question sees the images and itself, as if it were asked alone.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
         images: Projected tokens of the first image of each row, of the second, ...; each ``(B, K, D)``.
         text: ``(B, 6, T)`` of `samples.pack`.
-        looks: Gets what `_gaze` tells of each of `GAZING_LAYERS`.
+        watched: Gets, of each of `GAZING_LAYERS`, what `_gaze` tells and the text's tokens after it, ``(B, T, D)``
+            of unit size.
 
     Returns:
         ``(B, T, V)``: logits of the token after each.
@@ -101,9 +104,11 @@ def read(model: Any, images: list[Tensor], text: Tensor, looks: list[Tensor] | N
     cos_sin = llama.rotary_emb(hidden, position_ids=places)
     mask = _mask(before, number)
     for depth, layer in enumerate(llama.layers):
-        if looks is not None and depth in GAZING_LAYERS:
-            looks.append(_gaze(layer, hidden, before, cos_sin).masked_fill(~mask[:, :, before:], -1e9))
+        watch = watched is not None and depth in GAZING_LAYERS
+        looks = _gaze(layer, hidden, before, cos_sin).masked_fill(~mask[:, :, before:], -1e9) if watch else None
         hidden = layer(hidden, attention_mask=mask, position_ids=places, position_embeddings=cos_sin)
+        if watched is not None and looks is not None:
+            watched.append((looks, functional.rms_norm(hidden[:, before:], hidden.shape[-1:])))
     logits: Tensor = model.lm_head(llama.norm(hidden[:, before:]))
     return logits
 

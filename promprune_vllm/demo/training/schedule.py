@@ -38,13 +38,13 @@ class Stage:
 _KEEP = (96, 96, 144, 144, 208, 288)
 STAGES = (
     # The tower learns to see by its own tasks, on a quarter of the patches: 3.7 times as many scenes in a minute.
-    Stage("see", 0.30, 32, (144,), 4, tower=(1.0, 0.5), reader=(0.0, 0.0), aux=1.0),
+    Stage("see", 0.29, 32, (144,), 4, tower=(1.0, 0.5), reader=(0.0, 0.0), aux=1.0),
     # The reader learns what questions are, and where to look, while the tower stands still: many small steps.
-    Stage("read", 0.12, 8, (144,), 4, tower=(0.0, 0.0), reader=(1.0, 1.0), gaze=0.5),
+    Stage("read", 0.19, 8, (144,), 4, tower=(0.0, 0.0), reader=(1.0, 1.0), gaze=0.5),
     # Both, on different shares of the patches: with one share only, counting is calibrated to it.
-    Stage("both", 0.34, 24, _KEEP, 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, gaze=0.5, pairs=0.08),
+    Stage("both", 0.29, 24, _KEEP, 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, gaze=0.5, pairs=0.08),
     # All patches, as they are served, and now and then fewer.
-    Stage("full", 0.24, 24, (576, 576, 576, 192), 2, (0.25, 0.01), (0.5, 0.02), aux=0.3, gaze=0.1, pairs=0.08),
+    Stage("full", 0.23, 24, (576, 576, 576, 192), 2, (0.25, 0.01), (0.5, 0.02), aux=0.3, gaze=0.1, pairs=0.08),
 )
 _WARM_UP = 0.03  # of a stage
 

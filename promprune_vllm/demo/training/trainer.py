@@ -20,7 +20,7 @@ from promprune_vllm.demo.training import schedule
 from promprune_vllm.demo.training.architecture import begin_projector, new_model
 from promprune_vllm.demo.training.data import Pool, pair_texts, subset
 from promprune_vllm.demo.training.forward import look, normalised, read, see
-from promprune_vllm.demo.training.losses import answer_loss, gaze_loss, patch_loss
+from promprune_vllm.demo.training.losses import answer_loss, gaze_loss, patch_loss, place_loss
 from promprune_vllm.demo.training.optimiser import Optimiser
 from promprune_vllm.demo.training.samples import TASK_IDS
 from promprune_vllm.demo.training.schedule import Stage
@@ -66,11 +66,16 @@ class Trainer:
         inner = self.model.model
         self.optimiser = Optimiser(
             {
-                "tower": [*inner.vision_tower.named_parameters(), *self.heads.named_parameters()],
+                "tower": [
+                    *inner.vision_tower.named_parameters(),
+                    *self.heads.patch.named_parameters(),
+                    *self.heads.shown.named_parameters(),
+                ],
                 "reader": [
                     *inner.multi_modal_projector.named_parameters(),
                     *inner.language_model.named_parameters(),
                     *self.model.lm_head.named_parameters(),
+                    *self.heads.place.named_parameters(),
                 ],
             }
         )
@@ -210,17 +215,18 @@ class Trainer:
         if not stage.reader[0]:
             return loss
         images = self.model.model.multi_modal_projector(hidden[:, 1:])
-        looks: list[Tensor] = []
-        logits = read(self.model, [images[0::2], images[1::2]] if paired else [images], text, looks)
+        watched: list[tuple[Tensor, Tensor]] = []
+        logits = read(self.model, [images[0::2], images[1::2]] if paired else [images], text, watched)
         answers, right = answer_loss(logits, text)
         for task, good in zip(text[:, 4].flatten().tolist(), right.flatten().tolist(), strict=True):
             if task >= 0:
                 sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
         sums.update({"read steps": 1, "answers": answers.item()})
         if stage.gaze and not paired:
-            gaze = gaze_loss(looks, text, batch["owner"].gather(1, indices))
-            sums.update({"gaze steps": 1, "gaze": gaze.item()})
-            loss = loss + stage.gaze * gaze
+            gaze = gaze_loss([looks for looks, _ in watched], text, batch["owner"].gather(1, indices))
+            place = place_loss([self.heads.place(hidden) for _, hidden in watched[1:]], text, batch["owner"])
+            sums.update({"gaze steps": 1, "gaze": gaze.item(), "place": place.item()})
+            loss = loss + stage.gaze * (gaze + 2 * place)
         return loss + answers
 
     def _means(self) -> dict[str, float]:
@@ -228,7 +234,7 @@ class Trainer:
         means = {"loss": sums["loss"] / max(1, sums["steps"])}
         if sums["read steps"]:
             means["answers"] = sums["answers"] / sums["read steps"]
-            means["gaze"] = sums["gaze"] / max(1, sums["gaze steps"])
+            means |= {name: sums[name] / max(1, sums["gaze steps"]) for name in ("gaze", "place")}
         means |= {
             name: sums[name] / sums["aux steps"]
             for name in sums
