@@ -223,13 +223,13 @@ def test_words_name_the_things_that_they_name() -> None:
                         assert question.task not in ("digit", "plate") or str(thing.digit) == question.answer
 
 
-def _one_question() -> tuple[torch.Tensor, torch.Tensor]:
-    """Text of one question whose words name thing 1, then what is not there; and whose patches are there."""
+def _one_question() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Text of one question whose words name thing 1, then what is not there; whose patches, which are centres."""
     text = torch.full((1, 6, 4), NONE)
     text[0, 2] = 0
     text[0, 5, 1:3] = torch.tensor([0b10, 0])
-    text[0, 4, 3] = 0  # the answer comes after the last token
-    return text, torch.tensor([[NONE, 0, 1, 1, EDGE]])
+    text[0, 4, 3] = TASK_IDS["presence"]  # the answer comes after the last token
+    return text, torch.tensor([[NONE, 0, 1, 1, EDGE]]), torch.tensor([[False, True, False, True, False]])
 
 
 def _looks() -> list[torch.Tensor]:
@@ -242,23 +242,37 @@ def _looks() -> list[torch.Tensor]:
 
 
 def test_looking_at_what_is_named_costs_nothing_and_looking_away_does() -> None:
-    text, owner = _one_question()
-    assert gaze_loss(_looks(), text, owner).item() == pytest.approx(0, abs=1e-4)
+    truth = _one_question()
+    assert gaze_loss(_looks(), *truth).item() == pytest.approx(0, abs=1e-4)
     one_head = _looks()
     one_head[1][:, 1] = 0.0
     expected = -math.log((1 + 2 / 6) / 2)  # of either word; the edge does not count
-    assert gaze_loss(one_head, text, owner).item() == pytest.approx(expected, abs=1e-4)
+    assert gaze_loss(one_head, *truth).item() == pytest.approx(expected, abs=1e-4)
     for step in range(3):
         looks = _looks()
         looks[step] = -looks[step]
-        assert gaze_loss(looks, text, owner) > 10
+        assert gaze_loss(looks, *truth) > 10
     looks = _looks()
     looks[1][..., 6] += 100.0
-    assert gaze_loss(looks, text, owner).item() == pytest.approx(0, abs=1e-4)
+    assert gaze_loss(looks, *truth).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_counting_looks_at_every_centre_alike() -> None:
+    text, owner, centre = _one_question()
+    text[0, 4, 3] = TASK_IDS["count"]
+    owner[0, 1] = 1  # a second centre of what is named
+    looks = _looks()
+    looks[1][:, :, 1:3] = -50.0
+    looks[1][:, :, 1, :2] = math.log(1.5)  # two tokens of the prompt, three units together
+    looks[1][:, :, 1, [3, 5]] = 0.0
+    looks[1][:, :, 2, :2] = 0.0  # of the other there is none
+    assert gaze_loss(looks, text, owner, centre).item() == pytest.approx(0, abs=1e-4)
+    looks[1][:, :, 1, 3] = -1.0
+    assert gaze_loss(looks, text, owner, centre).item() > 0.005
 
 
 def test_words_must_tell_where_the_thing_is_and_the_answer_what_they_tell() -> None:
-    text, _ = _one_question()
+    text, _, _ = _one_question()
     owner = torch.full((1, PATCHES), NONE)
     owner[0, [24 + 3, 24 + 5]] = 1  # second row, fourth and sixth column
     at = torch.tensor([4 * 2 / 23 - 1, 1 * 2 / 23 - 1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from promprune_vllm.demo.scenes.record import GRID
-from promprune_vllm.demo.training.samples import EDGE, LABELS, NONE
+from promprune_vllm.demo.training.samples import EDGE, LABELS, NONE, TASK_IDS
 
 _CLASSES = LABELS[:4]
 _WEIGHTS = {
@@ -23,6 +23,7 @@ _WEIGHTS = {
     "shown": 5.0,
 }
 _END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
+_NOBODY = 3.0  # spreads the shares of none to five: 0, 0.25, 0.4, 0.5, 0.57, 0.63
 _NEVER = -1e9  # a logit; minus infinity has no gradient where nothing else is
 
 
@@ -63,33 +64,56 @@ def patch_loss(
     return total, {name: value.detach() for name, value in seen.items()}
 
 
-def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
+def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) -> Tensor:
     """Make attention take the way from a question to its answer, a layer a step.
 
     Words that name a thing look at the word before them; then at the patches of what they name, or at the prompt's
     beginning where there is none; then the place of the answer looks at these words. Left to itself the reader did
     not find the first step in half an hour. A patch at a thing's edge (`EDGE`) is neither right nor wrong.
 
+    Shares of attention add up to one, so looking at all there is of something tells nothing of how many there are:
+    words that ask for a number look at each centre alike, and at the prompt's beginning `_NOBODY` times as much.
+
     Args:
         looks: Three of ``(B, heads, T, P + K + T)`` of `forward.read`: prompt, image, text.
         text: ``(B, 6, T)`` of `samples.pack`.
         owner: ``(B, K)``, the thing that a patch must tell of.
+        centre: ``(B, K)`` bool, patches with the centre of a thing.
     """
     named, number = text[:, 5].long(), text[:, 2]
     length, things = named.shape[1], owner[:, None, :].long()
     before = looks[0].shape[-1] - length
     prompt = before - owner.shape[-1]
     asked = named != NONE
+    same = number[:, :, None] == number[:, None, :]
+    counted = asked & (same & (text[:, 4] == TASK_IDS["count"])[:, None, :]).any(-1)
     previous = torch.eye(length, dtype=torch.bool, device=text.device).roll(-1, 1).tril()[None]
     wanted = (named[..., None].clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things >= 0)
     nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, prompt)
     edges = functional.pad(things == EDGE, (prompt, 0))[:, None]
-    words = (number[:, :, None] == number[:, None, :]) & asked[:, None, :]
+    words = same & asked[:, None, :]
     return (
         _missing(looks[0], functional.pad(previous, (before, 0)), asked)
-        + _missing(looks[1][..., :before].masked_fill(edges, _NEVER), torch.cat([nothing, wanted], dim=-1), asked)
+        + _missing(
+            looks[1][..., :before].masked_fill(edges, _NEVER),
+            torch.cat([nothing, wanted], dim=-1),
+            asked & ~counted,
+        )
+        + _miscounted(looks[1][..., :before], wanted & centre[:, None], counted)
         + _missing(looks[2], functional.pad(words, (before, 0)), (text[:, 4] != NONE) & words.any(-1))
     )
+
+
+def _miscounted(logits: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+    """Mean divergence, in nats, of attention `(B, heads, T, P + K)` from what tells how many are wanted."""
+    prompt = logits.shape[-1] - wanted.shape[-1]
+    shares = logits.float().log_softmax(-1).mean(1)  # each head by itself
+    nobody = logits.float().log_softmax(-1)[..., :prompt].logsumexp(-1).mean(1)
+    found = wanted.sum(-1)  # (B, T)
+    total = found + _NOBODY
+    cross = -(_NOBODY * nobody + (shares[..., prompt:] * wanted).sum(-1)) / total
+    own = total.log() - _NOBODY * math.log(_NOBODY) / total
+    return ((cross - own) * rows).sum() / rows.sum().clamp(min=1)
 
 
 def place_loss(told: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:

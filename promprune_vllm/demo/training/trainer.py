@@ -22,7 +22,7 @@ from promprune_vllm.demo.training.data import Pool, pair_texts, subset
 from promprune_vllm.demo.training.forward import look, normalised, read, see
 from promprune_vllm.demo.training.losses import answer_loss, gaze_loss, patch_loss, place_loss
 from promprune_vllm.demo.training.optimiser import Optimiser
-from promprune_vllm.demo.training.samples import TASK_IDS
+from promprune_vllm.demo.training.samples import LABELS, TASK_IDS
 from promprune_vllm.demo.training.schedule import Stage
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
@@ -223,7 +223,8 @@ class Trainer:
                 sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
         sums.update({"read steps": 1, "answers": answers.item()})
         if stage.gaze and not paired:
-            gaze = gaze_loss([looks for looks, _ in watched], text, batch["owner"].gather(1, indices))
+            centre = batch["labels"][..., LABELS.index("centre")].gather(1, indices) == 1
+            gaze = gaze_loss([looks for looks, _ in watched], text, batch["owner"].gather(1, indices), centre)
             place = place_loss([self.heads.place(hidden) for _, hidden in watched[1:]], text, batch["owner"])
             sums.update({"gaze steps": 1, "gaze": gaze.item(), "place": place.item()})
             loss = loss + stage.gaze * (gaze + 2 * place)
