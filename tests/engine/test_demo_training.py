@@ -114,13 +114,15 @@ def test_every_word_of_every_question_is_one_token() -> None:
 def test_labels_say_what_is_there() -> None:
     for seed in range(20):
         scene = make_scene("scattered", seed, "train")
-        labels = sample(scene).labels.reshape(24, 24, len(LABELS))
-        for thing in scene.things:
+        made = sample(scene)
+        labels = made.labels.reshape(24, 24, len(LABELS))
+        for number, thing in enumerate(scene.things):
             row, column = int(thing.y // PATCH), int(thing.x // PATCH)
             assert labels[row, column, 1] == COLOURS.index(thing.colour)
             assert labels[row, column, 2] == thing.digit
-            assert labels[row, column, 4] == 1
-        assert (labels[..., 4] == 1).sum() == len(scene.things)
+            shares = made.labels[made.owner == number, 4]  # of the thing, in per cent, each rounded
+            assert abs(shares.sum() - 100) <= len(shares)
+            assert labels[row, column, 4] == shares.max()
 
 
 @pytest.mark.parametrize("keep", [96, 144, 208, 576])
@@ -229,7 +231,7 @@ def _one_question() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     text[0, 2] = 0
     text[0, 5, 1:3] = torch.tensor([0b10, 0])
     text[0, 4, 3] = TASK_IDS["presence"]  # the answer comes after the last token
-    return text, torch.tensor([[NONE, 0, 1, 1, EDGE]]), torch.tensor([[False, True, False, True, False]])
+    return text, torch.tensor([[NONE, 0, 1, 1, EDGE]]), torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]])
 
 
 def _looks() -> list[torch.Tensor]:

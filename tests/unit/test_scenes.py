@@ -50,7 +50,7 @@ def test_a_seed_is_one_scene(kind: str, split: str) -> None:
 def test_scenes_stay_what_they_were() -> None:
     scenes = [make_scene(kind, 3) for kind in KINDS]
     assert [scene.questions()[0].text for scene in scenes] == [
-        "what colour is the circle?",
+        "is there a blue triangle?",
         "what is the green digit?",
     ]
 

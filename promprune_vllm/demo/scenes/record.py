@@ -18,7 +18,7 @@ PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in
 HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 228, "purple": 290}  # degrees
 COLOURS = tuple(HUES)
 QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
-MAX_COUNT = 5
+MAX_COUNT = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,13 @@ _WEIGHTS = {
     "colour": 0.7,
     "digit": 1.0,
     "rank": 0.3,
-    "centre": 0.7,
+    "centre": 2.0,
     "xy": 1.0,
     "look": 0.2,
     "shown": 5.0,
 }
 _END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
+_COUNT_WEIGHT = 4.0  # of a number of things: learnt last, at half right when all else is above nine in ten
 _NOBODY = 3.0  # spreads the shares of none to five: 0, 0.25, 0.4, 0.5, 0.57, 0.63
 _NEVER = -1e9  # a logit; minus infinity has no gradient where nothing else is
 
@@ -52,9 +53,9 @@ def patch_loss(
         losses = functional.cross_entropy(logits, target, ignore_index=NONE, reduction="sum")
         parts[name] = losses / known.sum().clamp(min=1)
         seen[name] = ((logits.argmax(-1) == target) & known).sum() / known.sum().clamp(min=1)
-    centre = labels[..., 4].float()
+    known, centre = labels[..., 4] != NONE, labels[..., 4].float() / 100
     each = functional.binary_cross_entropy_with_logits(told["centre"][..., 0].float(), centre, reduction="none")
-    parts["centre"] = (each * (centre != NONE)).sum() / (centre != NONE).sum().clamp(min=1)
+    parts["centre"] = (each * known).sum() / known.sum().clamp(min=1)
     places = torch.stack([indices % GRID, indices // GRID], dim=-1) * (2 / (GRID - 1)) - 1
     parts["xy"] = functional.mse_loss(told["xy"].float(), places.float())
     parts["look"] = functional.mse_loss(told["look"].float(), looks.float())
@@ -72,13 +73,14 @@ def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) 
     not find the first step in half an hour. A patch at a thing's edge (`EDGE`) is neither right nor wrong.
 
     Shares of attention add up to one, so looking at all there is of something tells nothing of how many there are:
-    words that ask for a number look at each centre alike, and at the prompt's beginning `_NOBODY` times as much.
+    words that ask for a number look at each thing alike, by its centre, and at the prompt's beginning `_NOBODY`
+    times as much.
 
     Args:
         looks: Three of ``(B, heads, T, P + K + T)`` of `forward.read`: prompt, image, text.
         text: ``(B, 6, T)`` of `samples.pack`.
         owner: ``(B, K)``, the thing that a patch must tell of.
-        centre: ``(B, K)`` bool, patches with the centre of a thing.
+        centre: ``(B, K)``, the patch's share of its thing.
     """
     named, number = text[:, 5].long(), text[:, 2]
     length, things = named.shape[1], owner[:, None, :].long()
@@ -99,20 +101,19 @@ def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) 
             torch.cat([nothing, wanted], dim=-1),
             asked & ~counted,
         )
-        + _miscounted(looks[1][..., :before], wanted & centre[:, None], counted)
+        + _miscounted(looks[1][..., :before], wanted * centre[:, None], counted)
         + _missing(looks[2], functional.pad(words, (before, 0)), (text[:, 4] != NONE) & words.any(-1))
     )
 
 
-def _miscounted(logits: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+def _miscounted(logits: Tensor, shares_wanted: Tensor, rows: Tensor) -> Tensor:
     """Mean divergence, in nats, of attention `(B, heads, T, P + K)` from what tells how many are wanted."""
-    prompt = logits.shape[-1] - wanted.shape[-1]
+    prompt = logits.shape[-1] - shares_wanted.shape[-1]
     shares = logits.float().log_softmax(-1).mean(1)  # each head by itself
     nobody = logits.float().log_softmax(-1)[..., :prompt].logsumexp(-1).mean(1)
-    found = wanted.sum(-1)  # (B, T)
-    total = found + _NOBODY
-    cross = -(_NOBODY * nobody + (shares[..., prompt:] * wanted).sum(-1)) / total
-    own = total.log() - _NOBODY * math.log(_NOBODY) / total
+    total = shares_wanted.sum(-1) + _NOBODY  # (B, T)
+    cross = -(_NOBODY * nobody + (shares[..., prompt:] * shares_wanted).sum(-1)) / total
+    own = total.log() - (_NOBODY * math.log(_NOBODY) + torch.xlogy(shares_wanted, shares_wanted).sum(-1)) / total
     return ((cross - own) * rows).sum() / rows.sum().clamp(min=1)
 
 
@@ -165,4 +166,5 @@ def answer_loss(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     ).view_as(target)
     answers = text[:, 4] != NONE
     weights = torch.where(answers, 1.0, _END_WEIGHT) * (target != NONE)
+    weights = torch.where(text[:, 4] == TASK_IDS["count"], _COUNT_WEIGHT, weights)
     return (each * weights).sum() / weights.sum().clamp(min=1e-6), (logits.argmax(-1) == target).detach()

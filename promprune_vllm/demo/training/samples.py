@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes import TASKS, Question, Scene
 from promprune_vllm.demo.scenes.questions import shown
-from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, PLURALS, SHAPES, Thing
+from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PLURALS, SHAPES, Thing
 from promprune_vllm.demo.training import tokenizer
 
 TEXT_TOKENS = 176  # of all questions of a scene together; what does not fit is not asked
@@ -37,7 +37,8 @@ class Sample:
     Args:
         patches: ``(576, 588)`` uint8, each patch as the tower's convolution reads it: channel, row, column.
         held: ``(576,)`` bool, patches that hold a part of a thing.
-        labels: ``(576, 5)`` int8, `LABELS`, or `NONE` where a patch need not tell.
+        labels: ``(576, 5)`` int8, `LABELS`, or `NONE` where a patch need not tell. "centre" is in per cent: those
+            of a small or large thing's patches add up to 100, shared by how near they are to its centre.
         shown: ``(58,)`` uint8, which coloured shapes and which digits there are.
         named: ``(55,)`` uint8, which of `NAMES` there are.
         owner: ``(576,)`` int8, which thing a patch must tell of, `EDGE` if it holds some other part of one, or
@@ -154,21 +155,33 @@ def _labels(
         owner[near] = number
         if thing.what != "glyph":
             labels[near, 0] = _WHATS.index(thing.what)
-            labels[near, 4] = 0
         if thing.colour:
             labels[near, 1] = COLOURS.index(thing.colour)
         if thing.digit >= 0:
             labels[near, 2] = thing.digit
         if thing.what == "glyph":
             labels[near, 3] = 0 if thing is glyphs[0] else 2 if thing is glyphs[-1] else 1
+    for number, thing in enumerate(things):
+        mine = owner == number
+        if thing.what not in ("glyph", "plate") and mine.any():
+            labels[mine, 4] = _shares(thing, mine)
+        elif thing.what == "plate":
+            labels[mine, 4] = 0
     for patch in rng.sample(range(GRID * GRID), int(_BACKGROUND_SHARE * GRID * GRID)):
         if not held.flat[patch]:
             labels[patch // GRID, patch % GRID, 4] = 0
-    for thing in things:
-        if thing.what not in ("glyph", "plate"):
-            labels[int(min(thing.y, PIXELS - 1) // PATCH), int(min(thing.x, PIXELS - 1) // PATCH), 4] = 1
     owner[held & (owner == NONE)] = EDGE
     return held.ravel(), labels.reshape(-1, len(LABELS)), owner.ravel()
+
+
+def _shares(thing: Thing, mine: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Divide a thing among its patches, in per cent: smoothly, since neighbours may be equally central."""
+    near = np.outer(
+        np.maximum(0, 1 - np.abs(_CENTRES - thing.y) / PATCH),
+        np.maximum(0, 1 - np.abs(_CENTRES - thing.x) / PATCH),
+    )[mine]
+    shares: NDArray[np.int8] = np.round(100 * near / max(near.sum(), 1e-6)).astype(np.int8)
+    return shares
 
 
 def _class_targets(things: tuple[Thing, ...]) -> NDArray[np.uint8]:

@@ -44,7 +44,7 @@ STAGES = (
     # Both, on different shares of the patches: with one share only, counting is calibrated to it.
     Stage("both", 0.29, 24, _KEEP, 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, gaze=0.5, pairs=0.08),
     # All patches, as they are served, and now and then fewer.
-    Stage("full", 0.23, 24, (576, 576, 576, 192), 2, (0.25, 0.01), (0.5, 0.02), aux=0.3, gaze=0.1, pairs=0.08),
+    Stage("full", 0.23, 24, (576, 576, 576, 192), 2, (0.25, 0.01), (0.5, 0.02), aux=0.3, gaze=0.5, pairs=0.08),
 )
 _WARM_UP = 0.03  # of a stage
 

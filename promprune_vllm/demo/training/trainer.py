@@ -223,7 +223,7 @@ class Trainer:
                 sums.update({f"n {_TASKS[task]}": 1, f"right {_TASKS[task]}": int(good)})
         sums.update({"read steps": 1, "answers": answers.item()})
         if stage.gaze and not paired:
-            centre = batch["labels"][..., LABELS.index("centre")].gather(1, indices) == 1
+            centre = batch["labels"][..., LABELS.index("centre")].gather(1, indices).clamp(min=0) / 100
             gaze = gaze_loss([looks for looks, _ in watched], text, batch["owner"].gather(1, indices), centre)
             place = place_loss([self.heads.place(hidden) for _, hidden in watched[1:]], text, batch["owner"])
             sums.update({"gaze steps": 1, "gaze": gaze.item(), "place": place.item()})
