@@ -17,6 +17,7 @@ from promprune_vllm.demo.training import tokenizer
 # What some heads of the first three layers are told to do. Words that name a thing look at the word before them
 # ("red" meets "star"), then at the patches of what they name; then the place of the answer looks at those words.
 GAZING_LAYERS, GAZING_HEADS = (0, 1, 2), 3
+NEVER = -1e9  # a logit; minus infinity has no gradient where nothing else is
 PREFIX = (processing.BOS_ID, 4)  # <s>USER:, before the image
 
 
@@ -104,10 +105,10 @@ def read(
     cos_sin = llama.rotary_emb(hidden, position_ids=places)
     mask = _mask(before, number)
     for depth, layer in enumerate(llama.layers):
-        watch = watched is not None and depth in GAZING_LAYERS
-        looks = _gaze(layer, hidden, before, cos_sin).masked_fill(~mask[:, :, before:], -1e9) if watch else None
+        entering = hidden
         hidden = layer(hidden, attention_mask=mask, position_ids=places, position_embeddings=cos_sin)
-        if watched is not None and looks is not None:
+        if watched is not None and depth in GAZING_LAYERS:
+            looks = _gaze(layer, entering, before, cos_sin).masked_fill(~mask[:, :, before:], NEVER)
             watched.append((looks, functional.rms_norm(hidden[:, before:], hidden.shape[-1:])))
     logits: Tensor = model.lm_head(llama.norm(hidden[:, before:]))
     return logits

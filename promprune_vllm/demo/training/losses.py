@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from promprune_vllm.demo.scenes.record import GRID
+from promprune_vllm.demo.training.forward import NEVER
 from promprune_vllm.demo.training.samples import EDGE, LABELS, NONE, TASK_IDS
 
 _CLASSES = LABELS[:4]
@@ -24,8 +25,7 @@ _WEIGHTS = {
 }
 _END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
 _COUNT_WEIGHT = 4.0  # of a number of things: learnt last, at half right when all else is above nine in ten
-_NOBODY = 3.0  # spreads the shares of none to five: 0, 0.25, 0.4, 0.5, 0.57, 0.63
-_NEVER = -1e9  # a logit; minus infinity has no gradient where nothing else is
+_NOBODY = 3.0  # spreads the shares of none to four: 0, 0.25, 0.4, 0.5, 0.57
 
 
 def patch_loss(
@@ -56,8 +56,7 @@ def patch_loss(
     known, centre = labels[..., 4] != NONE, labels[..., 4].float() / 100
     each = functional.binary_cross_entropy_with_logits(told["centre"][..., 0].float(), centre, reduction="none")
     parts["centre"] = (each * known).sum() / known.sum().clamp(min=1)
-    places = torch.stack([indices % GRID, indices // GRID], dim=-1) * (2 / (GRID - 1)) - 1
-    parts["xy"] = functional.mse_loss(told["xy"].float(), places.float())
+    parts["xy"] = functional.mse_loss(told["xy"].float(), _coordinates(indices))
     parts["look"] = functional.mse_loss(told["look"].float(), looks.float())
     parts["shown"] = functional.binary_cross_entropy_with_logits(shown.float(), present.float())
     seen |= {name: parts[name] for name in ("centre", "xy", "look", "shown")}
@@ -83,21 +82,21 @@ def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) 
         centre: ``(B, K)``, the patch's share of its thing.
     """
     named, number = text[:, 5].long(), text[:, 2]
-    length, things = named.shape[1], owner[:, None, :].long()
+    length = named.shape[1]
     before = looks[0].shape[-1] - length
     prompt = before - owner.shape[-1]
     asked = named != NONE
-    same = number[:, :, None] == number[:, None, :]
+    same = _together(number)
     counted = asked & (same & (text[:, 4] == TASK_IDS["count"])[:, None, :]).any(-1)
     previous = torch.eye(length, dtype=torch.bool, device=text.device).roll(-1, 1).tril()[None]
-    wanted = (named[..., None].clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things >= 0)
+    wanted = _patches(named, owner)
     nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, prompt)
-    edges = functional.pad(things == EDGE, (prompt, 0))[:, None]
+    edges = functional.pad(owner == EDGE, (prompt, 0))[:, None, None]
     words = same & asked[:, None, :]
     return (
         _missing(looks[0], functional.pad(previous, (before, 0)), asked)
         + _missing(
-            looks[1][..., :before].masked_fill(edges, _NEVER),
+            looks[1][..., :before].masked_fill(edges, NEVER),
             torch.cat([nothing, wanted], dim=-1),
             asked & ~counted,
         )
@@ -109,10 +108,10 @@ def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) 
 def _miscounted(logits: Tensor, shares_wanted: Tensor, rows: Tensor) -> Tensor:
     """Mean divergence, in nats, of attention `(B, heads, T, P + K)` from what tells how many are wanted."""
     prompt = logits.shape[-1] - shares_wanted.shape[-1]
-    shares = logits.float().log_softmax(-1).mean(1)  # each head by itself
-    nobody = logits.float().log_softmax(-1)[..., :prompt].logsumexp(-1).mean(1)
+    heads = logits.float().log_softmax(-1)  # each by itself
+    shares, nobody = heads[..., prompt:].mean(1), heads[..., :prompt].logsumexp(-1).mean(1)
     total = shares_wanted.sum(-1) + _NOBODY  # (B, T)
-    cross = -(_NOBODY * nobody + (shares[..., prompt:] * shares_wanted).sum(-1)) / total
+    cross = -(_NOBODY * nobody + (shares * shares_wanted).sum(-1)) / total
     own = total.log() - (_NOBODY * math.log(_NOBODY) + torch.xlogy(shares_wanted, shares_wanted).sum(-1)) / total
     return ((cross - own) * rows).sum() / rows.sum().clamp(min=1)
 
@@ -130,11 +129,10 @@ def place_loss(told: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
     """
     named, number = text[:, 5].long(), text[:, 2]
     one = (named > 0) & (named & (named - 1) == 0)
-    mine = (named[..., None].clamp(min=0) >> owner[:, None].long().clamp(min=0) & 1).bool() & (owner >= 0)[:, None]
-    at = torch.arange(GRID * GRID, device=text.device)
-    places = torch.stack([at % GRID, at // GRID], dim=-1) * (2 / (GRID - 1)) - 1
+    mine = _patches(named, owner)
+    places = _coordinates(torch.arange(GRID * GRID, device=text.device))
     where = mine.float() @ places / mine.sum(-1, keepdim=True).clamp(min=1)  # (B, T, 2)
-    same = (number[:, :, None] == number[:, None, :]) & one[:, None, :] & (text[:, 4] != NONE)[:, :, None]
+    same = _together(number) & one[:, None, :] & (text[:, 4] != NONE)[:, :, None]
     alone = same.sum(-1) == 1
     answered = (same.float() @ where) * alone[..., None]
     loss = torch.zeros((), device=text.device)
@@ -143,9 +141,25 @@ def place_loss(told: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
     return loss
 
 
+def _coordinates(indices: Tensor) -> Tensor:
+    """Columns and rows of patches, -1 to 1: `(...)` to `(..., 2)`."""
+    return torch.stack([indices % GRID, indices // GRID], dim=-1) * (2 / (GRID - 1)) - 1
+
+
+def _together(number: Tensor) -> Tensor:
+    """Which tokens `(B, T)` belong to the same question, `(B, T, T)`."""
+    return number[:, :, None] == number[:, None, :]
+
+
+def _patches(named: Tensor, owner: Tensor) -> Tensor:
+    """Which patches `(B, K)` tell of what words `(B, T)` name, `(B, T, K)` bool."""
+    things = owner[:, None, :].long()
+    return (named[..., None].clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things >= 0)
+
+
 def _missing(logits: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
     """Mean surprise, in nats, at how much attention `(B, heads, T, C)` rows `(B, T)` pay to the columns wanted."""
-    shares = logits.float().log_softmax(-1).masked_fill(~wanted[:, None], _NEVER).logsumexp((1, 3))
+    shares = logits.float().log_softmax(-1).masked_fill(~wanted[:, None], NEVER).logsumexp((1, 3))
     shares = (shares - math.log(logits.shape[1])).masked_fill(~rows, 0.0)
     return -shares.sum() / rows.sum().clamp(min=1)
 

@@ -163,10 +163,8 @@ def _labels(
             labels[near, 3] = 0 if thing is glyphs[0] else 2 if thing is glyphs[-1] else 1
     for number, thing in enumerate(things):
         mine = owner == number
-        if thing.what not in ("glyph", "plate") and mine.any():
-            labels[mine, 4] = _shares(thing, mine)
-        elif thing.what == "plate":
-            labels[mine, 4] = 0
+        if thing.what != "glyph":
+            labels[mine, 4] = 0 if thing.what == "plate" else _shares(thing, mine)
     for patch in rng.sample(range(GRID * GRID), int(_BACKGROUND_SHARE * GRID * GRID)):
         if not held.flat[patch]:
             labels[patch // GRID, patch % GRID, 4] = 0
