@@ -19,12 +19,15 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
+from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics import catalog
 from promprune_vllm.metrics.catalog import CATALOG, Metric
 
 DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
 _OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_FILE_BYTES = 1 << 20
+"""Of each of a process's three files: all series of all methods fill half of it, so they never grow."""
 
 
 def prepare_directory() -> None:
@@ -90,7 +93,8 @@ class Recorder:
         self._directory = directory
         self._model_name = model_name
         self._series: dict[tuple[str, ...], Any] = {}
-        with _values_in(directory):
+        self._values = _mapped_values(directory, os.getpid())
+        with self._mapping():
             self._families = {metric.name: _family(metric) for metric in CATALOG}
 
     def create(self, metrics: Sequence[Metric], methods: Sequence[str]) -> None:
@@ -160,11 +164,32 @@ class Recorder:
         """Show what runs: the default method, and the versions of promprune-vllm and of vLLM."""
         self._at(catalog.BUILD_INFO, method, version, vllm_version).set(1)
 
+    @contextmanager
+    def _mapping(self) -> Iterator[None]:
+        """While open, prometheus_client creates its values as ours.
+
+        It decides that once per process when imported, from the environment; vLLM has imported it by the time a
+        plugin runs. The two module-level names used are checked by a test.
+        """
+        from prometheus_client import values
+
+        before = values.ValueClass, os.environ.get(VLLM_VARIABLE)
+        values.ValueClass = self._values
+        os.environ[VLLM_VARIABLE] = self._directory
+        try:
+            yield
+        finally:
+            values.ValueClass = before[0]
+            if before[1] is None:
+                del os.environ[VLLM_VARIABLE]
+            else:
+                os.environ[VLLM_VARIABLE] = before[1]
+
     def _at(self, metric: Metric, *values: str) -> Any:
         """Return a series of this model, by the values of its other labels."""
         key = (metric.name, *values)
         if key not in self._series:
-            with _values_in(self._directory):  # a new series could not find the directory by itself
+            with self._mapping():  # a new series could not find the directory by itself
                 self._series[key] = self._families[metric.name].labels(self._model_name, *values)
         return self._series[key]
 
@@ -192,23 +217,32 @@ def _family(metric: Metric) -> Any:
     return Histogram(metric.name, metric.help, metric.labels, registry=None, buckets=metric.buckets)
 
 
-@contextmanager
-def _values_in(directory: str) -> Iterator[None]:
-    """While open, prometheus_client creates its values as mmap files in ``directory``.
+@cache
+def _mapped_values(directory: str, pid: int) -> Any:
+    """Return prometheus_client's class of values in mmap files, with files of our own in ``directory``.
 
-    It decides that once per process when imported, from the environment; vLLM has imported it by the time a
-    plugin runs. The two module-level names used are checked by a test.
+    The files get their room on the disk at once: to write into a mapped page for which a disk has no room left
+    kills the process, without an error that anybody could catch. They have names of their own because in vLLM's
+    directory its values lie in files by process too, and two writers of one file overwrite each other. For that
+    reason, too, there is one class for a directory.
+
+    Raises:
+        SettingsError: The directory cannot be written to.
     """
     from prometheus_client import values
 
-    before = values.ValueClass, os.environ.get(VLLM_VARIABLE)
-    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
-    os.environ[VLLM_VARIABLE] = directory
-    try:
-        yield
-    finally:
-        values.ValueClass = before[0]
-        if before[1] is None:
-            del os.environ[VLLM_VARIABLE]
-        else:
-            os.environ[VLLM_VARIABLE] = before[1]
+    for kind in ("counter", "gauge_min", "histogram"):
+        path = os.path.join(directory, f"{kind}_{_name(pid)}.db")
+        try:
+            with open(path, "ab") as file:
+                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+        except OSError as error:
+            raise SettingsError(
+                f"Metrics cannot be kept in {directory} ({error.strerror}): make room there, or name another "
+                "place with TMPDIR."
+            ) from error
+    return values.MultiProcessValue(lambda: _name(pid))  # type: ignore[no-untyped-call]
+
+
+def _name(pid: int) -> str:
+    return f"promprune-{pid}"

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from promprune_vllm.core.savings import Decoder, saved_blocks
+from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics import recorder as module
 from promprune_vllm.metrics.catalog import CATALOG, LABELS, UNPRUNED, Metric
 from promprune_vllm.metrics.recorder import Recorder, Saving
@@ -160,6 +161,54 @@ def test_vllms_directory_is_used_where_it_made_one(tmp_path: Path, monkeypatch: 
     module.recorder("demo").outcome("full")
     assert samples(shared)["promprune_requests_total", "full"] == 1
     assert not list(tmp_path.glob("*.db"))
+
+
+WITH_VLLM = """
+import sys
+from prometheus_client import CollectorRegistry, Counter
+from promprune_vllm.metrics.recorder import Recorder
+
+theirs = Counter("vllm_things", "Of vLLM.", ["kind"], registry=None)
+theirs.labels("early").inc(3)
+ours = Recorder(sys.argv[1], "demo")
+ours.outcome("full")
+for i in range(200):  # each a new line in a file
+    theirs.labels(f"late {i}").inc(5)
+    Recorder(sys.argv[1], f"model {i}").outcome("pruned")
+ours.outcome("full")
+"""
+
+
+def test_vllms_values_and_ours_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", WITH_VLLM, str(tmp_path)], env=environment, check=True)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    found = [sample for family in registry.collect() for sample in family.samples]
+    late = [sample.value for sample in found if sample.labels.get("kind", "").startswith("late")]
+    assert late == [5] * 200
+    assert [sample.value for sample in found if sample.labels.get("kind") == "early"] == [3]
+    requests = {sample.labels["model_name"]: sample.value for sample in found if "outcome" in sample.labels}
+    assert requests == {"demo": 2, **{f"model {i}": 1 for i in range(200)}}
+
+
+def test_series_take_no_files_of_their_own(tmp_path: Path) -> None:
+    recorder = Recorder(str(tmp_path), "some/model-of-7-billion")
+    before = len(os.listdir("/proc/self/fd"))
+    recorder.create(CATALOG, [f"method-{i}" for i in range(16)])
+    assert len(os.listdir("/proc/self/fd")) <= before + 6  # three files, and their mappings
+    # They never grow, so a disk that fills up later has their room.
+    assert {file.stat().st_size for file in tmp_path.iterdir()} == {module._FILE_BYTES}
+    assert all(file.stat().st_blocks * 512 >= module._FILE_BYTES for file in tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"Metrics cannot be kept in .*No such file.*TMPDIR"):
+        Recorder(str(tmp_path / "gone"), "demo")
+    small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
+    code = small + "from promprune_vllm.metrics.recorder import Recorder; Recorder(sys.argv[1], 'demo')"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "SettingsError: Metrics cannot be kept in" in run.stderr
 
 
 SPAWNS = """
