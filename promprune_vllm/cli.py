@@ -199,7 +199,7 @@ def demo(
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="With --traffic: requests in flight.")] = 4,
     seed: Annotated[int, typer.Option(help="With --traffic: the same seed sends the same requests.")] = 0,
 ) -> None:
-    """Serve a small model and send it one photograph under several budgets, or a while of mixed traffic."""
+    """Serve a small model and ask it about a scene under several budgets, or send it a while of mixed traffic."""
     from promprune_vllm.demo.run import run_demo, run_traffic
     from promprune_vllm.demo.sender import Traffic
     from promprune_vllm.errors import DemoError

@@ -1,8 +1,9 @@
-"""``promprune demo``: one real photograph, four budgets, and what each one costs; or a while of mixed traffic."""
+"""``promprune demo``: one scene, one question, four budgets, what each costs and gets answered; or traffic."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import tempfile
 import time
@@ -16,15 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.model import find_or_build_demo_model
+from promprune_vllm.demo.model import cache_directory, find_or_build_demo_model
+from promprune_vllm.demo.next_steps import next_steps
+from promprune_vllm.demo.scenes import Question, Scene, make_scene
 from promprune_vllm.demo.sender import Report, Traffic, send
 from promprune_vllm.demo.server import Server, serving
+from promprune_vllm.demo.trained import TRAINED
 from promprune_vllm.errors import DemoError
 
 BUDGETS = (None, 256, 128, 64)
-PHOTO, WARM_UP_PHOTO = "astronaut", "chelsea"
-QUESTION = "What is in the picture?"
+SCENE = ("scattered", 0)  # kind and number of a held-out scene
+WARM_UP_SCENE = ("scattered", 1)
+TASK = "digit"  # the first question of the scene that is of this task
 MODEL_NAME = "demo"
 DEFAULT_PORT = 8000
 _ANSWER_TOKENS = 8
@@ -37,12 +41,13 @@ class Row:
 
     Args:
         budget: What was asked, ``None`` for nothing.
-        seen: Visual tokens of the photograph before pruning.
+        seen: Visual tokens of the image before pruning.
         kept: Visual tokens that entered the language model.
         prompt_tokens: ``usage.prompt_tokens`` of the reply.
         kv_blocks: KV-cache blocks the prompt fills: vLLM gives out one for every ``_BLOCK_TOKENS`` tokens begun.
         first_token_ms: From sending the request to the first streamed token.
         selection_ms: Time the selection took; ``None`` where nothing was selected.
+        answer: What the model answered.
     """
 
     budget: int | None
@@ -52,6 +57,7 @@ class Row:
     kv_blocks: int
     first_token_ms: float
     selection_ms: float | None
+    answer: str
 
 
 def run_demo(*, once: bool, as_json: bool, port: int | None, traffic: Traffic | None = None) -> None:
@@ -77,7 +83,11 @@ def run_demo(*, once: bool, as_json: bool, port: int | None, traffic: Traffic | 
         else:
             run_traffic(server.url, traffic, None, as_json=as_json)
         if not once:
-            (err if as_json else Console()).print(_next_steps(server.url), highlight=False, soft_wrap=True)
+            image = cache_directory() / "demo-scene.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(_png(make_scene(*SCENE)))
+            steps = next_steps(server.url, MODEL_NAME, image, _question(make_scene(*SCENE)))
+            (err if as_json else Console()).print(steps, highlight=False, soft_wrap=True)
             _serve_until_interrupted(server)
 
 
@@ -104,17 +114,21 @@ def run_traffic(url: str, traffic: Traffic, api_key: str | None, *, as_json: boo
 
 
 def _show_budgets(rows: list[Row], *, as_json: bool) -> None:
-    if as_json:
-        document = {"model": MODEL_NAME, "photo": PHOTO, "rows": [asdict(row) for row in rows]}
-        print(json.dumps(document, indent=2), flush=True)
-    else:
+    if not as_json:
         Console().print(_table(rows))
+        return
+    question = _question(make_scene(*SCENE))
+    document = {"model": MODEL_NAME, "scene": SCENE, "question": question.text, "right_answer": question.answer}
+    print(json.dumps(document | {"rows": [asdict(row) for row in rows]}, indent=2), flush=True)
 
 
 @contextmanager
 def _demo_server(err: Console, log: Path, port: int, traffic: Traffic | None) -> Iterator[Server]:
-    with _telling(err, "Making the demo model: a small LLaVA-1.5 with seeded random weights …"):
-        model = find_or_build_demo_model()
+    if traffic is None:
+        model = TRAINED
+    else:  # its larger sibling, whose answers never end early
+        with _telling(err, "Making a model for traffic: a small LLaVA-1.5 with seeded random weights …"):
+            model = find_or_build_demo_model()
     options = ["--served-model-name", MODEL_NAME, "--enforce-eager", "--max-model-len", "2048"]
     options += ["--block-size", str(_BLOCK_TOKENS), "--visual-token-detail", *_device_options()]
     if traffic is not None:
@@ -162,18 +176,18 @@ def _simple_methods() -> list[str]:
 
 
 def _measured(err: Console, server: Server) -> Iterator[Row]:
-    with _telling(err, "Warming up with another photograph …"):
+    with _telling(err, "Warming up with another scene …"):
         for budget in BUDGETS:
-            _ask(server, WARM_UP_PHOTO, budget)
+            _ask(server, make_scene(*WARM_UP_SCENE), budget)
     for budget in BUDGETS:
-        with _telling(err, f"Sending the photograph with {_asked(budget)} …"):
+        with _telling(err, f"Asking about the scene with {_asked(budget)} …"):
             row = _measure(server, budget)
         yield row
 
 
 def _measure(server: Server, budget: int | None) -> Row:
     before = server.metrics("promprune")
-    first_token_ms, prompt_tokens = _ask(server, PHOTO, budget)
+    first_token_ms, prompt_tokens, answer = _ask(server, make_scene(*SCENE), budget)
     after = server.metrics("promprune")
 
     def grown(name: str) -> float:
@@ -188,50 +202,64 @@ def _measure(server: Server, budget: int | None) -> Row:
         kv_blocks=-(-prompt_tokens // _BLOCK_TOKENS),
         first_token_ms=round(first_token_ms, 1),
         selection_ms=round(seconds * 1000, 2) if seconds else None,
+        answer=answer,
     )
 
 
-def _ask(server: Server, photo: str, budget: int | None) -> tuple[float, int]:
+def _ask(server: Server, scene: Scene, budget: int | None) -> tuple[float, int, str]:
     """Stream one answer with the OpenAI SDK.
 
     Returns:
-        Milliseconds to the first token, and the prompt's tokens.
+        Milliseconds to the first token, the prompt's tokens, and the answer.
     """
     from openai import OpenAI
 
-    extra: dict[str, Any] = {"ignore_eos": True} | ({} if budget is None else {FIELD: budget})
     started = time.perf_counter()
     first_token_ms = None
+    answer = ""
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
         stream = client.chat.completions.create(
             model=MODEL_NAME,
-            messages=[{"role": "user", "content": _content(photo)}],
+            messages=[{"role": "user", "content": _content(scene)}],
             max_tokens=_ANSWER_TOKENS,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body=extra,
+            extra_body={} if budget is None else {FIELD: budget},
         )
         for chunk in stream:
-            if first_token_ms is None and chunk.choices and chunk.choices[0].delta.content:
-                first_token_ms = (time.perf_counter() - started) * 1000
+            if chunk.choices and chunk.choices[0].delta.content:
+                first_token_ms = first_token_ms or (time.perf_counter() - started) * 1000
+                answer += chunk.choices[0].delta.content
             if chunk.usage and first_token_ms is not None:
-                return first_token_ms, chunk.usage.prompt_tokens
+                return first_token_ms, chunk.usage.prompt_tokens, answer.strip()
     raise DemoError("The server ended the stream without an answer.")
 
 
-def _content(photo: str) -> Any:
-    image = base64.b64encode(photo_path(photo).read_bytes()).decode()
+def _content(scene: Scene) -> Any:
+    image = base64.b64encode(_png(scene)).decode()
     return [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
-        {"type": "text", "text": QUESTION},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        {"type": "text", "text": _question(scene).text},
     ]
 
 
+def _png(scene: Scene) -> bytes:
+    file = io.BytesIO()
+    scene.image().save(file, "png")
+    return file.getvalue()
+
+
+def _question(scene: Scene) -> Question:
+    return next(question for question in scene.questions() if question.task == TASK)
+
+
 def _table(rows: list[Row]) -> Table:
-    table = Table(title=f"One photograph ({PHOTO}), one question, four budgets", title_justify="left")
+    question = _question(make_scene(*SCENE))
+    title = f"One scene, four budgets: “{question.text}” It is {question.answer}."
+    table = Table(title=title, title_justify="left")
     table.add_column("budget")
-    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "selection"):
+    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "selection", "answer"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -242,40 +270,13 @@ def _table(rows: list[Row]) -> Table:
             str(row.kv_blocks),
             f"{row.first_token_ms:.0f} ms",
             "" if row.selection_ms is None else f"{row.selection_ms:.1f} ms",
+            row.answer,
         )
     return table
 
 
 def _asked(budget: int | None) -> str:
     return "no budget" if budget is None else f"{FIELD}={budget}"
-
-
-def _next_steps(url: str) -> str:
-    photo = photo_path(PHOTO)
-    return f"""
-The server goes on at {url} (Ctrl-C ends it). Try it with curl:
-
-curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<EOF
-{{"model": "{MODEL_NAME}", "{FIELD}": 64, "max_tokens": 16, "messages": [{{"role": "user", "content": [
-  {{"type": "image_url", "image_url": {{"url": "data:image/jpeg;base64,$(base64 -w0 {photo})"}}}},
-  {{"type": "text", "text": "{QUESTION}"}}]}}]}}
-EOF
-
-or with the OpenAI SDK:
-
-import base64
-from openai import OpenAI
-image = base64.b64encode(open("{photo}", "rb").read()).decode()
-reply = OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(
-    model="{MODEL_NAME}", max_tokens=16, extra_body={{"{FIELD}": 64}},
-    messages=[{{"role": "user", "content": [
-        {{"type": "image_url", "image_url": {{"url": f"data:image/jpeg;base64,{{image}}"}}}},
-        {{"type": "text", "text": "{QUESTION}"}}]}}])
-print(reply.usage.prompt_tokens, "prompt tokens")
-
-The model has random weights: its answers mean nothing, what it saves is real.
-Metrics: curl -s {url}/metrics | grep promprune
-"""
 
 
 def _serve_until_interrupted(server: Server) -> None:
