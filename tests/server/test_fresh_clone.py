@@ -43,7 +43,9 @@ def test_make_demo_in_a_fresh_clone(clone: Path, call: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)["rows"]
+    document = json.loads(result.stdout)
+    rows = document["rows"]
+    assert rows[0]["answer"] == document["right_answer"]
     assert [row["budget"] for row in rows] == [None, 256, 128, 64]
     assert [row["seen"] for row in rows] == [VISUAL_TOKENS] * 4
     assert [row["kept"] for row in rows] == [VISUAL_TOKENS, 256, 128, 64]
