@@ -41,7 +41,7 @@ def demo_model(
     score: _SCORE = False,
     out: _OUT = None,
     seed: _SEED = 0,
-    minutes: _MINUTES = 150.0,
+    minutes: _MINUTES = 240.0,
     device: _DEVICE = "cpu",
     fresh: _FRESH = False,
     scenes: _SCENES = 300,
