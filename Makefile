@@ -10,10 +10,12 @@ NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 # Questions of each task, so that all of it fits into an hour: most for PromPrune and the controls, least for methods
 # that read the question, since they encode the image anew for each. A lone shape and its colour weigh little.
 EVAL_OUT := eval
-EVAL_METHODS := promprune:300,random:300,uniform:300
-EVAL_METHODS := $(EVAL_METHODS),split-0:150,split-25:150,split-50:150,split-75:150,fastervlm:150
-EVAL_METHODS := $(EVAL_METHODS),cdpruner:40,fsr:40,sppruner:40,*:100
+EVAL_METHODS := promprune:200,random:200,uniform:200
+EVAL_METHODS := $(EVAL_METHODS),split-0:120,split-25:120,split-50:120,split-75:120,fastervlm:120
+EVAL_METHODS := $(EVAL_METHODS),cdpruner:30,fsr:30,sppruner:30,*:80
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
+# One budget with standard errors below a point: which differences are real.
+EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tools demo test eval check lock clean
@@ -36,6 +38,7 @@ test: tools ## run the whole test suite; ARGS go to pytest
 
 eval: setup ## measure what pruning costs: every method and budget, an hour on two cores; goes on after an interruption
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
+	@$(BIN)/promprune eval --out $(EVAL_OUT)/at-64 --methods $(EVAL_AT_64) --budgets 64 --tasks $(EVAL_TASKS) $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
 	@$(BIN)/ruff check .

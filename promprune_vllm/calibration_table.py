@@ -61,10 +61,18 @@ def _advice(report: CalibrationReport) -> str:
     far, in_force = SATURATION * report.options["tau"], float(report.options["mu"])
     now, then = _percent(report.saturated(in_force)), _percent(report.saturated(report.mu))
     return (
-        f"\nSuggested mu: {report.mu}, the median. Where H is farther than {SATURATION:g} tau = {far:g} from mu, "
-        f"the split hardly depends on it:\n{then} lie there with this mu, {now} with the one in force, "
+        f"\nSuggested mu: {report.mu}, {_why(report)}. Where H is farther than {SATURATION:g} tau = {far:g} "
+        f"from mu, the split hardly depends on it:\n{then} lie there with this mu, {now} with the one in force, "
         f"{in_force}.\n\n{option(report)}"
     )
+
+
+def _why(report: CalibrationReport) -> str:
+    medians = report.medians
+    if len(medians) == 1:
+        return "the median"
+    each = ", ".join(f"{name} {median:.4f}" for name, median in medians.items())
+    return f"the midpoint between the medians of the folders ({each}); the median of all is {report.median}"
 
 
 def _percent(share: float) -> str:

@@ -139,13 +139,23 @@ def list_metrics(
 def calibrate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model as vLLM takes it; comes before vLLM's options.")],
-    images: Annotated[Path, typer.Option("--images", help="Directory of images like those to be served.")],
+    images: Annotated[
+        list[Path],
+        typer.Option(
+            "--images", help="Directory of images like those to be served; repeat it, one for each kind."
+        ),
+    ],
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Use at most this many, spread over the sorted names.")
+        int | None,
+        typer.Option("--limit", min=1, help="Use at most this many of each, spread over the sorted names."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every value.")] = False,
 ) -> None:
-    """Estimate PromPrune's mu for MODEL: the median entropy of images. Takes vLLM's options, such as --dtype."""
+    """Estimate PromPrune's mu for MODEL from the entropy of images. Takes vLLM's options, such as --dtype.
+
+    Of one directory it is the median; of several the midpoint between the lowest and the highest median, which
+    does not depend on how many images there are of each kind.
+    """
     from rich.console import Console
 
     from promprune_vllm.calibration_table import show

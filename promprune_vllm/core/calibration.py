@@ -23,11 +23,13 @@ class MeasuredImage:
         file: Its name.
         tokens: Its tokens before pruning.
         entropies: H of each group a method selects from: one, or one per tile.
+        folder: Where it lay, where there were several.
     """
 
     file: str
     tokens: int
     entropies: tuple[float, ...]
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,27 @@ class CalibrationReport:
         return sorted(entropy for image in self.images for entropy in image.entropies)
 
     @property
-    def mu(self) -> float:
+    def median(self) -> float:
         """The median of H: half of what a method selects from is more spread out than this."""
         return round(quantile(self.entropies, 0.5), 4)
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """The median of each folder's H, from the lowest."""
+        folders: dict[str, list[float]] = {}
+        for image in self.images:
+            folders.setdefault(image.folder, []).extend(image.entropies)
+        found = {name: round(quantile(sorted(values), 0.5), 4) for name, values in folders.items()}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    @property
+    def mu(self) -> float:
+        """The suggestion: the midpoint between the folders with the lowest and the highest median, or the median.
+
+        The median of a mixture depends on how many images of each kind are in it; the midpoint does not.
+        """
+        medians = [*self.medians.values()]
+        return round((medians[0] + medians[-1]) / 2, 4) if len(medians) > 1 else self.median
 
     def saturated(self, mu: float) -> float:
         """Return the share of groups whose split hardly depends on H any more, for a given ``mu``."""
@@ -85,6 +105,8 @@ class CalibrationReport:
         return {
             "model": self.model,
             "mu": self.mu,
+            "median": self.median,
+            "medians": self.medians,
             "method_options": self.method_options(),
             "options_in_force": dict(self.options),
             "tiles": self.tiles,
@@ -93,7 +115,12 @@ class CalibrationReport:
             "entropy": {name: quantile(entropies, share) for name, share in SHARES.items()},
             "saturated_share": {"mu": self.saturated(self.mu), "mu_in_force": self.saturated(in_force)},
             "images": [
-                {"file": image.file, "tokens": image.tokens, "entropies": list(image.entropies)}
+                {
+                    **({"folder": image.folder} if image.folder else {}),
+                    "file": image.file,
+                    "tokens": image.tokens,
+                    "entropies": list(image.entropies),
+                }
                 for image in self.images
             ],
             "skipped": [{"file": image.file, "reason": image.reason} for image in self.skipped],

@@ -23,6 +23,10 @@ _FAMILY = Annotated[
 ]
 _TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or go on with it.")]
 _SCORE = Annotated[bool, typer.Option("--score", help="Score it (or the one in --out) on held-out scenes.")]
+_DRAW = Annotated[
+    bool,
+    typer.Option("--draw", help="Draw scenes it was trained on as PNG files in --out, a folder of each kind."),
+]
 _OUT = Annotated[Path | None, typer.Option("--out", help="Directory of the model to make, train or score.")]
 _SEED = Annotated[int, typer.Option("--seed", help="Of weights and scenes.")]
 _MINUTES = Annotated[float, typer.Option("--minutes", min=0.01, help="Time to train, in all.")]
@@ -30,7 +34,7 @@ _DEVICE = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 _FRESH = Annotated[
     bool, typer.Option("--fresh/--resume", help="With --train: begin anew even if there is a checkpoint.")
 ]
-_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score: of each kind.")]
+_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score or --draw: of each kind.")]
 _JSON = Annotated[bool, typer.Option("--json", help="With --score: print one JSON document.")]
 
 
@@ -39,6 +43,7 @@ def demo_model(
     family: _FAMILY = None,
     train: _TRAIN = False,
     score: _SCORE = False,
+    draw: _DRAW = False,
     out: _OUT = None,
     seed: _SEED = 0,
     minutes: _MINUTES = 240.0,
@@ -48,10 +53,11 @@ def demo_model(
     as_json: _JSON = False,
 ) -> None:
     """Say where the trained demo model is and how good; train it; score it; or write a tiny random one."""
-    chosen = [name for name, on in (("--family", family), ("--train", train), ("--score", score)) if on]
+    asked = {"--family": family, "--train": train, "--score": score, "--draw": draw}
+    chosen = [name for name, on in asked.items() if on]
     if len(chosen) > 1:
         _fail(f"{' and '.join(chosen)} do not go together.")
-    if (family or train) and out is None:
+    if (family or train or draw) and out is None:
         _fail(f"{chosen[0]} needs --out DIR.")
     if device not in ("cpu", "cuda"):
         _fail(f"--device is cpu or cuda, not {device}.")
@@ -59,6 +65,8 @@ def demo_model(
         _write_random(family, out, seed)
     elif train and out:
         _train(out, minutes=minutes, device=device, seed=seed, fresh=fresh)
+    elif draw and out:
+        _draw(out, scenes)
     elif score:
         _score(out or TRAINED, scenes, as_json=as_json)
     elif not SCORES.is_file():
@@ -102,6 +110,16 @@ def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) ->
     typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(out / 'model'))}", err=True)
 
 
+def _draw(out: Path, scenes: int) -> None:
+    from promprune_vllm.demo.scenes import KINDS, make_scene
+
+    for kind in KINDS:
+        (out / kind).mkdir(parents=True, exist_ok=True)
+        for seed in range(scenes):
+            make_scene(kind, seed, "train").image().save(out / kind / f"{seed:05}.png")
+        typer.echo(out / kind)
+
+
 def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
     if not (directory / "config.json").is_file():
         _fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
@@ -120,7 +138,7 @@ def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
 
 def _show(scores: dict[str, float]) -> None:
     for name, value in scores.items():
-        typer.echo(f"  {name:<14}{value:6.3f}" if value <= 1 else f"  {name:<14}{value:5.1f} %", err=True)
+        typer.echo(f"  {value:7.3f}  {name}" if value <= 1 else f"  {value:5.1f} %  {name}", err=True)
 
 
 def _fail(message: str) -> NoReturn:

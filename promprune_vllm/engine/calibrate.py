@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,20 @@ _ENVIRONMENT = {
 
 
 def calibrate(
-    model: str, directory: Path, *, limit: int | None, arguments: Sequence[str], tell: Callable[[str], None]
+    model: str,
+    directories: Sequence[Path],
+    *,
+    limit: int | None,
+    arguments: Sequence[str],
+    tell: Callable[[str], None],
 ) -> CalibrationReport:
     """Load a model and measure the images of a directory.
 
     Args:
         model: As vLLM takes it.
-        directory: Of images; what is not named like one is left alone, and so are directories within.
-        limit: Measure at most this many, spread evenly over the sorted names.
+        directories: Of images, one for each kind; what is not named like one is left alone, and so are
+            directories within.
+        limit: Measure at most this many of each, spread evenly over the sorted names.
         arguments: Further options of vLLM's engine, as on the command line.
         tell: Called with what is being done.
 
@@ -60,7 +67,7 @@ def calibrate(
         raise SettingsError(
             f"Only method 'promprune' has a mu to calibrate, and {PREFIX}METHOD is {settings.method!r}. Unset it."
         )
-    files = image_files(directory, limit)
+    files = [(directory, file) for directory in directories for file in image_files(directory, limit)]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with _stdout_kept_clean():
@@ -68,18 +75,25 @@ def calibrate(
         with loaded(model, arguments) as llm:
             images: list[MeasuredImage] = []
             skipped: list[SkippedImage] = []
-            for i, file in enumerate(files):
+            for i, (directory, file) in enumerate(files):
                 tell(f"Encoding image {i + 1} of {len(files)} …")
                 result = measure(llm, file)
-                (images if isinstance(result, MeasuredImage) else skipped).append(result)  # type: ignore[arg-type]
-            calibration = families.calibration(llm.model_config.architectures)
+                if isinstance(result, SkippedImage):
+                    skipped.append(result)
+                else:
+                    images.append(replace(result, folder=str(directory) if len(directories) > 1 else ""))
+            calibration = families.calibration(llm.model_config)
     if not images:
         raise CalibrationError(
-            f"None of the {len(files)} images of {directory} could be measured. The first one, "
+            f"None of the {len(files)} images of {_listed(directories)} could be measured. The first one, "
             f"{skipped[0].file}: {skipped[0].reason}"
         )
     options = options_of(settings.selector(calibration))
     return CalibrationReport(model, images, skipped, options, settings.method_options, settings.tiles)
+
+
+def _listed(directories: Sequence[Path]) -> str:
+    return ", ".join(map(str, directories))
 
 
 def image_files(directory: Path, limit: int | None = None) -> list[Path]:

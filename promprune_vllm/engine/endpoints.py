@@ -134,7 +134,7 @@ class EngineBackend:
 
     @cached_property
     def _methods(self) -> list[Method]:
-        calibration = families.calibration(self._renderer.model_config.architectures)
+        calibration = families.calibration(self._renderer.model_config)
         chosen = [self._settings.selector(calibration, name) for name in self._settings.allowed]
         return [Method(name=method.name, options=options_of(method)) for method in chosen]
 

@@ -30,7 +30,7 @@ class PrunedModelMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._settings = Settings.from_environment()
-        calibration = families.calibration(vllm_config.model_config.architectures)
+        calibration = families.calibration(vllm_config.model_config)
         self._methods = [self._settings.selector(calibration, method) for method in self._settings.allowed]
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         model, device = vllm_config.model_config, vllm_config.device_config.device

@@ -8,6 +8,7 @@ vLLM's own cache key, so it shares the entry of a request without a budget.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -43,14 +44,14 @@ checks.require_names(checks.PROCESSOR_NAMES)
 
 @functools.lru_cache(maxsize=8)
 def _chosen(
-    _: tuple[tuple[str, str], ...], architectures: tuple[str, ...]
+    _: tuple[tuple[str, str], ...], carried: str
 ) -> tuple[Settings, tuple[Selector, ...], tuple[str, ...]]:
     """Return the settings of an environment with their methods and the methods' digests.
 
     vLLM makes a processor anew for every request with an image, so none of this may be done each time.
     """
     settings = Settings.from_environment()
-    calibration = families.calibration(architectures)
+    calibration = json.loads(carried)
     return (
         settings,
         tuple(settings.selector(calibration, method) for method in settings.allowed),
@@ -70,8 +71,9 @@ class PrunedProcessorMixin:
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
-        architectures = self.info.ctx.model_config.architectures  # type: ignore[attr-defined]
-        self._settings, self._methods, self._digests = _chosen(environment(), tuple(architectures))
+        calibration = families.calibration(self.info.ctx.model_config)  # type: ignore[attr-defined]
+        carried = json.dumps({name: dict(options) for name, options in calibration.items()}, sort_keys=True)
+        self._settings, self._methods, self._digests = _chosen(environment(), carried)
         self._policy = self._settings.policy()
         self.refusal: str | None = None
         """Why this server cannot prune at all; then every image keeps its tokens."""

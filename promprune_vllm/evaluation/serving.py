@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from promprune_vllm.demo.model import find_or_build_demo_model
-from promprune_vllm.demo.server import serving
+from promprune_vllm.demo.server import one_worker, serving
 from promprune_vllm.demo.trained import TRAINED
 
 
@@ -31,11 +31,12 @@ def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]
     options = ["--enforce-eager", "--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "64"]
     options += ["--served-model-name", "demo", "--dtype", "float32", "--disable-uvicorn-access-log"]
     options += ["--visual-token-allow-methods", ",".join(methods())]
+    options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "2"})
     err.print("Starting a server …", highlight=False)
     with tempfile.TemporaryDirectory(prefix="promprune-eval-") as scratch:
         directory = model or _demo_model(err)
         log = Path(scratch) / "server.log"
-        with serving(directory, *options, log=log, environment={"VLLM_CPU_KVCACHE_SPACE": "2"}) as server:
+        with serving(directory, *options, log=log, environment=environment) as server:
             yield server.url
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from promprune_vllm import cli
+from promprune_vllm import cli, get_method
 from promprune_vllm.calibration_table import option, show
+from promprune_vllm.config import Settings
 from promprune_vllm.core.calibration import (
     SHARES,
     CalibrationReport,
@@ -26,7 +28,9 @@ from promprune_vllm.core.calibration import (
     quantile,
 )
 from promprune_vllm.demo import photo_path
+from promprune_vllm.engine import families
 from promprune_vllm.engine.calibrate import _stdout_kept_clean, image_files
+from promprune_vllm.errors import SettingsError
 
 OPTIONS = {"mu": 0.42, "tau": 0.02, "entropy": "spectral"}
 VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=40)
@@ -71,6 +75,19 @@ def test_mu_is_the_median_over_groups_and_not_over_images() -> None:
     assert document["images"][1] == {"file": "1.jpg", "tokens": 101, "entropies": [0.5, 0.6, 0.7]}
     assert "5 tiles" in shown(measured)
     assert "tiles" not in shown(report((0.1,), (0.2,)))
+
+
+def test_of_several_kinds_mu_is_the_midpoint_whatever_their_numbers() -> None:
+    many = [MeasuredImage(f"{i}", 100, (0.2 + 0.001 * i,), "lone") for i in range(21)]
+    few = [MeasuredImage(f"{i}", 100, (0.4,), "crowded") for i in range(3)]
+    measured = CalibrationReport("model", [*few, *many], (), OPTIONS)
+    assert measured.medians == {"lone": 0.21, "crowded": 0.4}
+    assert measured.mu == 0.305
+    assert measured.median == pytest.approx(0.2115)
+    document = measured.as_document()
+    assert (document["mu"], document["median"]) == (measured.mu, measured.median)
+    assert document["images"][0]["folder"] == "crowded"
+    assert "the midpoint between the medians of the folders (lone 0.2100, crowded 0.4000)" in shown(measured)
 
 
 def test_the_saturated_zone_begins_at_three_tau() -> None:
@@ -141,3 +158,25 @@ def test_an_option_in_the_models_place_is_named() -> None:
     result = CliRunner().invoke(cli.app, ["calibrate", "--dtype", "float32", "MODEL", "--images", photos])
     assert result.exit_code == 2
     assert "MODEL comes before vLLM's options, and --dtype stands in its place" in result.output
+
+
+def model_config(**own: Any) -> Any:
+    """What is looked at of vLLM's ``ModelConfig``."""
+    architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    return SimpleNamespace(model="some/model", architectures=architectures, hf_config=SimpleNamespace(**own))
+
+
+def test_a_checkpoint_carries_its_own_calibration() -> None:
+    family = families.calibration(model_config())
+    assert family["promprune"]["mu"] == 0.5744
+    own = families.calibration(model_config(promprune_calibration={"promprune": {"mu": 0.3, "tau": 0.05}}))
+    assert Settings().selector(own) == get_method("promprune", mu=0.3, tau=0.05)
+    operators = Settings(method_options={"mu": 0.7})
+    assert operators.selector(own) == get_method("promprune", mu=0.7, tau=0.05)  # the operator's own come first
+    assert Settings().digest(own) != Settings().digest(family)
+
+
+@pytest.mark.parametrize("carried", [0.3, {"mu": 0.3}, [], None])
+def test_a_calibration_of_another_form_is_refused(carried: object) -> None:
+    with pytest.raises(SettingsError, match=r"config\.json of some/model has promprune_calibration = "):
+        families.calibration(model_config(promprune_calibration=carried))

@@ -201,6 +201,7 @@ def test_metrics_are_listed_with_their_labels() -> None:
     [
         (["--train", "--score"], "--train and --score do not go together"),
         (["--train"], "--train needs --out DIR"),
+        (["--draw"], "--draw needs --out DIR"),
         (["--family", "llava"], "--family needs --out DIR"),
         (["--score", "--out", "nowhere"], "nowhere holds no model"),
     ],
@@ -209,3 +210,9 @@ def test_demo_model_says_what_it_needs(arguments: list[str], told: str) -> None:
     refused = run(cli.app, ["demo-model", *arguments])
     assert refused.exit_code == 2
     assert told in refused.stderr
+
+
+def test_demo_model_draws_scenes_to_look_at_and_to_calibrate_with(tmp_path: Path) -> None:
+    assert run(cli.app, ["demo-model", "--draw", "--scenes", "2", "--out", str(tmp_path)]).exit_code == 0
+    drawn = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert drawn == [f"{kind}/{seed:05}.png" for kind in ("concentrated", "scattered") for seed in range(2)]

@@ -24,13 +24,13 @@ def draw(canvas: Image.Image, thing: Thing) -> None:
 
 
 def cover(canvas: Image.Image, thing: Thing) -> None:
-    """Paint a shape, a card or a plate all white on a grey canvas."""
+    """Paint a thing all white on a grey canvas; of a digit, the square it is written in."""
     mask = _mask(thing)
     canvas.paste(255, _box(thing, mask), mask)
 
 
 def _mask(thing: Thing) -> Image.Image:
-    return _rounded(thing) if thing.what in ("card", "plate") else _shape(thing)
+    return _rounded(thing) if thing.what in ("card", "plate", "glyph") else _shape(thing)
 
 
 def _box(thing: Thing, mask: Image.Image) -> tuple[int, int, int, int]:

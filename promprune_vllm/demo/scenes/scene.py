@@ -58,11 +58,15 @@ class Scene:
             return tuple(scattered_questions(rng, self.things, *self.counted))
         return tuple(concentrated_questions(rng, self.things))
 
-    def mask(self) -> NDArray[np.bool_]:
-        """The (24, 24) patches, top row first, that hold a good part of a thing."""
+    def mask(self, *, faces: bool = True) -> NDArray[np.bool_]:
+        """The (24, 24) patches, top row first, that hold a good part of a thing.
+
+        Args:
+            faces: Of a plate, all of it; otherwise the digits on it only.
+        """
         covered = Image.new("L", (PIXELS, PIXELS))
         for thing in self.things:
-            if thing.what != "glyph":  # its plate covers it
+            if thing.what != ("glyph" if faces else "plate"):
                 cover(covered, thing)
         return np.asarray(covered.reduce(PATCH)) >= 255 * _HELD
 

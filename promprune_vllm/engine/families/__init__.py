@@ -10,7 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from promprune_vllm.config import Calibration
+from promprune_vllm.errors import SettingsError
 
+CARRIED = "promprune_calibration"
+"""Field of config.json with a checkpoint's own calibration."""
 _CLS = "attention CLS pays, in the layer that feeds the projector, mean over heads"
 _RECEIVED = (
     "attention a patch gets from all patches of its image in {}, mean over heads, then over its 2 x 2 patches"
@@ -104,10 +107,26 @@ def register() -> None:
         registry_log.removeFilter(_expected_overwrite)
 
 
-def calibration(architectures: Iterable[str]) -> Calibration:
-    """Return what was measured for a model's family, or nothing."""
-    found = family_of(architectures)
-    return {} if found is None else found.calibration
+def calibration(model_config: Any) -> Calibration:
+    """Return what was measured for a model, or else for its family.
+
+    A checkpoint carries its own in config.json, as ``"promprune_calibration": {"promprune": {"mu": 0.5}}``.
+
+    Args:
+        model_config: vLLM's ``ModelConfig``.
+
+    Raises:
+        SettingsError: What the checkpoint carries is no such object.
+    """
+    found = family_of(model_config.architectures)
+    family = {} if found is None else found.calibration
+    own = getattr(model_config.hf_config, CARRIED, {})
+    if not isinstance(own, dict) or not all(isinstance(options, dict) for options in own.values()):
+        raise SettingsError(
+            f"config.json of {model_config.model} has {CARRIED} = {own!r}: it takes an object of methods with "
+            'objects of options, such as {"promprune": {"mu": 0.5}}.'
+        )
+    return {**family, **own}
 
 
 def why_not(vllm_config: Any) -> str | None:
