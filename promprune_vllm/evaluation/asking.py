@@ -159,17 +159,23 @@ async def _ask(client: httpx.AsyncClient, target: Target, job: Job, image_url: s
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> httpx.Response:
-    """Post, again where a connection broke before there was a reply: a question changes nothing on the server."""
+    """Post, and again where a connection broke or the server failed: a question changes nothing there.
+
+    After requests that were given up, as by an evaluation that was stopped, vLLM answers the next one about the
+    same image with status 500: its processes disagree about which of them has it, and agree when asked again.
+    """
     for left in reversed(range(_ATTEMPTS)):
         try:
-            return await client.post(url, json=body)
+            reply = await client.post(url, json=body)
+            if reply.status_code < httpx.codes.INTERNAL_SERVER_ERROR or not left:
+                return reply
         except httpx.HTTPError as error:
             if not left:
                 raise EvaluationError(
                     f"The server at {url} went away ({type(error).__name__}: {error}). Start it again and give "
                     "the same command: what was answered is kept."
                 ) from error
-            await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(_PAUSE_SECONDS)
     raise AssertionError("every attempt returns or raises")
 
 

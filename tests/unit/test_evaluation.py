@@ -106,6 +106,24 @@ def test_a_broken_connection_is_tried_again_but_not_for_ever(
     assert len(got) == 3
 
 
+def test_a_failed_answer_is_asked_for_again_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_PAUSE_SECONDS", 0)
+    fails = iter([True, True])
+    failure = (500, {"error": {"message": "cache drift"}})
+    one = Plan((Way.full(1),), TWO[:1], 1)
+    with server(lambda body: failure if next(fails, False) else reply(body)) as (url, got):
+        assert evaluate(url, tmp_path / "a", one).cells[0].macro.questions == 1
+    assert len(got) == 3
+    with server(lambda _: failure) as (url, got), pytest.raises(EvaluationError, match="status 500: cache drift"):
+        evaluate(url, tmp_path / "b", one)
+    assert len(got) == 3
+    with server(lambda _: (400, failure[1])) as (url, got), pytest.raises(EvaluationError, match="status 400"):
+        evaluate(url, tmp_path / "c", one)
+    assert len(got) == 1
+
+
 def test_more_is_asked_into_the_same_folder(tmp_path: Path) -> None:
     with server() as (url, got):
         evaluate(url, tmp_path)
