@@ -12,15 +12,18 @@ from promprune_vllm.evaluation.report import ALL_TOKENS, BEST_SPLIT, CONTROLS, S
 from promprune_vllm.evaluation.statistics import Comparison, Estimate
 
 _NOTE = (
-    "± is one standard error, clustered by image. Differences are paired, in points, with the 95 % interval of a "
-    "bootstrap over images; p is McNemar's exact test, which takes questions as independent. The best fixed split "
-    "is chosen by these same answers, which flatters it."
+    "± is one standard error, clustered by image. Methods were asked differently much, on questions that begin "
+    "alike: compare them by what they lose to all tokens on the same questions. Differences are paired, in points, "
+    "with the 95 % interval of a bootstrap over images; p is McNemar's exact test, which takes questions as "
+    "independent. The best fixed split is chosen by these same answers, which flatters it."
 )
 
 
 def markdown(report: Report) -> str:
     """Return the report: macro accuracies, PromPrune against the rest, and every task."""
     parts = ["### Macro accuracy, %", macro_table(report)]
+    if any(report.against(method) for method in report.methods):
+        parts += ["### Less all tokens, on the same questions, points", lost_table(report)]
     if report.against(SUBJECT):
         parts += [f"### `{SUBJECT}` less the others, points", pairs_table(report)]
     for budget in report.budgets:
@@ -32,6 +35,17 @@ def macro_table(report: Report) -> str:
     """Return macro accuracies, a row per method and a column per budget."""
     head = ["method", *report.budgets]
     return _markdown(head, _macro_rows(report))
+
+
+def lost_table(report: Report) -> str:
+    """Return what each method loses to all tokens, paired: comparable where some were asked less than others."""
+    rows = []
+    for method in report.methods:
+        lost = {pair.budget: pair.comparison for pair in report.against(method) if pair.against == ALL_TOKENS}
+        questions = max((cell.macro.questions for cell in report.cells if cell.method == method), default=0)
+        cells = [points(lost[budget].difference, "+.1f") if budget in lost else "-" for budget in report.budgets]
+        rows.append([_named(method), f"{questions:,}", *cells])
+    return _markdown(["method", "questions", *report.budgets], rows)
 
 
 def pairs_table(report: Report, method: str = SUBJECT) -> str:
@@ -84,10 +98,10 @@ def terminal(report: Report) -> Table:
     return table
 
 
-def points(estimate: Estimate) -> str:
-    """Write an accuracy in per cent with its standard error."""
+def points(estimate: Estimate, form: str = ".1f") -> str:
+    """Write an accuracy in per cent, or a difference in points, with its standard error."""
     error = "" if math.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}"
-    return f"{100 * estimate.value:.1f}{error}"
+    return f"{100 * estimate.value + 0:{form}}{error}"
 
 
 def _macro_rows(report: Report) -> list[list[str]]:
