@@ -13,7 +13,7 @@ from promprune_vllm.evaluation.statistics import Comparison, Estimate
 
 _NOTE = (
     "± is one standard error, clustered by image. Methods were asked differently much, on questions that begin "
-    "alike: compare them by what they lose to all tokens on the same questions. Differences are paired, in points, "
+    "alike: compare them by what they lose to all tokens on the same questions. Differences are paired, in points "
     "with the 95 % interval of a bootstrap over images; p is McNemar's exact test, which takes questions as "
     "independent. The best fixed split is chosen by these same answers, which flatters it."
 )

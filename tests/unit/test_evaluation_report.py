@@ -12,7 +12,7 @@ from promprune_vllm.cli import app
 from promprune_vllm.evaluation import plots
 from promprune_vllm.evaluation.records import FILE, Log
 from promprune_vllm.evaluation.report import Report, summarise
-from promprune_vllm.evaluation.text import macro_table, markdown, pairs_table, tasks_table, terminal
+from promprune_vllm.evaluation.text import lost_table, macro_table, markdown, pairs_table, tasks_table, terminal
 from tests.unit.evaluated import RUN, answers, records
 
 
@@ -38,6 +38,15 @@ def test_macro_table(report: Report) -> None:
     assert lines[3].endswith("| 80.0 ± 6.4 |")
     assert [line.split("|")[1].strip(" `") for line in lines[3:]] == ["promprune", "split-0", "split-50", "random"]
     assert lines[4] == "| `split-0` | 75.0 ± 6.9 | - |"
+
+
+def test_losses_to_all_tokens_are_paired(report: Report) -> None:
+    lines = lost_table(report).splitlines()
+    assert lines[0] == "| method | questions | 64 | 8 |"
+    # The plates that all tokens were not asked about are questions, and no part of the difference.
+    assert lines[2] == "| `promprune` | 160 | -20.0 ± 6.4 | -20.0 ± 6.4 |"
+    assert lines[3] == "| `split-0` | 80 | -25.0 ± 6.9 | - |"
+    assert "### Less all tokens, on the same questions, points" in markdown(report)
 
 
 def test_pairs_name_the_best_fixed_split_and_everything_that_was_asked(report: Report) -> None:
