@@ -259,7 +259,7 @@ def _table(rows: list[Row]) -> Table:
     title = f"One scene, four budgets: “{question.text}” It is {question.answer}."
     table = Table(title=title, title_justify="left")
     table.add_column("budget")
-    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "selection", "answer"):
+    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "choosing", "answer"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
