@@ -44,14 +44,17 @@ checks.require_names(checks.PROCESSOR_NAMES)
 
 @functools.lru_cache(maxsize=8)
 def _chosen(
-    _: tuple[tuple[str, str], ...], carried: str
+    _: tuple[tuple[str, str], ...], calibrated: str
 ) -> tuple[Settings, tuple[Selector, ...], tuple[str, ...]]:
     """Return the settings of an environment with their methods and the methods' digests.
+
+    Args:
+        calibrated: Of ``families.calibration``, as JSON: what is remembered is found by it.
 
     vLLM makes a processor anew for every request with an image, so none of this may be done each time.
     """
     settings = Settings.from_environment()
-    calibration = json.loads(carried)
+    calibration = json.loads(calibrated)
     return (
         settings,
         tuple(settings.selector(calibration, method) for method in settings.allowed),
@@ -72,8 +75,8 @@ class PrunedProcessorMixin:
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
         calibration = families.calibration(self.info.ctx.model_config)  # type: ignore[attr-defined]
-        carried = json.dumps({name: dict(options) for name, options in calibration.items()}, sort_keys=True)
-        self._settings, self._methods, self._digests = _chosen(environment(), carried)
+        calibrated = json.dumps({name: dict(options) for name, options in calibration.items()}, sort_keys=True)
+        self._settings, self._methods, self._digests = _chosen(environment(), calibrated)
         self._policy = self._settings.policy()
         self.refusal: str | None = None
         """Why this server cannot prune at all; then every image keeps its tokens."""
