@@ -52,7 +52,7 @@ def demo_model(
     scenes: _SCENES = 300,
     as_json: _JSON = False,
 ) -> None:
-    """Say where the trained demo model is and how good; train, score it; draw its scenes; or write a random one."""
+    """Say where the trained demo model is and how good; train, score it; draw its scenes; write a random one."""
     asked = {"--family": family, "--train": train, "--score": score, "--draw": draw}
     chosen = [name for name, on in asked.items() if on]
     if len(chosen) > 1:
