@@ -12,7 +12,7 @@ NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 EVAL_OUT := eval
 EVAL_METHODS := promprune:200,random:200,uniform:200
 EVAL_METHODS := $(EVAL_METHODS),split-0:120,split-25:120,split-50:120,split-75:120,fastervlm:120
-EVAL_METHODS := $(EVAL_METHODS),cdpruner:30,fsr:30,sppruner:30,*:80
+EVAL_METHODS := $(EVAL_METHODS),cdpruner:20,fsr:20,sppruner:20,*:80
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 # One budget with standard errors below a point: which differences are real.
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.report import CONTROLS, FIXED_SPLITS, SUBJECT, Report
+from promprune_vllm.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ _SUBJECT_COLOUR, _FULL_COLOUR, _CONTROL_COLOUR = "#b2182b", "#222222", "#777777"
 _COLOURS = ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#c49c00", "#006d5b")
 _SPLIT_COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08306b")
 _FORMATS = ("png", "svg")
+_AS_LEVEL = "that of all tokens, less what is lost on the same questions"
 _CURVES, _HEAT = "accuracy-budget", "tasks"
 
 
@@ -59,12 +61,12 @@ def save(report: Report, folder: Path) -> list[Path]:
 
 
 def curves(report: Report) -> Figure:
-    """Draw the macro accuracy, and that of every task, over the tokens kept."""
+    """Draw the macro accuracy, and that of every task, over the tokens kept: :meth:`Report.level`."""
     figure = _figure(11, 2.7 * (1 + math.ceil(len(report.tasks) / 3)) + 1.2)
     rows = 2 + math.ceil(len(report.tasks) / 3)
     grid = figure.add_gridspec(rows, 3)
     wide = figure.add_subplot(grid[:2, :])
-    _curve(wide, report, None, "Macro accuracy")
+    _curve(wide, report, None, f"Macro accuracy ({_AS_LEVEL})")
     wide.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     for place, task in enumerate(report.tasks):
         _curve(figure.add_subplot(grid[2 + place // 3, place % 3]), report, task, task)
@@ -72,15 +74,17 @@ def curves(report: Report) -> Figure:
 
 
 def heat_map(report: Report, budget: str) -> Figure:
-    """Draw the accuracy of every task (columns) with every method (rows) at one budget."""
-    rows = [FULL_METHOD, *report.methods]
+    """Draw :meth:`Report.level` of every task (columns) with every method (rows) at one budget."""
+    tasks: list[str | None] = [*report.tasks, None]
     values, names = [], []
-    for method in rows:
-        cell = report.cell(method, None if method == FULL_METHOD else budget)
-        if cell is not None:
-            each = [100 * cell.tasks[t].value if t in cell.tasks else math.nan for t in report.tasks]
-            values.append([*each, 100 * cell.macro.value])
-            names.append("all tokens" if method == FULL_METHOD else method)
+    full = report.cell(FULL_METHOD)
+    if full is not None:
+        values.append([_percent(full.macro if task is None else full.tasks.get(task)) for task in tasks])
+        names.append("all tokens")
+    for method in report.methods:
+        if report.cell(method, budget) is not None:
+            values.append([_percent(report.level(method, budget, task)) for task in tasks])
+            names.append(method)
     columns = [*report.tasks, "macro"]
     figure = _figure(1.5 + 0.85 * len(columns), 1.3 + 0.33 * len(names))
     axes = figure.add_subplot()
@@ -92,7 +96,9 @@ def heat_map(report: Report, budget: str) -> Figure:
             if not math.isnan(value):
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=_ink(value), fontsize=8)
     axes.axvline(len(columns) - 1.5, color="white", linewidth=3)
-    axes.set_title(f"Accuracy by task, %, {budget} of {_seen(report)} visual tokens kept")
+    axes.set_title(
+        f"Accuracy by task, %, {budget} of {_seen(report)} visual tokens kept\n({_AS_LEVEL})", fontsize=10
+    )
     return figure
 
 
@@ -106,18 +112,17 @@ def _curve(axes: Any, report: Report, task: str | None, title: str) -> None:
     full = report.cell(FULL_METHOD)
     for place, method in enumerate(report.methods):
         cells = [cell for budget in report.budgets if (cell := report.cell(method, budget)) is not None]
-        cells = [cell for cell in cells if task is None or task in cell.tasks]
-        estimates = [cell.macro if task is None else cell.tasks[task] for cell in cells]
+        levels = [(cell.kept, level) for cell in cells if (level := report.level(method, cell.budget, task))]
         axes.errorbar(
-            [cell.kept for cell in cells],
-            [100 * each.value for each in estimates],
-            yerr=[0 if math.isnan(each.error) else 100 * each.error for each in estimates],
+            [kept for kept, _ in levels],
+            [100 * level.value for _, level in levels],
+            yerr=[0 if math.isnan(level.error) else 100 * level.error for _, level in levels],
             label=method,
             **_style(method, place),
         )
     if full is not None and (task is None or task in full.tasks):
-        level = 100 * (full.macro if task is None else full.tasks[task]).value
-        axes.axhline(level, color=_FULL_COLOUR, linestyle=":", linewidth=1.2, label="all tokens")
+        whole = _percent(full.macro if task is None else full.tasks[task])
+        axes.axhline(whole, color=_FULL_COLOUR, linestyle=":", linewidth=1.2, label="all tokens")
     ticks = sorted({round(cell.kept) for cell in report.cells if cell.method != FULL_METHOD})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -148,6 +153,10 @@ def _style(method: str, place: int) -> dict[str, Any]:
 
 def _dashes(control: str) -> str:
     return (":", "-.")[CONTROLS.index(control) % 2]
+
+
+def _percent(estimate: Estimate | None) -> float:
+    return math.nan if estimate is None else 100 * estimate.value
 
 
 def _ink(value: float) -> str:

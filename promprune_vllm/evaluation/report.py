@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, Records
@@ -93,6 +93,29 @@ class Report:
     def against(self, method: str) -> list[Pair]:
         """Return the comparisons of one method."""
         return [pair for pair in self.pairs if pair.method == method]
+
+    def level(self, method: str, budget: str, task: str | None = None) -> Estimate | None:
+        """Return an accuracy that may be set beside those of methods which were asked other questions.
+
+        That of all tokens, on everything they were asked, plus the paired difference from them; its error is the
+        difference's. Where all tokens were not asked, the plain accuracy.
+
+        Args:
+            method: Of a pruned cell.
+            budget: As asked for.
+            task: One task; without one, the macro accuracy.
+        """
+        cell, full = self.cell(method, budget), self.cell(FULL_METHOD)
+        if cell is None or (task is not None and task not in cell.tasks):
+            return None
+        pairs = (p for p in self.against(method) if p.budget == budget and p.against == ALL_TOKENS)
+        compared = pair.comparison if (pair := next(pairs, None)) else None
+        if compared is None or full is None or (task is not None and task not in compared.tasks):
+            return cell.macro if task is None else cell.tasks[task]
+        difference = compared.difference if task is None else compared.tasks[task]
+        weights = {name: WEIGHTS[name] for name in ([task] if task else compared.tasks)}
+        base = sum(weight * full.tasks[name].value for name, weight in weights.items()) / sum(weights.values())
+        return replace(difference, value=base + difference.value)
 
     def as_document(self) -> dict[str, Any]:
         """Everything but the answers, ready for JSON."""

@@ -51,6 +51,7 @@ class Comparison:
         gained: Questions only the first answers rightly.
         lost: Questions only the second answers rightly.
         p_value: McNemar's exact test on these two, as if questions were independent.
+        tasks: The difference in each task by itself.
     """
 
     difference: Estimate
@@ -59,6 +60,7 @@ class Comparison:
     gained: int
     lost: int
     p_value: float
+    tasks: dict[str, Estimate]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,14 @@ def compare(
     """
     differences = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
     sums = Sums.of(differences, images, tasks, weights)
+    low, high = sums.interval()
     gained, lost = differences.count(1.0), differences.count(-1.0)
-    return Comparison(sums.estimate(), *sums.interval(), gained, lost, mcnemar(gained, lost))
+    each = {}
+    for name in dict.fromkeys(tasks):
+        mine = [place for place, task in enumerate(tasks) if task == name]
+        some = [differences[place] for place in mine]
+        each[name] = Sums.of(some, [images[place] for place in mine], [name] * len(mine), weights).estimate()
+    return Comparison(sums.estimate(), low, high, gained, lost, mcnemar(gained, lost), each)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -328,7 +328,7 @@ def test_muon_moves_as_torchs_does() -> None:
 def test_ten_minutes_of_training_begin_like_the_run_the_recipe_is_from(tmp_path: Path) -> None:
     from promprune_vllm.demo.training.trainer import LOG, Trainer
 
-    Trainer(tmp_path, minutes=95, device="cpu", seed=0, tell=print).train(limit_s=600)
+    Trainer(tmp_path, minutes=240, device="cpu", seed=0, tell=print).train(limit_s=600)
     last = json.loads((tmp_path / LOG).read_text().splitlines()[-1])
     then = max(scenes for scenes in LEARNT if scenes <= last["scenes"])  # 20,000 to 40,000 where nothing else runs
     for name, share in zip(("shape", "digit"), LEARNT[then], strict=True):

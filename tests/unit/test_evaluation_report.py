@@ -49,6 +49,34 @@ def test_losses_to_all_tokens_are_paired(report: Report) -> None:
     assert "### Less all tokens, on the same questions, points" in markdown(report)
 
 
+def test_levels_are_comparable_though_methods_were_asked_differently_much() -> None:
+    report = summarise(
+        records(
+            answers("full", "full", lambda seed, _: seed < 30),
+            answers("promprune", "64", lambda seed, _: seed < 20),
+            answers("fsr", "64", lambda seed, _: seed < 20, images=20),  # the easy half: 100 %, as all tokens have
+        )
+    )
+    cell, level = report.cell("fsr", "64"), report.level("fsr", "64")
+    assert cell is not None
+    assert level is not None
+    assert (cell.macro.value, level.value, level.questions) == (1.0, 0.75, 40)
+    assert report.level("fsr", "64", "presence") == level
+    prompruned = report.level("promprune", "64")
+    assert prompruned is not None
+    assert prompruned.value == pytest.approx(0.5)  # what it was found to be: asked all that all tokens were asked
+    assert report.level("fsr", "64", "plate") is None
+    assert report.level("fsr", "8") is None
+
+
+def test_without_all_tokens_a_level_is_the_plain_accuracy() -> None:
+    report = summarise(records(answers("promprune", "64", lambda seed, _: seed < 20)))
+    cell = report.cell("promprune", "64")
+    assert cell is not None
+    assert report.level("promprune", "64") == cell.macro
+    assert report.level("promprune", "64", "presence") == cell.tasks["presence"]
+
+
 def test_pairs_name_the_best_fixed_split_and_everything_that_was_asked(report: Report) -> None:
     first, second = pairs_table(report).splitlines()[2:]
     budget, random, uniform, split, full = (cell.strip() for cell in first.strip("|").split("|"))
