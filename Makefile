@@ -7,21 +7,20 @@ SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
 TOOLS := $(PYTHON) deploy/environment/setup_tools.py --into $(VENV)/tools
 LOCK := deploy/environment/cpu-lock.txt
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
-# Questions of each task, so that all of it fits into an hour: most for PromPrune and the controls, least for methods
+# Questions of each task, so that the matrix fits into an hour: most for PromPrune and the controls, least for methods
 # that read the question, since they encode the image anew for each. A lone shape and its colour weigh little.
 EVAL_OUT := eval
 EVAL_METHODS := promprune:200,random:200,uniform:200
-EVAL_METHODS := $(EVAL_METHODS),split-0:120,split-25:120,split-50:120,split-75:120,fastervlm:120
-EVAL_METHODS := $(EVAL_METHODS),cdpruner:20,fsr:20,sppruner:20,*:80
+EVAL_METHODS := $(EVAL_METHODS),split-0:80,split-25:80,split-50:80,split-75:80,fastervlm:80
+EVAL_METHODS := $(EVAL_METHODS),cdpruner:20,fsr:20,sppruner:20,*:60
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
-# One budget with standard errors below a point: which differences are real.
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test eval check lock clean
+.PHONY: help setup tools demo test eval eval-at-64 check lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: ## make the CPU environment in .venv, or bring it up to date (PYTHON=python3.12 to choose the Python)
 	@$(SETUP)
@@ -38,6 +37,8 @@ test: tools ## run the whole test suite; ARGS go to pytest
 
 eval: setup ## measure what pruning costs: every method and budget, an hour on two cores; goes on after an interruption
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
+
+eval-at-64: setup ## one budget with standard errors below a point, a quarter of an hour: which differences are real
 	@$(BIN)/promprune eval --out $(EVAL_OUT)/at-64 --methods $(EVAL_AT_64) --budgets 64 --tasks $(EVAL_TASKS) $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
