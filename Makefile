@@ -10,7 +10,7 @@ NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 # Questions of each task, so that the matrix fits into an hour: most for PromPrune and the controls, least for methods
 # that read the question, since they encode the image anew for each. A lone shape and its colour weigh little.
 EVAL_OUT := eval
-EVAL_METHODS := promprune:200,random:200,uniform:200
+EVAL_METHODS := promprune:160,random:160,uniform:160
 EVAL_METHODS := $(EVAL_METHODS),split-0:80,split-25:80,split-50:80,split-75:80,fastervlm:80
 EVAL_METHODS := $(EVAL_METHODS),cdpruner:20,fsr:20,sppruner:20,*:60
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
@@ -20,7 +20,7 @@ EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 .PHONY: help setup tools demo test eval eval-at-64 check lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## make the CPU environment in .venv, or bring it up to date (PYTHON=python3.12 to choose the Python)
 	@$(SETUP)
