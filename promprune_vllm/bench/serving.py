@@ -17,7 +17,7 @@ from promprune_vllm.bench.load import LEVEL, Load, Result, metrics, run
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.core.budget import AUTO
 from promprune_vllm.demo.model import find_or_build_demo_model
-from promprune_vllm.demo.server import serving
+from promprune_vllm.demo.server import one_worker, serving
 from promprune_vllm.errors import BenchError
 
 _RATIOS = ("requests_per_second", "ttft_p50_ms", "ttft_p99_ms", "kv_usage_mean")
@@ -125,7 +125,7 @@ def a_server(
     options += ["--num-gpu-blocks-override", str(kv_blocks), "--served-model-name", "demo"]
     options += [] if torch.cuda.is_available() else ["--dtype", "float32"]
     options += ["--visual-token-adapt-to-load"] if adaptive else []
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     err.print(f"Starting a server with {kv_blocks} KV-cache blocks of 32 tokens …", highlight=False)
     with tempfile.TemporaryDirectory(prefix="promprune-bench-") as scratch:
         directory = model or find_or_build_demo_model()

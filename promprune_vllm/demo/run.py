@@ -21,7 +21,7 @@ from promprune_vllm.demo.model import cache_directory, find_or_build_demo_model
 from promprune_vllm.demo.next_steps import next_steps
 from promprune_vllm.demo.scenes import Question, Scene, make_scene
 from promprune_vllm.demo.sender import Report, Traffic, send
-from promprune_vllm.demo.server import Server, serving
+from promprune_vllm.demo.server import Server, one_worker, serving
 from promprune_vllm.demo.trained import TRAINED
 from promprune_vllm.errors import DemoError
 
@@ -133,6 +133,7 @@ def _demo_server(err: Console, log: Path, port: int, traffic: Traffic | None) ->
     options += ["--block-size", str(_BLOCK_TOKENS), "--visual-token-detail", *_device_options()]
     if traffic is not None:
         options += ["--visual-token-allow-methods", ",".join(_simple_methods())]
+    options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     started = time.monotonic()
     with ExitStack() as stack:
         with _telling(err, "Starting the server …") as tell:
@@ -141,7 +142,7 @@ def _demo_server(err: Console, log: Path, port: int, traffic: Traffic | None) ->
                 *options,
                 log=log,
                 port=port,
-                environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+                environment=environment,
                 on_stage=lambda stage: tell(f"Starting the server: {stage} …"),
             )
             server = stack.enter_context(starting)

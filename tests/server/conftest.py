@@ -12,13 +12,14 @@ import pytest
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model, build_text_model
-from promprune_vllm.demo.server import Server, serving
+from promprune_vllm.demo.server import Server, one_worker, serving
 from tests.conftest import QUESTION
 
 MODEL = "demo"
 # A block of 32 tokens, so that the prefix cache is hit; a step of 256, so that one image spans several chunks.
 OPTIONS = (
-    *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
+    # The second name is that of the README's examples.
+    *("--served-model-name", MODEL, "llava", "--dtype", "float32", "--enforce-eager", "--seed", "0"),
     *("--max-model-len", "2048", "--block-size", "32", "--max-num-batched-tokens", "256"),
     *("--max-num-seqs", "32"),
 )
@@ -49,9 +50,9 @@ def text_server(tmp_path: Path) -> Iterator[Server]:
 
 
 def _serving(model: Path, directory: Path, *options: str, **environment: str) -> Iterator[Server]:
-    with serving(
-        model, *OPTIONS, *options, log=directory / "log", environment={**ENVIRONMENT, **environment}
-    ) as running:
+    """A server of one engine process; two of them spend a fifth of two cores on polling for each other."""
+    words, variables = one_worker([*OPTIONS, *options], {**ENVIRONMENT, **environment})
+    with serving(model, *words, log=directory / "log", environment=variables) as running:
         yield running
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.server import Server, serving
+from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import OPTIONS
 
 pytestmark = pytest.mark.server
 README = Path(__file__).parents[2] / "README.md"
@@ -29,16 +26,6 @@ def example(name: str) -> str:
     found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert found, f"the README has no example {name}"
     return found.group(1)
-
-
-@pytest.fixture(scope="module")
-def readme_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", 8000)) == 0
-    log = tmp_path_factory.mktemp("readme") / "log"
-    options = [*OPTIONS, "--served-model-name", "llava"]
-    with serving(demo_model, *options, log=log, port=0 if taken else 8000) as running:
-        yield running
 
 
 def run(code: str, interpreter: list[str], directory: Path, **environment: str) -> str:
@@ -60,25 +47,25 @@ def online(server: Server) -> dict[str, str]:
     return {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none"}
 
 
-def test_curl(readme_server: Server, tmp_path: Path) -> None:
+def test_curl(server: Server, tmp_path: Path) -> None:
     import json
 
-    # The port is another one only where 8000 is taken on this machine.
-    code = example("curl").replace("http://127.0.0.1:8000", readme_server.url)
+    # The example's own port may be taken on this machine.
+    code = example("curl").replace("http://127.0.0.1:8000", server.url)
     reply = json.loads(run(code, ["bash", "-c"], tmp_path))
     assert 64 < reply["usage"]["prompt_tokens"] < 64 + QUESTION_TOKENS
 
 
-def test_openai(readme_server: Server, tmp_path: Path) -> None:
-    printed = run(example("openai"), [sys.executable, "-c"], tmp_path, **online(readme_server))
+def test_openai(server: Server, tmp_path: Path) -> None:
+    printed = run(example("openai"), [sys.executable, "-c"], tmp_path, **online(server))
     numbers = [int(number) for number in re.findall(r"(\d+)$", printed, flags=re.MULTILINE)]
     quarter, both = numbers[0], numbers[-1]
     assert VISUAL_TOKENS // 4 < quarter < VISUAL_TOKENS // 4 + QUESTION_TOKENS
     assert 64 + VISUAL_TOKENS < both < 64 + VISUAL_TOKENS + QUESTION_TOKENS
 
 
-def test_langchain(readme_server: Server, tmp_path: Path) -> None:
-    printed = run(example("langchain"), [sys.executable, "-c"], tmp_path, **online(readme_server))
+def test_langchain(server: Server, tmp_path: Path) -> None:
+    printed = run(example("langchain"), [sys.executable, "-c"], tmp_path, **online(server))
     (tokens,) = re.findall(r"'input_tokens': (\d+)", printed)
     assert 64 < int(tokens) < 64 + QUESTION_TOKENS
 

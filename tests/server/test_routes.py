@@ -16,10 +16,10 @@ from PIL import Image
 import promprune_vllm
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import build_family_model
-from promprune_vllm.demo.server import Server, serving
+from promprune_vllm.demo.server import Server
 from promprune_vllm.server.openapi import REQUESTS
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import ENVIRONMENT, MODEL, OPTIONS, ask, body, post
+from tests.server.conftest import MODEL, _serving, ask, body, post
 
 pytestmark = pytest.mark.server
 ROUTE = "/v1/visual_tokens"
@@ -160,10 +160,7 @@ def guarded_server(tmp_path: Path) -> Iterator[Server]:
         *("--visual-token-budget", "50%", "--visual-token-low", "8", "--visual-token-max", "40"),
         *("--allow-methods", "random,uniform"),
     )
-    with serving(
-        model, *OPTIONS, *options, log=tmp_path / "log", environment=ENVIRONMENT, timeout_seconds=400
-    ) as running:
-        yield running
+    yield from _serving(model, tmp_path, *options)
 
 
 def _jpeg(width: int, height: int) -> str:

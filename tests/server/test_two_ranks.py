@@ -1,0 +1,94 @@
+"""Two tensor-parallel ranks keep the same tokens; where one fails, one client gets an error and no other does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from promprune_vllm.demo.server import Server, serving
+from tests.conftest import VISUAL_TOKENS
+from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).parents[2]
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    environment = {
+        **ENVIRONMENT,
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
+        "PYTHONPATH": str(ROOT),
+    }
+    extension = ("--worker-extension-cls", "tests.server.broken.BrokenWorker", "--tensor-parallel-size", "2")
+    log = tmp_path_factory.mktemp("two-ranks") / "log"
+    with serving(demo_model, *OPTIONS, *extension, log=log, environment=environment) as running:
+        yield running
+
+
+def _break(server: Server, **keeps: list[int]) -> None:
+    by_rank = {rank.removeprefix("rank"): budgets for rank, budgets in keeps.items()}
+    call = {"method": "break_selection", "args": [json.dumps(by_rank)]}
+    assert post(server, "/collective_rpc", call).status_code == 200
+
+
+def _ids(server: Server, photo: str, budget: int) -> list[int]:
+    choice = ask(server, photo, visual_token_budget=budget, return_token_ids=True)["choices"][0]
+    return list(choice["token_ids"])
+
+
+def test_two_ranks_answer_as_one(server: Server, two_ranks: Server) -> None:
+    def answers(of: Server) -> list[Any]:
+        asked = [ask(of, "coffee", "rocket", visual_token_budget=k, return_token_ids=True) for k in (None, 64, 16)]
+        return [(answer["usage"]["prompt_tokens"], answer["choices"][0]["token_ids"]) for answer in asked]
+
+    before = series(two_ranks)
+    assert answers(two_ranks) == answers(server)
+    # Two images under two budgets that prune: only the first rank counts. The encoder also ran without.
+    counts = grown(series(two_ranks), before)
+    for stage in ("choose", "assemble"):
+        assert counts["promprune_selection_seconds_count", "promprune", stage] == 4
+    assert counts["promprune_spectral_entropy_count", "promprune"] == 4
+    assert counts["promprune_encoder_batch_tokens_sum",] == 6 * VISUAL_TOKENS
+
+
+@pytest.mark.parametrize("ranks", [("rank0", "rank1"), ("rank0",), ("rank1",)], ids="+".join)
+def test_the_client_gets_500_and_the_server_goes_on(two_ranks: Server, ranks: tuple[str, ...]) -> None:
+    budget = 60 + len(ranks) + 10 * int(ranks[0][-1])  # none that an earlier case left in a cache
+    before = two_ranks.metrics("promprune_requests")["promprune_requests_total"]
+    _break(two_ranks, **{rank: [budget] for rank in ranks})
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(_ids, two_ranks, photo, budget + 1) for photo in ("coffee", "rocket")]
+        response = post(two_ranks, CHAT, body("coffee", visual_token_budget=budget))
+        answers = [other.result() for other in others]
+    assert response.status_code == 500, response.text
+    error = response.json()["error"]
+    assert error["code"] == 500
+    assert error["type"] == "InternalServerError"
+    assert httpx.get(f"{two_ranks.url}/health", timeout=30).status_code == 200
+    assert answers == [_ids(two_ranks, photo, budget + 1) for photo in ("coffee", "rocket")]
+    streamed = post(two_ranks, CHAT, body("coffee", visual_token_budget=budget, stream=True)).text
+    assert '"error"' in streamed
+    assert '"content":"' not in streamed.replace('"content":""', "")
+    _break(two_ranks)
+    assert len(_ids(two_ranks, "coffee", budget)) == 6
+    # Accepted: one that failed, four others, one that failed while streamed, one at last; and two failures.
+    assert two_ranks.metrics("promprune_requests")["promprune_requests_total"] - before == 9
+
+
+def test_a_repeat_is_answered_as_by_a_server_where_nothing_failed(two_ranks: Server, server: Server) -> None:
+    _break(two_ranks, rank0=[48], rank1=[48])
+    assert post(two_ranks, CHAT, body("chelsea", visual_token_budget=48)).status_code == 500
+    _break(two_ranks)
+    assert _ids(two_ranks, "chelsea", 48) == _ids(server, "chelsea", 48)
+    log = two_ranks.log.read_text()
+    assert "Selecting 48 of 576 visual tokens with method 'promprune' failed" in log
+    assert "RuntimeError: cannot keep 48" in log
