@@ -7,7 +7,7 @@ SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
 TOOLS := $(PYTHON) deploy/environment/setup_tools.py --into $(VENV)/tools
 LOCK := deploy/environment/cpu-lock.txt
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
-# Questions of each task, so that the matrix fits into an hour: most for PromPrune and the controls, least for methods
+# Questions of each task, so that the matrix fits into an hour on a slow day: most for PromPrune and the controls, least for methods
 # that read the question, since they encode the image anew for each. A lone shape and its colour weigh little.
 EVAL_OUT := eval
 EVAL_METHODS := promprune:160,random:160,uniform:160
@@ -35,7 +35,7 @@ test: tools ## run the whole test suite; ARGS go to pytest
 	@$(SETUP) --triton --lmms
 	@$(BIN)/python -m pytest $(ARGS)
 
-eval: setup ## measure what pruning costs: every method and budget, an hour on two cores; goes on after an interruption
+eval: setup ## measure what pruning costs: every method and budget, 35 minutes on two cores; goes on if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
 
 eval-at-64: setup ## one budget with standard errors below a point, a quarter of an hour: which differences are real
