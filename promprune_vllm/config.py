@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     kernels: Literal["fast", "reference"] = Field(
         default="fast", description="selection by the fast kernels of the device, or by the float64 reference"
     )
+    inspector: bool = Field(
+        default=True, description="the page /promprune and POST /v1/visual_tokens/inspect, which show what is kept"
+    )
     tiles: Tiles = Field(
         default="own",
         description="how an image of tiles is pruned: each on its own statistics (as in the paper), each by the "

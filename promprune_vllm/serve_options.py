@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.markdown import table
 
-_ALIASES = {"allow_methods": ("--allow-methods",)}
+_ALIASES = {"allow_methods": ("--allow-methods",), "inspector": ("--inspector",)}
 _METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME"}
 _EPILOG = """\
 Requests choose how many tokens an image keeps: {"visual_token_budget": 64, ...}.

@@ -55,6 +55,12 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_ANTHROPIC}:AnthropicMessagesResponse": ("usage",),
     f"{_ANTHROPIC}:AnthropicStreamEvent": (),  # not complete yet, so its fields do not show
     "vllm.multimodal.parse:ImageSize": ("width", "height"),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": ("messages", "cache_salt"),
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion": (
+        "request",
+        "raw_request",
+    ),
+    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("method",),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
     f"{_MODEL_CONFIG}.get_num_attention_heads": ("parallel_config",),
@@ -91,6 +97,9 @@ RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (),
     "vllm.v1.outputs:ModelRunnerOutput": (),
     "vllm.distributed.parallel_state:get_tp_group": (),
+}
+RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",),
 }
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.geometry import Box, centre_crop
 from promprune_vllm.engine.capture import clip_attention, inputs_of
 
 SUPPLIES = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
@@ -24,6 +25,17 @@ def why_not(hf_config: Any) -> str | None:
         strategy = hf_config.vision_feature_select_strategy
         return f"it feeds the CLS token to the language model (vision_feature_select_strategy={strategy!r})"
     return None
+
+
+def shown(image_processor: Any, width: int, height: int) -> Box:
+    """Return what of an image the tower sees: all of it, or the square that is cut out of its middle."""
+    size, crop = image_processor.size, image_processor.crop_size
+    if not image_processor.do_center_crop:
+        return (0.0, 0.0, float(width), float(height))
+    if size.get("shortest_edge"):
+        return centre_crop(width, height, shortest=size["shortest_edge"], crop=crop["height"])
+    # Squashed to a rectangle first: one of the tower's own size, in every published model, so that nothing is cut.
+    return (0.0, 0.0, float(width), float(height))
 
 
 class ClipTowerMixin:

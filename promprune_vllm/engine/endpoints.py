@@ -11,16 +11,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import vllm
+from fastapi import Request
+from fastapi.responses import Response
 from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
 from promprune_vllm.core.registry import options_of
-from promprune_vllm.engine import checks, families, reply
+from promprune_vllm.engine import checks, families, inspection, reply
 from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.inspection import Inspector
 from promprune_vllm.engine.request import admit, refusing, why_not
 from promprune_vllm.engine.savings import bytes_per_token
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
 from promprune_vllm.server.openapi import document
 from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
@@ -54,19 +58,22 @@ class Endpoints:
         reply.install()
         # vLLM adds its own middleware later, so this is inside it: a refused API key never gets here.
         app.add_middleware(VisualTokenHeaders)
-        app.include_router(router())
-        document(app, field_schemas(Settings.from_environment().allowed))
+        settings = Settings.from_environment()
+        app.include_router(router(inspector=settings.inspector))
+        document(app, field_schemas(settings.allowed))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002
         """Give the routes what they need; vLLM's state is complete by now."""
-        state.visual_tokens = EngineBackend(state.online_renderer.renderer)
+        renderer = state.online_renderer.renderer
+        state.visual_tokens = EngineBackend(renderer, Inspector(engine_client, state))
 
 
 class EngineBackend:
     """The routes' ``Backend``: answers with the processor that serves requests."""
 
-    def __init__(self, renderer: Any) -> None:
+    def __init__(self, renderer: Any, inspector: Inspector) -> None:
         self._renderer = renderer
+        self._inspector = inspector
         self._settings = Settings.from_environment()
 
     def state(self) -> VisualTokens:
@@ -107,6 +114,19 @@ class EngineBackend:
         seen, kept = (sum(values) for values in zip(*counts, strict=True))
         images = [ImageCount(seen=before, kept=after) for before, after in counts]
         return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
+
+    async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
+        """Return what became of an image."""
+        if reason := why_not(self._renderer):
+            with refusing(None):
+                raise BudgetError(f"Nothing to inspect: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
+        found = await self._inspector.run(body, request)
+        if isinstance(found, Response):
+            return found
+        known, trace = found
+        ((seen, kept),), (size,) = known.images, known.sizes
+        boxes = self._renderer.mm_processor.boxes(*size)
+        return inspection.reply(known, trace, boxes, self._methods, self._bytes(seen, kept))
 
     def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
         try:

@@ -187,7 +187,7 @@ def _stepping(original: Any) -> Any:
         finally:
             _step.reset(token)
         if step.filler:
-            self._promprune_failed = _identifiers(_rows(self), step.filler)
+            self._promprune_failed = _identifiers(cached_rows(self), step.filler)
         return output if output is None else _report(self, output)
 
     return execute_model
@@ -217,8 +217,8 @@ def _encoding_anew(original: Any) -> Any:
     return prepare_mm_inputs
 
 
-def _rows(runner: Any) -> Mapping[str, Tensor]:
-    """Return the runner's encoder cache: a mapping in vLLM's first runner, an attribute of one in the second."""
+def cached_rows(runner: Any) -> Mapping[str, Tensor]:
+    """Return a runner's encoder cache: a mapping in vLLM's first runner, an attribute of one in the second."""
     cache = runner.encoder_cache
     rows: Mapping[str, Tensor] = getattr(cache, "encoder_outputs", cache)
     return rows

@@ -13,9 +13,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import failures, families
+from promprune_vllm.engine import failures, families, trace
 from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.processor import COUNTS, TEXT
+from promprune_vllm.engine.trace import Trace
 from promprune_vllm.engine.watch import SelectionWatch
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
@@ -37,6 +38,8 @@ class PrunedModelMixin:
         self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         failures.install(vllm_config)
+        if self._settings.inspector:
+            trace.install()
         ops.warm_up(device)  # never in the first request
 
     def embed_unpruned(self, **inputs: Any) -> Any:
@@ -110,20 +113,23 @@ class PrunedModelMixin:
         if job.kept == job.seen:
             return lambda: cast(Tensor, self.with_positions([image.rows])[0])
         method = job.method.name
-        with self._timing(method, "choose"):
+        with self._timing(method, "choose") as choosing:
             chosen = image.choose(job.kept, job.method)
         if self._watch is not None:
             self._watch.chosen(method, chosen)
 
         def finish() -> Tensor:
-            with self._timing(method, "assemble"):
+            with self._timing(method, "assemble") as assembling:
                 rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
-                return self.place(rows, image, places)
+                placed = self.place(rows, image, places)
+            if self._watch is not None and self._settings.inspector:
+                trace.leave(placed, Trace.of(method, chosen, [choosing, assembling]))
+            return placed
 
         return finish
 
-    def _timing(self, method: str, stage: str) -> AbstractContextManager[None]:
-        return nullcontext() if self._watch is None else self._watch.timing(method, stage)
+    def _timing(self, method: str, stage: str) -> AbstractContextManager[list[Any]]:
+        return nullcontext([]) if self._watch is None else self._watch.timing(method, stage)
 
 
 def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:

@@ -21,12 +21,14 @@ class ImagePlan:
         kept: Tokens after.
         method: Index among the allowed methods.
         text: Tokens of the user's text, where the method looks at it.
+        size: Width and height in pixels; ``None`` of an image that came encoded.
     """
 
     seen: int
     kept: int
     method: int = 0
     text: tuple[int, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)

@@ -65,8 +65,8 @@ def _chosen(
 class PrunedProcessorMixin:
     """Goes before vLLM's processor class in a family's bases.
 
-    A family defines ``_image_tokens(images, index, kwargs)``, how many tokens vLLM makes of an image, and may
-    override ``_embedded_tokens``.
+    A family defines ``_image_tokens(images, index, kwargs)``, how many tokens vLLM makes of an image, and
+    ``boxes(width, height)``, where on it each of them looks; and may override ``_embedded_tokens``.
     """
 
     supplies: ClassVar[Need]
@@ -142,12 +142,16 @@ class PrunedProcessorMixin:
                     f"itself, or leave {FIELD} out.",
                     reason="unsupported",
                 )
-            sizes = [self._embedded_tokens(images, i) for i in range(images.get_count())]
-            return tuple(ImagePlan(size, size) for size in sizes)
+            rows = [self._embedded_tokens(images, i) for i in range(images.get_count())]
+            return tuple(ImagePlan(count, count) for count in rows)
         counts = self._counts(images, asked, kwargs, prunes=prunes)
         text = self._text(inputs, asked) if Need.TEXT in self._methods[method].needs else ()
+        sizes = [images.get_image_size(i) for i in range(images.get_count())]
         return tuple(
-            ImagePlan(seen, kept, method, text) if kept < seen else ImagePlan(seen, seen) for seen, kept in counts
+            ImagePlan(seen, kept, method, text, (size.width, size.height))
+            if kept < seen
+            else ImagePlan(seen, seen, size=(size.width, size.height))
+            for (seen, kept), size in zip(counts, sizes, strict=True)
         )
 
     def count(self, images: Any, asked: Asked) -> list[tuple[int, int]]:

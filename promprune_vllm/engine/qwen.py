@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine.capture import inputs_of, patch_attention
@@ -55,6 +56,17 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 mm_kwargs=kwargs,
             )
         )
+
+    def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
+        """Where on the image each of its tokens looks: it is stretched to a multiple of their size."""
+        info: Any = self.info  # type: ignore[attr-defined]
+        size, _ = info._get_vision_info(
+            image_width=width, image_height=height, image_processor=info.get_image_processor(), mm_kwargs={}
+        )
+        config = info.get_hf_config().vision_config
+        side = config.patch_size * config.spatial_merge_size
+        whole = (0.0, 0.0, float(width), float(height))
+        return list(geometry.grid(size.height // side, size.width // side, whole))
 
     def _embedded_tokens(self, images: Any, index: int) -> int:
         merge: int = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]

@@ -59,8 +59,11 @@ def _reading(original: Any) -> Any:
             finally:
                 _asked.reset(token)
         prompts = result[1] if isinstance(result, tuple) else result
-        summaries = [prompt[SUMMARY] for prompt in prompts if SUMMARY in prompt]
-        tell([(image.seen, image.kept) for summary in summaries for image in summary.images])
+        for prompt in prompts:
+            if SUMMARY in prompt:
+                images = prompt[SUMMARY].images
+                counts = [(image.seen, image.kept) for image in images]
+                tell(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
         return result
 
     return preprocess

@@ -34,11 +34,12 @@ class SelectionWatch:
         self._copied: list[tuple[list[tuple[str, str]], Tensor, Any]] = []
 
     @contextmanager
-    def timing(self, method: str, stage: str) -> Iterator[None]:
-        """Observe how long the block takes; not where it fails."""
-        start = self._mark()
-        yield
-        self._times.append((method, stage, start, self._mark()))
+    def timing(self, method: str, stage: str) -> Iterator[list[Any]]:
+        """Observe how long the block takes; not where it fails. Yields the marks at its start and end."""
+        marks = [self._mark()]
+        yield marks
+        marks.append(self._mark())
+        self._times.append((method, stage, *marks))
 
     def chosen(self, method: str, chosen: Chosen) -> None:
         """Note what a method reports of an image's selections."""
@@ -61,7 +62,7 @@ class SelectionWatch:
             self._reports.clear()
         while self._times and self._is_over(self._times[0][3]):
             method, stage, start, end = self._times.pop(0)
-            self._recorder.selection(method, stage, self._seconds(start, end))
+            self._recorder.selection(method, stage, seconds(start, end))
         while self._copied and self._is_over(self._copied[0][2]):
             names, values, _ = self._copied.pop(0)
             for (method, kind), value in zip(names, values.tolist(), strict=True):
@@ -77,5 +78,10 @@ class SelectionWatch:
     def _is_over(self, mark: Any) -> bool:
         return not self._cuda or bool(mark.query())
 
-    def _seconds(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end) / 1000 if self._cuda else end - start)
+
+def seconds(start: Any, end: Any) -> float:
+    """Return the time between two marks; waits for the device where the second is still to come."""
+    if isinstance(end, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end) / 1000)

@@ -1,4 +1,4 @@
-"""Our two routes: what the server does to images, and what a budget would keep of some."""
+"""Our routes: what the server does to images, what a budget would keep of some, and what it keeps of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
+from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CountReply, CountRequest, VisualTokens
 
 PATH = "/v1/visual_tokens"
@@ -28,9 +30,16 @@ class Backend(Protocol):
             details: OpenAI's detail of each image.
         """
 
+    async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
+        """Return what became of an image, or the engine's refusal."""
 
-def router() -> APIRouter:
-    """Return the routes; they find the backend in the app's state, as ``visual_tokens``."""
+
+def router(*, inspector: bool) -> APIRouter:
+    """Return the routes; they find the backend in the app's state, as ``visual_tokens``.
+
+    Args:
+        inspector: Whether images may be inspected.
+    """
     routes = APIRouter(prefix=PATH, tags=["visual tokens"])
     # For the document, which would promise FastAPI's own 422 otherwise.
     refused: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused, in OpenAI's form of errors."}}
@@ -44,6 +53,14 @@ def router() -> APIRouter:
     def count(body: CountRequest, request: Request) -> CountReply:
         sizes = [(image.width, image.height) for image in body.images]
         return _backend(request).count(sizes, body.visual_token_budget, body.detail)
+
+    if inspector:
+
+        @routes.post(
+            "/inspect", response_model=InspectReply, responses=refused, summary="What is kept of an image, and why"
+        )
+        async def inspect(body: InspectRequest, request: Request) -> InspectReply | Response:
+            return await _backend(request).inspect(body, request)
 
     return routes
 

@@ -99,20 +99,20 @@ AnyBudget = Annotated[Any, WithJsonSchema(budget_schema())]
 """Whatever a client sent: ``Ask.parse`` says what is wrong with it better than pydantic could."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """A misspelt name is refused: it would be ignored otherwise, and the counts be those of another request."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class ImageSize(_Strict):
+class ImageSize(Strict):
     """An image, of which only the size matters."""
 
     width: int = Field(ge=1, le=MAX_SIDE_PX, strict=True, description="Pixels.")
     height: int = Field(ge=1, le=MAX_SIDE_PX, strict=True, description="Pixels.")
 
 
-class CountRequest(_Strict):
+class CountRequest(Strict):
     """Images and a budget to count with."""
 
     images: list[ImageSize] = Field(

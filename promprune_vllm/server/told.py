@@ -21,9 +21,17 @@ USAGE_FIELD = "visual_tokens"
 
 @dataclass(slots=True)
 class Told:
-    """What is known about one HTTP request's images, ``(seen, kept)`` each, in order of appearance."""
+    """What is known about one HTTP request's images, in order of appearance.
+
+    Args:
+        images: ``(seen, kept)`` of each.
+        identifiers: What they are called in the engine's caches.
+        sizes: Width and height of each in pixels; ``None`` of one that came encoded.
+    """
 
     images: list[tuple[int, int]] = field(default_factory=list)
+    identifiers: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int] | None] = field(default_factory=list)
 
     @property
     def seen(self) -> int:
@@ -44,11 +52,15 @@ class Told:
 _told: ContextVar[Told | None] = ContextVar("visual_tokens_told", default=None)
 
 
-def tell(images: Sequence[tuple[int, int]]) -> None:
-    """Remember the images of the request being handled; of nothing where nobody listens."""
+def tell(
+    images: Sequence[tuple[int, int]], identifiers: Sequence[str], sizes: Sequence[tuple[int, int] | None]
+) -> None:
+    """Remember the images of the request being handled, see ``Told``; of nothing where nobody listens."""
     told = _told.get()
     if told is not None:
         told.images.extend(images)
+        told.identifiers.extend(identifiers)
+        told.sizes.extend(sizes)
 
 
 def told() -> Told | None:

@@ -15,6 +15,7 @@ from vllm.model_executor.models import llava as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
+from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine import checks, clip
 from promprune_vllm.engine.image import EncodedImage
@@ -36,6 +37,13 @@ class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcess
 
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
         return int(self.info.get_max_image_tokens())  # every image is resized to one size
+
+    def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
+        """Where on the image each of its tokens looks."""
+        config = self.info.get_hf_config().vision_config
+        side = config.image_size // config.patch_size
+        area = clip.shown(self.info.get_hf_processor().image_processor, width, height)
+        return [geometry.clipped(cell, width, height) for cell in geometry.grid(side, side, area)]
 
 
 def build_processor(info: Any, dummy_inputs: Any) -> BaseMultiModalProcessor:

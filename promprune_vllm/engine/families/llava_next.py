@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.config import VllmConfig
 from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
+from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine import checks, clip
 from promprune_vllm.engine.image import EncodedImage, Group
@@ -41,6 +43,19 @@ class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiMo
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
         size = images.get_image_size(index)
         return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
+
+    def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
+        """Where on the image each of its tokens looks: all of it as one tile, then the crops; a newline nowhere."""
+        config = self.info.get_hf_config()
+        pixels = config.vision_config.image_size
+        rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, pixels)
+        side = pixels // config.vision_config.patch_size
+        canvas = geometry.padded(width, height, (columns * pixels, rows * pixels))
+        tiles = [(0.0, 0.0, float(width), float(height)), *geometry.grid(rows, columns, canvas)]
+        cells = [cell for tile in tiles for cell in geometry.grid(side, side, tile)]
+        size = torch.tensor([height, width])
+        source = sources(config, len(tiles), side * side, size).tolist()
+        return [None if i < 0 else geometry.clipped(cells[i], width, height) for i in source]
 
 
 def build_processor(info: Any, dummy_inputs: Any) -> BaseMultiModalProcessor:
@@ -79,7 +94,7 @@ class PrunedLlavaNext(PrunedModelMixin, clip.ClipTowerMixin, llava_next.LlavaNex
     def _image(self, tiles: Sequence[VisionFeatures], size: Tensor) -> EncodedImage:
         stacked = torch.stack([tile.projected for tile in tiles])
         rows = self._merge_image_patch_embeddings(size, stacked, strategy="spatial_unpad")
-        source = self._sources(len(tiles), tiles[0].tokens, size)  # (N,)
+        source = sources(self.config, len(tiles), tiles[0].tokens, size)  # (N,)
         groups = [_merged(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
         if self._settings.tiles == "base":
             # Settings admit this for PromPrune alone, which has an entropy.
@@ -87,23 +102,25 @@ class PrunedLlavaNext(PrunedModelMixin, clip.ClipTowerMixin, llava_next.LlavaNex
             groups = [Group(replace(group.features, entropy=entropy), group.places) for group in groups]
         return EncodedImage(rows, groups, _where(source < 0, rows.device))
 
-    def _sources(self, tiles: int, tokens: int, size: Tensor) -> Tensor:
-        """Return where each row of the merged image comes from, by letting vLLM merge indices.
 
-        Args:
-            tiles: T of the image, padding included.
-            tokens: n of one tile.
-            size: ``(2,)`` height and width of the image in pixels.
+def sources(config: Any, tiles: int, tokens: int, size: Tensor) -> Tensor:
+    """Return where each row of the merged image comes from, by letting vLLM merge indices.
 
-        Returns:
-            ``(N,)`` int64 on the CPU: ``tile * n + patch``, or -1 for a newline.
-        """
-        indices = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
-        newline = torch.full((1,), -1.0, dtype=torch.float64)
-        stand_in: Any = SimpleNamespace(config=self.config, image_newline=newline)
-        merge = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
-        merged: Tensor = merge(stand_in, size, indices, strategy="spatial_unpad")
-        return merged.flatten().long()
+    Args:
+        config: The model's, of Hugging Face.
+        tiles: T of the image, padding included.
+        tokens: n of one tile.
+        size: ``(2,)`` height and width of the image in pixels.
+
+    Returns:
+        ``(N,)`` int64 on the CPU: ``tile * n + patch``, or -1 for a newline.
+    """
+    indices = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
+    newline = torch.full((1,), -1.0, dtype=torch.float64)
+    stand_in: Any = SimpleNamespace(config=config, image_newline=newline)
+    merge = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+    merged: Tensor = merge(stand_in, size, indices, strategy="spatial_unpad")
+    return merged.flatten().long()
 
 
 def _tile_groups(tiles: Sequence[VisionFeatures], source: Tensor) -> list[Group]:

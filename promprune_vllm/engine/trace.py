@@ -1,0 +1,122 @@
+"""What became of an image, kept beside its rows in the encoder cache, for whoever wants to see it.
+
+The rows that entered the language model carry their own trace as an attribute, so it is theirs alone, costs a few
+bytes for each unpruned token, and goes when they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.failures import cached_rows
+from promprune_vllm.engine.image import Chosen
+from promprune_vllm.engine.watch import seconds
+from promprune_vllm.kernels.ops import descending_order
+
+_TRACE = "_promprune_trace"
+RECALL = "promprune_recall"
+"""Name of the worker's method that tells the traces of images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A group of tokens that was selected from on its own statistics.
+
+    Args:
+        places: ``(n,)`` int64, which rows of the image its tokens are.
+        indices: ``(k,)`` int64, which of its tokens were kept.
+        saliency: ``(n,)``, where the method looked at it.
+        report: What the method tells of itself.
+    """
+
+    places: Tensor
+    indices: Tensor
+    saliency: Tensor | None
+    report: Mapping[str, Tensor]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain numbers; waits for the device."""
+        report = {name: value.item() for name, value in self.report.items()}
+        salient: list[int] | None = None
+        if self.saliency is not None and "saliency_tokens" in report:
+            salient = self.places[descending_order(self.saliency)[: int(report["saliency_tokens"])]].tolist()
+        return {
+            "places": self.places.tolist(),
+            "kept": self.places[self.indices].tolist(),
+            "salient": salient,
+            "saliency": None if self.saliency is None else self.saliency.double().tolist(),
+            "report": report,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What was chosen of one image.
+
+    Args:
+        method: Its name.
+        seen: Tokens before pruning.
+        parts: The groups that kept any.
+        spare: ``(s,)`` int64, rows of no group that were kept.
+        marks: When choosing began and ended, then gathering the rows.
+    """
+
+    method: str
+    seen: int
+    parts: tuple[Part, ...]
+    spare: Tensor
+    marks: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, method: str, chosen: Chosen, marks: Sequence[Sequence[Any]]) -> Trace:
+        """Remember a selection, but none of the features it was made from."""
+        parts = tuple(
+            Part(group.places, selection.indices, group.features.saliency, selection.report)
+            for group, selection in chosen.parts
+        )
+        return cls(method, len(chosen.image), parts, chosen.spare, marks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain numbers; waits for the device."""
+        return {
+            "method": self.method,
+            "seen": self.seen,
+            "parts": [part.as_json() for part in self.parts],
+            "spare": self.spare.tolist(),
+            "seconds": sum(seconds(start, end) for start, end in self.marks),
+        }
+
+
+def leave(rows: Tensor, trace: Trace) -> None:
+    """Let an image's rows carry its trace."""
+    setattr(rows, _TRACE, trace)
+
+
+def install() -> None:
+    """Give this process' workers the method that tells the traces of images. Idempotent."""
+    checks.require_names(checks.RECALL_NAMES)
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, RECALL, _recall)
+
+
+def _recall(worker: Any, identifiers: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Return what became of images, by their identifiers in the encoder cache.
+
+    Returns:
+        ``None`` for an image that is not there any more, ``{}`` for one that kept all its tokens.
+    """
+    rows = cached_rows(worker.model_runner)
+    return [_told(rows.get(identifier)) for identifier in identifiers]
+
+
+def _told(rows: Tensor | None) -> dict[str, Any] | None:
+    if rows is None:
+        return None
+    trace: Trace | None = getattr(rows, _TRACE, None)
+    return {} if trace is None else trace.as_json()
