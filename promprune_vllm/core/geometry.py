@@ -21,7 +21,7 @@ def grid(rows: int, columns: int, area: Box) -> list[Box]:
 
 
 def centre_crop(width: int, height: int, *, shortest: int, crop: int) -> Box:
-    """What is left of an image whose shorter side becomes ``shortest`` and whose middle ``crop`` x ``crop`` is cut.
+    """What is left of an image whose shorter side becomes ``shortest`` and of which ``crop`` x ``crop`` is cut.
 
     A crop larger than the resized image shows black around it: the area then reaches beyond the image.
     """
@@ -45,6 +45,12 @@ def padded(width: int, height: int, canvas: tuple[int, int]) -> Box:
     left, top = (canvas[0] - shown[0]) // 2, (canvas[1] - shown[1]) // 2
     scale = (width / shown[0], height / shown[1])
     return (-left * scale[0], -top * scale[1], (canvas[0] - left) * scale[0], (canvas[1] - top) * scale[1])
+
+
+def rounded(box: Box) -> Box:
+    """Return a rectangle to a hundredth of a pixel."""
+    left, top, right, bottom = (round(edge, 2) for edge in box)
+    return (left, top, right, bottom)
 
 
 def clipped(box: Box, width: int, height: int) -> Box:

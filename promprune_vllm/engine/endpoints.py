@@ -26,6 +26,7 @@ from promprune_vllm.engine.savings import bytes_per_token
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
 from promprune_vllm.server.openapi import document
+from promprune_vllm.server.page import page
 from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
     Adaptation,
@@ -60,6 +61,8 @@ class Endpoints:
         app.add_middleware(VisualTokenHeaders)
         settings = Settings.from_environment()
         app.include_router(router(inspector=settings.inspector))
+        if settings.inspector:
+            app.include_router(page())
         document(app, field_schemas(settings.allowed))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002
@@ -124,9 +127,8 @@ class EngineBackend:
         if isinstance(found, Response):
             return found
         known, trace = found
-        ((seen, kept),), (size,) = known.images, known.sizes
-        boxes = self._renderer.mm_processor.boxes(*size)
-        return inspection.reply(known, trace, boxes, self._methods, self._bytes(seen, kept))
+        boxes = self._renderer.mm_processor.boxes
+        return inspection.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
 
     def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
         try:

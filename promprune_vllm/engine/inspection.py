@@ -7,7 +7,7 @@ encoded again, and what is shown are the very rows that enter the language model
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -15,7 +15,9 @@ from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.core.geometry import Box
 from promprune_vllm.engine.trace import RECALL
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
@@ -93,28 +95,29 @@ def _chat(body: InspectRequest) -> ChatCompletionRequest:
 def reply(
     known: Told,
     trace: Mapping[str, Any],
-    boxes: Sequence[tuple[float, ...] | None],
+    boxes: Callable[[int, int], Sequence[Box | None]],
     methods: Sequence[Method],
     kv_cache: CacheBytes | None,
 ) -> InspectReply:
     """Put together what is shown of an image."""
     ((seen, kept),) = known.images
-    width, height = known.sizes[0] or (0, 0)
+    (size,) = known.sizes
+    assert size is not None  # it came as a picture
     groups = [_group(part) for part in trace.get("parts", ())]
     places = sorted(place for group in groups for place in group.kept) if groups else list(range(seen))
     rows = sorted([*places, *trace.get("spare", ())])
-    if len(boxes) != seen or len(rows) != kept:
-        raise RuntimeError(
-            f"{len(boxes)} places and {len(rows)} kept rows of an image with {seen} tokens, {kept} kept"
-        )
+    looks = boxes(*size)
+    if len(looks) != seen or len(rows) != kept:
+        raise RuntimeError(f"{len(looks)} places, {len(rows)} kept rows: {seen} and {kept} were counted")
     named = {method.name: method for method in methods}
     return InspectReply(
-        width=width,
-        height=height,
+        width=size[0],
+        height=size[1],
         seen=seen,
         kept=kept,
         method=named[trace["method"]] if trace else None,
-        boxes=[None if box is None else tuple(round(edge, 2) for edge in box) for box in boxes],
+        boxes=[None if box is None else geometry.rounded(box) for box in looks],
+        views=[i for i, box in enumerate(looks) if i == 0 or (box is not None and box[:2] == (0.0, 0.0))],
         indices=rows,
         groups=groups,
         selection_ms=round(1000 * trace["seconds"], 3) if trace else None,

@@ -36,7 +36,7 @@ class Group(BaseModel):
     tokens: list[int] = Field(description="Which tokens of the image these are.")
     kept: list[int] = Field(description="Which of the image's tokens stay, of these.")
     salient: list[int] | None = Field(
-        description="Those taken for their saliency; the other kept ones cover. Null where the method has no such stages."
+        description="Those taken for their saliency; the others cover. Null where the method has no such stages."
     )
     saliency: list[float] | None = Field(
         description="Attention each of the tokens gets, if the method looked at it."
@@ -55,6 +55,9 @@ class InspectReply(BaseModel):
     method: Method | None = Field(description="Null where every token was kept.")
     boxes: list[tuple[float, float, float, float] | None] = Field(
         description="Where each token looks: left, top, right, bottom in pixels; null for one that shows nothing."
+    )
+    views: list[int] = Field(
+        description="The first token of each view the model has of the image: all of it, or that and then crops."
     )
     indices: list[int] = Field(description="The kept tokens, ascending.")
     groups: list[Group] = Field(description="Empty where every token was kept.")

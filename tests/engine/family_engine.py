@@ -16,6 +16,7 @@ from promprune_vllm import Need
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.trace import RECALL
 from tests.engine.conftest import Engine
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
@@ -95,23 +96,34 @@ class FamilyEngine(Engine):
             for handle in handles:
                 handle.remove()
 
-    def inputs(self, *shapes: str, raw: bool = True) -> dict[str, Any]:
+    def inputs(self, *shapes: str | Image.Image, raw: bool = True) -> dict[str, Any]:
         """What the Hugging Face processor makes of images: as vLLM hands them to the model, or normalised."""
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(self.llm.model_config.model)
         # vLLM hands raw pixels to the Qwen towers, and normalises them there.
         options = {"do_normalize": False, "do_rescale": False} if raw and self.mrope else {}
-        images = [picture(shape) for shape in shapes]
+        images = [picture(shape) if isinstance(shape, str) else shape for shape in shapes]
         made = processor.image_processor(images=images, return_tensors="pt", **options)
         names = ("pixel_values", "image_grid_thw") if self.mrope else ("pixel_values", "image_sizes")
         return {name: made[name] for name in names}
 
     @torch.inference_mode()
-    def encoded(self, shape: str) -> EncodedImage:
+    def encoded(self, shape: str | Image.Image) -> EncodedImage:
         """One image with everything a method may look at."""
         (image,) = self.model.capture(self.inputs(shape), slice(0, 1), EVERYTHING)
         return image
+
+    def boxes(self, shape: str) -> list[tuple[float, ...] | None]:
+        """Where each token of an image looks, as the server tells it."""
+        processor = self.llm.llm_engine.input_processor.renderer.mm_processor
+        boxes: list[tuple[float, ...] | None] = processor.boxes(*SHAPES[shape])
+        return boxes
+
+    def told(self) -> list[dict[str, Any] | None]:
+        """What the worker tells of the images in its encoder cache."""
+        (told,) = self.core.model_executor.collective_rpc(RECALL, args=(list(self.runner.encoder_cache),))
+        return list(told)
 
     def tokens(self, shape: str) -> int:
         return len(self.encoded(shape).rows)

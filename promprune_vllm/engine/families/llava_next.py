@@ -45,7 +45,7 @@ class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiMo
         return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
-        """Where on the image each of its tokens looks: all of it as one tile, then the crops; a newline nowhere."""
+        """Where on the image each of its tokens looks: as one tile, then in crops; a newline nowhere."""
         config = self.info.get_hf_config()
         pixels = config.vision_config.image_size
         rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, pixels)

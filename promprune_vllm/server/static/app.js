@@ -1,0 +1,199 @@
+import * as api from "./api.js";
+import * as curve from "./curve.js";
+import * as view from "./view.js";
+
+const get = (id) => document.getElementById(id);
+const MAX_BYTES = 32 * 2 ** 20;
+const SETTLE_MS = 150, STRIP_MS = 2000, ANSWER_TOKENS = 128;
+const image = { url: null, name: "", objectUrl: null };
+let server = null, looking = null, asking = null;
+
+function say(sentence) {
+  get("error").textContent = sentence;
+  get("error").hidden = !sentence;
+}
+
+async function guarded(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error.name === "AbortError") return undefined;
+    if (error instanceof api.Refused) say(error.message);
+    else { say(`The page made a mistake: ${error.message}.`); console.error(error); }
+    return undefined;
+  }
+}
+
+const key = () => get("key").value.trim();
+const budget = () => Number(get("budget").value);
+const method = () => get("method").value;
+const wanted = () => ({ visual_token_budget: budget(), ...(method() ? { visual_token_method: method() } : {}) });
+
+// ---- the image -------------------------------------------------------------------------------------------------
+
+async function take(files) {
+  say("");
+  if (files.length > 1) return say(`One image at a time, please: these are ${files.length}.`);
+  const [file] = files;
+  if (!file) return undefined;
+  if (file.size > MAX_BYTES) {
+    return say(`${file.name} has ${(file.size / 2 ** 20).toFixed(0)} MB; this page sends at most ${MAX_BYTES / 2 ** 20} MB.`);
+  }
+  try {
+    (await createImageBitmap(file)).close();
+  } catch {
+    return say(`${file.name || "This"} is not an image that the browser can read.`);
+  }
+  const url = await new Promise((done) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.readAsDataURL(file);
+  });
+  Object.assign(image, { url, name: file.name || "image" });
+  get("send").disabled = false;
+  for (const id of ["answer-full", "answer-pruned", "time-full", "time-pruned"]) get(id).textContent = "";
+  return look();
+}
+
+async function takeSample(name) {
+  await guarded(async () => {
+    const response = await fetch(`promprune/samples/${name}.jpg`);
+    const blob = await response.blob();
+    return take([new File([blob], `${name}.jpg`, { type: blob.type })]);
+  });
+}
+
+// ---- what is kept ----------------------------------------------------------------------------------------------
+
+async function look() {
+  if (!image.url) return;
+  looking?.abort();
+  looking = new AbortController();
+  const { signal } = looking;
+  get("picture").setAttribute("aria-busy", "true");
+  const body = { image: image.url, text: get("question").value || null, ...wanted() };
+  const told = await guarded(() => api.inspect(body, key(), signal));
+  if (signal.aborted) return;
+  get("picture").setAttribute("aria-busy", "false");
+  if (told === undefined) return;
+  say("");
+  show(told);
+}
+
+function show(told) {
+  for (const id of ["budget", "budget-number"]) get(id).max = told.seen;
+  const { fate, warmth } = view.draw(get("views"), told, image.url, image.name);
+  get("legend").hidden = false;
+  const stages = fate.includes("salient") || fate.includes("covering");
+  get("legend-salient").hidden = !stages;
+  get("legend-covering").textContent = stages ? "covering" : "kept";
+  get("heat").disabled = !warmth;
+  get("heat-row").title = warmth ? "" : "This method did not look at saliency.";
+  curve.draw(get("curve"), told);
+  const bytes = (n) => (n >= 2 ** 20 ? `${(n / 2 ** 20).toFixed(1)} MiB` : `${(n / 1024).toFixed(0)} KiB`);
+  const rows = [
+    ["seen", told.seen], ["kept", told.kept],
+    ["saved", `${told.seen - told.kept} (${(100 * (1 - told.kept / told.seen)).toFixed(1)} %)`],
+    ["KV cache saved", told.kv_cache ? `${bytes(told.kv_cache.saved)} of ${bytes(told.kv_cache.seen)}` : "not known"],
+    ["method", told.method?.name ?? "none needed"],
+    ["selection", told.selection_ms === null ? "–" : `${told.selection_ms.toFixed(1)} ms`],
+    ["image", `${told.width} × ${told.height} px`],
+  ];
+  get("counts").replaceChildren(...rows.flatMap(([name, value]) => {
+    const term = document.createElement("dt"), data = document.createElement("dd");
+    term.textContent = name; data.textContent = value; data.dataset.name = name;
+    return [term, data];
+  }));
+  get("title-pruned").textContent = `${told.kept} of ${told.seen} tokens`;
+}
+
+// ---- answers ---------------------------------------------------------------------------------------------------
+
+async function ask() {
+  asking?.abort();
+  asking = new AbortController();
+  const { signal } = asking;
+  say("");
+  get("note").hidden = false;
+  get("send").disabled = true;
+  const content = [{ type: "image_url", image_url: { url: image.url } }, { type: "text", text: get("question").value }];
+  for (const [side, fields] of [["full", { visual_token_budget: "full" }], ["pruned", wanted()]]) {
+    get(`answer-${side}`).textContent = "";
+    get(`time-${side}`).textContent = "…";
+    const body = {
+      model: server.model, max_tokens: ANSWER_TOKENS, cache_salt: crypto.getRandomValues(new Uint32Array(4)).join(""),
+      messages: [{ role: "user", content }], ...fields,
+    };
+    const done = await guarded(() => api.chat(body, key(), signal, (text) => { get(`answer-${side}`).textContent += text; }));
+    get(`time-${side}`).textContent = done?.first
+      ? `first token after ${done.first.toFixed(0)} ms, ${done.usage?.prompt_tokens ?? "?"} prompt tokens` : "no answer";
+    if (!done) break;
+  }
+  get("send").disabled = false;
+}
+
+// ---- the strip -------------------------------------------------------------------------------------------------
+
+let before = null;
+
+async function strip() {
+  const sums = await api.metrics().catch(() => null);
+  if (!sums) return;
+  const now = performance.now(), requests = sums.promprune_requests_total ?? 0;
+  const seen = sums.promprune_visual_tokens_seen_total ?? 0, kept = sums.promprune_visual_tokens_kept_total ?? 0;
+  get("strip-saved").textContent = (seen - kept).toLocaleString("en");
+  get("strip-share").textContent = seen ? `${((100 * kept) / seen).toFixed(1)} %` : "–";
+  if (before) get("strip-rate").textContent = ((1000 * (requests - before.requests)) / (now - before.now)).toFixed(1);
+  before = { now, requests };
+}
+
+// ---- beginning -------------------------------------------------------------------------------------------------
+
+async function begin() {
+  server = (await guarded(() => api.state(key()))) ?? server;
+  if (!server) return;
+  get("model").textContent = `· ${server.model} (${server.family ?? server.architecture})`;
+  if (!server.prunable) return say(`This server cannot prune: ${server.reason}.`);
+  say("");
+  get("method").replaceChildren(...server.allowed_methods.map(({ name }) => new Option(name)));
+  get("method-row").hidden = server.allowed_methods.length < 2;
+  return undefined;
+}
+
+function listen() {
+  let settling = 0;
+  const soon = () => { clearTimeout(settling); settling = setTimeout(look, SETTLE_MS); };
+  get("budget").addEventListener("input", () => { get("budget-number").value = budget(); soon(); });
+  get("budget-number").addEventListener("input", () => {
+    const value = Math.round(Number(get("budget-number").value));
+    if (value >= 1) { get("budget").value = value; soon(); }
+  });
+  get("method").addEventListener("change", look);
+  get("heat").addEventListener("change", () => get("views").classList.toggle("heat", get("heat").checked));
+  get("key").addEventListener("change", begin);
+  get("file").addEventListener("change", () => guarded(() => take([...get("file").files])));
+  get("ask").addEventListener("submit", (event) => { event.preventDefault(); if (image.url) ask(); });
+  get("question").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); get("ask").requestSubmit(get("send")); }
+  });
+  document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) guarded(() => take([...event.clipboardData.files])); });
+  const drop = get("drop");
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.toggle("over", kind === "dragover"); });
+  }
+  document.addEventListener("drop", (event) => guarded(() => take([...event.dataTransfer.files])));
+  for (const name of ["astronaut", "coffee", "chelsea", "rocket"]) {
+    const button = document.createElement("button"), picture = document.createElement("img");
+    button.type = "button";
+    picture.src = `promprune/samples/${name}.jpg`;
+    picture.alt = `Sample: ${name}`;
+    button.append(picture);
+    button.addEventListener("click", () => takeSample(name));
+    get("samples").append(button);
+  }
+}
+
+listen();
+await begin();
+await strip();
+setInterval(() => { if (!document.hidden) strip(); }, STRIP_MS);
