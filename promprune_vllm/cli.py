@@ -1,5 +1,5 @@
 """The command line: ``promprune serve | methods | families | metrics | calibrate | demo | demo-model``, and
-``bench`` and ``eval``, whose options are in their own folders."""
+``select``, ``bench`` and ``eval``, whose options are in their own folders."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from promprune_vllm.bench.commands import bench
 from promprune_vllm.demo.commands import demo_model
 from promprune_vllm.evaluation.commands import evaluate
+from promprune_vllm.overlay.commands import select
 
 app = typer.Typer(
     name="promprune",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(bench)
 app.command("eval")(evaluate)
+app.command("select")(select)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@
     ├── CalibrationError         no images to calibrate with, or a model vLLM cannot load
     ├── BenchError               a measurement that could not be made
     ├── EvaluationError          questions that could not be asked, or answers that do not belong together
+    ├── InspectError             an image that a server cannot be asked about, or a picture that cannot be drawn
     └── DemoError                the demo's own server did not start or did not stay
 
 A message carries the value found, the limit, and what to do next.
@@ -62,6 +63,10 @@ class IncompatibleVllmError(PromPruneError, RuntimeError):
 
 class CalibrationError(PromPruneError):
     """There are no images to calibrate with, or vLLM cannot load the model."""
+
+
+class InspectError(PromPruneError):
+    """An image that a server cannot be asked about, or a picture that cannot be drawn."""
 
 
 class DemoError(PromPruneError):

@@ -21,6 +21,7 @@ FORBIDDEN = {
     "demo": {"vllm"},
     "bench": {"vllm"},
     "evaluation": {"vllm", "torch", "transformers"},
+    "overlay": HOST | {"torch"},
 }
 OURS_ALLOWED = {
     "core": {"core", "errors"},
@@ -31,6 +32,7 @@ OURS_ALLOWED = {
     "server": {"server", "core", "config", "metrics", "errors"},
     "bench": {"bench", "core", "demo", "engine", "errors", "cli", "kernels", "methods"},
     "evaluation": {"evaluation", "core", "demo", "errors", "bench"},
+    "overlay": {"overlay", "core", "errors"},
 }
 
 

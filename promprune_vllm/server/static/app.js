@@ -82,11 +82,12 @@ async function look() {
 
 function show(told) {
   for (const id of ["budget", "budget-number"]) get(id).max = told.seen;
-  const { fate, warmth } = view.draw(get("views"), told, image.url, image.name);
+  const { fate, warmth, cut } = view.draw(get("views"), told, image.url, image.name);
   get("legend").hidden = false;
   const stages = fate.includes("salient") || fate.includes("covering");
   get("legend-salient").hidden = !stages;
   get("legend-covering").textContent = stages ? "covering" : "kept";
+  get("legend-unseen").hidden = !cut;
   get("heat").disabled = !warmth;
   get("heat-row").title = warmth ? "" : "This method did not look at saliency.";
   curve.draw(get("curve"), told);

@@ -2,7 +2,7 @@
 
 import { element } from "./view.js";
 
-const LEFT = 36, RIGHT = 310, TOP = 12, BOTTOM = 146;
+const LEFT = 46, RIGHT = 310, TOP = 12, BOTTOM = 146;
 
 export function draw(figure, told) {
   const options = told.method?.options ?? {};

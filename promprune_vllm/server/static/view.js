@@ -21,19 +21,34 @@ export function fates(told) {
   return fate;
 }
 
-// Saliency of each token as a share of the largest of its group, or null where nobody looked at it.
+// Saliency of each token as its rank in its group, 0 to 1 (a few tokens may have nearly all of it), or null where
+// nobody looked at it.
 export function heat(told) {
   const values = new Array(told.seen).fill(null);
   for (const group of told.groups) {
     if (group.saliency === null) continue;
-    const largest = Math.max(...group.saliency) || 1;
-    group.tokens.forEach((token, i) => { values[token] = group.saliency[i] / largest; });
+    const order = group.tokens.map((_, i) => i).sort((a, b) => group.saliency[a] - group.saliency[b]);
+    order.forEach((i, rank) => { values[group.tokens[i]] = rank / Math.max(1, order.length - 1); });
   }
   return values.some((value) => value !== null) ? values : null;
 }
 
+// Marks what no token looks at: a tower that sees a square cuts off the rest. Returns whether there is any.
+function hatch(svg, told, boxes) {
+  const [left, top] = [0, 1].map((edge) => Math.min(...boxes.map((box) => box[edge])));
+  const [right, bottom] = [2, 3].map((edge) => Math.max(...boxes.map((box) => box[edge])));
+  if (left <= 0.5 && top <= 0.5 && right >= told.width - 0.5 && bottom >= told.height - 0.5) return false;
+  const pattern = element("pattern", { id: "hatch", width: 8, height: 8, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg);
+  element("rect", { width: 8, height: 8, fill: "#000", "fill-opacity": 0.75 }, pattern);
+  element("rect", { width: 3, height: 8, fill: "#888", "fill-opacity": 0.75 }, pattern);
+  const frame = `M0 0H${told.width}V${told.height}H0Z`, hole = `M${left} ${top}V${bottom}H${right}V${top}Z`;
+  element("path", { d: frame + hole, class: "unseen" }, svg);
+  return true;
+}
+
 export function draw(place, told, url, name) {
   const fate = fates(told), warmth = heat(told);
+  let cut = false;
   place.replaceChildren();
   told.views.forEach((from, number) => {
     const to = told.views[number + 1] ?? told.seen;
@@ -50,8 +65,9 @@ export function draw(place, told, url, name) {
         x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top),
         class: `cell ${fate[token]}`, "data-token": token,
       }, svg);
-      if (warmth) cell.style.setProperty("--heat", ((warmth[token] ?? 0) ** 0.5).toFixed(3));
+      if (warmth) cell.style.setProperty("--heat", (0.9 * (warmth[token] ?? 0) ** 3).toFixed(3));
     }
+    if (number === 0) cut = hatch(svg, told, told.boxes.slice(from, to).filter((box) => box !== null));
     const what = told.views.length === 1 ? name : number === 0 ? `${name}, whole` : `${name}, in crops at full size`;
     const caption = `${what}: ${lit} of ${to - from} tokens kept`;
     svg.setAttribute("aria-label", caption);
@@ -60,5 +76,5 @@ export function draw(place, told, url, name) {
     figure.append(line);
     place.append(figure);
   });
-  return { fate, warmth };
+  return { fate, warmth, cut };
 }

@@ -1,0 +1,1 @@
+"""``promprune select``: pictures of what a server keeps of images."""

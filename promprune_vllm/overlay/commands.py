@@ -1,0 +1,131 @@
+"""``promprune select``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from promprune_vllm.errors import InspectError
+
+_DEFAULT_BUDGET = "64"
+_WIDTH_PX = 420  # of one picture in a sheet
+
+
+def select(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Images to look at.", show_default=False)
+    ],
+    *,
+    budget: Annotated[
+        str | None, typer.Option(help='Tokens to keep: 64, 0.25, "25%" or "full" (default: 64).')
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="The method that selects (default: the server's).")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="A picture for each of these methods.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(metavar="K,K", help="A picture for each of these budgets.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="The question, for methods that look at it.")] = None,
+    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's, if it asks.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file to write (default: IMAGE.overlay.png of the first).")
+    ] = None,
+    columns: Annotated[int, typer.Option(min=1, help="Pictures in a row of the sheet.")] = 4,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what the server tells, one JSON line each.")
+    ] = False,
+) -> None:
+    """Draw which visual tokens of images a server keeps.
+
+    One picture for each image; with --compare or --budgets one for each method or budget, a row for each image.
+    """
+    from rich.console import Console
+
+    if budget is not None and budgets is not None:
+        raise typer.BadParameter("--budget is one, --budgets are several: give one of the two.")
+    if method is not None and compare is not None:
+        raise typer.BadParameter("--method is one, --compare are several: give one of the two.")
+    settings = [
+        (_budget(each), name)
+        for name in (_names(compare) if compare else [method])
+        for each in (_names(budgets) if budgets else [budget or _DEFAULT_BUDGET])
+    ]
+    err = Console(stderr=True)
+    try:
+        rows = _looked(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
+        target = out or images[0].with_suffix(".overlay.png")
+        if out is not None or not as_json:
+            _write(rows, target, columns)
+            err.print(f"Wrote {target}.", highlight=False)
+    except InspectError as error:
+        typer.secho(f"promprune: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def _looked(
+    images: list[Path],
+    settings: list[tuple[object, str | None]],
+    *,
+    text: str | None,
+    url: str,
+    api_key: str | None,
+    err: Any,
+    as_json: bool,
+) -> list[list[Any]]:
+    from rich.progress import track
+
+    from promprune_vllm.overlay.client import Inspecting
+    from promprune_vllm.overlay.drawing import caption, overlay, titled
+
+    rows: list[list[Any]] = [[] for _ in images]
+    jobs = [(row, image, setting) for row, image in zip(rows, images, strict=True) for setting in settings]
+    with Inspecting(url, api_key) as server:
+        for row, image, (budget, method) in track(jobs, "Looking …", console=err, disable=not err.is_terminal):
+            told = server.look(image, budget, method, text)
+            if as_json:
+                print(json.dumps({"file": str(image), "visual_token_budget": budget, **told}), flush=True)
+            row.append(titled(_fitted(overlay(_opened(image), told)), f"{image.name}, {caption(told)}"))
+    return rows
+
+
+def _opened(image: Path) -> Any:
+    from PIL import Image, ImageOps
+
+    with Image.open(image) as file:
+        return ImageOps.exif_transpose(file).convert("RGB")
+
+
+def _fitted(picture: Any) -> Any:
+    if picture.width <= _WIDTH_PX * 2:
+        return picture
+    return picture.resize((_WIDTH_PX * 2, max(1, round(picture.height * _WIDTH_PX * 2 / picture.width))))
+
+
+def _write(rows: list[list[Any]], target: Path, columns: int) -> None:
+    from promprune_vllm.overlay.drawing import sheet
+
+    try:
+        sheet(rows, columns).save(target)
+    except (OSError, ValueError) as error:
+        raise InspectError(f"{target} cannot be written: {error}. Give a PNG file with --out.") from error
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter(f"{text!r} names nothing; write values with commas between.")
+    return names
+
+
+def _budget(text: str) -> object:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
