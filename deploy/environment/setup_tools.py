@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Unpack the Debian packages of apt.txt into .venv/tools: `setup_tools.py --into .venv/tools`.
 
-A container engine, compose, Prometheus and kubectl for the tests of deploy/. An apt state of its own is used, so
-that neither the machine's packages nor its sources are touched. Where the packages cannot be had this is said,
+A container engine, compose, Prometheus and kubectl for the tests of deploy/, and a browser for those of the
+inspector page. An apt state of its own is used, so that neither the machine's packages nor its sources are touched. Where the packages cannot be had this is said,
 and the tests that need them skip: it is no error. A stamp makes a second call return at once.
 """
 
@@ -114,7 +114,7 @@ def main() -> int:
     try:
         if os.geteuid():
             raise NotHereError("only root can run a container engine of its own")
-        say("fetching a container engine, compose, Prometheus and kubectl for the tests of deploy/")
+        say("fetching a container engine, compose, Prometheus, kubectl and a browser for the tests")
         unpack(download(wanted(), fresh / "workshop"), fresh)
         shutil.rmtree(fresh / "workshop")
         (fresh / "stamp").write_text(digest)
@@ -122,7 +122,7 @@ def main() -> int:
         fresh.rename(root)
     except (NotHereError, OSError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        say(f"{error}\ntools: the tests that start the compose stack will be skipped")
+        say(f"{error}\ntools: the tests that start the compose stack or a browser will be skipped")
         return 0
     say(f"{root} is ready ({time.monotonic() - started:.0f} s)")
     return 0
