@@ -46,25 +46,29 @@ def select(
     """
     from rich.console import Console
 
-    if budget is not None and budgets is not None:
-        raise typer.BadParameter("--budget is one, --budgets are several: give one of the two.")
-    if method is not None and compare is not None:
-        raise typer.BadParameter("--method is one, --compare are several: give one of the two.")
-    settings = [
-        (_budget(each), name)
-        for name in (_names(compare) if compare else [method])
-        for each in (_names(budgets) if budgets else [budget or _DEFAULT_BUDGET])
-    ]
+    settings = _settings(budget, budgets, method, compare)
     err = Console(stderr=True)
     try:
         rows = _looked(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
-        target = out or images[0].with_suffix(".overlay.png")
         if out is not None or not as_json:
+            target = out or images[0].with_suffix(".overlay.png")
             _write(rows, target, columns)
             err.print(f"Wrote {target}.", highlight=False)
     except InspectError as error:
         typer.secho(f"promprune: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def _settings(
+    budget: str | None, budgets: str | None, method: str | None, compare: str | None
+) -> list[tuple[object, str | None]]:
+    if budget is not None and budgets is not None:
+        raise typer.BadParameter("--budget is one, --budgets are several: give one of the two.")
+    if method is not None and compare is not None:
+        raise typer.BadParameter("--method is one, --compare are several: give one of the two.")
+    each_budget = _names(budgets) if budgets else [budget or _DEFAULT_BUDGET]
+    each_method = _names(compare) if compare else [method]
+    return [(_budget(text), name) for name in each_method for text in each_budget]
 
 
 def _looked(

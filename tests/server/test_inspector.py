@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_the_page_shows_what_the_endpoint_tells(visit: Visit, request: pytest.Fi
         expect(page.locator(f"#answer-{side}")).not_to_be_empty()
     full, pruned = (int(page.locator(f"#time-{side}").inner_text().split()[-3]) for side in ("full", "pruned"))
     assert full - pruned == 512
-    expect(page.locator("#strip-saved")).not_to_have_text("–")
+    expect(page.locator("#strip-saved")).to_contain_text(re.compile("[0-9]"))
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / f"inspector-{request.node.callspec.id}.png", full_page=True)
     page.check("#heat")
