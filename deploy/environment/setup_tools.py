@@ -2,8 +2,9 @@
 """Unpack the Debian packages of apt.txt into .venv/tools: `setup_tools.py --into .venv/tools`.
 
 A container engine, compose, Prometheus and kubectl for the tests of deploy/, and a browser for those of the
-inspector page. An apt state of its own is used: neither the machine's packages nor its sources are touched. Where the packages cannot be had this is said, and the tests that need them skip: it is no error. A stamp makes a
-second call return at once.
+inspector page. An apt state of its own is used: neither the machine's packages nor its sources are touched. Where
+the packages cannot be had this is said, and the tests that need them skip: it is no error. A stamp makes a second
+call return at once.
 """
 
 from __future__ import annotations

@@ -15,9 +15,7 @@ _WIDTH_PX = 420  # of one picture in a sheet
 
 
 def select(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Images to look at.", show_default=False)
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images to look at.", show_default=False)],
     *,
     budget: Annotated[
         str | None, typer.Option(help='Tokens to keep: 64, 0.25, "25%" or "full" (default: 64).')
