@@ -1,7 +1,8 @@
 """What this plugin adds to vLLM's HTTP server, in the form vLLM has for it, ``EndpointPlugin``.
 
 vLLM loads such plugins only where ``VLLM_PLUGINS`` names them, because they open routes. Ours comes with the
-plugin that prunes: its routes read settings and count, ask for the server's API key, and never reach the engine.
+plugin that prunes. Its routes ask for the server's API key; inspecting goes through the engine, as a chat request
+does, and the others read settings and count.
 """
 
 from __future__ import annotations

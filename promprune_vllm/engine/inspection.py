@@ -27,6 +27,10 @@ _GONE = (
     "The image's rows had left the engine's encoder cache before they could be looked at: the server is busy. "
     "Try again."
 )
+_FROM_ELSEWHERE = (
+    "The image's rows came to this engine from another one, through a connector of encoder caches, and what was "
+    "kept of them is known only there: inspect the image on the server that encodes."
+)
 
 
 class Inspector:
@@ -49,7 +53,7 @@ class Inspector:
             refusal.
 
         Raises:
-            HTTPException: 503, the image's rows are gone already; 501, the server does not chat.
+            HTTPException: 503, the image's rows are gone already; 501, the server does not chat or does not encode.
         """
         handler = self._state.openai_serving_chat
         if handler is None:
@@ -60,7 +64,10 @@ class Inspector:
         known = told()
         if known is None or len(known.identifiers) != 1:
             raise RuntimeError("a request with one image was told of without it")
-        return known, await self._recalled(known.identifiers)
+        trace = await self._recalled(known.identifiers)
+        if not trace and known.kept < known.seen:
+            raise HTTPException(501, _FROM_ELSEWHERE)
+        return known, trace
 
     async def _recalled(self, identifiers: Sequence[str]) -> Mapping[str, Any]:
         # One list for each engine, in it one for each rank, in it one entry for each image.

@@ -98,8 +98,11 @@ def _looked(
 def _opened(image: Path) -> Any:
     from PIL import Image, ImageOps
 
-    with Image.open(image) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
+    try:
+        with Image.open(image) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")  # as the server turns it
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InspectError(f"{image} cannot be drawn: {error}") from error
 
 
 def _fitted(picture: Any) -> Any:

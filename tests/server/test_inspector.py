@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from promprune_vllm.cli import app
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
 from tests.server.browser import ARTEFACTS, chromium
@@ -116,6 +119,26 @@ def test_what_cannot_be_looked_at_gets_one_sentence(server: Server, fields: dict
 def test_images_of_every_mode(server: Server, mode: str, kind: str) -> None:
     told = look(server, picture((90, 60), mode, kind), visual_token_budget=10)
     assert (told["width"], told["height"], told["kept"]) == (90, 60, 10)
+
+
+def select(server: Server, *arguments: str) -> Any:
+    return CliRunner().invoke(app, ["select", "--url", server.url, *arguments])
+
+
+def test_overlays_from_the_command_line(server: Server, tmp_path: Path) -> None:
+    photos = [str(photo_path("coffee")), str(photo_path("chelsea"))]
+    strip = tmp_path / "strip.png"
+    result = select(server, *photos, "--budgets", "32,25%", "--out", str(strip), "--json")
+    assert result.exit_code == 0, result.output
+    told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [(Path(each["file"]).stem, each["kept"]) for each in told] == [
+        *(("coffee", 32), ("coffee", 144), ("chelsea", 32), ("chelsea", 144))
+    ]
+    with Image.open(strip) as drawn:
+        assert drawn.width > drawn.height / 2 > 300  # two rows of two
+    refused = select(server, photos[0], "--compare", "promprune,divprune")
+    assert refused.exit_code == 1
+    assert "--allow-methods" in " ".join(refused.output.split())
 
 
 # ---- the page -----------------------------------------------------------------------------------------------

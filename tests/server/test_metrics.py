@@ -240,3 +240,13 @@ def test_vllms_own_series_are_unchanged(server: Server, stock: Server) -> None:
         }
 
     assert shown(server) == shown(stock)
+
+
+def test_any_api_server_finds_what_any_engine_kept(two_of_each: Server) -> None:
+    """Last: an inspected image is counted as a request."""
+    asked = {"image": fresh("rocket"), "visual_token_budget": 91}
+    told = [post(two_of_each, "/v1/visual_tokens/inspect", asked) for _ in range(6)]
+    assert [reply.status_code for reply in told] == [200] * 6, told[-1].text
+    assert {reply.json()["kept"] for reply in told} == {91}
+    (indices,) = {tuple(reply.json()["indices"]) for reply in told}
+    assert len(indices) == 91
