@@ -53,7 +53,8 @@ class Inspector:
             refusal.
 
         Raises:
-            HTTPException: 503, the image's rows are gone already; 501, the server does not chat or does not encode.
+            HTTPException: 503, the image's rows are gone already; 501, the server does not chat or
+                does not encode.
         """
         handler = self._state.openai_serving_chat
         if handler is None:
