@@ -7,13 +7,15 @@ from typing import Any
 
 import jsonschema
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
 from fastapi.testclient import TestClient
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, MAX_IMAGES, Ask
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.inspect_schemas import InspectRequest
 from promprune_vllm.server.openapi import REQUESTS, add_fields, document
 from promprune_vllm.server.routes import PATH, router
 from promprune_vllm.server.schemas import (
@@ -55,7 +57,7 @@ def test_the_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(method_schema(["promprune"]))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(VALUE)
 @example("000.5%")
 @example("100.000%")
@@ -134,10 +136,13 @@ class _Backend:
         images = [ImageCount(seen=width, kept=height) for width, height in sizes]
         return CountReply(seen=3, kept=2, images=images, kv_cache=None)
 
+    async def inspect(self, body: InspectRequest, request: Request) -> Response:
+        return JSONResponse({"kept": body.visual_token_budget})
+
 
 def test_the_routes_hand_on_what_was_sent() -> None:
     app = FastAPI()
-    app.include_router(router())
+    app.include_router(router(inspector=True))
     document(app, field_schemas(["promprune"]))
     app.state.visual_tokens = backend = _Backend()
     client = TestClient(app)
@@ -152,3 +157,14 @@ def test_the_routes_hand_on_what_was_sent() -> None:
     assert backend.asked == ([(3, 2)], [0.25], ["low"])
     assert {PATH, f"{PATH}/count"} <= set(client.get("/openapi.json").json()["paths"])
     assert client.post(f"{PATH}/count", json={**request, "budget": 64}).status_code == 422
+    assert client.post(f"{PATH}/inspect", json={"image": "data:,", "visual_token_budget": 7}).json() == {"kept": 7}
+    assert client.post(f"{PATH}/inspect", json={"image": ""}).status_code == 422
+
+
+def test_no_inspector_means_no_route_and_no_page() -> None:
+    app = FastAPI()
+    app.include_router(router(inspector=False))
+    app.state.visual_tokens = _Backend()
+    client = TestClient(app)
+    assert client.get(PATH).status_code == 200
+    assert client.post(f"{PATH}/inspect", json={"image": "data:,"}).status_code == 404
