@@ -20,6 +20,7 @@ _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
     f"{_ONLINE}.preprocess_chat": ("request",),
     f"{_ONLINE}.preprocess_cmpl": ("request",),
     f"{_ONLINE}.adjust_harmony_request": ("request",),

@@ -33,12 +33,14 @@ def install() -> None:
     """Wrap vLLM's request path. Idempotent."""
     checks.require_names(checks.REQUEST_NAMES)
     import vllm.plugins
+    from vllm.multimodal.media.connector import MediaConnector
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
     wrap(OnlineRenderer, "preprocess_chat", _reading)
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
     wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
+    wrap(MediaConnector, "_load_file_url", _refusing_files)
     wrap(BaseRenderer, "_apply_prompt_extras", _adding)
     wrap(BaseRenderer, "__init__", _announcing)
     # Looked up anew where an API server is built, and nowhere else.
@@ -67,6 +69,18 @@ def _reading(original: Any) -> Any:
         return result
 
     return preprocess
+
+
+def _refusing_files(original: Any) -> Any:
+    """Wrap the loading of a server's own files: where none is allowed, vLLM answers HTTP 500."""
+
+    def load_file_url(self: Any, url_spec: Any, media_io: Any) -> Any:
+        try:
+            return original(self, url_spec, media_io)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+    return load_file_url
 
 
 def _with_endpoints(original: Any) -> Any:

@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from promprune_vllm.core.registry import methods
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model, build_text_model
 from promprune_vllm.demo.server import Server, one_worker, serving
+from promprune_vllm.demo.trained import TRAINED
 from tests.conftest import QUESTION
 
 MODEL = "demo"
@@ -34,6 +36,13 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from _serving(demo_model, tmp_path_factory.mktemp("stock"), VLLM_PLUGINS="")
+
+
+@pytest.fixture(scope="session")
+def every_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The trained model, and a request may choose any method."""
+    allowed = ("--visual-token-allow-methods", ",".join(methods()))
+    yield from _serving(TRAINED, tmp_path_factory.mktemp("every-method"), *allowed)
 
 
 # The next two are each used by one test, and end with it: every server holds some 3 GB.

@@ -1,7 +1,4 @@
-"""`promprune eval` against real servers: a small slice of the matrix, and lmms-eval on a task of our own.
-
-The model's weights are random, so its answers are wrong; what is asked, kept and counted is right all the same.
-"""
+"""`promprune eval` against real servers: a small slice of the matrix, and lmms-eval on a task of our own."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +18,11 @@ from promprune_vllm.demo.scenes import make_scene
 from promprune_vllm.demo.server import Server
 from promprune_vllm.evaluation.records import FILE, read
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import MODEL, _serving
+from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.server
 LMMS = Path(sys.prefix) / "lmms-only"  # `setup_env.py --lmms` fills it, and so does `make test`
 TASK = Path(__file__).parents[1] / "lmms"
-
-
-@pytest.fixture(scope="module")
-def every_method(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    allowed = ("--visual-token-allow-methods", ",".join(methods()))
-    yield from _serving(demo_model, tmp_path_factory.mktemp("eval"), *allowed)
 
 
 def evaluate(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

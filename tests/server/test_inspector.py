@@ -17,7 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from promprune_vllm.cli import app
+from promprune_vllm.core.registry import methods
 from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.scenes import make_scene
 from promprune_vllm.demo.server import Server
 from tests.server.browser import ARTEFACTS, chromium
 from tests.server.conftest import ask, image_url, post
@@ -109,7 +111,7 @@ def test_what_cannot_be_looked_at_gets_one_sentence(server: Server, fields: dict
     if response.status_code == 200:  # a strange shape may be fine for the model
         assert fields["image"].startswith("data:image/png")
     else:
-        assert 400 <= response.status_code < 500
+        assert 400 <= response.status_code < 500, response.text
         error = response.json()["error"]
         assert wrong in error["message"] or wrong in (error["param"] or "")
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -139,6 +141,23 @@ def test_overlays_from_the_command_line(server: Server, tmp_path: Path) -> None:
     refused = select(server, photos[0], "--compare", "promprune,divprune")
     assert refused.exit_code == 1
     assert "--allow-methods" in " ".join(refused.output.split())
+
+
+def test_every_method_side_by_side(every_method: Server) -> None:
+    """The contact sheet of the README."""
+    names = list(methods())
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    sheet = ARTEFACTS / "methods.png"
+    words = ("--compare", ",".join(names), "--text", "what is in the image ?", "--out", str(sheet), "--json")
+    result = select(every_method, str(photo_path("coffee")), "--budget", "64", *words)
+    assert result.exit_code == 0, result.output
+    told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [(each["method"]["name"], each["kept"]) for each in told] == [(name, 64) for name in names]
+    assert len({tuple(each["indices"]) for each in told}) > len(names) / 2  # of one split, some are alike here
+    staged = {each["method"]["name"] for each in told if each["groups"][0]["salient"] is not None}
+    assert staged == {"promprune", "split-0", "split-25", "split-50", "split-75"}
+    with Image.open(sheet) as drawn:
+        assert drawn.width > 1600
 
 
 # ---- the page -----------------------------------------------------------------------------------------------
@@ -221,6 +240,33 @@ def test_the_page_shows_what_the_endpoint_tells(visit: Visit, request: pytest.Fi
     results = Axe().run(page)
     assert not results.violations_count, results.generate_report()
     assert (visit.said, visit.outside()) == ([], [])
+
+
+def test_a_question_about_a_scene_is_answered_with_every_ninth_token(
+    browser: Any, every_method: Server, tmp_path: Path
+) -> None:
+    """The screenshot of the README: a model that answers, and a choice of methods."""
+    from playwright.sync_api import expect
+
+    scene = make_scene("scattered", 3)
+    question = next(each for each in scene.questions() if each.task == "digit")
+    scene.image().save(tmp_path / "scene.png")
+    page = browser.new_page(viewport={"width": 1280, "height": 760})
+    page.goto(f"{every_method.url}/promprune")
+    page.set_input_files("#file", tmp_path / "scene.png")
+    expect(page.locator("rect.cell:not(.dropped)")).to_have_count(64, timeout=PATIENCE_MS)
+    page.select_option("#method", "uniform")
+    expect(page.locator("#counts dd[data-name=method]")).to_have_text("uniform", timeout=PATIENCE_MS)
+    page.select_option("#method", "promprune")
+    expect(page.locator("#counts dd[data-name=method]")).to_have_text("promprune", timeout=PATIENCE_MS)
+    page.fill("#question", question.text)
+    page.click("#send")
+    for side in ("full", "pruned"):
+        expect(page.locator(f"#time-{side}")).to_contain_text("first token after", timeout=PATIENCE_MS)
+        expect(page.locator(f"#answer-{side}")).to_contain_text(question.answer)
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=ARTEFACTS / "inspector.png", full_page=True)
+    page.close()
 
 
 def test_the_page_says_what_is_wrong_in_a_sentence(visit: Visit, tmp_path: Path) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from promprune_vllm.cli import app
-from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
 from tests.conftest import QUESTION
 from tests.server.conftest import MODEL, _serving, ask, body, image_url, post
@@ -100,19 +96,3 @@ def test_a_request_chooses_among_the_allowed_methods(policy_server: Server) -> N
     refused = post(policy_server, "/v1/chat/completions", body("coffee", visual_token_method="random"))
     assert refused.status_code == 400
     assert "promprune, divprune, cdpruner" in refused.json()["error"]["message"]
-
-
-def test_methods_side_by_side(policy_server: Server, tmp_path: Path) -> None:
-    """``promprune select`` where the server allows several methods."""
-    sheet = tmp_path / "sheet.png"
-    compared = ("--compare", "promprune,divprune,cdpruner", "--text", QUESTION, "--out", str(sheet), "--json")
-    arguments = ["select", str(photo_path("coffee")), "--budget", "48", "--url", policy_server.url, *compared]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert [(each["method"]["name"], each["kept"]) for each in told] == [
-        *(("promprune", 48), ("divprune", 48), ("cdpruner", 48))
-    ]
-    assert len({tuple(each["indices"]) for each in told}) == 3
-    assert [bool(each["groups"][0]["salient"]) for each in told] == [True, False, False]
-    assert sheet.is_file()
