@@ -256,7 +256,7 @@ def test_tokens_look_where_the_boxes_say(engine: FamilyEngine, shape: str) -> No
     boxes = engine.boxes(shape)
     dark = Image.new("RGB", (width, height), (20, 20, 20))
     lit = dark.copy()
-    block = (0.55 * width, 0.1 * height, 0.95 * width, 0.5 * height)
+    block = (0.5 * width, 0, width, 0.5 * height)
     lit.paste((240, 240, 240), tuple(map(round, block)))
     change = (engine.encoded(lit).rows - engine.encoded(dark).rows).norm(dim=1)  # (N,)
     assert len(boxes) == len(change)
@@ -274,8 +274,9 @@ def test_boxes_cover_the_image(engine: FamilyEngine) -> None:
         assert corners.max(0).values[2:].tolist() == pytest.approx([width, height], abs=0.01)
         assert (corners[:, 2:] > corners[:, :2]).all()
         area = float(((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sum())
-        views = 2 if engine.family == "llava_next" else 1  # the whole image, and its crops
-        assert area == pytest.approx(views * width * height, rel=0.02)
+        # LLaVA-NeXT sees the whole image and then its crops, without the patches at the edge that are half padding.
+        views = (1.85, 2) if engine.family == "llava_next" else (1, 1)
+        assert 0.98 * views[0] <= area / (width * height) <= 1.02 * views[1]
 
 
 @pytest.mark.parametrize("shape", ["landscape", "tiny"])
