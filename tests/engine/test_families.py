@@ -274,7 +274,7 @@ def test_boxes_cover_the_image(engine: FamilyEngine) -> None:
         assert corners.max(0).values[2:].tolist() == pytest.approx([width, height], abs=0.01)
         assert (corners[:, 2:] > corners[:, :2]).all()
         area = float(((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sum())
-        # LLaVA-NeXT sees the whole image and then its crops, without the patches at the edge that are half padding.
+        # LLaVA-NeXT sees the whole image, then crops of it without the patches at the edge that are half padding.
         views = (1.85, 2) if engine.family == "llava_next" else (1, 1)
         assert 0.98 * views[0] <= area / (width * height) <= 1.02 * views[1]
 
