@@ -53,7 +53,9 @@ _told: ContextVar[Told | None] = ContextVar("visual_tokens_told", default=None)
 
 
 def tell(
-    images: Sequence[tuple[int, int]], identifiers: Sequence[str], sizes: Sequence[tuple[int, int] | None]
+    images: Sequence[tuple[int, int]],
+    identifiers: Sequence[str] = (),
+    sizes: Sequence[tuple[int, int] | None] = (),
 ) -> None:
     """Remember the images of the request being handled, see ``Told``; of nothing where nobody listens."""
     told = _told.get()
