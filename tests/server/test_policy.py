@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.server
 POLICY = (
     *("--visual-token-budget", "50%", "--visual-token-min", "4", "--visual-token-max", "400"),
     *("--visual-token-low", "32", "--visual-token-detail", "--allow-methods", "divprune,cdpruner"),
+    "--no-inspector",
 )
 
 
@@ -96,3 +98,8 @@ def test_a_request_chooses_among_the_allowed_methods(policy_server: Server) -> N
     refused = post(policy_server, "/v1/chat/completions", body("coffee", visual_token_method="random"))
     assert refused.status_code == 400
     assert "promprune, divprune, cdpruner" in refused.json()["error"]["message"]
+
+
+def test_without_the_inspector_there_is_no_page_and_no_endpoint(policy_server: Server) -> None:
+    assert httpx.get(f"{policy_server.url}/promprune").status_code == 404
+    assert post(policy_server, "/v1/visual_tokens/inspect", {"image": image_url("coffee")}).status_code == 404

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +18,7 @@ from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
 from promprune_vllm.server.openapi import REQUESTS
 from tests.conftest import VISUAL_TOKENS
+from tests.server.browser import chromium
 from tests.server.conftest import MODEL, _serving, ask, body, post
 
 pytestmark = pytest.mark.server
@@ -151,16 +151,17 @@ def test_the_rest_of_the_document_is_stock_vllms(server: Server, stock: Server) 
     assert {name: ours["components"]["schemas"][name] for name in shown} == shown
 
 
-@pytest.fixture
-def guarded_server(tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Another family, an API key, two API servers, and limits of the operator's."""
-    model = build_family_model("qwen2_5_vl", tmp_path / "model")
+    directory = tmp_path_factory.mktemp("guarded")
+    model = build_family_model("qwen2_5_vl", directory / "model")
     options = (
         *("--api-key", "secret", "--api-server-count", "2", "--visual-token-detail"),
         *("--visual-token-budget", "50%", "--visual-token-low", "8", "--visual-token-max", "40"),
         *("--allow-methods", "random,uniform"),
     )
-    yield from _serving(model, tmp_path, *options)
+    yield from _serving(model, directory, *options)
 
 
 def _jpeg(width: int, height: int) -> str:
@@ -173,7 +174,7 @@ def _jpeg(width: int, height: int) -> str:
 
 def test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits(guarded_server: Server) -> None:
     server = guarded_server
-    for path, call in ((ROUTE, httpx.get), (COUNT, httpx.post)):
+    for path, call in ((ROUTE, httpx.get), (COUNT, httpx.post), (f"{ROUTE}/inspect", httpx.post)):
         for headers in ({}, {"authorization": "Bearer wrong"}):
             response = call(f"{server.url}{path}", headers=headers)
             assert response.status_code == 401, path
@@ -209,3 +210,23 @@ def _compare(server: Server, key: dict[str, str], fields: dict[str, Any]) -> Non
     assert {name: counted[name] for name in used} == used
     assert len({image["seen"] for image in used["images"]}) == 3, "these images should differ in their tokens"
     assert used["kept"] < used["seen"]
+
+
+def test_the_inspector_asks_for_the_key_and_sends_it(guarded_server: Server) -> None:
+    """A grid of merged patches, too, and a budget that the server's limits lower."""
+    (size,) = sizes("rocket")
+    key = {"authorization": "Bearer secret"}
+    counted = httpx.post(f"{guarded_server.url}{COUNT}", json={"images": [size]}, headers=key).json()
+    with chromium() as browser:
+        from playwright.sync_api import expect
+
+        page = browser.new_page()
+        page.goto(f"{guarded_server.url}/promprune")
+        expect(page.locator("#error")).to_contain_text("API key")
+        page.click("#key-row summary")
+        page.fill("#key", "secret")
+        page.locator("#key").press("Tab")
+        expect(page.locator("#error")).to_be_hidden()
+        page.set_input_files("#file", photo_path("rocket"))
+        expect(page.locator("rect.cell")).to_have_count(counted["seen"], timeout=120_000)
+        expect(page.locator("rect.cell:not(.dropped)")).to_have_count(40)
