@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(bench)
 app.command("eval")(evaluate)
-app.command("select")(select)
+app.command()(select)
 
 
 def main() -> None:

@@ -112,8 +112,7 @@ class EngineBackend:
             if details is not None and len(details) != len(sizes):
                 raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
             admit(self._renderer, asked)
-            if reason := why_not(self._renderer):
-                raise BudgetError(f"Nothing to count: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
+            self._require_pruning("count")
             counts = self._count(sizes, asked)
         seen, kept = (sum(values) for values in zip(*counts, strict=True))
         images = [ImageCount(seen=before, kept=after) for before, after in counts]
@@ -121,15 +120,18 @@ class EngineBackend:
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
         """Return what became of an image."""
-        if reason := why_not(self._renderer):
-            with refusing(None):
-                raise BudgetError(f"Nothing to inspect: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
+        with refusing(None):
+            self._require_pruning("inspect")
         found = await self._inspector.run(body, request)
         if isinstance(found, Response):
             return found
         known, trace = found
         boxes = self._renderer.mm_processor.boxes
         return inspection.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
+
+    def _require_pruning(self, verb: str) -> None:
+        if reason := why_not(self._renderer):
+            raise BudgetError(f"Nothing to {verb}: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
 
     def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
         try:

@@ -60,14 +60,12 @@ class Trace:
 
     Args:
         method: Its name.
-        seen: Tokens before pruning.
         parts: The groups that kept any.
         spare: ``(s,)`` int64, rows of no group that were kept.
         marks: When choosing began and ended, then gathering the rows.
     """
 
     method: str
-    seen: int
     parts: tuple[Part, ...]
     spare: Tensor
     marks: Sequence[Sequence[Any]]
@@ -79,13 +77,12 @@ class Trace:
             Part(group.places, selection.indices, group.features.saliency, selection.report)
             for group, selection in chosen.parts
         )
-        return cls(method, len(chosen.image), parts, chosen.spare, marks)
+        return cls(method, parts, chosen.spare, marks)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain numbers; waits for the device."""
         return {
             "method": self.method,
-            "seen": self.seen,
             "parts": [part.as_json() for part in self.parts],
             "spare": self.spare.tolist(),
             "seconds": sum(seconds(start, end) for start, end in self.marks),

@@ -79,7 +79,7 @@ def heat_map(report: Report, budget: str) -> Figure:
     values, names = [], []
     full = report.cell(FULL_METHOD)
     if full is not None:
-        values.append([_percent(full.macro if task is None else full.tasks.get(task)) for task in tasks])
+        values.append([_percent(full.estimate(task)) for task in tasks])
         names.append("all tokens")
     for method in report.methods:
         if report.cell(method, budget) is not None:
@@ -120,9 +120,8 @@ def _curve(axes: Any, report: Report, task: str | None, title: str) -> None:
             label=method,
             **_style(method, place),
         )
-    if full is not None and (task is None or task in full.tasks):
-        whole = _percent(full.macro if task is None else full.tasks[task])
-        axes.axhline(whole, color=_FULL_COLOUR, linestyle=":", linewidth=1.2, label="all tokens")
+    if full is not None and (whole := full.estimate(task)) is not None:
+        axes.axhline(_percent(whole), color=_FULL_COLOUR, linestyle=":", linewidth=1.2, label="all tokens")
     ticks = sorted({round(cell.kept) for cell in report.cells if cell.method != FULL_METHOD})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

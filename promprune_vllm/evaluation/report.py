@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, Records
-from promprune_vllm.evaluation.statistics import Comparison, Estimate, Sums, compare
+from promprune_vllm.evaluation.statistics import Comparison, Estimate, Sums, by_task, compare
 from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS
 
 FIXED_SPLITS = ("split-0", "split-25", "split-50", "split-75", "fastervlm")
@@ -34,6 +34,10 @@ class Cell:
     kept: float
     macro: Estimate
     tasks: dict[str, Estimate]
+
+    def estimate(self, task: str | None) -> Estimate | None:
+        """Return that of a task, if it was asked; without one, the macro accuracy."""
+        return self.macro if task is None else self.tasks.get(task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +110,12 @@ class Report:
             task: One task; without one, the macro accuracy.
         """
         cell, full = self.cell(method, budget), self.cell(FULL_METHOD)
-        if cell is None or (task is not None and task not in cell.tasks):
+        if cell is None or cell.estimate(task) is None:
             return None
         pairs = (p for p in self.against(method) if p.budget == budget and p.against == ALL_TOKENS)
         compared = pair.comparison if (pair := next(pairs, None)) else None
         if compared is None or full is None or (task is not None and task not in compared.tasks):
-            return cell.macro if task is None else cell.tasks[task]
+            return cell.estimate(task)
         difference = compared.difference if task is None else compared.tasks[task]
         weights = {name: WEIGHTS[name] for name in ([task] if task else compared.tasks)}
         base = sum(weight * full.tasks[name].value for name, weight in weights.items()) / sum(weights.values())
@@ -139,14 +143,12 @@ def summarise(records: Records) -> Report:
 
 
 def _cell(method: str, budget: str, answers: Sequence[Answer]) -> Cell:
-    def estimate(some: Sequence[Answer]) -> Estimate:
-        images, tasks = [a.image for a in some], [a.task for a in some]
-        return Sums.of([float(a.correct) for a in some], images, tasks, WEIGHTS).estimate()
-
-    asked = {answer.task for answer in answers}
-    each = {t.name: estimate([a for a in answers if a.task == t.name]) for t in TASKS if t.name in asked}
+    scores = [float(answer.correct) for answer in answers]
+    images, tasks = [answer.image for answer in answers], [answer.task for answer in answers]
+    found = by_task(scores, images, tasks)
+    each = {task.name: found[task.name] for task in TASKS if task.name in found}
     kept = sum(answer.kept for answer in answers) / len(answers)
-    return Cell(method, budget, round(kept, 2), estimate(answers), each)
+    return Cell(method, budget, round(kept, 2), Sums.of(scores, images, tasks, WEIGHTS).estimate(), each)
 
 
 def _pairs(cells: Sequence[Cell], groups: dict[tuple[str, str], list[Answer]]) -> Iterable[Pair]:

@@ -152,14 +152,19 @@ def compare(
     """
     differences = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
     sums = Sums.of(differences, images, tasks, weights)
-    low, high = sums.interval()
     gained, lost = differences.count(1.0), differences.count(-1.0)
+    each = by_task(differences, images, tasks)
+    return Comparison(sums.estimate(), *sums.interval(), gained, lost, mcnemar(gained, lost), each)
+
+
+def by_task(scores: Sequence[float], images: Sequence[Any], tasks: Sequence[str]) -> dict[str, Estimate]:
+    """Return the estimate of each task by itself, in order of appearance; see ``Sums.of``."""
     each = {}
     for name in dict.fromkeys(tasks):
         mine = [place for place, task in enumerate(tasks) if task == name]
-        some = [differences[place] for place in mine]
-        each[name] = Sums.of(some, [images[place] for place in mine], [name] * len(mine), weights).estimate()
-    return Comparison(sums.estimate(), low, high, gained, lost, mcnemar(gained, lost), each)
+        some = [scores[place] for place in mine], [images[place] for place in mine]
+        each[name] = Sums.of(*some, [name] * len(mine), {name: 1.0}).estimate()
+    return each
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -11,7 +11,7 @@ import typer
 from promprune_vllm.errors import InspectError
 
 _DEFAULT_BUDGET = "64"
-_WIDTH_PX = 420  # of one picture in a sheet
+_WIDTH_PX = 840  # of one picture in a sheet, at most
 
 
 def select(
@@ -106,9 +106,9 @@ def _opened(image: Path) -> Any:
 
 
 def _fitted(picture: Any) -> Any:
-    if picture.width <= _WIDTH_PX * 2:
+    if picture.width <= _WIDTH_PX:
         return picture
-    return picture.resize((_WIDTH_PX * 2, max(1, round(picture.height * _WIDTH_PX * 2 / picture.width))))
+    return picture.resize((_WIDTH_PX, max(1, round(picture.height * _WIDTH_PX / picture.width))))
 
 
 def _write(rows: list[list[Any]], target: Path, columns: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / ".venv" / "tools"
+from tests.deploy.docker_engine import TOOLS
+
 ARTEFACTS = Path(__file__).parents[2] / "build" / "screenshots"
 _NAMES = ("chromium-headless-shell", "chromium", "google-chrome")
 

@@ -26,10 +26,9 @@ SEEN, KEPT = "promprune_visual_tokens_seen_total", "promprune_visual_tokens_kept
 PATIENCE_SECONDS = 240
 
 
-@pytest.fixture
-def busy_server(demo_model: Path, tmp_path: Path) -> Iterator[Server]:
-    """Two API servers, which have to tell each other of the load."""
-    options = ("--num-gpu-blocks-override", "96", "--api-server-count", "2")
+@pytest.fixture(params=["1", "2"], ids=["one API server", "two API servers"])
+def busy_server(demo_model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    options = ("--num-gpu-blocks-override", "96", "--api-server-count", request.param)
     yield from _serving(demo_model, tmp_path, *options, PROMPRUNE_ADAPT_TO_LOAD="true")
 
 
