@@ -87,7 +87,7 @@ class Row:
         kv_bytes_per_image: That its kept tokens take.
         chats: That are in the KV cache at once, with their answers.
         images_per_s: At most, encoding and prefill alone.
-        prefill_share: Operations of encoding and prefill, as a share of those with all tokens.
+        arithmetic: Operations of encoding and prefill, as a share of those with all tokens.
     """
 
     budget: str
@@ -96,7 +96,7 @@ class Row:
     kv_bytes_per_image: int
     chats: int
     images_per_s: float
-    prefill_share: float
+    arithmetic: float
 
 
 def kv_memory(facts: Facts, server: Server) -> int:
@@ -140,7 +140,7 @@ def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[objec
                 kv_bytes_per_image=kept * per_token,
                 chats=memory // (blocks * server.block_tokens * per_token),
                 images_per_s=traffic.images * server.gpu.tflops * 1e12 * server.ranks * server.mfu / flops,
-                prefill_share=flops / whole,
+                arithmetic=flops / whole,
             )
         )
     return rows

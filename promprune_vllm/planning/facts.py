@@ -12,6 +12,7 @@ from promprune_vllm.core.savings import Decoder
 from promprune_vllm.errors import PlanError
 from promprune_vllm.planning import images
 
+_PROCESSOR = "preprocessor_config.json"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -84,34 +85,47 @@ class Facts:
         return self.tower.flops(images.patches(self.config, self.processor, width, height))
 
 
-def read(model: Path) -> Facts:
-    """Read a model's directory, or its config.json.
+def read(model: str) -> Facts:
+    """Read a model's configuration; what it leaves out is filled in as transformers does.
+
+    Args:
+        model: A directory, a config.json, or a name on the Hugging Face hub, of which two small files are fetched.
 
     Raises:
-        PlanError: There is no such file, or it is not of a model whose sizes are known.
+        PlanError: There is none, or it is not of a model whose sizes are known.
     """
-    path = model / "config.json" if model.is_dir() else model
+    from transformers import AutoConfig
+
+    path = Path(model)
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror}): give a model's directory or its config.json.") from error
-    except ValueError as error:
-        raise PlanError(f"{path} is no JSON document: {error}") from error
-    beside = path.with_name("preprocessor_config.json")
-    processor = json.loads(beside.read_text()) if beside.is_file() else {}
-    kind = str(config.get("model_type"))
-    if kind not in images.COUNTERS or "vision_config" not in config:
-        raise PlanError(f"{path} is of a {kind!r}; plans are made for {', '.join(images.COUNTERS)}.")
-    try:
-        return _facts(path, kind, config, processor)
-    except KeyError as error:
+        config = AutoConfig.from_pretrained(model).to_dict()
+        processor = _beside(model)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
         raise PlanError(
-            f"{path} does not say {error}. Published models leave out what equals their class' defaults: write the "
-            "whole configuration with transformers' AutoConfig.from_pretrained(...).save_pretrained(...)."
+            f"{model} has no configuration to plan with ({first}). Give a model's directory, its config.json, or "
+            "its name on the hub."
         ) from error
+    kind = str(config.get("model_type"))
+    if kind not in images.COUNTERS:
+        raise PlanError(f"{model} is of type {kind!r}; plans are made for {', '.join(images.COUNTERS)}.")
+    name = path.parent.name if path.is_file() else path.name
+    return _facts(name, kind, config, processor)
 
 
-def _facts(path: Path, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
+def _beside(model: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    path = Path(model)
+    found: str | None
+    if path.is_file():
+        found = str(path.with_name(_PROCESSOR)) if path.with_name(_PROCESSOR).is_file() else None
+    else:
+        found = cached_file(model, _PROCESSOR, _raise_exceptions_for_missing_entries=False)
+    return {} if found is None else dict(json.loads(Path(found).read_text()))
+
+
+def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
     text = config.get("text_config") or config
     heads = int(text["num_attention_heads"])
     decoder = Decoder(
@@ -125,10 +139,13 @@ def _facts(path: Path, kind: str, config: dict[str, Any], processor: dict[str, A
     tower = _tower(kind, config)
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     vocabulary = int(text["vocab_size"]) * decoder.hidden * (1 if tied else 2)
-    layer = decoder.hidden * decoder.head * 2 * (decoder.heads + decoder.kv_heads) + 3 * decoder.hidden * decoder.intermediate
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
+    layer = (
+        decoder.hidden * decoder.head * 2 * (decoder.heads + decoder.kv_heads)
+        + 3 * decoder.hidden * decoder.intermediate
+    )
+    dtype = str(config.get("dtype") or text.get("dtype") or "bfloat16")
     return Facts(
-        name=path.parent.name,
+        name=name,
         kind=kind,
         config=config,
         processor=processor,
@@ -143,7 +160,9 @@ def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
     vision = config["vision_config"]
     if kind.startswith("llava"):
         hidden, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
-        used = layers + int(config["vision_feature_layer"]) + 1  # -2 leaves one out
+        read = config["vision_feature_layer"]
+        chosen = [read] if isinstance(read, int) else list(read)
+        used = max(layer % (layers + 1) for layer in chosen)  # counted with the embeddings: -2 leaves one out
         return Tower(used, hidden, 2 * hidden * int(vision["intermediate_size"]), 0, used)
     layers = int(vision["depth"])
     if kind == "qwen2_vl":

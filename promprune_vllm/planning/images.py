@@ -33,7 +33,10 @@ def patches(config: Config, processor: Config, width: int, height: int) -> int:
     """Return how many patches the vision tower sees of an image, all tiles together."""
     kind = str(config.get("model_type"))
     if kind.startswith("qwen"):
-        return visual_tokens(config, processor, width, height) * int(config["vision_config"]["spatial_merge_size"]) ** 2
+        return (
+            visual_tokens(config, processor, width, height)
+            * int(config["vision_config"]["spatial_merge_size"]) ** 2
+        )
     return _side(config) ** 2 * (_tiles(config, width, height) if kind == "llava_next" else 1)
 
 
