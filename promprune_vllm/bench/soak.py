@@ -33,17 +33,8 @@ _WARM_UP = 0.25
 """Of the time, before which growing is no sign of a leak: caches fill, pools of threads and memory come up."""
 _SHOWN_TROUBLES = 20
 _LITTLE = (
-    *(
-        "--enforce-eager",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "2048",
-        "--block-size",
-        "32",
-        "--max-num-seqs",
-        "16",
-    ),
+    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"),
+    *("--block-size", "32", "--max-num-seqs", "16"),
     *("--num-gpu-blocks-override", "128", "--max-num-batched-tokens", "640", "--mm-processor-cache-gb", "0.05"),
     *("--limit-mm-per-prompt", '{"image": 3}', "--served-model-name", "demo"),
     *("--visual-token-allow-methods", "random,divprune"),
@@ -80,12 +71,14 @@ class Outcome:
             (4xx) and ``failed`` (5xx).
         troubles: The first of them, in words.
         held: What the server held, look by look.
+        filled: What the caches of images held, look by look, as shares of what fits in.
         seconds: That the traffic took.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     troubles: list[str] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
+    filled: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
     def trouble(self, kind: str, what: str) -> None:
@@ -110,6 +103,8 @@ def run(url: str, soak: Soak, process: int | None, tell: Callable[[str], None]) 
     outcome = asyncio.run(_run(url, soak, process, tell))
     grown = {} if process is None else growth(outcome.held, _WARM_UP)
     bad = {kind: outcome.counts[kind] for kind in ("wrong", "lost", "refused", "failed")}
+    filled = {name: max(look[name] for look in outcome.filled) for name in outcome.filled[-1]}
+    bounded = all(share <= GROWTH_LIMIT for share in grown.values()) and all(s <= 1 for s in filled.values())
     return {
         "kind": "soak",
         "url": url,
@@ -118,8 +113,9 @@ def run(url: str, soak: Soak, process: int | None, tell: Callable[[str], None]) 
         "counts": dict(outcome.counts),
         "troubles": outcome.troubles,
         "growth": grown,
+        "fullest": filled,
         "held": [asdict(look) for look in outcome.held],
-        "passed": not any(bad.values()) and all(share <= GROWTH_LIMIT for share in grown.values()),
+        "passed": not any(bad.values()) and bounded,
         "provenance": provenance(),
     }
 
@@ -163,7 +159,8 @@ async def _run(url: str, soak: Soak, process: int | None, tell: Callable[[str], 
                 if done % 100 == 0:
                     tell(f"{done} requests, {time.monotonic() - started:.0f} s: {_told(outcome.counts)}")
 
-        watching = asyncio.create_task(_watch(process, outcome))
+        outcome.filled.append(await _filled(client))
+        watching = asyncio.create_task(_watch(client, process, outcome))
         try:
             await asyncio.gather(*(work() for _ in range(soak.concurrency)))
         finally:
@@ -255,10 +252,20 @@ async def _streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> _Answere
     return httpx.codes.OK, _reply(text, usage), ""
 
 
-async def _watch(process: int | None, outcome: Outcome) -> None:
-    while process is not None:
-        outcome.held.append(await asyncio.to_thread(held, process))
+async def _watch(client: httpx.AsyncClient, process: int | None, outcome: Outcome) -> None:
+    while True:
+        if process is not None:
+            outcome.held.append(await asyncio.to_thread(held, process))
+        outcome.filled.append(await _filled(client))
         await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+async def _filled(client: httpx.AsyncClient) -> dict[str, float]:
+    told = (await client.get("/v1/visual_tokens/caches")).raise_for_status().json()
+    shares = {"encoder cache": max(each["rows"] / each["capacity_rows"] for each in told["encoder"])}
+    if (processor := told["processor"]) is not None:
+        shares["processor cache"] = processor["bytes"] / processor["capacity_bytes"]
+    return shares
 
 
 def _told(counts: Counter[str]) -> str:
@@ -275,6 +282,8 @@ def table(document: dict[str, Any]) -> Table:
     for name, share in document["growth"].items():
         looks: Sequence[dict[str, Any]] = document["held"]
         shown.add_row(f"{name}, growth after warming up", f"{share:+.2%} (now {looks[-1][name]:,})")
+    for name, share in document["fullest"].items():
+        shown.add_row(f"{name}, fullest", f"{share:.0%}")
     for trouble in document["troubles"]:
         shown.add_row("", trouble)
     return shown

@@ -32,10 +32,13 @@ from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
     Adaptation,
     CacheBytes,
+    CachesReply,
     CountReply,
+    EncoderCache,
     ImageCount,
     Limits,
     Method,
+    ProcessorCache,
     VisualTokens,
     field_schemas,
 )
@@ -118,6 +121,21 @@ class EngineBackend:
         seen, kept = (sum(values) for values in zip(*counts, strict=True))
         images = [ImageCount(seen=before, kept=after) for before, after in counts]
         return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
+
+    async def caches(self) -> CachesReply:
+        """Return what the caches of images hold."""
+        capacity = int(self._renderer.config.scheduler_config.encoder_cache_size)
+        encoder = [
+            EncoderCache(images=images, rows=rows, capacity_rows=capacity)
+            for images, rows in await self._inspector.held()
+        ]
+        # vLLM shows its hits and misses, not what it holds.
+        found = getattr(self._renderer.mm_processor_cache, "_cache", None)
+        processor = None
+        if found is not None:
+            held, capacity_bytes = int(found.currsize), int(found.capacity)
+            processor = ProcessorCache(images=len(found), bytes=held, capacity_bytes=capacity_bytes)
+        return CachesReply(processor=processor, encoder=encoder)
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
         """Return what became of an image."""
