@@ -62,7 +62,7 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
         "raw_request",
     ),
     "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("method",),
-    "vllm.renderers.base:BaseRenderer.mm_processor_cache": (),
+    "vllm.renderers.base:BaseRenderer.mm_processor_cache.fget": ("self",),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
     f"{_MODEL_CONFIG}.get_num_attention_heads": ("parallel_config",),
