@@ -21,6 +21,7 @@ _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
+    "vllm.multimodal.media.image:ImageMediaIO.load_bytes": ("data",),
     f"{_ONLINE}.preprocess_chat": ("request",),
     f"{_ONLINE}.preprocess_cmpl": ("request",),
     f"{_ONLINE}.adjust_harmony_request": ("request",),

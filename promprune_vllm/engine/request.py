@@ -34,6 +34,7 @@ def install() -> None:
     checks.require_names(checks.REQUEST_NAMES)
     import vllm.plugins
     from vllm.multimodal.media.connector import MediaConnector
+    from vllm.multimodal.media.image import ImageMediaIO
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -41,6 +42,7 @@ def install() -> None:
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
     wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
     wrap(MediaConnector, "_load_file_url", _refusing_files)
+    wrap(ImageMediaIO, "load_bytes", _refusing_bombs)
     wrap(BaseRenderer, "_apply_prompt_extras", _adding)
     wrap(BaseRenderer, "__init__", _announcing)
     # Looked up anew where an API server is built, and nowhere else.
@@ -81,6 +83,20 @@ def _refusing_files(original: Any) -> Any:
             raise ValueError(str(error)) from error
 
     return load_file_url
+
+
+def _refusing_bombs(original: Any) -> Any:
+    """Wrap the decoding of images: Pillow's limit strikes before vLLM's equal one, with an error of status 500."""
+
+    def load_bytes(self: Any, data: bytes) -> Any:
+        from PIL import Image
+
+        try:
+            return original(self, data)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"Failed to load image: {error}") from error
+
+    return load_bytes
 
 
 def _with_endpoints(original: Any) -> Any:
