@@ -124,7 +124,8 @@ class EngineBackend:
 
     async def caches(self) -> CachesReply:
         """Return what the caches of images hold."""
-        capacity = int(self._renderer.config.scheduler_config.encoder_cache_size)
+        self._require_pruning("tell")
+        capacity = self._encoder_rows
         encoder = [
             EncoderCache(images=images, rows=rows, capacity_rows=capacity)
             for images, rows in await self._inspector.held()
@@ -139,15 +140,18 @@ class EngineBackend:
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
         """Return what became of an image."""
-        if reason := why_not(self._renderer):
-            with refusing(None):
-                raise BudgetError(f"Nothing to inspect: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
+        self._require_pruning("inspect")
         found = await self._inspector.run(body, request)
         if isinstance(found, Response):
             return found
         known, trace = found
         boxes = self._renderer.mm_processor.boxes
         return inspection.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
+
+    def _require_pruning(self, verb: str) -> None:
+        if reason := why_not(self._renderer):
+            with refusing(None):
+                raise BudgetError(f"Nothing to {verb}: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
 
     def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
         try:
@@ -184,6 +188,12 @@ class EngineBackend:
         if each is None:
             return None
         return CacheBytes(bytes_per_token=each, seen=seen * each, kept=kept * each, saved=(seen - kept) * each)
+
+    @cached_property
+    def _encoder_rows(self) -> int:
+        """How many rows vLLM lets an engine's encoder cache hold: at least those of one image."""
+        configured = int(self._renderer.config.scheduler_config.encoder_cache_size)
+        return max(configured, int(self._renderer.mm_processor.info.get_max_image_tokens()))
 
     @cached_property
     def _bytes_per_token(self) -> int | None:

@@ -168,7 +168,7 @@ class EncoderCache(BaseModel):
 
     images: int
     rows: int
-    capacity_rows: int = Field(description="Or one image, where that has more.")
+    capacity_rows: int
 
 
 class CachesReply(BaseModel):

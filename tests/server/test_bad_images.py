@@ -98,9 +98,13 @@ def test_a_bad_image_is_refused_in_a_sentence_before_the_encoder(server: Server,
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
 
 
-def test_more_images_than_the_server_takes_are_refused(server: Server) -> None:
-    response = post(server, CHAT, body(*["coffee"] * 300, visual_token_budget=1))
-    assert response.status_code == 400, response.text[:300]
+def test_three_hundred_images_are_one_request_or_one_sentence(server: Server) -> None:
+    many = ["coffee"] * 300
+    usage = ask(server, *many, visual_token_budget=1)["usage"]  # as much of the context as half an image
+    assert usage["visual_tokens"]["kept"] == 300
+    response = post(server, CHAT, body(*many))
+    assert response.status_code == 400
+    assert "2048" in response.json()["error"]["message"]
 
 
 def test_more_budgets_than_images_are_refused(server: Server) -> None:
