@@ -33,7 +33,7 @@ def answers(engine: Engine) -> list[tuple[list[int], list[int]]]:
 
 def test_pruned_rows_cross_from_the_encoder_to_the_language_model(demo_model: Path, tmp_path: Path) -> None:
     alone = Engine(demo_model)
-    expected, width = answers(alone), alone.model.get_inputs_embeds_size()
+    expected, width = answers(alone), alone.llm.model_config.get_inputs_embeds_size()
     alone.close()
 
     encoder = Engine(demo_model, ec_transfer_config=transfer("ec_producer", tmp_path))
