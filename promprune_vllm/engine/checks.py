@@ -104,6 +104,9 @@ RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
 RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",),
 }
+PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
+}
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),
     "vllm.v1.engine.llm_engine:LLMEngine.__init__": ("vllm_config", "log_stats"),
