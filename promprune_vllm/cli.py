@@ -1,5 +1,5 @@
 """The command line: ``promprune serve | methods | families | metrics | calibrate | demo | demo-model``, and
-``select``, ``bench`` and ``eval``, whose options are in their own folders."""
+``select``, ``bench``, ``eval`` and ``plan``, whose options are in their own folders."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from promprune_vllm.bench.commands import bench
 from promprune_vllm.demo.commands import demo_model
 from promprune_vllm.evaluation.commands import evaluate
 from promprune_vllm.overlay.commands import select
+from promprune_vllm.planning.commands import plan
 
 app = typer.Typer(
     name="promprune",
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(bench)
 app.command("eval")(evaluate)
 app.command()(select)
+app.command()(plan)
 
 
 def main() -> None:

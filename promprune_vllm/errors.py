@@ -8,6 +8,7 @@
     ├── IncompatibleVllmError    a vLLM this release was not written for
     ├── CalibrationError         no images to calibrate with, or a model vLLM cannot load
     ├── BenchError               a measurement that could not be made
+    ├── PlanError                a model or a GPU that no plan can be made for
     ├── EvaluationError          questions that could not be asked, or answers that do not belong together
     ├── InspectError             an image that a server cannot be asked about, or a picture that cannot be drawn
     └── DemoError                the demo's own server did not start or did not stay
@@ -75,6 +76,10 @@ class DemoError(PromPruneError):
 
 class BenchError(PromPruneError):
     """A measurement that could not be made."""
+
+
+class PlanError(PromPruneError):
+    """A model or a GPU that no plan can be made for."""
 
 
 class EvaluationError(PromPruneError):

@@ -114,6 +114,32 @@ def prefill(
     _show(document, None if as_json else measuring.table(document))
 
 
+@bench.command()
+def soak(
+    *,
+    url: _URL = None,
+    model: _MODEL = None,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="At most.")] = 10.0,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="At most.")] = 10_000,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight.")] = 16,
+    distinct: Annotated[int, typer.Option("--distinct", min=1, help="Different requests among them.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Of all choices.")] = 0,
+    as_json: _JSON = False,
+) -> None:
+    """Mixed traffic for a long time: every answer as when asked alone, and nothing grows."""
+    from rich.console import Console
+
+    from promprune_vllm.bench import soak as soaking
+
+    err = Console(stderr=True)
+    with _failing(), err.status("") as status, soaking.a_server(url, model, status.update) as (address, process):
+        wanted = soaking.Soak(requests, minutes, concurrency, distinct, seed=seed)
+        document = soaking.run(address, wanted, process, status.update)
+    _show(document, None if as_json else soaking.table(document))
+    if not document["passed"]:
+        raise typer.Exit(code=1)
+
+
 @bench.command(
     "vllm-serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},

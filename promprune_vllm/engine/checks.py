@@ -21,6 +21,7 @@ _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
+    "vllm.multimodal.media.image:ImageMediaIO.load_bytes": ("data",),
     f"{_ONLINE}.preprocess_chat": ("request",),
     f"{_ONLINE}.preprocess_cmpl": ("request",),
     f"{_ONLINE}.adjust_harmony_request": ("request",),
@@ -62,6 +63,7 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
         "raw_request",
     ),
     "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("method",),
+    "vllm.renderers.base:BaseRenderer.mm_processor_cache.fget": ("self",),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
     f"{_MODEL_CONFIG}.get_num_attention_heads": ("parallel_config",),
@@ -101,6 +103,9 @@ RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",),
+}
+PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
 }
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),

@@ -32,10 +32,13 @@ from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
     Adaptation,
     CacheBytes,
+    CachesReply,
     CountReply,
+    EncoderCache,
     ImageCount,
     Limits,
     Method,
+    ProcessorCache,
     VisualTokens,
     field_schemas,
 )
@@ -118,6 +121,23 @@ class EngineBackend:
         images = [ImageCount(seen=before, kept=after) for before, after in counts]
         return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
 
+    async def caches(self) -> CachesReply:
+        """Return what the caches of images hold."""
+        with refusing(None):
+            self._require_pruning("tell")
+        capacity = self._encoder_rows
+        encoder = [
+            EncoderCache(images=images, rows=rows, capacity_rows=capacity)
+            for images, rows in await self._inspector.held()
+        ]
+        # vLLM shows its hits and misses, not what it holds.
+        found = getattr(self._renderer.mm_processor_cache, "_cache", None)
+        processor = None
+        if found is not None:
+            held, capacity_bytes = int(found.currsize), int(found.capacity)
+            processor = ProcessorCache(images=len(found), bytes=held, capacity_bytes=capacity_bytes)
+        return CachesReply(processor=processor, encoder=encoder)
+
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
         """Return what became of an image."""
         with refusing(None):
@@ -168,6 +188,12 @@ class EngineBackend:
         if each is None:
             return None
         return CacheBytes(bytes_per_token=each, seen=seen * each, kept=kept * each, saved=(seen - kept) * each)
+
+    @cached_property
+    def _encoder_rows(self) -> int:
+        """How many rows vLLM lets an engine's encoder cache hold: at least those of one image."""
+        configured = int(self._renderer.config.scheduler_config.encoder_cache_size)
+        return max(configured, int(self._renderer.mm_processor.info.get_max_image_tokens()))
 
     @cached_property
     def _bytes_per_token(self) -> int | None:

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.geometry import Box
-from promprune_vllm.engine.trace import RECALL
+from promprune_vllm.engine.trace import HELD, RECALL
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
 from promprune_vllm.server.told import Told, told
@@ -34,7 +34,7 @@ _FROM_ELSEWHERE = (
 
 
 class Inspector:
-    """Answers ``POST /v1/visual_tokens/inspect``.
+    """Answers ``POST /v1/visual_tokens/inspect``, and what the engines' encoder caches hold.
 
     Args:
         engine_client: vLLM's, with the engines behind it.
@@ -70,11 +70,17 @@ class Inspector:
             raise HTTPException(501, _FROM_ELSEWHERE)
         return known, trace
 
+    async def held(self) -> list[tuple[int, int]]:
+        """Return how many images each engine's encoder cache holds, and how many rows; of its first rank."""
+        engines = await self._asked(HELD)
+        return [(images, rows) for (images, rows), *_ in engines]
+
+    async def _asked(self, method: str, *arguments: object) -> Any:
+        """Ask every worker: one list for each engine, in it one entry for each rank."""
+        return await self._engines.call_utility_all_async("collective_rpc", method, None, arguments, None)
+
     async def _recalled(self, identifiers: Sequence[str]) -> Mapping[str, Any]:
-        # One list for each engine, in it one for each rank, in it one entry for each image.
-        engines = await self._engines.call_utility_all_async(
-            "collective_rpc", RECALL, None, (list(identifiers),), None
-        )
+        engines = await self._asked(RECALL, list(identifiers))  # of each rank, one entry for each image
         found = [rank[0] for engine in engines for rank in engine if rank[0] is not None]
         if not found:
             raise HTTPException(503, _GONE, headers={"Retry-After": "1"})

@@ -38,8 +38,7 @@ class PrunedModelMixin:
         self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         failures.install(vllm_config)
-        if self._settings.inspector:
-            trace.install()
+        trace.install()
         ops.warm_up(device)  # never in the first request
 
     def embed_unpruned(self, **inputs: Any) -> Any:

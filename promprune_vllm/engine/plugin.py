@@ -11,7 +11,7 @@ def register() -> None:
         SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
     """
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine import checks, counting, failed_requests, families, load, request
+    from promprune_vllm.engine import checks, counting, failed_requests, families, load, preemption, request
     from promprune_vllm.metrics import recorder
 
     checks.require_supported_version()
@@ -22,3 +22,4 @@ def register() -> None:
     counting.install()
     failed_requests.install()
     load.install()
+    preemption.install()

@@ -8,7 +8,7 @@ runs in between and stays shut.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -33,14 +33,19 @@ def install() -> None:
     """Wrap vLLM's request path. Idempotent."""
     checks.require_names(checks.REQUEST_NAMES)
     import vllm.plugins
+    from PIL.Image import DecompressionBombError
     from vllm.multimodal.media.connector import MediaConnector
+    from vllm.multimodal.media.image import ImageMediaIO
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
     wrap(OnlineRenderer, "preprocess_chat", _reading)
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
     wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
-    wrap(MediaConnector, "_load_file_url", _refusing_files)
+    # Where no file may be read, vLLM raises what becomes an HTTP 500.
+    wrap(MediaConnector, "_load_file_url", _as_client_error(RuntimeError))
+    # Pillow's limit strikes before vLLM's equal one, with an error that becomes an HTTP 500.
+    wrap(ImageMediaIO, "load_bytes", _as_client_error(DecompressionBombError))
     wrap(BaseRenderer, "_apply_prompt_extras", _adding)
     wrap(BaseRenderer, "__init__", _announcing)
     # Looked up anew where an API server is built, and nowhere else.
@@ -71,16 +76,19 @@ def _reading(original: Any) -> Any:
     return preprocess
 
 
-def _refusing_files(original: Any) -> Any:
-    """Wrap the loading of a server's own files: where none is allowed, vLLM answers HTTP 500."""
+def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
+    """Return a wrapper of a loader of images: what the client asked for is its mistake, and no HTTP 500."""
 
-    def load_file_url(self: Any, url_spec: Any, media_io: Any) -> Any:
-        try:
-            return original(self, url_spec, media_io)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
+    def wrapper(original: Any) -> Any:
+        def load(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except error_type as error:
+                raise ValueError(f"Failed to load image: {error}") from error
 
-    return load_file_url
+        return load
+
+    return wrapper
 
 
 def _with_endpoints(original: Any) -> Any:

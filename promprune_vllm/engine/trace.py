@@ -21,6 +21,8 @@ from promprune_vllm.kernels.ops import descending_order
 _TRACE = "_promprune_trace"
 RECALL = "promprune_recall"
 """Name of the worker's method that tells the traces of images."""
+HELD = "promprune_held"
+"""Name of the worker's method that tells how much its encoder cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,12 @@ def leave(rows: Tensor, trace: Trace) -> None:
 
 
 def install() -> None:
-    """Give this process' workers the method that tells the traces of images. Idempotent."""
+    """Give this process' workers the methods that tell what their encoder cache holds. Idempotent."""
     checks.require_names(checks.RECALL_NAMES)
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, RECALL, _recall)
+    setattr(WorkerBase, HELD, _held)
 
 
 def _recall(worker: Any, identifiers: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -110,6 +113,12 @@ def _recall(worker: Any, identifiers: Sequence[str]) -> list[dict[str, Any] | No
     """
     rows = cached_rows(worker.model_runner)
     return [_told(rows.get(identifier)) for identifier in identifiers]
+
+
+def _held(worker: Any) -> tuple[int, int]:
+    """Return how many images the encoder cache holds, and how many rows they have."""
+    rows = cached_rows(worker.model_runner)
+    return len(rows), sum(len(each) for each in rows.values())
 
 
 def _told(rows: Tensor | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Our routes: what the server does to images, what a budget would keep of some, and what it keeps of one."""
+"""Our routes: what the server does to images, what a budget keeps of some or of one, and what caches hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
-from promprune_vllm.server.schemas import CountReply, CountRequest, VisualTokens
+from promprune_vllm.server.schemas import CachesReply, CountReply, CountRequest, VisualTokens
 
 PATH = "/v1/visual_tokens"
 """Below /v1, where the server asks for its API key."""
@@ -29,6 +29,9 @@ class Backend(Protocol):
             budget: ``visual_token_budget``, unchecked.
             details: OpenAI's detail of each image.
         """
+
+    async def caches(self) -> CachesReply:
+        """Return what the caches of images hold."""
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
         """Return what became of an image, or the engine's refusal."""
@@ -53,6 +56,10 @@ def router(*, inspector: bool) -> APIRouter:
     def count(body: CountRequest, request: Request) -> CountReply:
         sizes = [(image.width, image.height) for image in body.images]
         return _backend(request).count(sizes, body.visual_token_budget, body.detail)
+
+    @routes.get("/caches", responses=refused, summary="What the caches of images hold at this moment")
+    async def caches(request: Request) -> CachesReply:
+        return await _backend(request).caches()
 
     if inspector:
 

@@ -155,6 +155,29 @@ class CountReply(BaseModel):
     )
 
 
+class ProcessorCache(BaseModel):
+    """Images as the processor prepared them, in the API server that answers."""
+
+    images: int
+    bytes: int
+    capacity_bytes: int
+
+
+class EncoderCache(BaseModel):
+    """Encoded images in one engine, pruned ones with the rows that are kept of them."""
+
+    images: int
+    rows: int
+    capacity_rows: int
+
+
+class CachesReply(BaseModel):
+    """What the caches of images hold at this moment."""
+
+    processor: ProcessorCache | None = Field(description="Null where it is switched off or shared memory.")
+    encoder: list[EncoderCache] = Field(description="Of each engine.")
+
+
 class Method(BaseModel):
     """A method with every option in force, calibration for the model's family included."""
 

@@ -302,3 +302,17 @@ def _overlap(box: tuple[float, ...], block: tuple[float, ...]) -> float:
     across = max(0.0, min(box[2], block[2]) - max(box[0], block[0]))
     down = max(0.0, min(box[3], block[3]) - max(box[1], block[1]))
     return across * down / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def test_a_plan_from_the_configuration_has_the_engines_own_numbers(
+    engine: FamilyEngine, models: dict[str, Path]
+) -> None:
+    from promprune_vllm.engine import savings
+    from promprune_vllm.planning.facts import read
+
+    facts, config = read(str(models[engine.family])), engine.llm.llm_engine.vllm_config
+    assert {shape: facts.visual_tokens(*size) for shape, size in SHAPES.items()} == {
+        shape: engine.tokens(shape) for shape in SHAPES
+    }
+    assert facts.decoder == savings.decoder(config)
+    assert facts.kv_bytes_per_token(config.model_config.dtype.itemsize) == savings.bytes_per_token(config)

@@ -70,8 +70,8 @@ def image_url(photo: str) -> str:
 
 
 def body(*photos: str, question: str = QUESTION, **fields: Any) -> dict[str, Any]:
-    """A chat request with photographs by name or data URL; fields are added at the top level."""
-    urls = (photo if photo.startswith("data:") else image_url(photo) for photo in photos)
+    """A chat request with photographs by name or URL; fields are added at the top level."""
+    urls = (photo if ":" in photo else image_url(photo) for photo in photos)
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": question})
     return {

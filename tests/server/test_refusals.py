@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
-from tests.server.conftest import ask, body, post
+from tests.server.conftest import ask, body, image_url, post
 
 pytestmark = pytest.mark.server
 
@@ -59,6 +59,11 @@ def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) ->
     state = httpx.get(f"{siglip_server.url}/v1/visual_tokens").raise_for_status().json()
     assert (state["family"], state["prunable"]) == ("LLaVA-1.5", False)
     assert "no CLS token" in state["reason"]
+    caches = httpx.get(f"{siglip_server.url}/v1/visual_tokens/caches")
+    looked = post(siglip_server, "/v1/visual_tokens/inspect", {"image": image_url("coffee")})
+    for response in (caches, looked):
+        assert response.status_code == 400, response.text
+        assert "no CLS token" in response.json()["error"]["message"]
     assert ask(siglip_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
 
 

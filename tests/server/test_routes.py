@@ -99,6 +99,17 @@ def test_a_bad_budget_is_refused_as_by_a_real_request(server: Server, budget: An
     assert counted.json()["error"]["param"] == "visual_token_budget"
 
 
+def test_the_caches_say_what_they_hold(server: Server) -> None:
+    ask(server, "astronaut", visual_token_budget=45)
+    told = httpx.get(f"{server.url}{ROUTE}/caches").raise_for_status().json()
+    (encoder,) = told["encoder"]
+    assert encoder["images"] >= 1
+    assert 45 <= encoder["rows"] <= encoder["capacity_rows"] == VISUAL_TOKENS
+    processor = told["processor"]
+    assert processor["images"] >= 1
+    assert 0 < processor["bytes"] <= processor["capacity_bytes"]
+
+
 SIZE = {"width": 640, "height": 480}
 MALFORMED: list[Any] = [
     {},

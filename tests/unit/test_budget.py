@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -203,3 +206,12 @@ def test_allocation_gives_ties_to_the_earlier_group() -> None:
     assert BudgetPolicy().allocate(320, [576] * 5) == (64,) * 5
     with pytest.raises(BudgetError):
         BudgetPolicy().allocate(4, [1, 2])
+
+
+def test_bytes_that_coverage_finds_are_refused_or_obeyed() -> None:
+    pytest.importorskip("atheris", reason="no wheel of atheris for this Python")
+    target = Path(__file__).parents[1] / "fuzz" / "budget.py"
+    call = [sys.executable, str(target), "-runs=100000", "-max_len=200", "-seed=20261121", "-rss_limit_mb=4096"]
+    run = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Done 100000 runs" in run.stderr

@@ -1,0 +1,30 @@
+"""Images of requests that are preempted: their pixels stay with the worker.
+
+vLLM 0.32 leaves out the pixels of images whose tokens the prefix cache covers when a request is first scheduled,
+since nobody would encode them. A request that is preempted then, and whose blocks are given to others, has to
+encode them after all: the worker finds no pixels, skips the image, and the whole engine dies of ``Encoder cache
+miss``. Few KV blocks and images that are asked about again are enough, with this plugin or without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.wrapping import wrap
+
+
+def install() -> None:
+    """Send the pixels along, whatever the prefix cache holds. Idempotent."""
+    checks.require_names(checks.PREEMPTION_NAMES)
+    import vllm.v1.core.sched.output
+
+    wrap(vllm.v1.core.sched.output, "strip_covered_mm_data", _keeping)
+
+
+def _keeping(original: Any) -> Any:  # noqa: ARG001
+    def keep_mm_data(mm_features: Sequence[Any], *_: Any, **__: Any) -> Sequence[Any]:
+        return mm_features
+
+    return keep_mm_data

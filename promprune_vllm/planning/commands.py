@@ -1,0 +1,173 @@
+"""``promprune plan``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from promprune_vllm.errors import PlanError
+
+if TYPE_CHECKING:
+    from promprune_vllm.planning.capacity import Row, Server, Traffic
+    from promprune_vllm.planning.facts import Facts
+
+_MODEL = Annotated[
+    str, typer.Option("--model", help="Its directory, its config.json, or its name on the Hugging Face hub.")
+]
+_GPU = Annotated[str, typer.Option("--gpu", help="A GPU by name: h200, h100, a100, l40s, l4, rtx4090.")]
+_MEMORY = Annotated[
+    float | None, typer.Option("--gpu-memory", min=0.1, help="GiB of it (default: the named one's).")
+]
+_TFLOPS = Annotated[
+    float | None, typer.Option("--tflops", min=0.1, help="Its dense bfloat16 peak (default: the named one's).")
+]
+_RANKS = Annotated[int, typer.Option("--ranks", min=1, help="GPUs that share the model (tensor parallel).")]
+_USED = Annotated[
+    float, typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="As vLLM's option of that name.")
+]
+_RESERVE = Annotated[float, typer.Option("--reserve", min=0.0, help="GiB of each for activations and graphs.")]
+_MFU = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak that is reached.")]
+_CACHE = Annotated[str, typer.Option("--kv-cache-dtype", help="auto (the weights') or fp8.")]
+_IMAGE = Annotated[str, typer.Option("--image", metavar="WxH", help="Size of an image in pixels.")]
+_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Of a chat.")]
+_TEXT = Annotated[int, typer.Option("--text-tokens", min=0, help="Of a prompt, besides its images.")]
+_ANSWER = Annotated[int, typer.Option("--answer-tokens", min=1, help="Of an answer.")]
+_BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
+_MARKDOWN = Annotated[bool, typer.Option("--markdown", help="Print the table for a README.")]
+
+
+def plan(
+    *,
+    model: _MODEL,
+    gpu: _GPU = "h100",
+    gpu_memory: _MEMORY = None,
+    tflops: _TFLOPS = None,
+    ranks: _RANKS = 1,
+    gpu_memory_utilization: _USED = 0.92,
+    reserve: _RESERVE = 2.0,
+    mfu: _MFU = 0.4,
+    kv_cache_dtype: _CACHE = "auto",
+    image: _IMAGE = "1024x768",
+    images: _IMAGES = 1,
+    text_tokens: _TEXT = 64,
+    answer_tokens: _ANSWER = 128,
+    budgets: _BUDGETS = "50%,25%,128,64",
+    as_json: _JSON = False,
+    as_markdown: _MARKDOWN = False,
+) -> None:
+    """Work out what budgets are worth on a GPU from a model's config.json: KV cache, chats at once, images/s."""
+    from promprune_vllm.planning.capacity import Server, Traffic, kv_memory
+    from promprune_vllm.planning.capacity import plan as rows_of
+    from promprune_vllm.planning.facts import read
+
+    try:
+        server = Server(
+            _gpu(gpu, gpu_memory, tflops),
+            ranks,
+            gpu_memory_utilization,
+            reserve,
+            mfu,
+            _cache_bytes(kv_cache_dtype),
+        )
+        traffic = Traffic(_size(image), images, text_tokens, answer_tokens)
+        facts = read(model)
+        rows = rows_of(facts, server, traffic, [_budget(text) for text in budgets.split(",") if text.strip()])
+        memory = kv_memory(facts, server)
+    except PlanError as error:
+        typer.secho(f"promprune: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(_document(facts, server, traffic, memory, rows), indent=2))
+    elif as_markdown:
+        typer.echo(_markdown(rows))
+    else:
+        _show(facts, server, traffic, memory, rows)
+
+
+def _gpu(name: str, memory: float | None, tflops: float | None) -> Any:
+    from promprune_vllm.planning.capacity import GPUS, Gpu
+
+    if name not in GPUS:
+        raise PlanError(
+            f"--gpu {name!r} is none of {', '.join(GPUS)}. For another one, take the nearest and give "
+            "--gpu-memory and --tflops."
+        )
+    known = GPUS[name]
+    return Gpu(memory or known.memory_gib, tflops or known.tflops)
+
+
+def _cache_bytes(name: str) -> int | None:
+    kinds = {"auto": None, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "bfloat16": 2, "float16": 2}
+    if name not in kinds:
+        raise PlanError(f"--kv-cache-dtype {name!r} is none of {', '.join(kinds)}.")
+    return kinds[name]
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise PlanError(f"--image {text!r} is no size; write width and height in pixels, such as 1024x768.")
+    return int(width), int(height)
+
+
+def _budget(text: str) -> object:
+    text = text.strip()
+    return int(text) if text.isdecimal() else text
+
+
+def _document(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "model": facts.name,
+        "model_type": facts.kind,
+        "parameters": facts.parameters,
+        "kv_bytes_per_token": facts.kv_bytes_per_token(server.cache_bytes),
+        "kv_cache_bytes": memory,
+        "server": asdict(server),
+        "traffic": asdict(traffic),
+        "budgets": [asdict(row) for row in rows],
+    }
+
+
+_HEADINGS = ("budget", "kept", "KV of an image", "chats at once", "images/s at most", "arithmetic")
+
+
+def _cells(row: Row, first: Row) -> tuple[str, ...]:
+    return (
+        row.budget,
+        f"{row.kept:,}",
+        f"{row.kv_bytes_per_image / 2**20:.1f} MiB",
+        f"{row.chats:,} ({row.chats / max(first.chats, 1):.1f}x)",
+        f"{row.images_per_s:,.1f} ({row.images_per_s / first.images_per_s:.1f}x)",
+        f"{100 * row.arithmetic:.0f} %",
+    )
+
+
+def _markdown(rows: list[Row]) -> str:
+    lines = [" | ".join(_HEADINGS), " | ".join("---" for _ in _HEADINGS)]
+    lines += [" | ".join(_cells(row, rows[0])) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    gpus = f"{server.ranks} GPU{'s' if server.ranks > 1 else ''} of {server.gpu.memory_gib:g} GiB"
+    size = f"{traffic.size[0]} x {traffic.size[1]}"
+    table = Table(*_HEADINGS, title=f"{facts.name} on {gpus}", title_justify="left")
+    for row in rows:
+        table.add_row(*_cells(row, rows[0]))
+    out = Console()
+    out.print(table)
+    out.print(
+        f"{facts.parameters / 1e9:.2f} billion weights; {memory / 2**30:.1f} GiB for the KV cache, "
+        f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB a token. A chat: {traffic.images} of {size} "
+        f"px, {traffic.text_tokens} tokens of text, {traffic.answer_tokens} of answer. images/s and arithmetic "
+        f"are encoding and prefill at {100 * server.mfu:.0f} % of the peak: the encoder sees every patch at every "
+        "budget, and answers come on top.",
+        highlight=False,
+    )

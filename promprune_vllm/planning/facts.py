@@ -1,0 +1,184 @@
+"""What a model's configuration says about the sizes that matter: weights, KV cache and arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promprune_vllm.core.savings import Decoder
+from promprune_vllm.errors import PlanError
+from promprune_vllm.planning import images
+
+_PROCESSOR = "preprocessor_config.json"
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """A vision tower.
+
+    Args:
+        layers: That are computed.
+        hidden: Width.
+        mlp_weights: Weights of a layer's MLP.
+        window_patches: Patches that see each other in a windowed layer; 0 where every layer is global.
+        full_layers: How many layers are global.
+    """
+
+    layers: int
+    hidden: int
+    mlp_weights: int
+    window_patches: int
+    full_layers: int
+
+    def flops(self, patches: int) -> int:
+        """Operations of encoding so many patches, a multiply-add being two; the projector is left out."""
+        weights = self.layers * (4 * self.hidden**2 + self.mlp_weights)
+        local = min(self.window_patches or patches, patches)
+        pairs = self.full_layers * patches**2 + (self.layers - self.full_layers) * patches * local
+        return 2 * weights * patches + 4 * self.hidden * pairs
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, embeddings of patches left out."""
+        return self.layers * (4 * self.hidden**2 + self.mlp_weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A model's sizes.
+
+    Args:
+        name: Of its directory.
+        kind: Its ``model_type``.
+        config: The whole config.json.
+        processor: preprocessor_config.json, or nothing.
+        decoder: The language model.
+        tower: The vision tower.
+        parameters: About, of all of it.
+        dtype_bytes: Of one weight.
+    """
+
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    processor: Mapping[str, Any]
+    decoder: Decoder
+    tower: Tower
+    parameters: int
+    dtype_bytes: int
+
+    def kv_bytes_per_token(self, cache_bytes: int | None = None) -> int:
+        """Bytes one token takes of the KV cache over all layers and ranks."""
+        numbers = self.decoder.layers * self.decoder.kv_heads * self.decoder.head * 2  # keys and values
+        return numbers * (cache_bytes or self.dtype_bytes)
+
+    def visual_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of an image before pruning."""
+        return images.visual_tokens(self.config, self.processor, width, height)
+
+    def encoder_flops(self, width: int, height: int) -> int:
+        """Operations of encoding an image: the same at every budget."""
+        return self.tower.flops(images.patches(self.config, self.processor, width, height))
+
+
+def read(model: str) -> Facts:
+    """Read a model's configuration; what it leaves out is filled in as transformers does.
+
+    Args:
+        model: A directory, a config.json, or a name on the Hugging Face hub, of which two small files are fetched.
+
+    Raises:
+        PlanError: There is none, or it is not of a model whose sizes are known.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model)
+    try:
+        config = AutoConfig.from_pretrained(model).to_dict()
+        processor = _beside(model)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise PlanError(
+            f"{model} has no configuration to plan with ({first}). Give a model's directory, its config.json, or "
+            "its name on the hub."
+        ) from error
+    kind = str(config.get("model_type"))
+    if kind not in images.COUNTERS:
+        raise PlanError(f"{model} is of type {kind!r}; plans are made for {', '.join(images.COUNTERS)}.")
+    name = path.parent.name if path.is_file() else path.name
+    return _facts(name, kind, config, processor)
+
+
+def _beside(model: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    path = Path(model)
+    found: str | None
+    if path.is_file():
+        found = str(path.with_name(_PROCESSOR)) if path.with_name(_PROCESSOR).is_file() else None
+    else:
+        found = cached_file(model, _PROCESSOR, _raise_exceptions_for_missing_entries=False)
+    return {} if found is None else dict(json.loads(Path(found).read_text()))
+
+
+def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
+    text = config.get("text_config") or config
+    heads = int(text["num_attention_heads"])
+    decoder = Decoder(
+        layers=int(text["num_hidden_layers"]),
+        hidden=int(text["hidden_size"]),
+        heads=heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        head=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
+        intermediate=int(text["intermediate_size"]),
+    )
+    tower = _tower(kind, config)
+    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    vocabulary = int(text["vocab_size"]) * decoder.hidden * (1 if tied else 2)
+    layer = (
+        decoder.hidden * decoder.head * 2 * (decoder.heads + decoder.kv_heads)
+        + 3 * decoder.hidden * decoder.intermediate
+    )
+    dtype = str(config.get("dtype") or text.get("dtype") or "bfloat16")
+    return Facts(
+        name=name,
+        kind=kind,
+        config=config,
+        processor=processor,
+        decoder=decoder,
+        tower=tower,
+        parameters=decoder.layers * layer + vocabulary + tower.weights + _projector(kind, config, decoder.hidden),
+        dtype_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
+    )
+
+
+def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
+    vision = config["vision_config"]
+    if kind.startswith("llava"):
+        hidden, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
+        read = config["vision_feature_layer"]
+        chosen = [read] if isinstance(read, int) else list(read)
+        used = max(layer % (layers + 1) for layer in chosen)  # counted with the embeddings: -2 leaves one out
+        return Tower(used, hidden, 2 * hidden * int(vision["intermediate_size"]), 0, used)
+    layers = int(vision["depth"])
+    if kind == "qwen2_vl":
+        hidden = int(vision["embed_dim"])
+        return Tower(layers, hidden, 2 * hidden * int(hidden * vision["mlp_ratio"]), 0, layers)
+    hidden, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
+    if kind == "qwen3_vl":
+        return Tower(layers, hidden, 2 * hidden * mlp, 0, layers)
+    window = (int(vision["window_size"]) // int(vision["patch_size"])) ** 2
+    return Tower(layers, hidden, 3 * hidden * mlp, window, len(vision["fullatt_block_indexes"]))
+
+
+def _projector(kind: str, config: Mapping[str, Any], hidden: int) -> int:
+    vision = config["vision_config"]
+    if kind.startswith("llava"):
+        return int(vision["hidden_size"]) * hidden + hidden**2
+    inner = int(vision.get("embed_dim") or vision["hidden_size"]) * int(vision["spatial_merge_size"]) ** 2
+    mergers = 1 + len(vision.get("deepstack_visual_indexes") or ())
+    return mergers * (inner**2 + inner * hidden)

@@ -1,0 +1,104 @@
+"""How many visual tokens a model makes of an image, from its configuration and the image's size alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from promprune_vllm.errors import PlanError
+
+Config = Mapping[str, Any]
+# Published image processors' limits in pixels, where no preprocessor_config.json lies beside the model's.
+_QWEN_PIXELS = {"qwen2_vl": (3136, 12_845_056), "qwen2_5_vl": (3136, 12_845_056), "qwen3_vl": (65_536, 16_777_216)}
+
+
+def visual_tokens(config: Config, processor: Config, width: int, height: int) -> int:
+    """Return the visual tokens of an image before pruning.
+
+    Args:
+        config: The model's config.json.
+        processor: Its preprocessor_config.json, or nothing.
+        width, height: In pixels.
+
+    Raises:
+        PlanError: A model whose tokens cannot be counted this way.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in COUNTERS:
+        raise PlanError(f"Visual tokens of a {kind!r} cannot be counted; known are {', '.join(COUNTERS)}.")
+    return COUNTERS[kind](config, processor, width, height)
+
+
+def patches(config: Config, processor: Config, width: int, height: int) -> int:
+    """Return how many patches the vision tower sees of an image, all tiles together."""
+    kind = str(config.get("model_type"))
+    if kind.startswith("qwen"):
+        return (
+            visual_tokens(config, processor, width, height)
+            * int(config["vision_config"]["spatial_merge_size"]) ** 2
+        )
+    return _side(config) ** 2 * (_tiles(config, width, height) if kind == "llava_next" else 1)
+
+
+def _side(config: Config) -> int:
+    vision = config["vision_config"]
+    return int(vision["image_size"]) // int(vision["patch_size"])
+
+
+def _llava(config: Config, _: Config, __: int, ___: int) -> int:
+    return _side(config) ** 2
+
+
+def _tiles(config: Config, width: int, height: int) -> int:
+    best = _resolution(config, width, height)
+    size = int(config["vision_config"]["image_size"])
+    return 1 + (best[0] // size) * (best[1] // size)
+
+
+def _resolution(config: Config, width: int, height: int) -> tuple[int, int]:
+    """The canvas (height, width) that shows most of the image's pixels, then the one that wastes least."""
+
+    def fit(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - canvas[0] * canvas[1]
+
+    return max(((int(h), int(w)) for h, w in config["image_grid_pinpoints"]), key=fit)
+
+
+def _llava_next(config: Config, _: Config, width: int, height: int) -> int:
+    side, size = _side(config), int(config["vision_config"]["image_size"])
+    canvas = _resolution(config, width, height)
+    rows, columns = side * (canvas[0] // size), side * (canvas[1] // size)
+    if width / height > columns / rows:
+        rows -= (rows - round(height * columns / width)) // 2 * 2
+    else:
+        columns -= (columns - round(width * rows / height)) // 2 * 2
+    return side**2 + rows * columns + rows  # a newline ends each row
+
+
+def _qwen(config: Config, processor: Config, width: int, height: int) -> int:
+    vision = config["vision_config"]
+    step = int(vision["patch_size"]) * int(vision["spatial_merge_size"])
+    size = processor.get("size") or {}
+    least, most = _QWEN_PIXELS[str(config["model_type"])]
+    least = int(processor.get("min_pixels") or size.get("shortest_edge") or least)
+    most = int(processor.get("max_pixels") or size.get("longest_edge") or most)
+    high, wide = max(step, round(height / step) * step), max(step, round(width / step) * step)
+    if high * wide > most:
+        shrink = (height * width / most) ** 0.5
+        high, wide = (max(step, int(side / shrink / step) * step) for side in (height, width))
+    elif high * wide < least:
+        grow = (least / (height * width)) ** 0.5
+        high, wide = (-int(-side * grow // step) * step for side in (height, width))
+    return (high // step) * (wide // step)
+
+
+COUNTERS: Mapping[str, Callable[[Config, Config, int, int], int]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
+}
+"""By ``model_type``."""

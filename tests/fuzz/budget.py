@@ -1,0 +1,61 @@
+"""Bytes a client may send, guided by coverage: `python tests/fuzz/budget.py -runs=200000`.
+
+Whatever JSON makes of them is refused with a sentence of bounded length, or is a budget that keeps what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["promprune_vllm"]):
+    from promprune_vllm.core import budget, policy
+    from promprune_vllm.server import schemas
+
+from pydantic import ValidationError
+
+from promprune_vllm.errors import BudgetError
+
+SIZES = (576, 1, 16_384)
+_LONGEST_SENTENCE = 1500
+_SEEDS = (b"64", b"0.25", b'"25%"', b'"full"', b'[64, "auto", 0.5]', b'{"total": 256}', b"1e999", b'"\\u0662%"')
+_SEEDS += (b'{"images": [{"width": 640, "height": 480}], "visual_token_budget": [1], "detail": ["low"]}',)
+
+
+def one(data: bytes) -> None:
+    """Read bytes as the server reads a request's field, and as it reads a request to count."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    _budget(value)
+    with suppress(ValidationError):
+        schemas.CountRequest.model_validate(value)
+
+
+def _budget(value: object) -> None:
+    try:
+        ask = budget.Ask.parse(value)
+        kept = policy.BudgetPolicy().resolve_all(ask, SIZES, [Fraction(1)] * len(SIZES))
+    except BudgetError as error:
+        if len(str(error)) > _LONGEST_SENTENCE:
+            raise AssertionError(f"a sentence of {len(str(error))} characters") from error
+        return
+    if not all(1 <= keep <= size for keep, size in zip(kept, SIZES, strict=True)):
+        raise AssertionError(f"{value!r} keeps {kept} of {SIZES}")
+    if budget.Ask.parse(ask.printed()) != ask:
+        raise AssertionError(f"{value!r} is printed as {ask.printed()!r}, which is another budget")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as corpus:
+        for i, seed in enumerate(_SEEDS):
+            Path(corpus, str(i)).write_bytes(seed)
+        atheris.Setup([*sys.argv, corpus], one)
+        atheris.Fuzz()

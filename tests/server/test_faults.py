@@ -1,0 +1,149 @@
+"""Clients that go away, processes that die, directories that vanish."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+
+from promprune_vllm.demo.server import Server, free_port, serving
+from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body
+
+pytestmark = pytest.mark.server
+CHAT = "/v1/chat/completions"
+PATIENCE_SECONDS = 120.0
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def idle(server: Server) -> bool:
+    now = server.metrics("vllm:")
+    return not (
+        now["vllm:num_requests_running"] or now["vllm:num_requests_waiting"] or now["vllm:kv_cache_usage_perc"]
+    )
+
+
+def upload_half(server: Server, asked: dict[str, Any]) -> None:
+    content = json.dumps(asked).encode()
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as client:
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        )
+        client.sendall(f"{head}\r\n\r\n".encode() + content[: len(content) // 2])
+
+
+def leave_while_it_waits(server: Server, asked: dict[str, Any]) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}{CHAT}", json=asked, timeout=0.1)
+
+
+def leave_in_the_stream(server: Server, asked: dict[str, Any]) -> None:
+    with httpx.stream("POST", f"{server.url}{CHAT}", json={**asked, "stream": True}, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+
+
+@pytest.mark.parametrize("leave", [upload_half, leave_while_it_waits, leave_in_the_stream])
+def test_a_client_that_goes_away_leaves_nothing_behind(
+    server: Server, leave: Callable[[Server, dict[str, Any]], None]
+) -> None:
+    def answer() -> Any:
+        return ask(server, "chelsea", "rocket", visual_token_budget=90, return_token_ids=True)["choices"][0][
+            "token_ids"
+        ]
+
+    expected = answer()
+    for i in range(4):
+        leave(server, body("chelsea", "rocket", visual_token_budget=91 + i, max_tokens=600))
+    until(lambda: idle(server))
+    assert answer() == expected
+
+
+def test_a_life_with_a_scrape_at_birth_a_lost_directory_and_a_killed_engine(
+    server: Server, demo_model: Path, tmp_path: Path
+) -> None:
+    """One start serves for several faults; a second shows that it serves again, both beside another server."""
+    port, born = free_port(), threading.Event()
+    statuses: set[int] = set()
+
+    def scrape() -> None:
+        while not born.wait(0.1):
+            try:
+                statuses.add(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).status_code)
+            except httpx.TransportError:
+                statuses.add(0)
+
+    scraping = threading.Thread(target=scrape)
+    scraping.start()
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    expected = _ids(server)
+    with serving(demo_model, *OPTIONS, log=tmp_path / "log", port=port, environment=environment) as one:
+        born.set()
+        scraping.join()
+        assert statuses <= {0, 200}  # nobody listens, or all is there
+        assert _ids(one) == expected
+        assert one.metrics("promprune_requests")["promprune_requests_total"] == 1  # its own, not its neighbour's
+
+        (directory,) = tmp_path.glob("promprune-metrics-*")
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+        assert _ids(one) == expected
+        assert httpx.get(f"{one.url}/metrics", timeout=30).status_code == 200
+
+        engines = [
+            each
+            for each in psutil.Process(one.process.pid).children(recursive=True)
+            if "EngineCore" in each.name() or "EngineCore" in " ".join(each.cmdline())
+        ]
+        assert engines
+        for engine in engines:
+            engine.kill()
+        until(lambda: not _healthy(one))
+        assert not _healthy(one)
+    assert _healthy(server)
+    assert "EngineDeadError" in (log := (tmp_path / "log").read_text()) or "died" in log
+    with serving(demo_model, *OPTIONS, log=tmp_path / "log", port=port, environment=environment) as again:
+        assert _ids(again) == expected
+
+
+def _ids(server: Server) -> Any:
+    return ask(server, "coffee", visual_token_budget=64, return_token_ids=True)["choices"][0]["token_ids"]
+
+
+def _healthy(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_logs_hold_no_images_prompts_or_keys(demo_model: Path, tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "VLLM_API_KEY": "a-very-secret-key"}
+    with serving(demo_model, *OPTIONS, log=tmp_path / "log", environment=environment) as secured:
+        headers = {"Authorization": "Bearer a-very-secret-key"}
+        asked = body("coffee", question="Is this the patient Ada Example?", visual_token_budget=64)
+        wrong = {**asked, "visual_token_budget": "Ada Example's budget"}
+        for each, status in ((asked, 200), (wrong, 400), ({**asked, "stream": True}, 200)):
+            assert httpx.post(f"{secured.url}{CHAT}", json=each, headers=headers, timeout=60).status_code == status
+        assert httpx.post(f"{secured.url}{CHAT}", json=asked, timeout=60).status_code == 401
+    log = (tmp_path / "log").read_text()
+    image = asked["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+    assert "promprune" in log
+    for secret in ("a-very-secret-key", "Ada Example", "base64,", image[:40], image[2000:2040]):
+        assert secret not in log

@@ -1,0 +1,156 @@
+"""`promprune plan`: what budgets are worth, from a configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from promprune_vllm.cli import app
+from promprune_vllm.errors import PlanError
+from promprune_vllm.planning.capacity import GPUS, Gpu, Server, Traffic, kv_memory, plan
+from promprune_vllm.planning.facts import Facts, read
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configurations with the published models' sizes."""
+    from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+
+    folder = tmp_path_factory.mktemp("models")
+    vicuna: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064}
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    qwen = {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    }
+    tower = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "out_hidden_size": 3584,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    LlavaConfig(text_config=vicuna, dtype="float16").save_pretrained(folder / "llava")
+    LlavaNextConfig(text_config=vicuna, dtype="float16", image_grid_pinpoints=pinpoints).save_pretrained(
+        folder / "next"
+    )
+    Qwen2_5_VLConfig(text_config=qwen, vision_config=tower, dtype="bfloat16").save_pretrained(folder / "qwen")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava(models: Path) -> Facts:
+    return read(str(models / "llava"))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "kib_a_token"), [("llava", 7.06, 512), ("next", 7.06, 512), ("qwen", 8.29, 56)]
+)
+def test_published_models_have_the_sizes_they_are_known_for(
+    models: Path, name: str, billions: float, kib_a_token: int
+) -> None:
+    facts = read(str(models / name))
+    assert facts.parameters / 1e9 == pytest.approx(billions, rel=0.005)
+    assert facts.kv_bytes_per_token() == kib_a_token * 1024
+    assert facts.kv_bytes_per_token(1) == kib_a_token * 512
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens"),
+    [
+        ("llava", (1024, 768), 576),
+        ("next", (1024, 768), 576 + 36 * 48 + 36),  # unpadded, and a newline after each row
+        ("next", (336, 336), 576 + 24 * 24 + 24),  # the canvas that wastes least
+        ("qwen", (1024, 768), 37 * 27),
+        ("qwen", (28, 28), 4),  # enlarged to the least it takes
+        ("qwen", (8000, 6000), 110 * 147),  # shrunk to the most
+    ],
+)
+def test_tokens_of_an_image(models: Path, name: str, size: tuple[int, int], tokens: int) -> None:
+    assert read(str(models / name)).visual_tokens(*size) == tokens
+
+
+def test_a_processor_beside_the_configuration_has_its_say(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((models / "qwen" / "config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 200_704}))
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert read(str(model)).visual_tokens(1024, 768) <= 256
+
+
+def test_a_plan_adds_up(llava: Facts) -> None:
+    server = Server(Gpu(80, 989), utilisation=0.9, reserve_gib=2)
+    full, half, few = plan(llava, server, Traffic((640, 480), 2, 64, 128), ["50%", 64])
+    assert (full.kept, half.kept, few.kept) == (576, 288, 64)
+    assert (full.prompt_tokens, few.prompt_tokens) == (1216, 192)
+    assert full.kv_bytes_per_image == 576 * 512 * 1024
+    assert kv_memory(llava, server) == round(70 * GIB) - 2 * llava.parameters
+    assert full.chats == kv_memory(llava, server) // (1344 * 512 * 1024)
+    assert full.arithmetic == 1
+    assert full.arithmetic > half.arithmetic > few.arithmetic > 0.1  # the encoder stays
+    for row in (half, few):
+        assert row.images_per_s == pytest.approx(full.images_per_s / row.arithmetic)
+
+
+def test_more_ranks_hold_more_chats_and_a_smaller_cache_type_twice_as_many(llava: Facts) -> None:
+    traffic = Traffic((640, 480))
+    one, two = (plan(llava, Server(GPUS["l4"], ranks), traffic, [64]) for ranks in (1, 2))
+    assert two[0].chats > 2 * one[0].chats  # the weights are held once
+    assert two[0].images_per_s == pytest.approx(2 * one[0].images_per_s)
+    (small, *_) = plan(llava, Server(GPUS["l4"], cache_bytes=1), traffic, [])
+    assert small.chats in (2 * one[0].chats, 2 * one[0].chats + 1)
+
+
+def test_windows_of_a_tower_cost_less_than_looking_everywhere(models: Path) -> None:
+    tower = read(str(models / "qwen")).tower
+    assert (tower.window_patches, tower.full_layers, tower.layers) == (64, 4, 32)
+    assert tower.flops(4 * 999) < 2 * tower.weights * 3996 + 4 * 1280 * 32 * 3996**2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/nowhere"], "/nowhere has no configuration"),
+        (["--gpu", "b12"], "'b12' is none of h200"),
+        (["--gpu-memory", "8"], "13.1 GiB of weights"),
+        (["--image", "large"], "'large' is no size"),
+        (["--image", "0x10"], "'0x10' is no size"),
+        (["--budgets", "64,few"], "visual_token_budget"),
+        (["--kv-cache-dtype", "int2"], "'int2' is none of auto"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(models: Path, arguments: list[str], said: str) -> None:
+    model = [] if "--model" in arguments else ["--model", str(models / "llava")]
+    result = CliRunner().invoke(app, ["plan", *model, *arguments])
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="'llama'; plans are made for llava"):
+        read(str(tmp_path))
+
+
+def test_the_command_prints_a_table_json_and_markdown(models: Path) -> None:
+    call = ["plan", "--model", str(models / "llava"), "--budgets", "64"]
+    shown = CliRunner().invoke(app, call)
+    assert "7.05 billion weights" in " ".join(shown.stdout.split())
+    told = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
+    assert [row["kept"] for row in told["budgets"]] == [576, 64]
+    lines = CliRunner().invoke(app, [*call, "--markdown"]).stdout.splitlines()
+    assert lines[0].startswith("| budget | kept |")
+    assert lines[3].startswith("| 64 | 64 | 32.0 MiB |")
