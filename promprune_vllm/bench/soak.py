@@ -21,7 +21,7 @@ from promprune_vllm.bench.processes import Held, growth, held
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.bench.soak_requests import Reply, pool
 from promprune_vllm.demo.model import find_or_build_demo_model
-from promprune_vllm.demo.server import serving
+from promprune_vllm.demo.server import one_worker, serving
 from promprune_vllm.errors import BenchError
 
 GROWTH_LIMIT = 0.02
@@ -138,7 +138,8 @@ def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -
     tell("Starting a server with little of everything …")
     with tempfile.TemporaryDirectory(prefix="promprune-soak-") as scratch:
         directory, log = model or find_or_build_demo_model(), Path(scratch) / "server.log"
-        with serving(directory, *_LITTLE, log=log, environment={"VLLM_CPU_KVCACHE_SPACE": "1"}) as server:
+        options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+        with serving(directory, *options, log=log, environment=environment) as server:
             yield server.url, server.process.pid
 
 

@@ -107,6 +107,11 @@ RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
 PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
 }
+RESENDING_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt", "skip_mm_cache"),
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt", "sampling_params", "request_id"),
+    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
+}
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),
     "vllm.v1.engine.llm_engine:LLMEngine.__init__": ("vllm_config", "log_stats"),

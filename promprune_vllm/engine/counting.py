@@ -9,6 +9,7 @@ from promprune_vllm.engine.plan import SUMMARY, Summary
 from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.metrics.recorder import recorder
 
+_COUNTED = "counted"
 _SAVINGS = "_promprune_savings"
 
 
@@ -24,8 +25,9 @@ def _counting(original: Any) -> Any:
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
         # Anything else is no prompt of a request yet: vLLM renders it and comes by here again, or checks options.
-        if isinstance(prompt, dict) and "type" in prompt:
+        if isinstance(prompt, dict) and "type" in prompt and not prompt.get(_COUNTED):
             _count(self, prompt)
+            prompt[_COUNTED] = True  # it may be sent again
         return request
 
     return process_inputs

@@ -11,7 +11,16 @@ def register() -> None:
         SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
     """
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine import checks, counting, failed_requests, families, load, preemption, request
+    from promprune_vllm.engine import (
+        checks,
+        counting,
+        failed_requests,
+        families,
+        load,
+        preemption,
+        request,
+        resending,
+    )
     from promprune_vllm.metrics import recorder
 
     checks.require_supported_version()
@@ -23,3 +32,4 @@ def register() -> None:
     failed_requests.install()
     load.install()
     preemption.install()
+    resending.install()

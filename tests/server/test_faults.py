@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import random
 import socket
 import threading
 import time
@@ -14,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from PIL import Image
 
 from promprune_vllm.demo.server import Server, free_port, serving
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body
@@ -21,6 +25,13 @@ from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body
 pytestmark = pytest.mark.server
 CHAT = "/v1/chat/completions"
 PATIENCE_SECONDS = 120.0
+
+
+def noise(seed: str) -> str:
+    """An image nobody has asked about yet."""
+    content = io.BytesIO()
+    Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768)).save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -72,6 +83,22 @@ def test_a_client_that_goes_away_leaves_nothing_behind(
         leave(server, body("chelsea", "rocket", visual_token_budget=91 + i, max_tokens=600))
     until(lambda: idle(server))
     assert answer() == expected
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"n": 2, "temperature": 1}, {"stream": True}], ids=["whole", "two", "stream"]
+)
+def test_an_image_of_a_refused_request_is_answered_the_next_time(server: Server, more: dict[str, Any]) -> None:
+    """vLLM alone answers the second request with HTTP 500: it believes that the engine has the image."""
+    images = [noise(f"{more}{i}") for i in range(4)]
+    refused = httpx.post(f"{server.url}{CHAT}", json=body(*images), timeout=60)
+    assert refused.status_code == 400, refused.text  # 4 x 576 tokens and 2,048 are allowed
+    before = server.metrics("promprune_requests")["promprune_requests_total"]
+    response = httpx.post(f"{server.url}{CHAT}", json=body(images[0], **more), timeout=60)
+    assert response.status_code == 200, response.text
+    assert '"error"' not in response.text
+    assert server.metrics("promprune_requests")["promprune_requests_total"] == before + 1
+    assert "is sent again" in server.log.read_text()
 
 
 def test_a_life_with_a_scrape_at_birth_a_lost_directory_and_a_killed_engine(
