@@ -144,6 +144,8 @@ LLAVA_NEXT_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 _MODELS = "vllm.model_executor.models"
 MROPE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.model_executor.models.vision:get_load_balance_assignment": ("sizes", "num_gpus"),
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast": ("input_", "src"),
     "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
     "vllm.multimodal.inputs:MultiModalFeatureSpec": ("mm_position", "modality", "data"),
     "vllm.multimodal.inputs:PlaceholderRange": ("offset", "length"),

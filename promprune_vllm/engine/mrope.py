@@ -42,8 +42,6 @@ def why_not(vllm_config: VllmConfig) -> str | None:
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None and multimodal.is_multimodal_pruning_enabled() and not _is_ours(multimodal):
         return "with --video-pruning-rate vLLM's own pruning of videos already uses the way positions take"
-    if multimodal is not None and multimodal.mm_encoder_tp_mode == "data":
-        return "with --mm-encoder-tp-mode data no rank sees the attention of every image"
     return None
 
 

@@ -6,7 +6,7 @@ last block in which all of them see each other, and a visual token as the mean o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from promprune_vllm.engine.mrope import MRopePrunedMixin
 from promprune_vllm.engine.plan import SUMMARY
 from promprune_vllm.engine.processor import PrunedProcessorMixin
 from promprune_vllm.engine.request import refusing
+from promprune_vllm.engine.sharding import Captured, Shares
 from promprune_vllm.errors import BudgetError
 
 
@@ -90,19 +91,24 @@ class PrunedQwenMixin(MRopePrunedMixin):
         start = sum(counts[: items.start])
         counts = counts[items]
         pixels = inputs["pixel_values"][start : start + sum(counts)]
-        tower: Any = self.visual  # type: ignore[attr-defined]
-        attention = tower.blocks[self.saliency_block()].attn
-        with patch_attention(attention, needs, counts) as captured, inputs_of(self.merger_norm()) as merged:
-            embeddings = self.embed_unpruned(pixel_values=pixels, image_grid_thw=grids[items])
-        encoder = torch.split(merged[0].flatten(0, -2), counts)  # (P, Dv) per image
-        images = []
-        for i, (rows, grid) in enumerate(zip(embeddings, grids[items].tolist(), strict=True)):
-            found = {name: self._per_token(values[i], grid) for name, values in captured.items()}
-            if Need.ENCODER in needs:
-                tokens = encoder[i].reshape(len(rows), -1)  # (N, 4 * Dv), the patches of a token side by side
-                found["encoder"] = self.in_raster_order(tokens, grid)
-            images.append(self._image(rows, grid, found))
-        return images
+        rows, captured = self._encode(pixels, grids[items], counts, needs)
+        return [
+            self._image(rows[i], grid, {name: values[i] for name, values in captured.items()})
+            for i, grid in enumerate(grids[items].tolist())
+        ]
+
+    def _encode(
+        self, pixels: Tensor, grids: Tensor, counts: Sequence[int], needs: Need
+    ) -> tuple[Sequence[Tensor], Captured]:
+        """Return the rows of each image, and what was captured of its patches on the way."""
+        shares = Shares(counts, sharded=self.use_data_parallel)  # type: ignore[attr-defined]
+        own = [counts[i] for i in shares.own]
+        attention = self.visual.blocks[self.saliency_block()].attn  # type: ignore[attr-defined]
+        with patch_attention(attention, needs, own) as captured, inputs_of(self.merger_norm()) as merged:
+            rows = self.embed_unpruned(pixel_values=pixels, image_grid_thw=grids)
+        if Need.ENCODER in needs and own:
+            captured["encoder"] = [*torch.split(merged[0].flatten(0, -2), own)]  # (P, Dv) per image
+        return rows, shares.exchange(captured, pixels.device)
 
     def saliency_block(self) -> int:
         """Which block's attention saliency comes from."""
@@ -127,13 +133,14 @@ class PrunedQwenMixin(MRopePrunedMixin):
         projected: Tensor = tower.merger(patches)
         return projected
 
-    def _per_token(self, values: Tensor, grid: list[int]) -> Tensor:
-        """Average ``(P, ...)`` values of patches over each token's, in raster order."""
+    def _image(self, rows: Tensor, grid: list[int], captured: Mapping[str, Tensor]) -> EncodedImage:
         merge: int = self.visual.spatial_merge_size  # type: ignore[attr-defined]
-        return self.in_raster_order(values.reshape(-1, merge**2, *values.shape[1:]).mean(dim=1), grid)
-
-    def _image(self, rows: Tensor, grid: list[int], found: Mapping[str, Tensor]) -> EncodedImage:
-        merge: int = self.visual.spatial_merge_size  # type: ignore[attr-defined]
+        found = {}
+        for name, values in captured.items():
+            patches = values.reshape(-1, merge**2, *values.shape[1:])  # of each token
+            # A token has its patches' mean; the merger reads the features of its patches side by side.
+            tokens = patches.flatten(1) if name == "encoder" else patches.mean(dim=1)
+            found[name] = self.in_raster_order(tokens, grid)
         shape = (grid[0], grid[1] // merge, grid[2] // merge)
         projected = rows[:, : self.projected_width()]
         return EncodedImage.whole(rows, VisionFeatures(projected=projected, grid=shape, **found))

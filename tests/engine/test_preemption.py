@@ -11,7 +11,9 @@ import pytest
 
 from tests.engine.conftest import Engine
 
+pytestmark = pytest.mark.engine
 CHUNK = 256
+Deeds = dict[int, Callable[[], None]]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def engine(demo_model: Path) -> Iterator[Engine]:
     made.close()
 
 
-def answer(engine: Engine, prompt: dict[str, Any], after: dict[int, Callable[[], None]] | None = None) -> list[int]:
+def answer(engine: Engine, prompt: dict[str, Any], after: Deeds | None = None) -> list[int]:
     """Token ids of an answer, with something done after certain steps."""
     from vllm import SamplingParams
 

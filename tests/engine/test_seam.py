@@ -132,7 +132,6 @@ def test_adapters_on_the_tower_are_refused(architecture: str) -> None:
     [
         ("parallel_config", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ("multimodal_config", {"video_pruning_rate": 0.5}, "--video-pruning-rate"),
-        ("multimodal_config", {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
     ],
 )
 def test_what_mrope_families_refuse(architecture: str, part: str, change: dict[str, Any], said: str) -> None:

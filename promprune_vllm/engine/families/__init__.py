@@ -22,7 +22,7 @@ _RECOUNTED = "counted anew over the kept tokens"
 _ORIGINAL = "kept tokens keep their (t, h, w), the text after the image its unpruned positions"
 _CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
 _MROPE = (
-    "pipeline parallelism, `--mm-encoder-tp-mode data`, `--video-pruning-rate`, LoRA on the tower, a prompt that "
+    "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that "
     "ends with a pruned image; CUDA graphs and compilation of the encoder are switched off"
 )
 # For other towers and sizes, see `promprune calibrate`.

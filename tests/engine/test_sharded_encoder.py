@@ -1,0 +1,70 @@
+"""``--mm-encoder-tp-mode data``: two ranks encode different images, keep the same tokens, and answer as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promprune_vllm.demo.families import build_family_model
+from tests.engine.family_engine import FamilyEngine
+from tests.engine.test_families import difference
+
+pytestmark = pytest.mark.engine
+# They look at saliency, at the tower's features, at its keys, and at its output alone.
+METHODS = ("promprune", "prunesid", "visionzip", "divprune")
+ROUNDING = 1e-4  # two ranks add up in another order
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_ranks_that_encode_different_images_answer_as_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_family_model(family, tmp_path / family)
+    monkeypatch.setenv("PROMPRUNE_ALLOW_METHODS", ",".join(METHODS))
+    alone = FamilyEngine(family, model)
+    asks = [alone.ask("landscape"), alone.ask("landscape", "portrait", "tiny", budget=11)]
+    for i, method in enumerate(METHODS):
+        asks.append(alone.ask("portrait", budget=20 + i))
+        asks[-1]["mm_processor_kwargs"]["visual_token_method"] = method
+    expected = answers(alone, asks)
+    alone.close()
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    sharded = TwoRanks(family, model)
+    try:
+        for one, two in zip(expected, answers(sharded, asks), strict=True):
+            assert one.prompt_token_ids == two.prompt_token_ids
+            assert one.outputs[0].token_ids == two.outputs[0].token_ids
+            assert difference(one, two) < ROUNDING
+    finally:
+        sharded.close()
+
+
+def answers(engine: FamilyEngine, asks: list[dict[str, Any]]) -> list[Any]:
+    return [*engine.generate(asks[:2]), *(engine.generate([ask])[0] for ask in asks[2:])]
+
+
+class TwoRanks(FamilyEngine):
+    """An engine whose workers are processes: nobody can look into them from here."""
+
+    def __init__(self, family: str, model: Path) -> None:
+        from vllm import LLM
+
+        self.family = family
+        self.llm = LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=1536,
+            enforce_eager=True,
+            block_size=32,
+            seed=0,
+            num_gpu_blocks_override=64,
+            tensor_parallel_size=2,
+            mm_encoder_tp_mode="data",
+        )
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
