@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -209,6 +210,51 @@ def test_a_directory_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> N
     code = small + "from promprune_vllm.metrics.recorder import Recorder; Recorder(sys.argv[1], 'demo')"
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "SettingsError: Metrics cannot be kept in" in run.stderr
+
+
+ON_A_DISK = """
+import sys
+from pathlib import Path
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from promprune_vllm.metrics.recorder import Recorder
+
+directory, total = sys.argv[1], 0.0
+recorder = Recorder(directory, "demo")
+recorder.outcome("full")
+try:
+    with open(Path(directory) / "logs-of-somebody", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+except OSError as error:
+    print(error.strerror)
+for _ in range(1000):
+    recorder.outcome("full")
+registry = CollectorRegistry()
+MultiProcessCollector(registry, path=directory)
+samples = [sample for family in registry.collect() for sample in family.samples]
+print(sum(sample.value for sample in samples if sample.name == "promprune_requests_total"))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which takes root")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("size=64k", "Metrics cannot be kept in .*No space left"),
+        ("size=64m,ro", "Metrics cannot be kept in .*Read-only file system"),
+        ("size=64m", "No space left on device\n1001.0"),
+    ],
+    ids=["full", "read-only", "full later"],
+)
+def test_a_disk_that_is_full_or_read_only(tmp_path: Path, options: str, said: str) -> None:
+    """At the start it is said at once; later it does not matter, since the room is ours."""
+    mounted = 'mount -t tmpfs -o "$1" none "$2"; exec "$3" -c "$4" "$2"'
+    command = ["unshare", "--mount", "sh", "-ec", mounted, "sh", options, str(tmp_path), sys.executable, ON_A_DISK]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "permission denied" in run.stderr.lower() or "not permitted" in run.stderr:
+        pytest.skip(f"mounts a file system, which this machine does not let root do: {run.stderr}")
+    assert re.search(said, run.stdout + run.stderr), run.stderr
 
 
 SPAWNS = """
