@@ -215,15 +215,35 @@ def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> N
     assert used[64]["stored rows"] == 64
 
 
-def test_encoder_calls_are_bounded_by_unpruned_tokens(engine: Engine) -> None:
-    """The scheduler charges 16 tokens an image; all of them in one call would exceed the memory profile."""
-    engine.forget()
+def test_encoder_calls_are_bounded_by_unpruned_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler charges 16 tokens an image, so a step brings 24; the memory profile was of fewer in a call."""
+    tower, largest = engine.model.vision_tower, {}
+
+    def peak(name: str) -> list[int]:
+        def after(_: Any, __: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                largest[name] = max(largest.get(name, 0), output.numel() * output.element_size())
+
+        engine.forget()
+        asks = [engine.prompt((PHOTOS[i % 4], 16 + i % 2), question=f"{i}?") for i in range(24)]
+        for i, ask in enumerate(asks):  # a content of its own
+            ask["multi_modal_data"]["image"] = ask["multi_modal_data"]["image"].rotate(i)
+        handles = [module.register_forward_hook(after) for module in tower.modules()]
+        with engine.watched() as seen:
+            engine.generate(asks, tokens=1)
+        for handle in handles:
+            handle.remove()
+        assert sum(seen.images_per_tower_call) == len(asks)
+        return seen.images_per_tower_call
+
     limit = engine.model._encoder_tokens // VISUAL_TOKENS
-    asks = [engine.prompt((PHOTOS[i % 4], 16 + i), question=f"{i}?") for i in range(3 * limit)]
-    with engine.watched() as seen:
-        engine.generate(asks, tokens=1)
-    assert sum(seen.images_per_tower_call) == len(asks)
-    assert max(seen.images_per_tower_call) <= limit
+    bounded = peak("bounded")
+    assert max(bounded) == limit < 24
+    monkeypatch.setattr(engine.model, "_encoder_tokens", 10**9)
+    unbounded = peak("unbounded")
+    print(f"images per encoder call: {bounded}, else {unbounded}; largest activation in bytes: {largest}")
+    assert max(unbounded) > 2 * limit
+    assert largest["unbounded"] / largest["bounded"] == max(unbounded) / limit
 
 
 def test_mixed_batch_equals_one_by_one(engine: Engine) -> None:
