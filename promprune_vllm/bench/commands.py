@@ -130,9 +130,10 @@ def soak(
     from rich.console import Console
 
     from promprune_vllm.bench import soak as soaking
+    from promprune_vllm.bench.soak_server import a_server
 
     err = Console(stderr=True)
-    with _failing(), err.status("") as status, soaking.a_server(url, model, status.update) as (address, process):
+    with _failing(), err.status("") as status, a_server(url, model, status.update) as (address, process):
         wanted = soaking.Soak(requests, minutes, concurrency, distinct, seed=seed)
         document = soaking.run(address, wanted, process, status.update)
     _show(document, None if as_json else soaking.table(document))

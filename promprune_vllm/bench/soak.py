@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,8 +17,6 @@ from rich.table import Table
 from promprune_vllm.bench.processes import Held, growth, held
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.bench.soak_requests import Reply, pool
-from promprune_vllm.demo.model import find_or_build_demo_model
-from promprune_vllm.demo.server import one_worker, serving
 from promprune_vllm.errors import BenchError
 
 GROWTH_LIMIT = 0.02
@@ -32,13 +27,7 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 _WARM_UP = 0.25
 """Of the time, before which growing is no sign of a leak: caches fill, pools of threads and memory come up."""
 _SHOWN_TROUBLES = 20
-_LITTLE = (
-    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"),
-    *("--block-size", "32", "--max-num-seqs", "16"),
-    *("--num-gpu-blocks-override", "128", "--max-num-batched-tokens", "640", "--mm-processor-cache-gb", "0.05"),
-    *("--limit-mm-per-prompt", '{"image": 3}', "--served-model-name", "demo"),
-    *("--visual-token-allow-methods", "random,divprune"),
-)
+_MOST_LOST = 100  # after which the server is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,29 +109,6 @@ def run(url: str, soak: Soak, process: int | None, tell: Callable[[str], None]) 
     }
 
 
-@contextmanager
-def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -> Iterator[tuple[str, int | None]]:
-    """Yield the address of the server to soak and its process: the one given, without, or one started here.
-
-    The latter has few KV blocks, short steps and small caches, so that requests are preempted, images come in
-    chunks and entries are evicted all the time.
-
-    Args:
-        url: A running server; then the model does not matter.
-        model: Checkpoint to serve; the demo model by default.
-        tell: Told what is being done.
-    """
-    if url is not None:
-        yield url.rstrip("/"), None
-        return
-    tell("Starting a server with little of everything …")
-    with tempfile.TemporaryDirectory(prefix="promprune-soak-") as scratch:
-        directory, log = model or find_or_build_demo_model(), Path(scratch) / "server.log"
-        options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1"})
-        with serving(directory, *options, log=log, environment=environment) as server:
-            yield server.url, server.process.pid
-
-
 async def _run(url: str, soak: Soak, process: int | None, tell: Callable[[str], None]) -> Outcome:
     limits = httpx.Limits(max_connections=soak.concurrency + 4, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
@@ -151,7 +117,7 @@ async def _run(url: str, soak: Soak, process: int | None, tell: Callable[[str], 
         tell(f"Asking {len(bodies)} different requests one by one …")
         alone = [await _alone(client, body) for body in bodies]
         outcome, started = Outcome(), time.monotonic()
-        todo = _drawn(soak, started)
+        todo = _drawn(soak, started, outcome)
 
         async def work() -> None:
             for i, draw in todo:  # shared: each worker takes what is next
@@ -170,10 +136,10 @@ async def _run(url: str, soak: Soak, process: int | None, tell: Callable[[str], 
     return outcome
 
 
-def _drawn(soak: Soak, started: float) -> Iterator[tuple[int, random.Random]]:
+def _drawn(soak: Soak, started: float, outcome: Outcome) -> Iterator[tuple[int, random.Random]]:
     draw = random.Random(soak.seed + 1)
     for _ in range(soak.requests):
-        if time.monotonic() - started > 60 * soak.minutes:
+        if time.monotonic() - started > 60 * soak.minutes or outcome.counts["lost"] >= _MOST_LOST:
             return
         yield draw.randrange(soak.distinct), random.Random(draw.random())
 

@@ -143,7 +143,7 @@ def _wait_until_healthy(server: Server, timeout_seconds: float, on_stage: Callab
     told = ""
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
-            raise DemoError(f"The server ended with status {server.process.returncode}.\n{_log_end(server.log)}")
+            raise DemoError(f"The server ended with status {server.process.returncode}.\n{log_end(server.log)}")
         stage = _stage(server.log)
         if stage != told:
             told = stage
@@ -154,7 +154,7 @@ def _wait_until_healthy(server: Server, timeout_seconds: float, on_stage: Callab
         except httpx.TransportError:
             pass
         time.sleep(0.25)
-    raise DemoError(f"The server did not answer within {timeout_seconds:.0f} s.\n{_log_end(server.log)}")
+    raise DemoError(f"The server did not answer within {timeout_seconds:.0f} s.\n{log_end(server.log)}")
 
 
 def _stage(log: Path) -> str:
@@ -166,7 +166,8 @@ def _stage(log: Path) -> str:
     return reached
 
 
-def _log_end(log: Path, lines: int = 25) -> str:
+def log_end(log: Path, lines: int = 25) -> str:
+    """Return the last lines of a server's output, for an error message."""
     end = log.read_text(errors="replace").splitlines()[-lines:]
     return "\n".join([f"The end of its log, {log}:", *(f"  {line}" for line in end)])
 

@@ -1,0 +1,61 @@
+"""The server that a soak starts: as little of everything as it takes to be in trouble all the time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from promprune_vllm.demo.model import find_or_build_demo_model
+from promprune_vllm.demo.server import log_end, one_worker, serving
+from promprune_vllm.errors import BenchError
+
+_LITTLE = (
+    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "2048"),
+    *("--block-size", "32", "--max-num-seqs", "16"),
+    *("--num-gpu-blocks-override", "128", "--max-num-batched-tokens", "640", "--mm-processor-cache-gb", "0.05"),
+    *("--limit-mm-per-prompt", '{"image": 3}', "--served-model-name", "demo"),
+    *("--visual-token-allow-methods", "random,divprune"),
+)
+# By default glibc keeps much of what is freed, in pieces, and a server seems to grow for an hour.
+_GIVEN_BACK = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_TRIM_THRESHOLD_": "262144",
+}
+
+
+@contextmanager
+def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -> Iterator[tuple[str, int | None]]:
+    """Yield the address of the server to soak and its process: the one given, without, or one started here.
+
+    The latter has few KV blocks, short steps and small caches, so that requests are preempted, images come in
+    chunks and entries are evicted all the time. Its memory allocator gives back what is freed, so that what grows
+    is held.
+
+    Args:
+        url: A running server; then the model does not matter.
+        model: Checkpoint to serve; the demo model by default.
+        tell: Told what is being done.
+    """
+    if url is not None:
+        yield url.rstrip("/"), None
+        return
+    tell("Starting a server with little of everything …")
+    with tempfile.TemporaryDirectory(prefix="promprune-soak-") as scratch:
+        directory, log = model or find_or_build_demo_model(), Path(scratch) / "server.log"
+        options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1", **_GIVEN_BACK})
+        with serving(directory, *options, log=log, environment=environment) as server:
+            yield server.url, server.process.pid
+            if not _lives(server.url):
+                raise BenchError(f"The server died of it.\n{log_end(log, 60)}")
+
+
+def _lives(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=60).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
