@@ -17,7 +17,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test eval eval-at-64 soak check lock clean
+.PHONY: help setup tools demo test eval eval-at-64 soak audit check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,6 +43,10 @@ eval-at-64: setup ## one budget with standard errors below a point, a quarter of
 
 soak: setup ## an hour of mixed traffic: every answer compared, nothing may grow; ARGS="--minutes 480" for a night
 	@$(BIN)/promprune bench soak --minutes 60 --requests 1000000 $(ARGS)
+
+audit: ## look up every locked package in the advisory databases (needs the internet)
+	@uv="$$(command -v uv || echo $(BIN)/uv)"; \
+	"$$uv" tool run pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
 	@$(BIN)/ruff check .

@@ -213,6 +213,29 @@ def test_two_api_servers_and_two_engines_count_as_one(two_of_each: Server) -> No
     assert changed["promprune_spectral_entropy_count", "promprune"] == selections
 
 
+def test_whichever_engine_answers_the_answer_is_one(two_of_each: Server, server: Server) -> None:
+    def ids(of: Server, budget: int | str) -> tuple[int, ...]:
+        answer = ask(of, "rocket", "coffee", visual_token_budget=budget, return_token_ids=True)
+        return tuple(answer["choices"][0]["token_ids"])
+
+    budgets: tuple[int | str, ...] = (64, 65, "full")
+    before = engines(two_of_each)
+    for budget in budgets:
+        assert {ids(two_of_each, budget) for _ in range(4)} == {ids(server, budget)}
+    after = engines(two_of_each)
+    assert all(after[engine] > before.get(engine, 0) for engine in ("0", "1")), "both were asked"
+
+
+def engines(server: Server) -> dict[str, float]:
+    """How many requests each engine has answered."""
+    found: dict[str, float] = {}
+    for family in server.families("vllm:request_success"):
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                found[sample.labels["engine"]] = found.get(sample.labels["engine"], 0) + sample.value
+    return found
+
+
 def test_every_series_of_the_catalogue_is_shown_with_its_help(server: Server) -> None:
     families = {family.name: family for family in server.families()}
     for metric in CATALOG:
