@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.update(VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+os.environ.update(
+    VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1"
+)
 
 import numpy as np
 from vllm import LLM, SamplingParams

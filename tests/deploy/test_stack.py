@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 import urllib.parse
@@ -14,6 +13,7 @@ from tests.conftest import VISUAL_TOKENS
 from tests.deploy.conftest import API_KEY, Stack
 from tests.deploy.docker_engine import Engine, EngineError
 from tests.deploy.images import DEPLOY, ROOT
+from tests.documents import example
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1500)]
 IMAGE = "promprune-vllm:0.1.0.dev0-cpu"
@@ -58,9 +58,7 @@ def test_a_budget_saves_prompt_tokens_and_prometheus_has_seen_it(stack: Stack) -
 
 def test_the_readme_gets_to_the_first_saved_token(stack: Stack) -> None:
     """What comes after `docker compose up`; the lines before it are what the fixture does."""
-    found = re.search(r"<!-- run: compose -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found
-    _, _, rest = found.group(1).partition("docker compose up -d --wait\n. ./.env && ")
+    _, _, rest = example("compose").partition("docker compose up -d --wait\n. ./.env && ")
     script = f"cd {DEPLOY} && VLLM_API_KEY={API_KEY} && {rest}"
     printed = stack.engine.inside(["bash", "-c", script])
     assert printed.split() == ["x-visual-tokens-seen:", str(VISUAL_TOKENS), "x-visual-tokens-kept:", "64"]

@@ -14,18 +14,12 @@ import pytest
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
+from tests.documents import example
 
 pytestmark = pytest.mark.server
-README = Path(__file__).parents[2] / "README.md"
 REPOSITORY = "llava-hf/llava-1.5-7b-hf"
 QUESTION_TOKENS = 60
 """More than the question and the template take, in bytes as tokens."""
-
-
-def example(name: str) -> str:
-    found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert found, f"the README has no example {name}"
-    return found.group(1)
 
 
 def run(code: str, interpreter: list[str], directory: Path, **environment: str) -> str:

@@ -18,6 +18,7 @@ from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
+from tests.documents import table
 
 run = CliRunner().invoke
 
@@ -107,18 +108,14 @@ def test_a_bad_setting_ends_with_one_clear_line(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["methods", "families", "metrics"])
-def test_the_readme_shows_the_generated_table(name: str) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = readme.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
-    assert shown == run(cli.app, [name, "--markdown"]).output.rstrip("\n"), (
-        f"run `promprune {name} --markdown` and put its output between the two marks of README.md"
+def test_the_documents_show_the_generated_table(name: str) -> None:
+    assert table(name) == run(cli.app, [name, "--markdown"]).output.rstrip("\n"), (
+        f"run `promprune {name} --markdown` and put its output between the two marks"
     )
 
 
-def test_the_readme_explains_every_option_as_the_help_does() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = readme.partition("<!-- options -->\n")[2].partition("\n<!-- /options -->")[0]
-    assert shown == serve_options.markdown(), "put serve_options.markdown() between the two marks of README.md"
+def test_the_documents_explain_every_option_as_the_help_does() -> None:
+    assert table("options") == serve_options.markdown(), "put serve_options.markdown() between the two marks"
     help_text = " ".join(serve_options.help_text().split())
     for name in Settings.model_fields:
         assert serve_options.variable(name) in help_text

@@ -23,6 +23,7 @@ from tests.unit.evaluated import reply, server
 
 STAND_IN = """
 import json, os, pathlib, sys, urllib.error, urllib.request
+from tests.documents import table
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 arguments = dict(pair.split("=", 1) for pair in words["--model_args"].split(","))
 for question in ("one", "two"):
@@ -142,12 +143,8 @@ def test_without_figures_the_table_says_so_beside_the_papers() -> None:
     assert all("the paper's, arXiv 2603." in line for line in theirs)
 
 
-def test_the_readme_shows_that_table() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = readme.partition("<!-- lmms -->\n")[2].partition("\n<!-- /lmms -->")[0]
-    assert shown == lmms.table([]), (
-        "put promprune_vllm.evaluation.lmms.table([]) between the two marks of README.md"
-    )
+def test_the_documents_show_that_table() -> None:
+    assert table("lmms") == lmms.table([]), "put promprune_vllm.evaluation.lmms.table([]) between the two marks"
 
 
 def test_an_unknown_task_is_read_by_its_first_metric() -> None:
