@@ -1,11 +1,10 @@
 """vLLM 0.32: pruned media are charged to the encoder by what is left of them, though the tower sees all of them.
 
-The scheduler fills a step's encoder budget with ``get_num_embeds()`` of each medium, the count *after* pruning. The
-vision tower runs on every patch. So with a pruning rate of 0.75, four times the tokens that the memory profile
-allowed for reach the tower in one step. On a GPU the runner sidesteps it by encoding pruned videos one at a time (see the TODO in
-``gpu_model_runner.py``), which gives up batching; other runners, and pruning of images, have no such guard.
-
-    VLLM_PLUGINS= python encoder_budget.py     # a CPU is enough; needs promprune-vllm only for the tiny checkpoint
+The scheduler fills a step's encoder budget with ``get_num_embeds()`` of each medium, the count *after* pruning.
+The vision tower runs on every patch. So with a pruning rate of 0.75, four times the tokens that the memory profile
+allowed for reach the tower in one step. On a GPU the runner sidesteps it by encoding pruned videos one at a time
+(see the TODO in ``gpu_model_runner.py``), which gives up batching; other runners, and pruning of images, have no
+such guard.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """vLLM 0.32: positions of a second image are written over those of the first.
 
 ``recompute_mrope_positions`` (vllm/multimodal/video_prune/evs.py) looks for the next medium behind
-``num_computed_tokens``, and counts only the tokens of media onto it: text between them is left out. Where the text before the
-first image is longer than the image's kept tokens, the second image is taken for the first again. With dense video
-this does not happen; with a few tokens of an image left it does. Nothing is dropped here, the images are just small:
-the positions should come out as they went in.
+``num_computed_tokens``, and counts only the tokens of media onto it: text between them is left out. Where the text
+before the first image is longer than the image's kept tokens, the second image is taken for the first again. With
+dense video this does not happen; with a few tokens of an image left it does. Nothing is dropped here, the images
+are just small: the positions should come out as they went in.
 
     python mrope_two_images.py    # a CPU is enough; prints both and exits with 1 where they differ
 """

@@ -52,9 +52,13 @@ def test_curl(server: Server, tmp_path: Path) -> None:
 
 def test_openai(server: Server, tmp_path: Path) -> None:
     printed = run(example("openai"), [sys.executable, "-c"], tmp_path, **online(server))
-    numbers = [int(number) for number in re.findall(r"(\d+)$", printed, flags=re.MULTILINE)]
-    quarter, both = numbers[0], numbers[-1]
+    (quarter,) = (int(number) for number in re.findall(r"(\d+)$", printed.strip()))
     assert VISUAL_TOKENS // 4 < quarter < VISUAL_TOKENS // 4 + QUESTION_TOKENS
+
+
+def test_stream(server: Server, tmp_path: Path) -> None:
+    printed = run(example("stream"), [sys.executable, "-c"], tmp_path, **online(server))
+    (both,) = (int(number) for number in re.findall(r"(\d+)$", printed.strip()))
     assert 64 + VISUAL_TOKENS < both < 64 + VISUAL_TOKENS + QUESTION_TOKENS
 
 

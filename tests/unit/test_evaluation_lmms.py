@@ -19,11 +19,11 @@ from promprune_vllm.evaluation import lmms
 from promprune_vllm.evaluation.asking import Way
 from promprune_vllm.evaluation.forwarding import forwarding
 from promprune_vllm.evaluation.target import look
+from tests.documents import table
 from tests.unit.evaluated import reply, server
 
 STAND_IN = """
 import json, os, pathlib, sys, urllib.error, urllib.request
-from tests.documents import table
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 arguments = dict(pair.split("=", 1) for pair in words["--model_args"].split(","))
 for question in ("one", "two"):
