@@ -1,8 +1,14 @@
-"""Two tensor-parallel ranks keep the same tokens; where one fails, one client gets an error and no other does."""
+"""Two tensor-parallel ranks keep the same tokens; where one fails, one client gets an error and no other does.
+
+And a router before that server and one of a single rank.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from promprune_vllm.demo.server import Server, serving
+from promprune_vllm.demo.server import Server, free_port, serving
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
 
@@ -92,3 +98,63 @@ def test_a_repeat_is_answered_as_by_a_server_where_nothing_failed(two_ranks: Ser
     log = two_ranks.log.read_text()
     assert "Selecting 48 of 576 visual tokens with method 'promprune' failed" in log
     assert "RuntimeError: cannot keep 48" in log
+
+
+@pytest.fixture
+def router(server: Server, two_ranks: Server, tmp_path: Path) -> Iterator[str]:
+    """vLLM's own router before two replicas; one of them has two ranks."""
+    port, log = str(free_port()), tmp_path / "router.log"
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm_router.launch_router", "--policy", "round_robin"]
+    command += [
+        "--worker-urls",
+        server.url,
+        two_ranks.url,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        url.rpartition(":")[2],
+    ]
+    command += ["--prometheus-port", str(free_port())]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not _answers(url):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_router_before_two_replicas_lets_budgets_through(router: str, server: Server, two_ranks: Server) -> None:
+    def answer(budget: int | str) -> httpx.Response:
+        return httpx.post(f"{router}{CHAT}", json=body("coffee", visual_token_budget=budget), timeout=120)
+
+    before = [each.metrics("promprune_requests")["promprune_requests_total"] for each in (server, two_ranks)]
+    answers = [answer(64) for _ in range(4)]
+    assert {reply.status_code for reply in answers} == {200}
+    assert {reply.json()["usage"]["visual_tokens"]["kept"] for reply in answers} == {64}
+    assert {reply.headers["x-visual-tokens-kept"] for reply in answers} == {"64"}
+    assert len({reply.json()["choices"][0]["message"]["content"] for reply in answers}) == 1
+    after = [each.metrics("promprune_requests")["promprune_requests_total"] for each in (server, two_ranks)]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [2, 2]
+    refused = answer("many")
+    assert refused.status_code == 400
+    assert "many" in refused.text
+    streamed = httpx.post(
+        f"{router}{CHAT}",
+        json=body("coffee", visual_token_budget=64, stream=True, stream_options={"include_usage": True}),
+        timeout=120,
+    )
+    assert '"kept":64' in streamed.text
