@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
@@ -42,11 +44,7 @@ def online(server: Server) -> dict[str, str]:
 
 
 def test_curl(server: Server, tmp_path: Path) -> None:
-    import json
-
-    # The example's own port may be taken on this machine.
-    code = example("curl").replace("http://127.0.0.1:8000", server.url)
-    reply = json.loads(run(code, ["bash", "-c"], tmp_path))
+    reply = json.loads(run(local("curl", server), ["bash", "-c"], tmp_path))
     assert 64 < reply["usage"]["prompt_tokens"] < 64 + QUESTION_TOKENS
 
 
@@ -60,6 +58,34 @@ def test_stream(server: Server, tmp_path: Path) -> None:
     printed = run(example("stream"), [sys.executable, "-c"], tmp_path, **online(server))
     (both,) = (int(number) for number in re.findall(r"(\d+)$", printed.strip()))
     assert 64 + VISUAL_TOKENS < both < 64 + VISUAL_TOKENS + QUESTION_TOKENS
+
+
+def test_count(server: Server, tmp_path: Path) -> None:
+    reply = json.loads(run(local("count", server), ["bash", "-c"], tmp_path))
+    assert [image["kept"] for image in reply["images"]] == [64, 144]
+
+
+def test_inspect(server: Server, tmp_path: Path) -> None:
+    reply = json.loads(run(local("inspect", server), ["bash", "-c"], tmp_path))
+    assert (reply["seen"], reply["kept"], len(reply["indices"])) == (VISUAL_TOKENS, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["select", "pictures"])
+def test_pictures(every_method: Server, tmp_path: Path, name: str) -> None:
+    code = {"select": example("select"), "pictures": example("pictures")}[name]
+    code = code.replace("promprune select", f"{sys.executable} -m promprune_vllm select --url {every_method.url}")
+    run(f"set -e\n{code}", ["bash", "-c"], tmp_path)
+    for made in re.findall(r"--out (\S+)", code):
+        with Image.open(tmp_path / made) as picture:
+            assert picture.width > 300
+    if name == "pictures":
+        assert json.loads((tmp_path / "kept.jsonl").read_text())["kept"] == 64
+
+
+def local(name: str, server: Server) -> str:
+    """An example that asks a server of this machine; its own port may be taken."""
+    examples = {"curl": example("curl"), "count": example("count"), "inspect": example("inspect")}
+    return examples[name].replace("http://127.0.0.1:8000", server.url).replace("localhost:8000", server.url)
 
 
 def test_langchain(server: Server, tmp_path: Path) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.documents import PAGES, README, ROOT
+from promprune_vllm.demo.trained import TRAINED
+from tests.documents import PAGES, README, ROOT, example
+
+BLOCK = re.compile(r"(?:<!-- (run|from|needs): (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def test_every_test_that_the_security_notes_name_exists() -> None:
@@ -29,6 +38,41 @@ def test_the_readmes_losses_are_those_of_the_evaluation() -> None:
     rows = re.findall(r"^\| `[\w-]+` \| [\d,]+ \|.*$", README.read_text(), flags=re.MULTILINE)
     assert len(rows) > 4
     assert all(row in everything for row in rows)
+
+
+def test_every_example_is_run_or_says_what_it_needs() -> None:
+    run = {name for file in TESTS for name in re.findall(r'example\("([\w-]+)"\)', file.read_text())}
+    for page in PAGES:
+        for mark, value, language, code in re.findall(
+            r"(?:<!-- (run|from|needs): (.*?) -->\n)?^```(\w*)\n(.*?)^```",
+            page.read_text(),
+            re.DOTALL | re.MULTILINE,
+        ):
+            if language not in ("sh", "python"):
+                continue  # what is printed or sent
+            assert mark, f"{page.name}: nobody runs {code[:80]!r}"
+            if mark == "run":
+                assert value in run, f"{page.name}: no test runs {value}"
+            if mark == "from":
+                source = (ROOT / value).read_text()
+                assert all(line in source for line in code.splitlines()), f"{page.name} shows {value} as it was"
+
+
+def test_the_example_of_the_library_selects() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = {
+        "tokens": torch.randn(576, 8, generator=generator),
+        "cls_attention": torch.rand(576, generator=generator),
+    }
+    exec(example("library"), found)
+    assert len(found["kept"]) == 64
+
+
+def test_the_example_of_a_plan_is_printed(tmp_path: Path) -> None:
+    shutil.copy(TRAINED / "config.json", tmp_path)
+    command = [sys.executable, "-m", *example("plan").replace("promprune", "promprune_vllm", 1).split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [row["budget"] for row in json.loads(run.stdout)["budgets"]] == ["full", "25%", "128"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
