@@ -4,45 +4,50 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-_SHARED = Path("/dev/shm")
+_MIB = 1024  # in kB, as Linux tells them
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One look at a process and all it started.
+    """One look at a process and all it started. Pages of files are left out: they come and go as others map them.
 
     Args:
-        memory_mib: Proportional set size: what several share counts once.
+        memory_mib: Anonymous memory; what several share counts once.
+        shared_mib: Mapped of ``/dev/shm`` and the like; what several share counts once.
         descriptors: Open files and sockets.
         threads: Threads.
-        shared_mib: Of ``/dev/shm``, of the whole machine.
     """
 
     memory_mib: float
+    shared_mib: float
     descriptors: int
     threads: int
-    shared_mib: float
 
 
 def held(process: int) -> Held:
     """Look at a process and all it started."""
     first = psutil.Process(process)
-    memory, descriptors, threads = 0, 0, 0
+    memory, shared, descriptors, threads = 0, 0, 0, 0
     for each in (first, *first.children(recursive=True)):
-        try:
-            with each.oneshot():
-                memory += each.memory_full_info().pss
-                descriptors += each.num_fds()
-                threads += each.num_threads()
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    shared = sum(file.stat().st_blocks * 512 for file in _SHARED.iterdir() if file.is_file())
-    return Held(round(memory / 2**20, 1), descriptors, threads, round(shared / 2**20, 1))
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, FileNotFoundError, ProcessLookupError):
+            proportions = _proportions(each.pid)
+            memory += proportions["Pss_Anon"]
+            shared += proportions["Pss_Shmem"]
+            descriptors += each.num_fds()
+            threads += each.num_threads()
+    return Held(round(memory / _MIB, 1), round(shared / _MIB, 1), descriptors, threads)
+
+
+def _proportions(process: int) -> dict[str, int]:
+    """Return a process's shares of what it maps, in kB."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
 
 
 def growth(looks: Sequence[Held], warm_up: float) -> dict[str, float]:
