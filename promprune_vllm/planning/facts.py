@@ -12,7 +12,8 @@ from promprune_vllm.core.savings import Decoder
 from promprune_vllm.errors import PlanError
 from promprune_vllm.planning import images
 
-_PROCESSOR = "preprocessor_config.json"
+_OF_ALL = "processor_config.json"  # where transformers 5 writes what earlier ones gave a file of its own
+_PROCESSORS = ("preprocessor_config.json", _OF_ALL)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -114,15 +115,23 @@ def read(model: str) -> Facts:
 
 
 def _beside(model: str) -> dict[str, Any]:
+    """Return the configuration of the image processor, of whichever age of transformers."""
+    found = {name: _file(model, name) for name in _PROCESSORS}
+    for name, file in found.items():
+        if file is not None:
+            told = dict(json.loads(Path(file).read_text()))
+            return dict(told["image_processor"]) if name == _OF_ALL and "image_processor" in told else told
+    return {}
+
+
+def _file(model: str, name: str) -> str | None:
     from transformers.utils import cached_file
 
     path = Path(model)
-    found: str | None
     if path.is_file():
-        found = str(path.with_name(_PROCESSOR)) if path.with_name(_PROCESSOR).is_file() else None
-    else:
-        found = cached_file(model, _PROCESSOR, _raise_exceptions_for_missing_entries=False)
-    return {} if found is None else dict(json.loads(Path(found).read_text()))
+        return str(path.with_name(name)) if path.with_name(name).is_file() else None
+    found: str | None = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return found
 
 
 def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:

@@ -8,7 +8,7 @@ from typing import Any
 from promprune_vllm.errors import PlanError
 
 Config = Mapping[str, Any]
-# Published image processors' limits in pixels, where no preprocessor_config.json lies beside the model's.
+# Published image processors' limits in pixels, where no processor's configuration lies beside the model's.
 _QWEN_PIXELS = {"qwen2_vl": (3136, 12_845_056), "qwen2_5_vl": (3136, 12_845_056), "qwen3_vl": (65_536, 16_777_216)}
 
 
@@ -17,7 +17,7 @@ def visual_tokens(config: Config, processor: Config, width: int, height: int) ->
 
     Args:
         config: The model's config.json.
-        processor: Its preprocessor_config.json, or nothing.
+        processor: That of its image processor, or nothing.
         width, height: In pixels.
 
     Raises:
@@ -71,9 +71,9 @@ def _llava_next(config: Config, _: Config, width: int, height: int) -> int:
     canvas = _resolution(config, width, height)
     rows, columns = side * (canvas[0] // size), side * (canvas[1] // size)
     if width / height > columns / rows:
-        rows -= (rows - round(height * columns / width)) // 2 * 2
+        rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
     else:
-        columns -= (columns - round(width * rows / height)) // 2 * 2
+        columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
     return side**2 + rows * columns + rows  # a newline ends each row
 
 
