@@ -61,9 +61,8 @@ def growth(looks: Sequence[Held], warm_up: float) -> dict[str, float]:
     third = len(later) // 3
     if not third:
         return {}
-    return {
-        name: statistics.median(look[name] for look in later[-third:])
-        / max(statistics.median(look[name] for look in later[:third]), 1e-9)
-        - 1
-        for name in later[0]
-    }
+    grown = {}
+    for name in later[0]:
+        first, last = (statistics.median(look[name] for look in part) for part in (later[:third], later[-third:]))
+        grown[name] = (last - first) / max(first, 1)  # of next to nothing, nothing can be told
+    return grown
