@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
 TOOLS := $(PYTHON) deploy/environment/setup_tools.py --into $(VENV)/tools
+UV = "$$(command -v uv || echo $(BIN)/uv)"
 LOCK := deploy/environment/cpu-lock.txt
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 # Questions of each task, so that the matrix fits into an hour on a slow day: most for PromPrune and the controls, least for methods
@@ -45,8 +46,7 @@ soak: setup ## an hour of mixed traffic: every answer compared, nothing may grow
 	@$(BIN)/promprune bench soak --minutes 60 --requests 1000000 $(ARGS)
 
 audit: ## look up every locked package in the advisory databases (needs the internet)
-	@uv="$$(command -v uv || echo $(BIN)/uv)"; \
-	"$$uv" tool run pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) $(ARGS)
+	@$(UV) tool run pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) $(ARGS)
 
 check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
 	@$(BIN)/ruff check .
@@ -55,10 +55,9 @@ check: setup ## lint, formatting, types and unit tests: half a minute, before ea
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 lock: ## compile the lock anew, keeping its versions where they still fit; ARGS=--upgrade moves them
-	@uv="$$(command -v uv || echo $(BIN)/uv)"; \
-	links="$${PIP_FIND_LINKS:-$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)}"; \
+	@links="$${PIP_FIND_LINKS:-$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)}"; \
 	torch="$$(for link in $$links; do echo "--find-links=$$link"; done)"; \
-	"$$uv" pip compile --quiet --no-header --no-annotate --extra cpu --extra dev pyproject.toml \
+	$(UV) pip compile --quiet --no-header --no-annotate --extra cpu --extra dev pyproject.toml \
 	  --override deploy/environment/overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  $(NOT_LOCKED:%=--no-emit-package=%) $${torch:---torch-backend=cpu} $(ARGS) --output-file $(LOCK)
 	@sed -i -E -e 's/^(intel-[^ ]+)$$/\1 ; platform_machine == "x86_64"/' \

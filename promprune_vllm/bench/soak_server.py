@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-
 from promprune_vllm.demo.model import find_or_build_demo_model
-from promprune_vllm.demo.server import log_end, one_worker, serving
+from promprune_vllm.demo.server import is_healthy, log_end, one_worker, serving
 from promprune_vllm.errors import BenchError
 
 _LITTLE = (
@@ -50,12 +48,5 @@ def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -
         options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1", **_GIVEN_BACK})
         with serving(directory, *options, log=log, environment=environment) as server:
             yield server.url, server.process.pid
-            if not _lives(server.url):
+            if not is_healthy(server.url):
                 raise BenchError(f"The server died of it.\n{log_end(log, 60)}")
-
-
-def _lives(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=60).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False

@@ -60,6 +60,14 @@ class Server:
         return totals
 
 
+def is_healthy(url: str, timeout_seconds: float = 60) -> bool:
+    """Return whether a server answers its ``/health`` with 200."""
+    try:
+        return httpx.get(f"{url}/health", timeout=timeout_seconds).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
 def free_port() -> int:
     """Return a port nobody listens on at this moment."""
     with socket.socket() as probe:
@@ -148,11 +156,8 @@ def _wait_until_healthy(server: Server, timeout_seconds: float, on_stage: Callab
         if stage != told:
             told = stage
             on_stage(stage)
-        try:
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
+        if is_healthy(server.url, timeout_seconds=5):
+            return
         time.sleep(0.25)
     raise DemoError(f"The server did not answer within {timeout_seconds:.0f} s.\n{log_end(server.log)}")
 

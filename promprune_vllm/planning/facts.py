@@ -116,9 +116,8 @@ def read(model: str) -> Facts:
 
 def _beside(model: str) -> dict[str, Any]:
     """Return the configuration of the image processor, of whichever age of transformers."""
-    found = {name: _file(model, name) for name in _PROCESSORS}
-    for name, file in found.items():
-        if file is not None:
+    for name in _PROCESSORS:
+        if (file := _file(model, name)) is not None:
             told = dict(json.loads(Path(file).read_text()))
             return dict(told["image_processor"]) if name == _OF_ALL and "image_processor" in told else told
     return {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo import photo_path
@@ -66,7 +68,18 @@ def _serving(model: Path, directory: Path, *options: str, **environment: str) ->
 
 
 def image_url(photo: str) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(photo_path(photo).read_bytes()).decode()
+    return data_url(photo_path(photo).read_bytes(), "jpeg")
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture as the address of its file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return data_url(file.getvalue(), kind.lower())
 
 
 def body(*photos: str, question: str = QUESTION, **fields: Any) -> dict[str, Any]:

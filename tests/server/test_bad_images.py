@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import struct
 import zlib
-from typing import Any
 
 import httpx
 import psutil
@@ -15,21 +12,11 @@ from PIL import Image
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
-from tests.server.conftest import ask, body, image_url, post
+from tests.server.conftest import ask, body, data_url, image_url, post, saved
 
 pytestmark = pytest.mark.server
 CHAT = "/v1/chat/completions"
 MIB = 2**20
-
-
-def url(content: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def saved(image: Image.Image, kind: str, **options: Any) -> str:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return url(file.getvalue(), kind.lower())
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -66,15 +53,15 @@ ODD = {
     "told to be of another kind": image_url("coffee").replace("image/jpeg", "image/png"),
 }
 BAD = {
-    "half a file": url(photo_path("coffee").read_bytes()[:9000], "jpeg"),
+    "half a file": data_url(photo_path("coffee").read_bytes()[:9000], "jpeg"),
     "no bytes": "data:image/png;base64,",
-    "text": url(b"This is not an image."),
-    "a script in SVG": url(b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "svg+xml"),
-    "PostScript": url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "eps"),
+    "text": data_url(b"This is not an image."),
+    "a script in SVG": data_url(b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "svg+xml"),
+    "PostScript": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "eps"),
     "broken base64": "data:image/png;base64,%%%%",
-    "a PNG with a wrong length": url(b"\x89PNG\r\n\x1a\n" + b"\xff" * 64),
-    "a bomb": url(bomb(20_000, 20_000)),
-    "a tall bomb": url(bomb(9, 60_000_000 // 2)),
+    "a PNG with a wrong length": data_url(b"\x89PNG\r\n\x1a\n" + b"\xff" * 64),
+    "a bomb": data_url(bomb(20_000, 20_000)),
+    "a tall bomb": data_url(bomb(9, 60_000_000 // 2)),
     "a file of the server": "file:///etc/passwd",
 }
 

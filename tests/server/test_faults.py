@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import random
 import socket
@@ -19,8 +17,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from promprune_vllm.demo.server import Server, free_port, serving
-from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body
+from promprune_vllm.demo.server import Server, free_port, is_healthy, serving
+from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, saved
 
 pytestmark = pytest.mark.server
 CHAT = "/v1/chat/completions"
@@ -29,9 +27,7 @@ PATIENCE_SECONDS = 120.0
 
 def noise(seed: str) -> str:
     """An image nobody has asked about yet."""
-    content = io.BytesIO()
-    Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768)).save(content, "PNG")
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    return saved(Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768)), "PNG")
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -141,9 +137,9 @@ def test_a_life_with_a_scrape_at_birth_a_lost_directory_and_a_killed_engine(
         assert engines
         for engine in engines:
             engine.kill()
-        until(lambda: not _healthy(one))
-        assert not _healthy(one)
-    assert _healthy(server)
+        until(lambda: not is_healthy(one.url))
+        assert not is_healthy(one.url)
+    assert is_healthy(server.url)
     assert "EngineDeadError" in (log := (tmp_path / "log").read_text()) or "died" in log
     with serving(demo_model, *OPTIONS, log=tmp_path / "log", port=port, environment=environment) as again:
         assert _ids(again) == expected
@@ -151,13 +147,6 @@ def test_a_life_with_a_scrape_at_birth_a_lost_directory_and_a_killed_engine(
 
 def _ids(server: Server) -> Any:
     return ask(server, "coffee", visual_token_budget=64, return_token_ids=True)["choices"][0]["token_ids"]
-
-
-def _healthy(server: Server) -> bool:
-    try:
-        return httpx.get(f"{server.url}/health", timeout=30).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_logs_hold_no_images_prompts_or_keys(demo_model: Path, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from typing import Any
 
 import httpx
@@ -22,7 +20,7 @@ from schemathesis import Case, GenerationMode
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
-from tests.server.conftest import MODEL, ask
+from tests.server.conftest import MODEL, ask, saved
 
 pytestmark = pytest.mark.server
 SEED = 20261120
@@ -36,10 +34,8 @@ PLAN = {COUNT: (1800, 1700), CHAT: (250, 350), TOKENIZE: (450, 450)}
 
 def _photograph() -> str:
     """A photograph of a few kilobytes, so that sending it takes no time."""
-    buffer = BytesIO()
     with Image.open(photo_path("coffee")) as photo:
-        photo.convert("RGB").resize((96, 64)).save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return saved(photo.convert("RGB").resize((96, 64)), "JPEG")
 
 
 def _fixed(path: str) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server, serving
 from promprune_vllm.metrics.catalog import CATALOG, UNPRUNED
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import ENVIRONMENT, MODEL, OPTIONS, Series, ask, body, grown, post, series
+from tests.server.conftest import ENVIRONMENT, MODEL, OPTIONS, Series, ask, body, grown, post, saved, series
 
 pytestmark = pytest.mark.server
 CHAT = "/v1/chat/completions"
@@ -60,9 +58,7 @@ def fresh(photo: str) -> str:
     with Image.open(photo_path(photo)) as image:
         width, height = image.size
         cropped = image.crop((0, 0, width - 1, height))
-    buffer = BytesIO()
-    cropped.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return saved(cropped, "PNG")
 
 
 def request(photos: Sequence[str], budget: object = None, **fields: Any) -> dict[str, Any]:

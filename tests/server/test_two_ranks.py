@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from promprune_vllm.demo.server import Server, free_port, serving
+from promprune_vllm.demo.server import Server, free_port, is_healthy, serving
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
 
@@ -106,21 +106,13 @@ def router(server: Server, two_ranks: Server, tmp_path: Path) -> Iterator[str]:
     port, log = str(free_port()), tmp_path / "router.log"
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "vllm_router.launch_router", "--policy", "round_robin"]
-    command += [
-        "--worker-urls",
-        server.url,
-        two_ranks.url,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        url.rpartition(":")[2],
-    ]
+    command += ["--worker-urls", server.url, two_ranks.url, "--host", "127.0.0.1", "--port", port]
     command += ["--prometheus-port", str(free_port())]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 60
-        while not _answers(url):
+        while not is_healthy(url, timeout_seconds=5):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
@@ -128,13 +120,6 @@ def router(server: Server, two_ranks: Server, tmp_path: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(20)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_a_router_before_two_replicas_lets_budgets_through(router: str, server: Server, two_ranks: Server) -> None:

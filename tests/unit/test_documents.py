@@ -43,11 +43,7 @@ def test_the_readmes_losses_are_those_of_the_evaluation() -> None:
 def test_every_example_is_run_or_says_what_it_needs() -> None:
     run = {name for file in TESTS for name in re.findall(r'example\("([\w-]+)"\)', file.read_text())}
     for page in PAGES:
-        for mark, value, language, code in re.findall(
-            r"(?:<!-- (run|from|needs): (.*?) -->\n)?^```(\w*)\n(.*?)^```",
-            page.read_text(),
-            re.DOTALL | re.MULTILINE,
-        ):
+        for mark, value, language, code in BLOCK.findall(page.read_text()):
             if language not in ("sh", "python"):
                 continue  # what is printed or sent
             assert mark, f"{page.name}: nobody runs {code[:80]!r}"

@@ -219,7 +219,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from promprune_vllm.metrics.recorder import Recorder
 
-directory, total = sys.argv[1], 0.0
+directory = sys.argv[1]
 recorder = Recorder(directory, "demo")
 recorder.outcome("full")
 try:
