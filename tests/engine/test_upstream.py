@@ -1,0 +1,57 @@
+"""What docs/upstream.md reports to vLLM is still so: its scripts run, and print what the page shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from promprune_vllm.demo.families import build_family_model
+from tests.documents import ROOT
+
+pytestmark = pytest.mark.engine
+SCRIPTS = ROOT / "docs" / "repro"
+PAGE = ROOT / "docs" / "upstream.md"
+
+
+def shown(script: str) -> list[str]:
+    """The lines that the page shows as printed, behind the script's name."""
+    found = re.search(rf"repro/{script}\).*?\n```\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert found, f"{PAGE.name} does not show what {script} prints"
+    return found.group(1).splitlines()
+
+
+def run(script: str, *arguments: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *arguments],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 1, f"{script} finds nothing wrong any more:\n{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", ["mrope_portrait.py", "mrope_two_images.py"])
+def test_positions_are_wrong_as_reported(script: str) -> None:
+    printed = run(script)
+    assert set(shown(script)) <= set(printed)
+
+
+def test_a_step_encodes_more_than_its_budget_as_reported(tmp_path: Path) -> None:
+    build_family_model("qwen2_5_vl", tmp_path / "model")
+    printed = run("encoder_budget.py", str(tmp_path / "model"))
+    assert set(shown("encoder_budget.py")) <= set(printed)
+
+
+def test_every_script_is_reported_and_tried() -> None:
+    named = set(re.findall(r"\(repro/(\w+\.py)\)", PAGE.read_text()))
+    assert named == {script.name for script in SCRIPTS.glob("*.py")}
+    tried = Path(__file__).read_text()
+    assert all(script in tried for script in named)
