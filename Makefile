@@ -18,7 +18,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test eval eval-at-64 soak audit check lock clean
+.PHONY: help setup tools demo test eval eval-at-64 soak audit lint check dist lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,11 +48,19 @@ soak: setup ## an hour of mixed traffic: every answer compared, nothing may grow
 audit: ## look up every locked package in the advisory databases (needs the internet)
 	@$(UV) tool run pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) $(ARGS)
 
-check: setup ## lint, formatting, types and unit tests: half a minute, before each commit
+lint: setup ## lint, formatting, types; what pre-commit runs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+check: lint ## and unit tests: before each commit
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+dist: setup ## wheel and sdist in dist/, checked as the package index checks them
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
 
 lock: ## compile the lock anew, keeping its versions where they still fit; ARGS=--upgrade moves them
 	@links="$${PIP_FIND_LINKS:-$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)}"; \

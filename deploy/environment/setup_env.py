@@ -123,7 +123,7 @@ class Environment:
                 say(f"{failure}\nsetup: trying the same with pip")
         raise failure
 
-    def fill(self) -> None:
+    def install_torch(self) -> None:
         config = (self.python, *PIP, "config", "get", "global.find-links")  # prints nothing where none is set
         configured = subprocess.run(config, capture_output=True, text=True, check=False).stdout
         links = os.environ.get("PIP_FIND_LINKS", configured)
@@ -131,13 +131,22 @@ class Environment:
         plain = TORCHVISION.partition("+")[0]
         self.install(TORCH, [*local, TORCH], [TORCH_INDEX, TORCH])
         self.install(plain, [*local, TORCHVISION], [TORCH_INDEX, TORCHVISION], [plain])
+
+    def fill(self) -> None:
+        self.install_torch()
         self.install(f"vLLM and the rest of {LOCK.name}", ["-r", str(LOCK)])
         self.install("promprune-vllm, editable", ["-e", str(ROOT)])
+        self.compile()
+        self.repair_torchvision()
+
+    def compile(self) -> None:
         say("compiling to bytecode, which uv leaves to every start")
         site = run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
         # A few packages carry files that are no Python of this version: those fail, and nobody imports them.
         compile_all = (self.python, "-m", "compileall", "-q", "-j", "0", site)
         subprocess.run(compile_all, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+    def repair_torchvision(self) -> None:
         say("checking that torchvision can be imported")
         news = run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
         if news:

@@ -1,8 +1,8 @@
-"""vLLM 0.32: with ``--video-pruning-rate`` a step encodes several times the tokens that the encoder's budget allows.
+"""vLLM 0.32: with ``--video-pruning-rate`` a step encodes several times what the encoder's budget allows.
 
-The scheduler charges a step's encoder budget with ``get_num_embeds()``: the tokens a video has *after* pruning. The
-tower computes all of them. Here the same short videos are asked about at once, unpruned and at a rate of 0.75, and
-the tokens that go through the tower in a step are counted.
+The scheduler charges a step's encoder budget with ``get_num_embeds()``: the tokens a video has *after* pruning.
+The tower computes all of them. Here the same short videos are asked about at once, unpruned and at a rate of 0.75,
+and the tokens that go through the tower in a step are counted.
 
     python encoder_budget.py [MODEL]     # a Qwen2.5-VL; a CPU and random weights are enough; exits with 1 where
                                          # a step encodes more than its budget
