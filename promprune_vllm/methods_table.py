@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def markdown() -> str:
     rows = [
         (
             f"`{row['name']}`",
-            row["paper"],
+            _linked(row["paper"]),
             ", ".join(row["needs"]),
             row["summary"],
             "merges" if row["merges"] else "drops",
@@ -70,8 +71,12 @@ def markdown() -> str:
         )
         for row in describe()
     ]
-    rows += [(name, paper, _ABSENT, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()]
+    rows += [(name, _linked(paper), _ABSENT, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()]
     return table(_COLUMNS, rows)
+
+
+def _linked(paper: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5}(?:v\d+)?)", r"[\1](https://arxiv.org/abs/\1)", paper)
 
 
 def _agreement(measured: Mapping[str, Any] | None) -> str:
