@@ -53,7 +53,7 @@ lint: setup ## lint, formatting, types; what pre-commit runs
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-check: lint ## and unit tests: before each commit
+check: lint ## lint, formatting, types and unit tests: before each commit
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 dist: setup ## wheel and sdist in dist/, checked as the package index checks them
