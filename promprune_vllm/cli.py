@@ -151,11 +151,7 @@ def calibrate(
     ],
     limit: Annotated[
         int | None,
-        typer.Option(
-            "--limit",
-            min=1,
-            help="Use at most this many of each directory, spread over the sorted names. Default: all.",
-        ),
+        typer.Option("--limit", min=1, help="Images of each directory, spread over its names; default: all."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every value.")] = False,
 ) -> None:

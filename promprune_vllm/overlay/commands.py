@@ -16,9 +16,7 @@ _WIDTH_PX = 840  # of one picture in a sheet, at most
 
 
 def select(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE", help="Image files to look at.", show_default=False)
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)],
     *,
     budget: Annotated[
         str | None, typer.Option(help='Tokens to keep: 64, 0.25, "25%" or "full" (default: 64).')
