@@ -163,7 +163,7 @@ def calibrate(
     from rich.console import Console
 
     from promprune_vllm.calibration_table import show
-    from promprune_vllm.engine.calibrate import calibrate as measure_directory
+    from promprune_vllm.engine.calibrate import calibrate as measure
     from promprune_vllm.errors import PromPruneError
 
     if model.startswith("-"):
@@ -171,7 +171,7 @@ def calibrate(
     err = Console(stderr=True)
     try:
         with err.status("") as status:
-            report = measure_directory(model, images, limit=limit, arguments=context.args, tell=status.update)
+            report = measure(model, images, limit=limit, arguments=context.args, tell=status.update)
     except PromPruneError as error:
         _fail(str(error))
     except ImportError as error:
