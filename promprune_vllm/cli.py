@@ -120,7 +120,7 @@ def list_families(
 @app.command("metrics")
 def list_metrics(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's tables.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/metrics.md.")] = False,
 ) -> None:
     """List the Prometheus metrics that a server adds to vLLM's on /metrics, with their types and labels."""
     from promprune_vllm.metrics_table import describe, labels, markdown
@@ -151,7 +151,7 @@ def calibrate(
     ],
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, help="Use at most this many of each, spread over the sorted names."),
+        typer.Option("--limit", min=1, help="Images of each directory, spread over its names; default: all."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every value.")] = False,
 ) -> None:
@@ -163,7 +163,7 @@ def calibrate(
     from rich.console import Console
 
     from promprune_vllm.calibration_table import show
-    from promprune_vllm.engine.calibrate import calibrate as measure_directory
+    from promprune_vllm.engine.calibrate import calibrate as measure
     from promprune_vllm.errors import PromPruneError
 
     if model.startswith("-"):
@@ -171,7 +171,7 @@ def calibrate(
     err = Console(stderr=True)
     try:
         with err.status("") as status:
-            report = measure_directory(model, images, limit=limit, arguments=context.args, tell=status.update)
+            report = measure(model, images, limit=limit, arguments=context.args, tell=status.update)
     except PromPruneError as error:
         _fail(str(error))
     except ImportError as error:
@@ -208,7 +208,7 @@ def demo(
         typer.Option("--url", help="With --traffic: a running server, such as http://127.0.0.1:8000."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url.")
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url, if it asks.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="With --traffic: requests in flight.")] = 4,
     seed: Annotated[int, typer.Option(help="With --traffic: the same seed sends the same requests.")] = 0,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from promprune_vllm.core.budget import Budget
+from promprune_vllm.core.budget import Budget, from_text
 from promprune_vllm.core.policy import BudgetPolicy, OutOfRange
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -162,15 +162,8 @@ class Settings(BaseSettings):
 
 
 def _budget(text: str) -> Budget:
-    """Read a server's default budget, in which a variable cannot tell a number from a string."""
-    value: object = text
-    for number in (int, float):
-        try:
-            value = number(text)
-            break
-        except ValueError:
-            continue
-    budget = Budget.parse(value)
+    """Read a server's default budget."""
+    budget = Budget.parse(from_text(text))
     if budget is None:
         raise BudgetError('"auto" is what asks for the default: it cannot be the default itself.')
     return budget

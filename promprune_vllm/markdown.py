@@ -1,4 +1,4 @@
-"""Tables of the README, as the command line prints them."""
+"""Tables in Markdown: those of the documentation, as the command line prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics catalogue as the command line and the README show it."""
+"""The metrics catalogue as the command line and docs/metrics.md show it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def labels() -> dict[str, str]:
 
 
 def markdown() -> str:
-    """Render the README's tables of metrics and of their labels."""
+    """Render the tables of metrics and of their labels in docs/metrics.md."""
     rows = [
         (f"`{row['name']}`", row["type"], ", ".join(f"`{name}`" for name in row["labels"]), row["help"])
         for row in describe()

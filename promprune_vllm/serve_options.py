@@ -41,7 +41,7 @@ def help_text() -> str:
 
 
 def markdown() -> str:
-    """Render the README's table of options."""
+    """Render the table of options in docs/server.md."""
     rows = [
         (f"`{FLAG}{name.replace('_', '-')}`", f"`{variable(name)}`", _explained(field))
         for name, field in Settings.model_fields.items()

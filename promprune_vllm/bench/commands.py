@@ -12,7 +12,7 @@ import typer
 
 bench = typer.Typer(
     name="bench",
-    help="Measure: selecting tokens, a prefill with fewer, a server under load, adapting to content.",
+    help="Measure: selecting tokens, a prefill with fewer, a server under load or for hours, adapting to content.",
     no_args_is_help=True,
 )
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
@@ -27,10 +27,19 @@ _BLOCKS = Annotated[
 ]
 _BUDGETS = Annotated[
     list[str] | None,
-    typer.Option("--budget", help='What requests ask for; "none" for nothing. Repeat; the first is the base.'),
+    typer.Option(
+        "--budget",
+        help='What requests ask for; "none" for nothing. Repeat; ratios are to the first. Default: full, 256, 64 '
+        "(with --adaptive: full).",
+    ),
 ]
 _FLIGHTS = Annotated[
-    list[int] | None, typer.Option("--concurrency", min=1, help="Requests in flight. Repeat for a sweep.")
+    list[int] | None,
+    typer.Option(
+        "--concurrency",
+        min=1,
+        help="Requests in flight. Repeat for a sweep. Default: 4, 16 (with --adaptive: 32).",
+    ),
 ]
 _ADAPTIVE = Annotated[
     bool, typer.Option("--adaptive", help='Compare "auto" under adapt-to-load with the first budget.')
@@ -47,8 +56,10 @@ def serving(
     budget: _BUDGETS = None,
     concurrency: _FLIGHTS = None,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests per run.")] = 64,
-    output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Length of the answers.")] = 32,
-    image_px: Annotated[int, typer.Option("--image-px", min=16, help="Side of the images.")] = 336,
+    output_tokens: Annotated[
+        int, typer.Option("--output-tokens", min=1, help="Length of the answers in tokens.")
+    ] = 32,
+    image_px: Annotated[int, typer.Option("--image-px", min=16, help="Side of the images in pixels.")] = 336,
     adaptive: _ADAPTIVE = False,
     rounds: _ROUNDS = 2,
     as_json: _JSON = False,
@@ -73,7 +84,7 @@ def serving(
 
 @bench.command()
 def content(
-    method: Annotated[str, typer.Option("--method", help="Selects the tokens.")] = "promprune",
+    method: Annotated[str, typer.Option("--method", help="The method that selects the tokens.")] = "promprune",
     as_json: _JSON = False,
 ) -> None:
     """Compare budgets that follow an image's content with fixed ones of the same mean, without any answers."""
@@ -87,14 +98,15 @@ def content(
 @bench.command()
 def prefill(
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b; repeat.")
+        list[str] | None,
+        typer.Option("--model", help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b; repeat. Default: all."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     layers: Annotated[
         int | None,
         typer.Option("--layers", min=1, help="Decoder layers to run. Default: all on CUDA, 2 on a CPU."),
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each measurement, taken in turns.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats of each measurement, in turns.")] = 5,
     *,
     as_json: _JSON = False,
 ) -> None:
@@ -119,11 +131,11 @@ def soak(
     *,
     url: _URL = None,
     model: _MODEL = None,
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="At most.")] = 10.0,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="At most.")] = 10_000,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Minutes of traffic, at most.")] = 10.0,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests, at most.")] = 10_000,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight.")] = 16,
     distinct: Annotated[int, typer.Option("--distinct", min=1, help="Different requests among them.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="Of all choices.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all choices.")] = 0,
     as_json: _JSON = False,
 ) -> None:
     """Mixed traffic for a long time: every answer as when asked alone, and nothing grows."""
@@ -152,6 +164,34 @@ def vllm_serve(context: typer.Context) -> None:
     from promprune_vllm.cli import _run_vllm
 
     _run_vllm(["bench", "serve", *context.args])
+
+
+@bench.command()
+def kernels(
+    *,
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda: eager and from a CUDA graph.")] = "cpu",
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Threads of torch; the compiled loops use one.")
+    ] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats of each measurement, in turns.")] = 7,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Type of the features: float32, bfloat16 or float16.")
+    ] = "float32",
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Only this one, N x D : K, such as 576x4096:64; repeat.")
+    ] = None,
+    large: Annotated[bool, typer.Option("--large", help="Also 16384x3584:512: minutes and 10 GB.")] = False,
+    as_json: _JSON = False,
+) -> None:
+    """Time selecting tokens: ours, the plain float32 procedure, and on a CPU our float64 reference."""
+    from promprune_vllm.bench import kernels as measured
+
+    try:
+        cases = measured.cases(case, large=large)
+        measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json, device=device)
+    except ValueError as error:
+        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(code=2) from error
 
 
 def _budget(text: str) -> object:
@@ -184,26 +224,3 @@ def _show(document: dict[str, Any], table: Any) -> None:
         typer.echo(json.dumps(document, indent=2))
     else:
         Console(width=None if Console().is_terminal else 130).print(table)
-
-
-@bench.command("kernels")
-def kernels(  # noqa: PLR0917  # options of the command line, given by name
-    device: Annotated[str, typer.Option("--device", help="cpu, or cuda: eager and from a CUDA graph.")] = "cpu",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch; the compiled loops use one.")] = 1,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each measurement, taken in turns.")] = 7,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the features: float32, bfloat16 or float16.")
-    ] = "float32",
-    case: Annotated[list[str] | None, typer.Option("--case", help="Only this one, such as 576x4096:64.")] = None,
-    large: Annotated[bool, typer.Option("--large", help="Also 16384x3584:512: minutes and 10 GB.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Time selecting tokens: ours, the plain float32 procedure, and on a CPU our float64 reference."""
-    from promprune_vllm.bench import kernels as measured
-
-    try:
-        cases = measured.cases(case, large=large)
-        measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json, device=device)
-    except ValueError as error:
-        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(code=2) from error

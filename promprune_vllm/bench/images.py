@@ -7,9 +7,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from promprune_vllm.demo import photo_path
-
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+from promprune_vllm.demo import PHOTOS, photo_path
 
 
 def photo(name: str) -> Image.Image:
@@ -20,7 +18,7 @@ def photo(name: str) -> Image.Image:
 def photographs() -> dict[str, Image.Image]:
     """Return the photographs and the four quarters of each: some are all sky, some all texture."""
     images = {}
-    for name in PHOTOS:
+    for name in sorted(PHOTOS):
         whole = images[name] = photo(name)
         width, height = (side // 2 for side in whole.size)
         for i in range(4):

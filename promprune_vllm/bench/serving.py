@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -97,9 +98,9 @@ def ratios(result: Result, to: Result) -> dict[str, float]:
 def _median_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     medians = {}
     for name in _RATIOS:
-        values = sorted(row["ratios"][name] for row in rows if name in row["ratios"])
+        values = [row["ratios"][name] for row in rows if name in row["ratios"]]
         if values:
-            medians[name] = round((values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2, 3)
+            medians[name] = round(statistics.median(values), 3)
     return medians
 
 

@@ -170,6 +170,20 @@ class Ask:
         return self.each[index] if isinstance(self.each, tuple) else self.each
 
 
+def from_text(text: str) -> object:
+    """Return the value that a command line or a variable means: there, ``"64"`` is a number.
+
+    Args:
+        text: Tokens, a share, or a word. What is no number comes back as it is, for ``Budget.parse`` to judge.
+    """
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
 def _refused(value: object, wanted: str, name: str = FIELD) -> BudgetError:
     return BudgetError(f"{name} must be {wanted}, got {shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
 

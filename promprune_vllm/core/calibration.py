@@ -42,7 +42,7 @@ class SkippedImage:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """The entropies of a directory's images under the settings of a server.
+    """The entropies of some directories' images under the settings of a server.
 
     Args:
         model: As it was named.

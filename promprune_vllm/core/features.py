@@ -30,7 +30,7 @@ class VisionFeatures:
         saliency: ``(N,)`` attention each token gets: from CLS (mean over heads), or the mean over all queries
             where the tower has no CLS token. Not normalised.
         encoder: ``(N, Dv)`` tokens before the projector.
-        keys: ``(N, Dk)`` attention keys of the layer that feeds the projector.
+        keys: ``(N, Dk)`` attention keys of the layer that saliency comes from.
         text: ``(M, D)`` language-model embeddings of the user's text, for prompt-aware methods.
         entropy: 0-d, the entropy of a larger view of the same image, to be used in place of this group's own.
 

@@ -23,7 +23,7 @@ class BudgetPolicy:
         maximum: Nor more than this; ``None`` for no limit.
         low: Kept of an image sent with ``"detail": "low"``, in tokens.
         out_of_range: What becomes of an explicit budget outside the limits: moved to the limit, or refused.
-        floor: Under load, ``"auto"`` keeps at least this many tokens.
+        floor: Adapting to load or to content leaves ``"auto"`` at least this many tokens.
 
     Raises:
         BudgetError: When the limits contradict each other.

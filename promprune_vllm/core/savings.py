@@ -25,17 +25,21 @@ class Decoder:
     head: int
     intermediate: int
 
+    @property
+    def weights(self) -> int:
+        """Number of weights of the layers: the projections q, k, v and o, and the MLP's gate, up and down."""
+        attention = self.hidden * self.head * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
     def prefill_flops(self, tokens: int) -> int:
         """Return the floating-point operations of a prefill of so many tokens, a multiply-add being two.
 
-        Every token meets every weight of the layers once: the projections q, k, v and o, and the MLP's gate, up
-        and down. Token i meets i keys and i values in every head. Left out, as they are the same with fewer
-        tokens or too small to matter: the output head (one token of a prompt meets it), norms, softmax, rotations.
+        Every token meets every weight of the layers once. Token i meets i keys and i values in every head. Left
+        out, as they are the same with fewer tokens or too small to matter: the output head (one token of a prompt
+        meets it), norms, softmax, rotations.
         """
-        attention = self.hidden * self.head * 2 * (self.heads + self.kv_heads)
-        weights = self.layers * (attention + 3 * self.hidden * self.intermediate)
         scores = 2 * self.layers * self.heads * self.head * tokens * (tokens + 1)
-        return 2 * weights * tokens + scores
+        return 2 * self.weights * tokens + scores
 
 
 def saved_blocks(before: int, after: int, block_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The demo's own material: four photographs and (in `model`) a small model to look at them with."""
+"""The demo: photographs and scenes, small models to look at them with, and what serves and asks these."""
 
 from importlib.resources import files
 from pathlib import Path

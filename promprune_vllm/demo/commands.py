@@ -27,14 +27,14 @@ _DRAW = Annotated[
     bool,
     typer.Option("--draw", help="Draw scenes it was trained on as PNG files in --out, a folder of each kind."),
 ]
-_OUT = Annotated[Path | None, typer.Option("--out", help="Directory of the model to make, train or score.")]
-_SEED = Annotated[int, typer.Option("--seed", help="Of weights and scenes.")]
-_MINUTES = Annotated[float, typer.Option("--minutes", min=0.01, help="Time to train, in all.")]
-_DEVICE = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+_OUT = Annotated[Path | None, typer.Option("--out", help="Directory of what is made, trained, drawn or scored.")]
+_SEED = Annotated[int, typer.Option("--seed", help="Seed of weights and scenes.")]
+_MINUTES = Annotated[float, typer.Option("--minutes", min=0.01, help="Minutes to train, in all.")]
+_DEVICE = Annotated[str, typer.Option("--device", help="With --train: cpu or cuda.")]
 _FRESH = Annotated[
     bool, typer.Option("--fresh/--resume", help="With --train: begin anew even if there is a checkpoint.")
 ]
-_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score or --draw: of each kind.")]
+_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score or --draw: scenes of each kind.")]
 _JSON = Annotated[bool, typer.Option("--json", help="With --score: print one JSON document.")]
 
 

@@ -73,7 +73,6 @@ _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-_QWEN_CLASSES = MappingProxyType({"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"})
 
 
 def build_family_model(family: str, directory: Path, *, seed: int = 0, dtype: DType = "float32") -> Path:
@@ -131,7 +130,7 @@ def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
     def write(target: Path) -> None:
         import transformers
 
-        model_class = getattr(transformers, f"{_QWEN_CLASSES[family]}ForConditionalGeneration")
+        model_class = getattr(transformers, f"{qwen.CLASSES[family]}ForConditionalGeneration")
         model.write_weights(target, model_class, _qwen_config(family, dtype), seed, dtype)
         qwen.qwen_processor(
             family,
@@ -155,7 +154,7 @@ def _qwen_text(family: str) -> dict[str, Any]:
 def _qwen_config(family: str, dtype: DType) -> Any:
     import transformers
 
-    name = _QWEN_CLASSES[family]
+    name = qwen.CLASSES[family]
     text_class = getattr(transformers, f"{name}TextConfig")
     return getattr(transformers, f"{name}Config")(
         architectures=[f"{name}ForConditionalGeneration"],

@@ -120,10 +120,10 @@ def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC) -> Pat
 
         config = llava_config(spec)
         write_weights(target, LlavaForConditionalGeneration, config, spec.seed, spec.dtype)
-        processor = processing.llava_processor(
-            spec.image_px, spec.patch_px, class_token=spec.vision == "clip", max_tokens=spec.max_tokens
-        )
-        processor.save_pretrained(target)
+        tokenizer = processing.byte_tokenizer(spec.max_tokens)
+        processing.llava_processor(
+            spec.image_px, spec.patch_px, tokenizer, class_token=spec.vision == "clip"
+        ).save_pretrained(target)
 
     return publish(directory, stamp("llava", asdict(spec)), write)
 

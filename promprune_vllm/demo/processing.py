@@ -83,8 +83,15 @@ def unprintable_ids() -> list[int]:
     return [token for token in range(VOCAB_SIZE) if not 0x20 <= token - FIRST_BYTE_ID < 0x7F]
 
 
-def llava_processor(image_px: int, patch_px: int, *, class_token: bool, max_tokens: int) -> Any:
-    """A `LlavaProcessor`: CLIP's preprocessing for a tower with a class token, SigLIP's for one without."""
+def llava_processor(image_px: int, patch_px: int, tokenizer: Any, *, class_token: bool = True) -> Any:
+    """A `LlavaProcessor`: CLIP's preprocessing for a tower with a class token, SigLIP's for one without.
+
+    Args:
+        image_px: Side of what the tower sees, in pixels.
+        patch_px: Side of a patch, in pixels.
+        tokenizer: With a chat template.
+        class_token: Whether the tower has one.
+    """
     from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
 
     side = {"height": image_px, "width": image_px}
@@ -94,10 +101,10 @@ def llava_processor(image_px: int, patch_px: int, *, class_token: bool, max_toke
         images = SiglipImageProcessor(size=side)
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=byte_tokenizer(max_tokens),
+        tokenizer=tokenizer,
         patch_size=patch_px,
         vision_feature_select_strategy="default" if class_token else "full",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template,
         num_additional_image_tokens=int(class_token),
     )
 

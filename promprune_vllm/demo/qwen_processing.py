@@ -36,6 +36,11 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+)
+"""What the names of transformers' classes begin with, by ``model_type``."""
+
 # Visual tokens of an image, and of the whole of a video. Prompts of some photos fit a short context.
 _MIN_TOKENS, _MAX_TOKENS = 4, 256
 
@@ -51,7 +56,6 @@ def qwen_processor(model_type: str, patch_px: int, merge: int, *, max_tokens: in
     """
     import transformers
 
-    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[model_type]
     videos = "Qwen3VLVideoProcessor" if model_type == "qwen3_vl" else "Qwen2VLVideoProcessor"
     geometry: dict[str, Any] = {"patch_size": patch_px, "merge_size": merge, "temporal_patch_size": 2}
     if model_type == "qwen3_vl":  # normalised to [-1, 1]; the others keep the default, CLIP's mean and deviation
@@ -59,7 +63,7 @@ def qwen_processor(model_type: str, patch_px: int, merge: int, *, max_tokens: in
     token_px = (patch_px * merge) ** 2
     size = {"shortest_edge": _MIN_TOKENS * token_px, "longest_edge": _MAX_TOKENS * token_px}  # areas, in pixels
     tokenizer = byte_tokenizer(max_tokens, special=SPECIAL_TOKENS, more=MORE_TOKENS, chat_template=CHAT_TEMPLATE)
-    return getattr(transformers, f"{name}Processor")(
+    return getattr(transformers, f"{CLASSES[model_type]}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(size=size, **geometry),
         tokenizer=tokenizer,
         video_processor=getattr(transformers, videos)(size=size, **geometry),

@@ -47,7 +47,7 @@ def calibrate(
     arguments: Sequence[str],
     tell: Callable[[str], None],
 ) -> CalibrationReport:
-    """Load a model and measure the images of a directory.
+    """Load a model and measure the images of some directories.
 
     Args:
         model: As vLLM takes it.

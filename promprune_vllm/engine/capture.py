@@ -75,11 +75,8 @@ def patch_attention(attention: Any, needs: Need, counts: Sequence[int]) -> Itera
         if Need.KEYS in needs:
             captured["keys"] = [_mean_over_ranks(keys.float().mean(dim=1), attention.tp_size) for keys in k]
 
-    handle = attention.attn.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with _before(attention.attn, hook, with_kwargs=True):
         yield captured
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -91,8 +88,8 @@ def inputs_of(module: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _before(module: Any, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
+def _before(module: Any, hook: Any, *, with_kwargs: bool = False) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
     try:
         yield
     finally:

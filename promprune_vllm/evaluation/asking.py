@@ -161,8 +161,8 @@ async def _ask(client: httpx.AsyncClient, target: Target, job: Job, image_url: s
 async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> httpx.Response:
     """Post, and again where a connection broke or the server failed: a question changes nothing there.
 
-    After requests that were given up, as by an evaluation that was stopped, vLLM answers the next one about the
-    same image with status 500: its processes disagree about which of them has it, and agree when asked again.
+    vLLM by itself answers with status 500 where a request about the same image was given up before, as by an
+    evaluation that was stopped. The plugin mends that (``engine.resending``), so what fails each time is news.
     """
     for left in reversed(range(_ATTEMPTS)):
         try:

@@ -20,24 +20,33 @@ if TYPE_CHECKING:
     from promprune_vllm.evaluation.report import Report
 
 BUDGETS = "192,128,64,32,16,8"
-_URL = Annotated[str | None, typer.Option("--url", help="A running server; without one, the demo's is started.")]
+_URL = Annotated[
+    str | None,
+    typer.Option("--url", help="A running server, such as http://host:8000; without one, the demo's is started."),
+]
 _KEY = Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url.")]
 _MODEL = Annotated[
     str | None,
     typer.Option("--model", help="Name at --url, by default the first; without --url, the checkpoint to serve."),
 ]
 _METHODS = Annotated[
-    str, typer.Option("--methods", help="With commas between; name:N asks N questions; * is all others. All.")
+    str,
+    typer.Option(
+        "--methods", help="With commas between; name:N asks N questions, * is all others (default: all)."
+    ),
 ]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
 _TASKS = Annotated[
-    str, typer.Option("--tasks", help="Tasks or kinds of scenes, with commas between; name:N caps it at N. All.")
+    str,
+    typer.Option(
+        "--tasks", help="Tasks or kinds of scenes, with commas between; name:N caps it at N (default: all)."
+    ),
 ]
-_QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Of each task with each method.")]
+_QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Questions of each task with each method.")]
 _OUT = Annotated[Path, typer.Option("--out", help="Folder of the answers; goes on with what is there.")]
 _FLIGHT = Annotated[int, typer.Option("--concurrency", min=1, max=256, help="Requests in flight.")]
 _REPORT = Annotated[bool, typer.Option("--report-only", help="Ask nothing: report on what --out has.")]
-_PLOTS = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw them; needs matplotlib.")]
+_PLOTS = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs matplotlib.")]
 _LMMS = Annotated[
     str, typer.Option("--lmms", help="Run lmms-eval's TASKS, such as pope,mme,gqa, in place of ours.")
 ]
@@ -127,12 +136,13 @@ def _drive_lmms(
 ) -> None:
     from promprune_vllm.errors import EvaluationError
     from promprune_vllm.evaluation import lmms
+    from promprune_vllm.evaluation.plan import listed
     from promprune_vllm.evaluation.target import look
 
     if where.url is None:
         raise EvaluationError("--lmms asks a server that runs: give its address with --url.")
     target = look(where.url, where.model, where.api_key)
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    names = tuple(listed(tasks))
     run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, asked.concurrency)
     document = lmms.drive(target, asked.plan(list(target.methods)).ways, run, err)
     typer.echo(json.dumps(document, indent=2) if as_json else lmms.table(lmms.rows_of(document), names))

@@ -23,6 +23,7 @@ from promprune_vllm.evaluation.forwarding import Tally, forwarding
 from promprune_vllm.evaluation.published import BENCHMARKS, REPORTED
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.target import Target
+from promprune_vllm.evaluation.text import rendered
 
 NOT_MEASURED = "*not measured here*"
 _KNOWN = {benchmark.task: benchmark for benchmark in BENCHMARKS}
@@ -102,7 +103,8 @@ def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_KNOWN)) -> str:
         tasks: The columns.
     """
     titles = [_KNOWN[task].title if task in _KNOWN else task for task in tasks]
-    lines = [["", "tokens", *titles, "relative, %", "whose figures"]]
+    head = ["", "tokens", *titles, "relative, %", "whose figures"]
+    lines: list[list[str]] = []
     full = next((row for row in rows if row.method == FULL_METHOD), None)
     for row in rows:
         cells = [_number(row.scores.get(task)) for task in tasks]
@@ -121,8 +123,7 @@ def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_KNOWN)) -> str:
                 f"the paper's, {reported.source}",
             ]
         )
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "|" + " --- |" * len(lines[0]), *body])
+    return rendered(head, lines)
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:

@@ -10,7 +10,7 @@ from promprune_vllm.core.budget import AUTO, FULL, Budget
 from promprune_vllm.errors import BudgetError, EvaluationError
 from promprune_vllm.evaluation.asking import Way
 from promprune_vllm.evaluation.records import FULL_METHOD
-from promprune_vllm.evaluation.tasks import Task, chosen
+from promprune_vllm.evaluation.tasks import Task, chosen, limited
 
 REST = "*"
 """In a method's place: every other one that the server allows."""
@@ -89,24 +89,16 @@ def wanted(
     Raises:
         EvaluationError: An unknown task, or a budget or number of questions that is none.
     """
-    named = [_method(each, questions) for each in _split(methods)]
+    named = tuple((name, most or questions) for name, most in map(limited, listed(methods)))
     for name, _ in named:
         if name != REST:
             check(name)
-    return Wanted(
-        chosen(_split(tasks)), tuple(map(_budget, _split(budgets))), tuple(named), questions, concurrency
-    )
+    return Wanted(chosen(listed(tasks)), tuple(map(_budget, listed(budgets))), named, questions, concurrency)
 
 
-def _split(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
+    """Return the parts of an option that takes several, with commas between."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _method(text: str, questions: int) -> tuple[str, int]:
-    name, colon, number = text.partition(":")
-    if colon and not (number.isdecimal() and int(number)):
-        raise EvaluationError(f"{text!r} asks no number of questions: write it as {name}:100, or {name} alone.")
-    return name, int(number) if colon else questions
 
 
 def _budget(text: str) -> int | float | str:

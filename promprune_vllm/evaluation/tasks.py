@@ -122,19 +122,27 @@ def chosen(names: Sequence[str]) -> tuple[Task, ...]:
     """
     found: dict[str, Task] = {}
     for each in names or KINDS:
-        name, colon, most = each.partition(":")
+        name, most = limited(each)
         named = [task for task in TASKS if name in (task.name, task.kind)]
         if not named:
             raise EvaluationError(
                 f"There is no task {name!r}. Give some of {', '.join(task.name for task in TASKS)}, "
                 f"or {' or '.join(KINDS)} for all of that kind."
             )
-        if colon and not (most.isdecimal() and int(most)):
-            raise EvaluationError(
-                f"{each!r} asks no number of questions: write it as {name}:100, or {name} alone."
-            )
-        found |= {task.name: replace(task, most=int(most) if colon else None) for task in named}
+        found |= {task.name: replace(task, most=most) for task in named}
     return tuple(found[task.name] for task in TASKS if task.name in found)
+
+
+def limited(text: str) -> tuple[str, int | None]:
+    """Split ``name:N`` into the name and the most questions that are wanted; ``None`` for a name alone.
+
+    Raises:
+        EvaluationError: N is no number above 0.
+    """
+    name, colon, most = text.partition(":")
+    if colon and not (most.isdecimal() and int(most)):
+        raise EvaluationError(f"{text!r} asks no number of questions: write it as {name}:100, or {name} alone.")
+    return name, int(most) if colon else None
 
 
 def gather(tasks: Sequence[Task], questions: int, draw: Draw | None = None) -> tuple[Picture, ...]:

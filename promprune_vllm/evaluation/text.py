@@ -1,4 +1,4 @@
-"""A report as Markdown, for a README, and as a table for the terminal."""
+"""A report as Markdown, for the documentation, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def markdown(report: Report) -> str:
 def macro_table(report: Report) -> str:
     """Return macro accuracies, a row per method and a column per budget."""
     head = ["method", *report.budgets]
-    return _markdown(head, _macro_rows(report))
+    return rendered(head, _macro_rows(report))
 
 
 def lost_table(report: Report) -> str:
@@ -45,7 +45,7 @@ def lost_table(report: Report) -> str:
         questions = max((cell.macro.questions for cell in report.cells if cell.method == method), default=0)
         cells = [points(lost[budget].difference, "+.1f") if budget in lost else "-" for budget in report.budgets]
         rows.append([_named(method), f"{questions:,}", *cells])
-    return _markdown(["method", "questions", *report.budgets], rows)
+    return rendered(["method", "questions", *report.budgets], rows)
 
 
 def pairs_table(report: Report, method: str = SUBJECT) -> str:
@@ -61,7 +61,7 @@ def pairs_table(report: Report, method: str = SUBJECT) -> str:
             for name in against
         ]
         rows.append([budget, *cells])
-    return _markdown(["budget", *against], rows)
+    return rendered(["budget", *against], rows)
 
 
 def tasks_table(report: Report, budget: str) -> str:
@@ -72,7 +72,7 @@ def tasks_table(report: Report, budget: str) -> str:
         if cell is not None:
             each = [points(cell.tasks[task]) if task in cell.tasks else "-" for task in report.tasks]
             rows.append([_named(method), *each, points(cell.macro)])
-    return _markdown(["method", *report.tasks, "macro"], rows)
+    return rendered(["method", *report.tasks, "macro"], rows)
 
 
 def asked(report: Report) -> str:
@@ -131,7 +131,8 @@ def _difference(comparison: Comparison, named: str) -> str:
     return f"{d:+.1f}{interval}, {p}{named and f'; {named}'}"
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def rendered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, without a newline at its end."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
+
+from promprune_vllm.errors import BudgetReason
 
 UNPRUNED = "none"
 """Value of the label ``method`` for images that keep every token: nothing selects from them."""
 OUTCOMES = ("pruned", "full", "text", "refused", "failed")
-REASONS = ("invalid", "limits", "images", "method", "unsupported")
+REASONS: tuple[str, ...] = get_args(BudgetReason)
 FORMS = ("tokens", "share", "full", "auto", "list", "total")
 STAGES = ("choose", "assemble")
 LABELS: dict[str, tuple[str, tuple[str, ...]]] = {

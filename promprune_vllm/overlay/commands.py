@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from promprune_vllm.core.budget import from_text
 from promprune_vllm.errors import InspectError
 
 _DEFAULT_BUDGET = "64"
@@ -15,7 +16,7 @@ _WIDTH_PX = 840  # of one picture in a sheet, at most
 
 
 def select(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images to look at.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)],
     *,
     budget: Annotated[
         str | None, typer.Option(help='Tokens to keep: 64, 0.25, "25%" or "full" (default: 64).')
@@ -28,14 +29,16 @@ def select(
         str | None, typer.Option(metavar="K,K", help="A picture for each of these budgets.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="The question, for methods that look at it.")] = None,
-    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's, if it asks.")] = None,
+    url: Annotated[str, typer.Option(help="Address of a running server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of the server at --url, if it asks for one.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file to write (default: IMAGE.overlay.png of the first).")
     ] = None,
     columns: Annotated[int, typer.Option(min=1, help="Pictures in a row of the sheet.")] = 4,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print what the server tells, one JSON line each.")
+        bool, typer.Option("--json", help="Print what the server tells, a JSON line for each picture.")
     ] = False,
 ) -> None:
     """Draw which visual tokens of images a server keeps.
@@ -66,7 +69,7 @@ def _settings(
         raise typer.BadParameter("--method is one, --compare are several: give one of the two.")
     each_budget = _names(budgets) if budgets else [budget or _DEFAULT_BUDGET]
     each_method = _names(compare) if compare else [method]
-    return [(_budget(text), name) for name in each_method for text in each_budget]
+    return [(from_text(text), name) for name in each_method for text in each_budget]
 
 
 def _looked(
@@ -125,12 +128,3 @@ def _names(text: str) -> list[str]:
     if not names:
         raise typer.BadParameter(f"{text!r} names nothing; write values with commas between.")
     return names
-
-
-def _budget(text: str) -> object:
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text

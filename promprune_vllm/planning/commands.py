@@ -4,40 +4,52 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from promprune_vllm.errors import PlanError
-
-if TYPE_CHECKING:
-    from promprune_vllm.planning.capacity import Row, Server, Traffic
-    from promprune_vllm.planning.facts import Facts
+from promprune_vllm.markdown import table as markdown
+from promprune_vllm.planning.capacity import GIB, GPUS, Gpu, Row, Server, Traffic, kv_memory
+from promprune_vllm.planning.capacity import plan as rows_of
+from promprune_vllm.planning.facts import Facts, read
 
 _MODEL = Annotated[
     str, typer.Option("--model", help="Its directory, its config.json, or its name on the Hugging Face hub.")
 ]
-_GPU = Annotated[str, typer.Option("--gpu", help="A GPU by name: h200, h100, a100, l40s, l4, rtx4090.")]
+_GPU = Annotated[str, typer.Option("--gpu", help=f"A GPU by name: {', '.join(GPUS)}.")]
 _MEMORY = Annotated[
-    float | None, typer.Option("--gpu-memory", min=0.1, help="GiB of it (default: the named one's).")
+    float | None, typer.Option("--gpu-memory", min=0.1, help="GiB of memory it has (default: the named one's).")
 ]
 _TFLOPS = Annotated[
-    float | None, typer.Option("--tflops", min=0.1, help="Its dense bfloat16 peak (default: the named one's).")
+    float | None,
+    typer.Option(
+        "--tflops",
+        min=0.1,
+        help="Its peak in dense bfloat16, 10^12 operations a second (default: the named one's).",
+    ),
 ]
 _RANKS = Annotated[int, typer.Option("--ranks", min=1, help="GPUs that share the model (tensor parallel).")]
 _USED = Annotated[
-    float, typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="As vLLM's option of that name.")
+    float,
+    typer.Option(
+        "--gpu-memory-utilization", min=0.05, max=1.0, help="Share of it vLLM may take, as its own option."
+    ),
 ]
-_RESERVE = Annotated[float, typer.Option("--reserve", min=0.0, help="GiB of each for activations and graphs.")]
+_RESERVE = Annotated[
+    float, typer.Option("--reserve", min=0.0, help="GiB of each GPU for activations and CUDA graphs.")
+]
 _MFU = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak that is reached.")]
-_CACHE = Annotated[str, typer.Option("--kv-cache-dtype", help="auto (the weights') or fp8.")]
+_CACHE = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="auto (that of the weights), fp8, bfloat16 or float16.")
+]
 _IMAGE = Annotated[str, typer.Option("--image", metavar="WxH", help="Size of an image in pixels.")]
-_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Of a chat.")]
-_TEXT = Annotated[int, typer.Option("--text-tokens", min=0, help="Of a prompt, besides its images.")]
-_ANSWER = Annotated[int, typer.Option("--answer-tokens", min=1, help="Of an answer.")]
+_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Images in a chat.")]
+_TEXT = Annotated[int, typer.Option("--text-tokens", min=0, help="Tokens of a prompt besides its images.")]
+_ANSWER = Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens of an answer.")]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
-_MARKDOWN = Annotated[bool, typer.Option("--markdown", help="Print the table for a README.")]
+_MARKDOWN = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 
 
 def plan(
@@ -60,19 +72,9 @@ def plan(
     as_markdown: _MARKDOWN = False,
 ) -> None:
     """Work out what budgets are worth on a GPU from a model's config.json: KV cache, chats at once, images/s."""
-    from promprune_vllm.planning.capacity import Server, Traffic, kv_memory
-    from promprune_vllm.planning.capacity import plan as rows_of
-    from promprune_vllm.planning.facts import read
-
     try:
-        server = Server(
-            _gpu(gpu, gpu_memory, tflops),
-            ranks,
-            gpu_memory_utilization,
-            reserve,
-            mfu,
-            _cache_bytes(kv_cache_dtype),
-        )
+        chosen = _gpu(gpu, gpu_memory, tflops)
+        server = Server(chosen, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
         traffic = Traffic(_size(image), images, text_tokens, answer_tokens)
         facts = read(model)
         rows = rows_of(facts, server, traffic, [_budget(text) for text in budgets.split(",") if text.strip()])
@@ -83,14 +85,12 @@ def plan(
     if as_json:
         typer.echo(json.dumps(_document(facts, server, traffic, memory, rows), indent=2))
     elif as_markdown:
-        typer.echo(_markdown(rows))
+        typer.echo(markdown(_HEADINGS, _cells(rows)))
     else:
         _show(facts, server, traffic, memory, rows)
 
 
-def _gpu(name: str, memory: float | None, tflops: float | None) -> Any:
-    from promprune_vllm.planning.capacity import GPUS, Gpu
-
+def _gpu(name: str, memory: float | None, tflops: float | None) -> Gpu:
     if name not in GPUS:
         raise PlanError(
             f"--gpu {name!r} is none of {', '.join(GPUS)}. For another one, take the nearest and give "
@@ -135,21 +135,19 @@ def _document(facts: Facts, server: Server, traffic: Traffic, memory: int, rows:
 _HEADINGS = ("budget", "kept", "KV of an image", "chats at once", "images/s at most", "arithmetic")
 
 
-def _cells(row: Row, first: Row) -> tuple[str, ...]:
-    return (
-        row.budget,
-        f"{row.kept:,}",
-        f"{row.kv_bytes_per_image / 2**20:.1f} MiB",
-        f"{row.chats:,} ({row.chats / max(first.chats, 1):.1f}x)",
-        f"{row.images_per_s:,.1f} ({row.images_per_s / first.images_per_s:.1f}x)",
-        f"{100 * row.arithmetic:.0f} %",
-    )
-
-
-def _markdown(rows: list[Row]) -> str:
-    lines = [" | ".join(_HEADINGS), " | ".join("---" for _ in _HEADINGS)]
-    lines += [" | ".join(_cells(row, rows[0])) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
+    first = rows[0]
+    return [
+        (
+            row.budget,
+            f"{row.kept:,}",
+            f"{row.kv_bytes_per_image / 2**20:.1f} MiB",
+            f"{row.chats:,} ({row.chats / max(first.chats, 1):.1f}x)",
+            f"{row.images_per_s:,.1f} ({row.images_per_s / first.images_per_s:.1f}x)",
+            f"{100 * row.arithmetic:.0f} %",
+        )
+        for row in rows
+    ]
 
 
 def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: list[Row]) -> None:
@@ -159,12 +157,12 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
     gpus = f"{server.ranks} GPU{'s' if server.ranks > 1 else ''} of {server.gpu.memory_gib:g} GiB"
     size = f"{traffic.size[0]} x {traffic.size[1]}"
     table = Table(*_HEADINGS, title=f"{facts.name} on {gpus}", title_justify="left")
-    for row in rows:
-        table.add_row(*_cells(row, rows[0]))
+    for cells in _cells(rows):
+        table.add_row(*cells)
     out = Console()
     out.print(table)
     out.print(
-        f"{facts.parameters / 1e9:.2f} billion weights; {memory / 2**30:.1f} GiB for the KV cache, "
+        f"{facts.parameters / 1e9:.2f} billion weights; {memory / GIB:.1f} GiB for the KV cache, "
         f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB a token. A chat: {traffic.images} of {size} "
         f"px, {traffic.text_tokens} tokens of text, {traffic.answer_tokens} of answer. images/s and arithmetic "
         f"are encoding and prefill at {100 * server.mfu:.0f} % of the peak: the encoder sees every patch at every "

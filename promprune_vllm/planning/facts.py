@@ -37,10 +37,9 @@ class Tower:
 
     def flops(self, patches: int) -> int:
         """Operations of encoding so many patches, a multiply-add being two; the projector is left out."""
-        weights = self.layers * (4 * self.hidden**2 + self.mlp_weights)
         local = min(self.window_patches or patches, patches)
         pairs = self.full_layers * patches**2 + (self.layers - self.full_layers) * patches * local
-        return 2 * weights * patches + 4 * self.hidden * pairs
+        return 2 * self.weights * patches + 4 * self.hidden * pairs
 
     @property
     def weights(self) -> int:
@@ -147,10 +146,6 @@ def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, An
     tower = _tower(kind, config)
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     vocabulary = int(text["vocab_size"]) * decoder.hidden * (1 if tied else 2)
-    layer = (
-        decoder.hidden * decoder.head * 2 * (decoder.heads + decoder.kv_heads)
-        + 3 * decoder.hidden * decoder.intermediate
-    )
     dtype = str(config.get("dtype") or text.get("dtype") or "bfloat16")
     return Facts(
         name=name,
@@ -159,7 +154,7 @@ def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, An
         processor=processor,
         decoder=decoder,
         tower=tower,
-        parameters=decoder.layers * layer + vocabulary + tower.weights + _projector(kind, config, decoder.hidden),
+        parameters=decoder.weights + vocabulary + tower.weights + _projector(kind, config, decoder.hidden),
         dtype_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
     )
 

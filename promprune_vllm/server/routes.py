@@ -47,7 +47,7 @@ def router(*, inspector: bool) -> APIRouter:
     # For the document, which would promise FastAPI's own 422 otherwise.
     refused: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused, in OpenAI's form of errors."}}
 
-    # Both are plain functions, so that counting does not hold up the event loop.
+    # The first two are plain functions, so that counting does not hold up the event loop.
     @routes.get("", responses=refused, summary="Model, method and limits in force")
     def visual_tokens(request: Request) -> VisualTokens:
         return _backend(request).state()

@@ -1,4 +1,4 @@
-"""Our fields as JSON schemas, and what our two routes take and give.
+"""Our fields as JSON schemas, and what our routes take and give; inspecting has a file of its own.
 
 Clients read these in the server's OpenAPI document. A budget is checked by ``core.budget`` alone; a test compares
 the schema with it.

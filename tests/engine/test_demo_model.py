@@ -10,7 +10,7 @@ from PIL import Image
 
 from promprune_vllm.demo import PHOTOS, photo_path
 from promprune_vllm.demo import model as demo
-from promprune_vllm.demo.processing import IMAGE_ID, SPECIAL_TOKENS, llava_processor
+from promprune_vllm.demo.processing import IMAGE_ID, SPECIAL_TOKENS, byte_tokenizer, llava_processor
 
 TINY = demo.DemoModelSpec(
     image_px=56,
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processor():
     spec = demo.DEFAULT_SPEC
-    return llava_processor(spec.image_px, spec.patch_px, class_token=True, max_tokens=spec.max_tokens)
+    return llava_processor(spec.image_px, spec.patch_px, byte_tokenizer(spec.max_tokens))
 
 
 def test_importing_it_is_cheap():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import subprocess
 import sys
 import time
@@ -18,7 +16,7 @@ from PIL import Image
 
 from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import _serving, ask, body, post
+from tests.server.conftest import _serving, ask, saved
 
 pytestmark = pytest.mark.server
 LEVEL = "promprune_policy_level"
@@ -43,14 +41,8 @@ def _new_image(seed: int) -> Image.Image:
 
 
 def _prompt_tokens(server: Server, seed: int, image: Image.Image | None = None, **fields: Any) -> int:
-    file = io.BytesIO()
-    (image or _new_image(seed)).save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    request = body("coffee", **fields)
-    request["messages"][0]["content"][0]["image_url"]["url"] = url
-    response = post(server, "/v1/chat/completions", request)
-    assert response.status_code == 200, response.text
-    return int(response.json()["usage"]["prompt_tokens"])
+    answer = ask(server, saved(image or _new_image(seed), "PNG"), **fields)
+    return int(answer["usage"]["prompt_tokens"])
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:

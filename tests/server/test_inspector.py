@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.scenes import make_scene
 from promprune_vllm.demo.server import Server
 from tests.server.browser import ARTEFACTS, chromium
-from tests.server.conftest import ask, image_url, post
+from tests.server.conftest import ask, image_url, post, saved
 
 pytestmark = pytest.mark.server
 INSPECT = "/v1/visual_tokens/inspect"
@@ -37,9 +35,7 @@ def look(server: Server, image: str, **fields: Any) -> dict[str, Any]:
 
 
 def picture(size: tuple[int, int], mode: str = "RGB", kind: str = "PNG") -> str:
-    file = io.BytesIO()
-    Image.new(mode, size, 128 if mode in ("L", "P") else None).save(file, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return saved(Image.new(mode, size, 128 if mode in ("L", "P") else None), kind)
 
 
 def test_the_endpoint_tells_what_is_kept(server: Server) -> None:

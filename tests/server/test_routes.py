@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
-from io import BytesIO
 from typing import Any
 
 import httpx
@@ -19,7 +17,7 @@ from promprune_vllm.demo.server import Server
 from promprune_vllm.server.openapi import REQUESTS
 from tests.conftest import VISUAL_TOKENS
 from tests.server.browser import chromium
-from tests.server.conftest import MODEL, _serving, ask, body, post
+from tests.server.conftest import MODEL, _serving, ask, body, post, saved
 
 pytestmark = pytest.mark.server
 ROUTE = "/v1/visual_tokens"
@@ -177,10 +175,8 @@ def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 def _jpeg(width: int, height: int) -> str:
     """A photograph of another size, as a data URL."""
-    buffer = BytesIO()
     with Image.open(photo_path("coffee")) as photo:
-        photo.convert("RGB").resize((width, height)).save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return saved(photo.convert("RGB").resize((width, height)), "JPEG")
 
 
 def test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits(guarded_server: Server) -> None:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from promprune_vllm.demo import processing
-from promprune_vllm.demo.scenes.record import COLOURS, GRID, PIXELS, SHAPES
+from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, SHAPES
 from promprune_vllm.demo.training import tokenizer
 
-MAX_TOKENS = 4096
 VISION_HIDDEN, HIDDEN = 128, 192
 _POSITION_SCALE = 0.6
 
@@ -53,7 +52,7 @@ def llava_config() -> LlavaConfig:
         num_hidden_layers=5,  # the last one is in the file, as in every LLaVA, but no feature is read from it
         num_attention_heads=4,
         image_size=PIXELS,
-        patch_size=tokenizer.PATCH_PX,
+        patch_size=PATCH,
     )
     text = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -62,7 +61,7 @@ def llava_config() -> LlavaConfig:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=6,  # of 32, the least that vLLM's CPU attention takes
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.MAX_TOKENS,
         **processing.ROLE_IDS,
         dtype="float32",
     )

@@ -6,12 +6,12 @@ from typing import Any
 
 from promprune_vllm.demo import processing
 from promprune_vllm.demo.processing import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, SPECIAL_TOKENS
-from promprune_vllm.demo.scenes.record import COLOURS, PIXELS, PLURALS, QUARTERS, SHAPES
+from promprune_vllm.demo.scenes.record import COLOURS, PATCH, PIXELS, PLURALS, QUARTERS, SHAPES
 
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 VOCAB_SIZE = 384  # of the embedding; a multiple of 64
-PATCH_PX = 14
+MAX_TOKENS = 4096  # positions of the language model
 _SPACE = "▁"
 _WORDS = (
     *("is", "there", "a", "how", "many", "are", "shapes", "what", "colour", "shape", "the", "digit", "on", "card"),
@@ -40,10 +40,24 @@ CHAT_TEMPLATE = f"{{%- set ordinals = {list(ORDINALS)!r} %}}\n" + processing.CHA
 )
 
 
-def tokenizer(max_tokens: int = 4096) -> Any:
+def tokenizer() -> Any:
     """A `PreTrainedTokenizerFast` of lower-case words; any other text becomes one token per byte."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_backend(),
+        pad_token=SPECIAL_TOKENS[PAD_ID],
+        bos_token=SPECIAL_TOKENS[BOS_ID],
+        eos_token=SPECIAL_TOKENS[EOS_ID],
+        extra_special_tokens={"image_token": SPECIAL_TOKENS[IMAGE_ID]},
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _backend() -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
     for token in (USER, ASSISTANT, _SPACE, *(_SPACE + word for word in _WORDS)):
@@ -74,28 +88,9 @@ def tokenizer(max_tokens: int = 4096) -> Any:
         [AddedToken(t, special=True, normalized=False, lstrip=True, rstrip=True) for t in SPECIAL_TOKENS]
     )
     backend.add_tokens([AddedToken(t, normalized=False, lstrip=True, rstrip=True) for t in (USER, ASSISTANT)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=SPECIAL_TOKENS[PAD_ID],
-        bos_token=SPECIAL_TOKENS[BOS_ID],
-        eos_token=SPECIAL_TOKENS[EOS_ID],
-        extra_special_tokens={"image_token": SPECIAL_TOKENS[IMAGE_ID]},
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=max_tokens,
-        clean_up_tokenization_spaces=False,
-    )
+    return backend
 
 
-def processor(max_tokens: int = 4096) -> Any:
+def processor() -> Any:
     """A `LlavaProcessor` with CLIP's preprocessing at 336 px."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    side = {"height": PIXELS, "width": PIXELS}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=side),
-        tokenizer=tokenizer(max_tokens),
-        patch_size=PATCH_PX,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    )
+    return processing.llava_processor(PIXELS, PATCH, tokenizer())

@@ -7,17 +7,17 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from promprune_vllm.demo.training import schedule
-from promprune_vllm.demo.training.architecture import begin_projector, new_model
+from promprune_vllm.demo.training.architecture import Heads, begin_projector, new_model
 from promprune_vllm.demo.training.data import Pool, pair_texts, subset
 from promprune_vllm.demo.training.forward import look, normalised, read, see
 from promprune_vllm.demo.training.losses import answer_loss, gaze_loss, patch_loss, place_loss
@@ -63,22 +63,7 @@ class Trainer:
         self.model, self.heads = new_model(seed)
         self.model.to(device)
         self.heads.to(device)
-        inner = self.model.model
-        self.optimiser = Optimiser(
-            {
-                "tower": [
-                    *inner.vision_tower.named_parameters(),
-                    *self.heads.patch.named_parameters(),
-                    *self.heads.shown.named_parameters(),
-                ],
-                "reader": [
-                    *inner.multi_modal_projector.named_parameters(),
-                    *inner.language_model.named_parameters(),
-                    *self.model.lm_head.named_parameters(),
-                    *self.heads.place.named_parameters(),
-                ],
-            }
-        )
+        self.optimiser = Optimiser(_parts(self.model, self.heads))
         # One thread per part of a batch, not all threads on every operation: these are small, and on two cores
         # half of the time went into waiting for each other.
         self.shards = 1 if device == "cuda" else max(1, min(8, os.cpu_count() or 1))
@@ -255,6 +240,17 @@ class Trainer:
             file.write(json.dumps(line | rounded) + "\n")
         shown = " ".join(f"{name}={value:.3g}" for name, value in rounded.items())
         self.tell(f"{self.elapsed / 60:6.1f} min {self.stage} step {self.step}: {shown}")
+
+
+def _parts(model: Any, heads: Heads) -> dict[str, Iterable[tuple[str, nn.Parameter]]]:
+    """Return what a stage trains or leaves alone: the parameters of `tower` and `reader`, by name."""
+    inner = model.model
+    tower = (inner.vision_tower, heads.patch, heads.shown)
+    reader = (inner.multi_modal_projector, inner.language_model, model.lm_head, heads.place)
+    return {
+        part: [named for module in modules for named in module.named_parameters()]
+        for part, modules in (("tower", tower), ("reader", reader))
+    }
 
 
 def has_fast_bfloat16(device: str) -> bool:

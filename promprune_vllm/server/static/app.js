@@ -5,7 +5,7 @@ import * as view from "./view.js";
 const get = (id) => document.getElementById(id);
 const MAX_BYTES = 32 * 2 ** 20;
 const SETTLE_MS = 150, STRIP_MS = 2000, ANSWER_TOKENS = 128;
-const image = { url: null, name: "", objectUrl: null };
+const image = { url: null, name: "" };
 let server = null, looking = null, asking = null;
 
 function say(sentence) {

@@ -10,7 +10,7 @@ export function element(name, attributes, parent) {
 }
 
 // What became of each token: "salient", "covering", "kept" (no stages known) or "dropped".
-export function fates(told) {
+function fates(told) {
   const fate = new Array(told.seen).fill("dropped");
   for (const i of told.indices) fate[i] = "kept";
   for (const group of told.groups) {
@@ -23,7 +23,7 @@ export function fates(told) {
 
 // Saliency of each token as its rank in its group, 0 to 1 (a few tokens may have nearly all of it), or null where
 // nobody looked at it.
-export function heat(told) {
+function heat(told) {
   const values = new Array(told.seen).fill(null);
   for (const group of told.groups) {
     if (group.saliency === null) continue;
