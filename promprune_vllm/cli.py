@@ -25,10 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(bench)
-app.command("eval")(evaluate)
-app.command()(select)
-app.command()(plan)
 
 
 def main() -> None:
@@ -89,11 +85,13 @@ def list_methods(
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("method", "paper", "needs", "tokens are", "options (defaults)")
+    table = Table(
+        "method", Column("paper", min_width=12), "needs", "tokens", Column("options (defaults)", min_width=22)
+    )
     for row in rows:
-        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         merging = "merged" if row["merges"] else "dropped"
         table.add_row(row["name"], row["paper"], ", ".join(row["needs"]), merging, options)
     Console().print(table)
@@ -230,6 +228,10 @@ def demo(
         _fail(str(error))
 
 
+app.command()(select)
+app.command()(plan)
+app.command("eval")(evaluate)
+app.add_typer(bench)
 app.command("demo-model")(demo_model)
 
 

@@ -16,8 +16,8 @@ import httpx
 from PIL import Image
 from rich.table import Table
 
-from promprune_vllm.bench import images
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.demo import images
 from promprune_vllm.demo.traffic import Ask, Line, Picture, Sent, lines, plan, total
 from promprune_vllm.errors import DemoError
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from promprune_vllm.bench.images import noise, page, photo, slide
 from promprune_vllm.core.adaptive import LEVELS
 from promprune_vllm.core.complexity import CELLS, busy_share, content_level
+from promprune_vllm.demo.images import noise, page, photo, slide
 
 content = pytest.importorskip("promprune_vllm.engine.content")
 
