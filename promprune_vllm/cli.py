@@ -84,16 +84,15 @@ def list_methods(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    table = Table(
-        "method", Column("paper", min_width=12), "needs", "tokens", Column("options (defaults)", min_width=22)
-    )
+    table = Table("method", "paper", "needs", "tokens", "options (defaults)", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         merging = "merged" if row["merges"] else "dropped"
-        table.add_row(row["name"], row["paper"], ", ".join(row["needs"]), merging, options)
+        table.add_row(row["name"], row["paper"], "\n".join(row["needs"]), merging, options)
     Console().print(table)
 
 
