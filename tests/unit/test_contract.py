@@ -56,14 +56,6 @@ few = settings(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def draw(
     grid: tuple[int, int, int], *, kind: str = "random", seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> VisionFeatures:
