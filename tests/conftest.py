@@ -20,6 +20,12 @@ QUESTION = "What is in the picture?"
 VISUAL_TOKENS = 576
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each folder together. Inside, the order is another in each run: pytest-randomly shuffles before this."""
+    root = Path(__file__).parent
+    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(root).parts[0]))
+
+
 def pytest_collection_finish() -> None:
     """Let torch's loggers hand on what they get, as loggers do.
 

@@ -157,10 +157,10 @@ def test_options_change_nothing_of_this(method: str, options: dict[str, Any]) ->
 @both_paths
 @every_method
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keep", [1, 7, 14])
-def test_survives_degenerate_features(method: str, kind: str, keep: int) -> None:
+def test_survives_degenerate_features(method: str, kind: str) -> None:
     features = draw((1, 3, 5), kind=kind)
-    check(select(features, keep, method), features, keep, method)
+    for keep in (1, 7, 14):
+        check(select(features, keep, method), features, keep, method)
 
 
 @both_paths
