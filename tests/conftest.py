@@ -21,7 +21,7 @@ VISUAL_TOKENS = 576
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each folder together. Inside, the order is another in each run: pytest-randomly shuffles before this."""
+    """Keep each folder together; inside, pytest-randomly has shuffled before, and pytest grouped by fixture."""
     root = Path(__file__).parent
     items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(root).parts[0]))
 
