@@ -32,9 +32,9 @@ tools: setup ## a container engine and more for the tests of deploy/ (Debian and
 demo: setup ## start the demo; ARGS="--once --json" for one run with machine-readable results
 	@$(BIN)/promprune demo $(ARGS)
 
-test: tools ## run the whole test suite; ARGS go to pytest
+test: tools ## run the whole test suite and hold it to its coverage; with ARGS for pytest, what they select, without that
 	@$(SETUP) --triton --lmms
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),--cov)
 
 eval: setup ## measure what pruning costs: every method and budget, 35 minutes on two cores; goes on if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)

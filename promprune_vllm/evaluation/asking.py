@@ -20,7 +20,7 @@ import httpx
 from promprune_vllm.core.budget import FIELD, FULL, METHOD_FIELD
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, right
-from promprune_vllm.evaluation.target import Target
+from promprune_vllm.evaluation.target import Target, trusted
 from promprune_vllm.evaluation.tasks import SPLIT, Draw, Item, Picture, scenes
 
 ANSWER_TOKENS = 16
@@ -131,7 +131,9 @@ async def _ask_all(
 ) -> None:
     # Servers close a connection that was idle for some seconds, uvicorn after five: none about to be is used.
     limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=_IDLE_SECONDS)
-    async with httpx.AsyncClient(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
+    async with httpx.AsyncClient(
+        headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits, verify=trusted()
+    ) as client:
 
         async def work() -> None:
             for job in todo:  # shared: each worker takes what is next

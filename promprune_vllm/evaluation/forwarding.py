@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from promprune_vllm.evaluation.target import Target
+from promprune_vllm.evaluation.target import Target, trusted
 
 CHAT = "/v1/chat/completions"
 _TIMEOUT_SECONDS = 600
@@ -68,7 +68,7 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
     limits = httpx.Limits(
         max_connections=None, keepalive_expiry=2
     )  # before the server ends it, which is a failure
-    with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
+    with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits, verify=trusted()) as client:
 
         def ask(method: str, path: str, body: bytes | None) -> httpx.Response:
             if path == CHAT and body is not None:

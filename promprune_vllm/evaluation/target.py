@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +78,7 @@ def look(url: str, model: str | None = None, api_key: str | None = None) -> Targ
         f"{url} serves without promprune-vllm: it has no {STATE_PATH}. "
         "Install the plugin beside its vLLM and start it again, for example with `promprune serve`."
     )
-    with httpx.Client(headers=_headers(api_key), timeout=_TIMEOUT_SECONDS) as client:
+    with httpx.Client(headers=_headers(api_key), timeout=_TIMEOUT_SECONDS, verify=trusted()) as client:
         state = _get(client, url, STATE_PATH, missing=none)
         served = [each["id"] for each in _get(client, url, "/v1/models")["data"]]
     if model is not None and model not in served:
@@ -86,6 +88,12 @@ def look(url: str, model: str | None = None, api_key: str | None = None) -> Targ
             f"The model at {url} cannot be pruned ({state['reason']}): serve one of `promprune families`."
         )
     return Target(url, model or served[0], api_key, state)
+
+
+@functools.cache
+def trusted() -> ssl.SSLContext:
+    """Who is trusted over HTTPS. Every client would read the list of authorities anew, which takes 30 ms."""
+    return httpx.create_ssl_context()
 
 
 def _get(client: httpx.Client, url: str, path: str, missing: str | None = None) -> Any:

@@ -30,17 +30,18 @@ OPTIONS = (
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
-@pytest.fixture(scope="session")
+# Of this folder: none of them should hold its memory while the tests of another folder run.
+@pytest.fixture(scope="package")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from _serving(demo_model, tmp_path_factory.mktemp("server"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from _serving(demo_model, tmp_path_factory.mktemp("stock"), VLLM_PLUGINS="")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def every_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The trained model, and a request may choose any method."""
     allowed = ("--visual-token-allow-methods", ",".join(methods()))

@@ -56,14 +56,6 @@ few = settings(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def draw(
     grid: tuple[int, int, int], *, kind: str = "random", seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> VisionFeatures:
@@ -165,10 +157,10 @@ def test_options_change_nothing_of_this(method: str, options: dict[str, Any]) ->
 @both_paths
 @every_method
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keep", [1, 7, 14])
-def test_survives_degenerate_features(method: str, kind: str, keep: int) -> None:
+def test_survives_degenerate_features(method: str, kind: str) -> None:
     features = draw((1, 3, 5), kind=kind)
-    check(select(features, keep, method), features, keep, method)
+    for keep in (1, 7, 14):
+        check(select(features, keep, method), features, keep, method)
 
 
 @both_paths

@@ -1,4 +1,4 @@
-"""``promprune bench kernels`` on images small enough for a unit test."""
+"""``promprune bench kernels`` on small images."""
 
 from __future__ import annotations
 
