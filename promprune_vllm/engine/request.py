@@ -16,7 +16,7 @@ from typing import Any
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import checks, families
+from promprune_vllm.engine import checks, families, minors
 from promprune_vllm.engine.asked import Asked, from_request
 from promprune_vllm.engine.plan import SUMMARY
 from promprune_vllm.engine.wrapping import wrap
@@ -156,8 +156,8 @@ def _announcing(original: Any) -> Any:
         _expose(self, settings)
         if reason := why_not(self):
             logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", *reason, FIELD)
-            if self.mm_processor is not None:
-                self.mm_processor.refusal = reason[1]
+            for processor in minors.processors(self):
+                processor.refusal = reason[1]
         elif settings.budget is None and not settings.detail:
             logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, settings.method)
         else:
