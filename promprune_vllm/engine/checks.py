@@ -12,12 +12,13 @@ from collections.abc import Mapping
 
 from promprune_vllm.errors import IncompatibleVllmError
 
-SUPPORTED = ("0.31", "0.32")
+SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 """vLLM minors this release is tested with, the newest last."""
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
@@ -190,8 +191,8 @@ QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODELS}.qwen3_vl:Qwen3_VisionPatchMerger.forward": ("x",),
 }
 
-# What is relied on before a minor in place of a name of the newest: a fault of vLLM that was not there yet needs no
-# wrap, so nothing; what the newest gives, ``minors`` makes of older names.
+# What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these. Newest
+# first, so that a replacement can be replaced in its turn.
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "0.32": {
         f"{_PROCESSOR}._get_mm_hashes": {
@@ -202,6 +203,25 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             f"{_PROCESSOR}._get_cache_missing_items": ("cache", "mm_data_items", "mm_hashes"),
         },
         f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
+    },
+    "0.31": {
+        f"{_ONLINE}.adjust_harmony_request": {
+            f"{_ONLINE}._make_request_with_harmony": ("request",),
+            f"{_ONLINE}._render_responses_with_harmony": ("request",),
+        },
+        f"{_PROCESSOR}._apply_hf_processor_main": {
+            f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_processor_mm_kwargs"),
+        },
+        f"{_PROCESSOR}.get_dummy_inputs": {
+            f"{_PROCESSOR}.__init__": ("info", "dummy_inputs", "cache"),
+            "vllm.multimodal.processing.dummy_inputs:BaseDummyInputsBuilder.get_dummy_processor_inputs": (),
+        },
+        "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": {
+            "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
+        },
+    },
+    "0.30": {
+        f"{_ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},
     },
 }
 
@@ -254,7 +274,7 @@ def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
             found = inspect.signature(target).parameters  # type: ignore[arg-type]
         except (ImportError, AttributeError) as error:
             raise IncompatibleVllmError(
-                f"promprune-vllm relies on {path}, which this vLLM lacks. {_CURE}"
+                f"promprune-vllm relies on {path}, which this vLLM lacks ({error}). {_CURE}"
             ) from error
         missing = [parameter for parameter in parameters if parameter not in found]
         if missing:

@@ -97,6 +97,34 @@ def processors(renderer: Any) -> Iterable[Any]:
     return [processor for processor in found if processor is not None]
 
 
+def harmony_doors() -> Iterable[tuple[type, str]]:
+    """Return the methods that a request to a gpt-oss model comes by: one since 0.31, two of them before."""
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    if not checks.before("0.31"):
+        return [(OnlineRenderer, "adjust_harmony_request")]
+    chat = (OnlineRenderer, "_make_request_with_harmony")
+    if not checks.before("0.30"):
+        return [chat, (OnlineRenderer, "_render_responses_with_harmony")]
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    return [chat, (OpenAIServingResponses, "_make_request_with_harmony")]
+
+
+def take_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int:
+    """Return how many rows an image has in the account of the encoder cache, and drop the note of it.
+
+    Before 0.31 that is noted of images without a request only, and is the requests' own business else.
+    """
+    if not checks.before("0.31"):
+        return int(manager.num_embeds_by_hash.pop(identifier))
+    if identifier in manager.freeable:
+        return int(manager.freeable[identifier])
+    request = requests[next(iter(manager.cached[identifier]))]
+    names = [feature.identifier for feature in request.mm_features]
+    return int(request.get_num_encoder_embeds(names.index(identifier)))
+
+
 async def call_every_engine(client: Any, method: str, *arguments: object) -> Any:
     """Call a method of every engine behind a client: one result each."""
     if checks.before("0.32"):

@@ -41,7 +41,8 @@ def install() -> None:
 
     wrap(OnlineRenderer, "preprocess_chat", _reading)
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
-    wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
+    for owner, name in minors.harmony_doors():
+        wrap(owner, name, _refusing_harmony)
     # Where no file may be read, vLLM raises what becomes an HTTP 500.
     wrap(MediaConnector, "_load_file_url", _as_client_error(RuntimeError))
     # Pillow's limit strikes before vLLM's equal one, with an error that becomes an HTTP 500.
@@ -139,12 +140,12 @@ def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, obj
 def _refusing_harmony(original: Any) -> Any:
     """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
 
-    def adjust_harmony_request(self: Any, request: Any) -> Any:
+    def harmony(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         with refusing(self.model_config.served_model_name):
             admit(self.renderer, from_request(request, None, honour_detail=False))
-        return original(self, request)
+        return original(self, request, *args, **kwargs)
 
-    return adjust_harmony_request
+    return harmony
 
 
 def _announcing(original: Any) -> Any:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
+from promprune_vllm.engine.checks import SUPPORTED
 from tests.server.conftest import ask, body, image_url, post
 
 pytestmark = pytest.mark.server
@@ -88,7 +89,7 @@ def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path
     )
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert "works with vLLM 0.32.x and found vLLM 0.99.1" in last
+    assert f"works with vLLM {', '.join(f'{minor}.x' for minor in SUPPORTED)} and found vLLM 0.99.1" in last
     assert "Install a supported vLLM" in last
     assert "VLLM_PLUGINS=''" in last
 
