@@ -1,7 +1,8 @@
-"""Which vLLM this release works with, and a check of every private name it relies on.
+"""Which vLLMs this release works with, and a check of every private name it relies on.
 
-A wrong guess here would prune the wrong tokens or none, silently; so an unknown version or a changed signature
-refuses to start, with the cure in the message.
+The tables hold the names of the newest minor, and ``BEFORE`` what older ones have in their place. A wrong guess
+would prune the wrong tokens or none, silently; so an unknown version or a changed signature refuses to start, with
+the cure in the message.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+_GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
 _RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
+    _GATE: ("mm_processor_kwargs", "trust_request_mm_kwargs"),
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
     "vllm.multimodal.media.image:ImageMediaIO.load_bytes": ("data",),
     f"{_ONLINE}.preprocess_chat": ("request",),
@@ -191,8 +194,8 @@ QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODELS}.qwen3_vl:Qwen3_VisionPatchMerger.forward": ("x",),
 }
 
-# What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these. Newest
-# first, so that a replacement can be replaced in its turn.
+# What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these.
+# Newest first, so that a replacement can be replaced in its turn.
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "0.32": {
         f"{_PROCESSOR}._get_mm_hashes": {
@@ -205,6 +208,8 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
     },
     "0.31": {
+        # No gate at all: options of ours are refused on the way to where it stands now.
+        _GATE: {"vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("request",)},
         f"{_ONLINE}.adjust_harmony_request": {
             f"{_ONLINE}._make_request_with_harmony": ("request",),
             f"{_ONLINE}._render_responses_with_harmony": ("request",),

@@ -13,9 +13,13 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine import checks
 from promprune_vllm.engine.wrapping import wrap
+from promprune_vllm.errors import BudgetError
 
+OURS = ("visual_token", "_promprune")
+"""How every processor option of ours begins."""
 _inputs: ContextVar[Any] = ContextVar("promprune_processor_inputs")
 
 
@@ -109,6 +113,31 @@ def harmony_doors() -> Iterable[tuple[type, str]]:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     return [chat, (OpenAIServingResponses, "_make_request_with_harmony")]
+
+
+def pooling_doors() -> Iterable[tuple[type, str]]:
+    """Return the methods where processor options of a pooling request come in without a gate: none since 0.31."""
+    if not checks.before("0.31"):
+        return []
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+
+    return [(PoolingBaseServing, "_init_ctx")]
+
+
+def refuse_smuggled(request: Any) -> None:
+    """Refuse options of ours among a client's processor options; since 0.31, vLLM's gate refuses all of those.
+
+    Raises:
+        BudgetError: There are any. They would come to the processor as what our front doors put there.
+    """
+    sent = getattr(request, "mm_processor_kwargs", None) if checks.before("0.31") else None
+    ours = sorted(key for key in sent or () if key.startswith(OURS))
+    if ours:
+        raise BudgetError(
+            f"{ours[0]} in mm_processor_kwargs is not looked at: send {FIELD} and {METHOD_FIELD} at the top level "
+            "of the request, or in vllm_xargs.",
+            param="mm_processor_kwargs",
+        )
 
 
 def take_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int:

@@ -36,7 +36,8 @@ TEXT = "visual_token_text"
 """Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it."""
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
-_PROFILE = "_promprune_profile"
+_PROFILE, _PROFILING = "_promprune_profile", object()
+"""Processor option of the memory profile, and its value: nothing that a client could send."""
 _KEY_PREFIX = "promprune-"
 
 checks.require_names(checks.PROCESSOR_NAMES)
@@ -109,7 +110,7 @@ class PrunedProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
-        profiling = kwargs.pop(_PROFILE, False)
+        profiling = kwargs.pop(_PROFILE, None) is _PROFILING
         with refusing(self.info.ctx.model_config.served_model_name):  # type: ignore[attr-defined]
             images = self._plan(
                 inputs, Asked() if profiling else asked, kwargs, prunes=not (profiling or self.refusal)
@@ -126,7 +127,7 @@ class PrunedProcessorMixin:
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's memory profile: the most that requests can bring, so never pruned."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: True})
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: _PROFILING})
 
     def _plan(
         self, inputs: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True

@@ -43,6 +43,8 @@ def install() -> None:
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
     for owner, name in minors.harmony_doors():
         wrap(owner, name, _refusing_harmony)
+    for owner, name in minors.pooling_doors():
+        wrap(owner, name, _refusing_smuggled)
     # Where no file may be read, vLLM raises what becomes an HTTP 500.
     wrap(MediaConnector, "_load_file_url", _as_client_error(RuntimeError))
     # Pillow's limit strikes before vLLM's equal one, with an error that becomes an HTTP 500.
@@ -59,6 +61,7 @@ def _reading(original: Any) -> Any:
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
         with refusing(self.model_config.served_model_name):
+            minors.refuse_smuggled(request)
             honour_detail = getattr(self.renderer.mm_processor, "honours_detail", False)
             asked = from_request(request, messages, honour_detail=honour_detail)
             token = _asked.set(asked)
@@ -146,6 +149,17 @@ def _refusing_harmony(original: Any) -> Any:
         return original(self, request, *args, **kwargs)
 
     return harmony
+
+
+def _refusing_smuggled(original: Any) -> Any:
+    """Wrap the way of pooling requests where vLLM has no gate: none of our options may come in by it."""
+
+    def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        with refusing(None):
+            minors.refuse_smuggled(request)
+        return original(self, io_processor, request, *args, **kwargs)
+
+    return init_context
 
 
 def _announcing(original: Any) -> Any:

@@ -101,8 +101,9 @@ class FamilyEngine(Engine):
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(self.llm.model_config.model)
-        # vLLM hands raw pixels to the Qwen towers, and normalises them there.
-        options = {"do_normalize": False, "do_rescale": False} if raw and self.mrope else {}
+        # vLLM hands raw pixels to the Qwen towers, and normalises them there: to Qwen3-VL's since 0.32.
+        raw = raw and self.llm.model_config.multimodal_config.mm_device_do_normalize
+        options = {"do_normalize": False, "do_rescale": False} if raw else {}
         images = [picture(shape) if isinstance(shape, str) else shape for shape in shapes]
         made = processor.image_processor(images=images, return_tensors="pt", **options)
         names = ("pixel_values", "image_grid_thw") if self.mrope else ("pixel_values", "image_sizes")

@@ -201,7 +201,10 @@ def test_the_profile_run_is_not_pruned(engine: Engine, monkeypatch: pytest.Monke
     monkeypatch.setenv("PROMPRUNE_BUDGET", "5")
     monkeypatch.setenv("PROMPRUNE_MAX", "9")
     processor = MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
-    dummy = processor.get_dummy_mm_inputs({"image": 1})
+    if checks.before("0.31"):
+        dummy = MULTIMODAL_REGISTRY.get_dummy_mm_inputs(engine.llm.model_config, {"image": 1}, processor=processor)
+    else:
+        dummy = processor.get_dummy_mm_inputs({"image": 1})
     assert [place.length for place in dummy["mm_placeholders"]["image"]] == [576]
 
 
