@@ -96,7 +96,7 @@ def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     return {
         "vllm": minor.version,
         **{name: versions[name] for name in ("promprune-vllm", "torch", "transformers")},
-        **{name: where[name] for name in ("python", "machine", "cores", "commit", "time")},
+        **{name: where[name] for name in ("python", "machine", "cores", "time")},
         "seconds": round(time.monotonic() - started),
         **counted(ElementTree.parse(report).getroot()),
     }
