@@ -9,12 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
 from promprune_vllm import Need
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
+from promprune_vllm.engine import checks
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.trace import RECALL
 from tests.engine.conftest import Engine
@@ -49,6 +51,8 @@ class FamilyEngine(Engine):
 
     def __init__(self, family: str, model: Path, **options: Any) -> None:
         self.family = family
+        if family == "qwen3_vl" and checks.before("0.30"):
+            pytest.skip("vLLM 0.29 for CPUs cannot load Qwen3-VL, with or without us: it ends with an IndexError")
         super().__init__(model, **{"max_model_len": 1536, "num_gpu_blocks_override": 64, **options})
 
     @property

@@ -209,7 +209,9 @@ def test_a_request_without_images_may_carry_a_budget(server: Server) -> None:
 def _routes() -> dict[str, dict[str, Any]]:
     """A request with a photograph, where the route takes one, for every route that comes to the processor."""
     chat = body("coffee")
-    parts = [{"type": "input_image", "image_url": image_url("coffee")}, {"type": "input_text", "text": QUESTION}]
+    # vLLM 0.30 wants a detail here.
+    image = {"type": "input_image", "image_url": image_url("coffee"), "detail": "auto"}
+    parts = [image, {"type": "input_text", "text": QUESTION}]
     media = {"type": "base64", "media_type": "image/jpeg", "data": image_url("coffee").partition(",")[2]}
     content = [{"type": "image", "source": media}, {"type": "text", "text": QUESTION}]
     return {
