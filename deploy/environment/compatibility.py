@@ -128,8 +128,8 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, st
     works = [minor for minor, each in ordered(results) if green(each)]
     least = min((results[minor]["passed"] for minor in works), default=0)
     line = (
-        f"vLLM {', '.join(works) or 'of no minor yet'}: at least {least} tests pass with each, in an environment of "
-        "its own ([compatibility](docs/compatibility.md))."
+        f"vLLM {', '.join(works) or 'of no minor yet'}: at least {least} tests pass with each, in an environment "
+        "of its own ([compatibility](docs/compatibility.md))."
     )
     return {
         ROOT / "docs" / "compatibility.md": ("compatibility", "\n".join([*head, *rows])),
