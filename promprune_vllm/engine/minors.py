@@ -20,7 +20,7 @@ from promprune_vllm.errors import BudgetError
 
 OURS = ("visual_token", "_promprune")
 """How every processor option of ours begins."""
-_inputs: ContextVar[Any] = ContextVar("promprune_processor_inputs")
+_inputs: ContextVar[Any] = ContextVar("promprune_processor_inputs", default=None)
 
 
 def complete_processor() -> None:
@@ -72,7 +72,8 @@ def _asking_for_options(original: Any) -> Any:
     def get_cache_missing_items(self: Any, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
         mm_is_cached, missing = original(self, cache, mm_data_items, mm_hashes)
         inputs = _inputs.get()
-        inputs.hf_processor_mm_kwargs = self._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
+        if inputs is not None:  # else a model of vLLM's with a way of its own, which has no hooks
+            inputs.hf_processor_mm_kwargs = self._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
         return mm_is_cached, missing
 
     return get_cache_missing_items
