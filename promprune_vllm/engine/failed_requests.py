@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from promprune_vllm.engine import checks
+from promprune_vllm.engine import checks, minors
 from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.metrics.recorder import recorder
 
@@ -91,7 +91,7 @@ def _end(scheduler: Any, failed: frozenset[str]) -> Sequence[Any]:
     )
     scheduler.kv_cache_manager.evict_blocks(blocks)
     for identifier in failed:
-        _forget(scheduler.encoder_cache_manager, identifier)
+        _forget(scheduler.encoder_cache_manager, identifier, scheduler.requests)
     for images in _gone(scheduler):  # dealt with, the requests ended here among them
         images.difference_update(failed)
     ours = recorder(scheduler.vllm_config.model_config.served_model_name)
@@ -144,12 +144,12 @@ def _blocks(scheduler: Any, requests: Iterable[Any], failed: frozenset[str]) -> 
     return {block.block_id for block in pool.blocks}
 
 
-def _forget(manager: Any, identifier: str) -> None:
+def _forget(manager: Any, identifier: str, requests: Mapping[str, Any]) -> None:
     """Take an image out of the scheduler's account of the encoder cache; the workers are told in the next step."""
     if identifier not in manager.cached:
         return
+    rows = minors.take_rows(manager, identifier, requests)
     del manager.cached[identifier]
-    rows = manager.num_embeds_by_hash.pop(identifier)
     manager.num_free_slots += rows
     if manager.freeable.pop(identifier, None) is None:  # a request that has not used it yet refers to it
         manager.num_freeable_slots += rows

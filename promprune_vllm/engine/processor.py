@@ -23,7 +23,7 @@ from promprune_vllm.config import Settings, environment
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
-from promprune_vllm.engine import checks, content, families
+from promprune_vllm.engine import checks, content, families, minors
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.load import current_level
 from promprune_vllm.engine.plan import PLAN, SUMMARY, ImagePlan, Plan, Summary, split
@@ -36,10 +36,12 @@ TEXT = "visual_token_text"
 """Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it."""
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
-_PROFILE = "_promprune_profile"
+_PROFILE, _PROFILING = "_promprune_profile", object()
+"""Processor option of the memory profile, and its value: nothing that a client could send."""
 _KEY_PREFIX = "promprune-"
 
 checks.require_names(checks.PROCESSOR_NAMES)
+minors.complete_processor()
 
 
 @functools.lru_cache(maxsize=8)
@@ -72,8 +74,8 @@ class PrunedProcessorMixin:
     supplies: ClassVar[Need]
     """What the family's model can capture for a method; the text is there for every family."""
 
-    def __init__(self, info: Any, dummy_inputs: Any) -> None:
-        super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
+    def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
+        super().__init__(info, dummy_inputs, **options)  # type: ignore[call-arg]
         calibration = families.calibration(self.info.ctx.model_config)  # type: ignore[attr-defined]
         calibrated = json.dumps({name: dict(options) for name, options in calibration.items()}, sort_keys=True)
         self._settings, self._methods, self._digests = _chosen(environment(), calibrated)
@@ -108,7 +110,7 @@ class PrunedProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
-        profiling = kwargs.pop(_PROFILE, False)
+        profiling = kwargs.pop(_PROFILE, None) is _PROFILING
         with refusing(self.info.ctx.model_config.served_model_name):  # type: ignore[attr-defined]
             images = self._plan(
                 inputs, Asked() if profiling else asked, kwargs, prunes=not (profiling or self.refusal)
@@ -125,7 +127,7 @@ class PrunedProcessorMixin:
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's memory profile: the most that requests can bring, so never pruned."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: True})
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: _PROFILING})
 
     def _plan(
         self, inputs: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True
@@ -244,7 +246,8 @@ class PrunedProcessorMixin:
         missing = tuple(image for image, hit in zip(plan.images, plan.cached, strict=True) if not hit)
         return {**rest, PLAN: Plan(missing)}
 
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+    def _apply_hf_processor_main(self, mm_items: Any, *args: Any, **named: Any) -> Any:
+        (hf_kwargs,) = (*args, *named.values())  # by whatever name: it is another one before vLLM 0.31
         plan, kwargs = split(hf_kwargs)
         output = super()._apply_hf_processor_main(mm_items, kwargs)  # type: ignore[misc]
         if plan.images:

@@ -16,7 +16,7 @@ from typing import Any
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import checks, families
+from promprune_vllm.engine import checks, families, minors
 from promprune_vllm.engine.asked import Asked, from_request
 from promprune_vllm.engine.plan import SUMMARY
 from promprune_vllm.engine.wrapping import wrap
@@ -41,7 +41,10 @@ def install() -> None:
 
     wrap(OnlineRenderer, "preprocess_chat", _reading)
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
-    wrap(OnlineRenderer, "adjust_harmony_request", _refusing_harmony)
+    for owner, name in minors.harmony_doors():
+        wrap(owner, name, _refusing_harmony)
+    for owner, name in minors.pooling_doors():
+        wrap(owner, name, _refusing_smuggled)
     # Where no file may be read, vLLM raises what becomes an HTTP 500.
     wrap(MediaConnector, "_load_file_url", _as_client_error(RuntimeError))
     # Pillow's limit strikes before vLLM's equal one, with an error that becomes an HTTP 500.
@@ -58,6 +61,7 @@ def _reading(original: Any) -> Any:
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
         with refusing(self.model_config.served_model_name):
+            minors.refuse_smuggled(request)
             honour_detail = getattr(self.renderer.mm_processor, "honours_detail", False)
             asked = from_request(request, messages, honour_detail=honour_detail)
             token = _asked.set(asked)
@@ -139,12 +143,23 @@ def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, obj
 def _refusing_harmony(original: Any) -> Any:
     """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
 
-    def adjust_harmony_request(self: Any, request: Any) -> Any:
+    def harmony(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         with refusing(self.model_config.served_model_name):
             admit(self.renderer, from_request(request, None, honour_detail=False))
-        return original(self, request)
+        return original(self, request, *args, **kwargs)
 
-    return adjust_harmony_request
+    return harmony
+
+
+def _refusing_smuggled(original: Any) -> Any:
+    """Wrap the way of pooling requests where vLLM has no gate: none of our options may come in by it."""
+
+    def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        with refusing(None):
+            minors.refuse_smuggled(request)
+        return original(self, io_processor, request, *args, **kwargs)
+
+    return init_context
 
 
 def _announcing(original: Any) -> Any:
@@ -156,8 +171,8 @@ def _announcing(original: Any) -> Any:
         _expose(self, settings)
         if reason := why_not(self):
             logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", *reason, FIELD)
-            if self.mm_processor is not None:
-                self.mm_processor.refusal = reason[1]
+            for processor in minors.processors(self):
+                processor.refusal = reason[1]
         elif settings.budget is None and not settings.detail:
             logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, settings.method)
         else:

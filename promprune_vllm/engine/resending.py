@@ -2,7 +2,8 @@
 
 The API server leaves out of a request the processed images that the engine has in its cache, and takes for granted
 that it has what was once processed. Where that request never got there, because its client left meanwhile or its
-prompt turned out too long, vLLM 0.32 answers the next one with such an image with HTTP 500, for clients to retry.
+prompt turned out too long, vLLM (0.29 to 0.32) answers the next one with such an image with HTTP 500, for clients
+to retry.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from promprune_vllm.engine import failed_requests, failures
-from tests.engine.conftest import Ask, Engine
+from tests.engine.conftest import Ask, Engine, held_rows
 
 pytestmark = pytest.mark.engine
 IMAGE: Ask = ("coffee", 100)
@@ -86,7 +86,7 @@ class Flight:
             self.result(self.plan())
         manager = self.scheduler.encoder_cache_manager
         assert manager.num_freeable_slots == manager.cache_size
-        assert manager.num_free_slots == manager.cache_size - sum(manager.num_embeds_by_hash.values())
+        assert manager.num_free_slots == manager.cache_size - held_rows(manager)
         assert self.scheduler.kv_cache_manager.usage == 0
 
 
@@ -213,12 +213,12 @@ def test_the_accounts_are_even_where_a_request_still_refers_to_the_image() -> No
     request = SimpleNamespace(request_id="r", mm_features=[feature], get_num_encoder_embeds=lambda _: 30)
     assert manager.can_allocate(request, 0, 100, 0)
     manager.allocate(request, 0)
-    failed_requests._forget(manager, "image")
+    failed_requests._forget(manager, "image", {"r": request})
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
     assert manager.get_freed_mm_hashes() == ["image"]
     manager.free(request)
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
-    failed_requests._forget(manager, "image")
+    failed_requests._forget(manager, "image", {"r": request})
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
 
 

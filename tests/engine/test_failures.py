@@ -15,7 +15,7 @@ from promprune_vllm.engine import failures
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.metrics.catalog import REQUESTS
 from promprune_vllm.metrics.recorder import recorder
-from tests.engine.conftest import Ask, Engine
+from tests.engine.conftest import Ask, Engine, held_rows
 
 pytestmark = pytest.mark.engine
 BATCH: tuple[Ask, ...] = (("astronaut", 64), ("coffee", 200), ("rocket", None), ("chelsea", 33))
@@ -98,7 +98,7 @@ def _held(engine: Engine) -> dict[str, Any]:
     manager = engine.core.scheduler.encoder_cache_manager
     free = manager.num_freeable_slots - manager.num_free_slots
     return {
-        "accounts agree": free == sum(manager.freeable.values()) == sum(manager.num_embeds_by_hash.values()),
+        "accounts agree": free == sum(manager.freeable.values()) == held_rows(manager),
         "everything is freeable": manager.num_freeable_slots == manager.cache_size,
         "identifiers": set(manager.cached),
         "zeros": [key for key, rows in engine.runner.encoder_cache.items() if not rows.any()],

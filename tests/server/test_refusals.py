@@ -10,7 +10,9 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
+from promprune_vllm.engine.checks import SUPPORTED
 from tests.server.conftest import ask, body, image_url, post
+from tests.server.test_budget import _routes
 
 pytestmark = pytest.mark.server
 
@@ -88,7 +90,7 @@ def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path
     )
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert "works with vLLM 0.32.x and found vLLM 0.99.1" in last
+    assert f"works with vLLM {', '.join(f'{minor}.x' for minor in SUPPORTED)} and found vLLM 0.99.1" in last
     assert "Install a supported vLLM" in last
     assert "VLLM_PLUGINS=''" in last
 
@@ -115,3 +117,15 @@ def test_settings_that_cannot_be_honoured_are_refused_at_start_up(
     )
     assert result.returncode == 2
     assert complaint in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", _routes())
+@pytest.mark.parametrize("key", ["visual_token_budget", "visual_token_detail", "_promprune_profile"])
+def test_our_keys_are_no_processor_options(server: Server, path: str, key: str) -> None:
+    """Whether or not vLLM has a gate against those."""
+    response = post(server, path, {**_routes()[path], "mm_processor_kwargs": {key: 9}})
+    if response.status_code == 200:
+        assert path in {"/v1/messages", "/v1/responses"}, "these routes have no such field"
+    else:
+        assert response.status_code == 400
+        assert "mm_processor_kwargs" in response.json()["error"]["message"]

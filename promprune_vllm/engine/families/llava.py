@@ -46,11 +46,11 @@ class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcess
         return [geometry.clipped(cell, width, height) for cell in geometry.grid(side, side, area)]
 
 
-def build_processor(info: Any, dummy_inputs: Any) -> BaseMultiModalProcessor:
+def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiModalProcessor:
     """Return our processor, or vLLM's own for a LLaVA that cannot be pruned."""
     if clip.why_not(info.get_hf_config()):
-        return upstream._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
-    return PrunedLlavaProcessor(info, dummy_inputs)
+        return upstream._build_llava_or_pixtral_hf_processor(info, dummy_inputs, **options)
+    return PrunedLlavaProcessor(info, dummy_inputs, **options)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

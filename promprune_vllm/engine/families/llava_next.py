@@ -58,10 +58,11 @@ class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiMo
         return [None if i < 0 else geometry.clipped(cells[i], width, height) for i in source]
 
 
-def build_processor(info: Any, dummy_inputs: Any) -> BaseMultiModalProcessor:
+def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiModalProcessor:
     """Return our processor, or vLLM's own for a LLaVA-NeXT that cannot be pruned."""
     ours = clip.why_not(info.get_hf_config()) is None
-    return (PrunedLlavaNextProcessor if ours else llava_next.LlavaNextMultiModalProcessor)(info, dummy_inputs)
+    processor = PrunedLlavaNextProcessor if ours else llava_next.LlavaNextMultiModalProcessor
+    return processor(info, dummy_inputs, **options)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

