@@ -88,7 +88,9 @@ def list_methods(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "paper", "needs", "tokens", "options (defaults)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        "method", "paper", "needs", "tokens", "options (defaults)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         merging = "merged" if row["merges"] else "dropped"

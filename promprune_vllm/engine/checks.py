@@ -91,20 +91,21 @@ SCHEDULER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.request:Request.get_finished_reason": (),
     "vllm.v1.request:Request.take_events": (),
 }
-RUNNER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
+_RESULT_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (),
     "vllm.v1.outputs:ModelRunnerOutput": (),
     "vllm.distributed.parallel_state:get_tp_group": (),
+}
+RUNNER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
+    **_RESULT_NAMES,
 }
 RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
     "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs": ("scheduled_encoder_inputs",),
-    "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (),
-    "vllm.v1.outputs:ModelRunnerOutput": (),
-    "vllm.distributed.parallel_state:get_tp_group": (),
+    **_RESULT_NAMES,
 }
 RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",),
@@ -128,28 +129,29 @@ LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_cache_usage", "num_waiting_reqs"),
 }
+_MODELS = "vllm.model_executor.models"
+_CLIP_ATTENTION = f"{_MODELS}.clip:CLIPAttention.forward"
 LLAVA_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.model_executor.models.llava:LlavaForConditionalGeneration.embed_multimodal": (),
-    "vllm.model_executor.models.llava:LlavaMultiModalProcessor": ("info", "dummy_inputs"),
-    "vllm.model_executor.models.llava:LlavaDummyInputsBuilder": (),
-    "vllm.model_executor.models.llava:_build_llava_or_pixtral_hf_info": ("ctx",),
-    "vllm.model_executor.models.llava:_build_llava_or_pixtral_hf_processor": ("info", "dummy_inputs"),
-    "vllm.model_executor.models.clip:CLIPAttention.forward": ("hidden_states",),
+    f"{_MODELS}.llava:LlavaForConditionalGeneration.embed_multimodal": (),
+    f"{_MODELS}.llava:LlavaMultiModalProcessor": ("info", "dummy_inputs"),
+    f"{_MODELS}.llava:LlavaDummyInputsBuilder": (),
+    f"{_MODELS}.llava:_build_llava_or_pixtral_hf_info": ("ctx",),
+    f"{_MODELS}.llava:_build_llava_or_pixtral_hf_processor": ("info", "dummy_inputs"),
+    _CLIP_ATTENTION: ("hidden_states",),
 }
 LLAVA_NEXT_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.model_executor.models.llava:LlavaDummyInputsBuilder": (),
-    "vllm.model_executor.models.llava_next:LlavaNextMultiModalProcessor": ("info", "dummy_inputs"),
-    "vllm.model_executor.models.llava_next:LlavaNextProcessingInfo.get_num_image_tokens": (
+    f"{_MODELS}.llava:LlavaDummyInputsBuilder": (),
+    f"{_MODELS}.llava_next:LlavaNextMultiModalProcessor": ("info", "dummy_inputs"),
+    f"{_MODELS}.llava_next:LlavaNextProcessingInfo.get_num_image_tokens": (
         "image_width",
         "image_height",
     ),
     f"{_NEXT}._image_pixels_to_features": ("vision_tower", "pixel_values"),
     f"{_NEXT}._merge_image_patch_embeddings": ("image_size", "patch_embeddings", "strategy"),
-    "vllm.model_executor.models.clip:CLIPAttention.forward": ("hidden_states",),
+    _CLIP_ATTENTION: ("hidden_states",),
 }
-_MODELS = "vllm.model_executor.models"
 MROPE_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.model_executor.models.vision:get_load_balance_assignment": ("sizes", "num_gpus"),
+    f"{_MODELS}.vision:get_load_balance_assignment": ("sizes", "num_gpus"),
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": ("input_", "src"),
     "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
     "vllm.multimodal.inputs:MultiModalFeatureSpec": ("mm_position", "modality", "data"),

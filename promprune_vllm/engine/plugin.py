@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Register the model families, the request field and what becomes of failed images with vLLM.
+    """Register the model families, and wrap what reads requests, counts, fails and resends images, tells the load.
 
     Raises:
         IncompatibleVllmError: This vLLM is not one the release was written for.

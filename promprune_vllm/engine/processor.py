@@ -33,7 +33,10 @@ from promprune_vllm.errors import BudgetError, SettingsError
 COUNTS = "visual_token_counts"
 """Field of every image: ``(3,)`` int64, tokens seen and kept, and the index of the method among those allowed."""
 TEXT = "visual_token_text"
-"""Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it."""
+"""Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it.
+
+A model's input; ``asked.TEXT_KEY``, of the same name, is the text itself among the processor's options.
+"""
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
 _PROFILE, _PROFILING = "_promprune_profile", object()
