@@ -54,10 +54,16 @@ TESTS = (
     *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
     *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
     *("tests/server/test_budget.py", "tests/server/test_reply.py", "tests/server/test_refusals.py"),
-    *("tests/server/test_routes.py", "tests/server/test_bad_images.py"),
+    "tests/server/test_routes.py",
     "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
 )
 """Counts, rows bit for bit, chunks, prefixes, preemption, failures; and over HTTP budgets, replies, refusals."""
+LEFT_OUT = (
+    "tests/server/test_refusals.py::test_siglip_tower_under_the_same_architecture_name",
+    "tests/server/test_refusals.py::test_text_only_model",
+    "tests/server/test_routes.py::test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits",
+)
+"""Each starts servers of its own, which takes as long as a hundred of the others."""
 
 
 def prepare(minor: Minor) -> Environment:
@@ -89,8 +95,9 @@ def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     say(f"testing vLLM {minor.version}; {log} has all that is said")
     started = time.monotonic()
     words = (venv.python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}")
+    left_out = (f"--deselect={name}" for name in LEFT_OUT)
     with log.open("wb") as output:
-        subprocess.run((*words, *TESTS), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
+        subprocess.run((*words, *left_out, *TESTS), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
     if not report.exists():
         raise SetupError(f"the tests did not come to an end with vLLM {minor.version}: {log}")
     known = "import json; from promprune_vllm.bench.provenance import provenance; print(json.dumps(provenance()))"
