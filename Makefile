@@ -7,6 +7,8 @@ SETUP := $(PYTHON) deploy/environment/setup_env.py --venv $(VENV)
 TOOLS := $(PYTHON) deploy/environment/setup_tools.py --into $(VENV)/tools
 UV = "$$(command -v uv || echo $(BIN)/uv)"
 LOCK := deploy/environment/cpu-lock.txt
+# Tests run in an order of the commit's own: another one with the next, and the same where a red run is run again.
+SEED := $(shell git rev-list --count HEAD 2>/dev/null || echo 1)
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 # Questions of each task, so that the matrix fits into an hour on a slow day: most for PromPrune and the controls, least for methods
 # that read the question, since they encode the image anew for each. A lone shape and its colour weigh little.
@@ -34,7 +36,7 @@ demo: setup ## start the demo; ARGS="--once --json" for one run with machine-rea
 
 test: tools ## run the whole test suite and hold it to its coverage; with ARGS for pytest, what they select, without that
 	@$(SETUP) --triton --lmms
-	@$(BIN)/python -m pytest $(or $(ARGS),--cov)
+	@$(BIN)/python -m pytest --randomly-seed=$(SEED) $(or $(ARGS),--cov)
 
 eval: setup ## measure what pruning costs: every method and budget, 35 minutes on two cores; goes on if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
