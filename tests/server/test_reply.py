@@ -124,8 +124,11 @@ def test_one_request_is_not_told_of_another(server: Server) -> None:
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
-    CHAT: body(logprobs=True, seed=1),
-    f"{CHAT} ": body(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}),
+    # Salted: both servers start from nothing, whatever earlier tests have left in their prefix caches.
+    CHAT: body(logprobs=True, seed=1, cache_salt="whole"),
+    f"{CHAT} ": body(
+        cache_salt="streamed", stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}
+    ),
     "/v1/completions": {"model": MODEL, "prompt": ["one", "two"], "max_tokens": 2, "temperature": 0},
     "/v1/responses": {"model": MODEL, "input": "hello", "max_output_tokens": 2, "temperature": 0},
     "/v1/messages": {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]},
