@@ -194,8 +194,10 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     def run(minutes: float) -> trainer.Trainer:
         return trainer.Trainer(tmp_path, minutes=minutes, device="cpu", seed=5, tell=told.append, workers=0)
 
+    threads = torch.get_num_threads()
     first = run(1e-9)
     first.train()
+    assert torch.get_num_threads() == threads
     first.save()
     again = run(first.elapsed / 60 + 1e-9)
     assert again.step == first.step

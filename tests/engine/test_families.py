@@ -208,6 +208,8 @@ def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch
 STOCK = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import torch
+torch.set_num_threads(int(sys.argv[2]))
 from tests.engine.family_engine import FamilyEngine, SHAPES
 from tests.engine.test_families import logprobs
 answers = {}
@@ -223,11 +225,15 @@ print("ANSWERS", json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def stock_answers(models: dict[str, Path]) -> dict[str, Any]:
-    """What vLLM says without the plugin."""
+    """What vLLM says without the plugin, on as many threads: with another number it rounds otherwise."""
     arguments = json.dumps({family: str(path) for family, path in models.items() if family not in UNLOADABLE})
     environment = {**os.environ, "VLLM_PLUGINS": ""}
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, arguments], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", STOCK, arguments, str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]

@@ -67,8 +67,6 @@ class Trainer:
         # One thread per part of a batch, not all threads on every operation: these are small, and on two cores
         # half of the time went into waiting for each other.
         self.shards = 1 if device == "cuda" else max(1, min(8, os.cpu_count() or 1))
-        if device == "cpu":
-            torch.set_num_threads(1)
         self._threads = ThreadPoolExecutor(self.shards)
         self.elapsed, self.step, self.scenes, self.stage, self.reading = 0.0, 0, 0, "", False
         self._sums: Counter[str] = Counter()
@@ -118,8 +116,16 @@ class Trainer:
             check: Scores the model on held-out scenes, now and then.
             limit_s: Stop after so many seconds at the latest, wherever the schedule stands then.
         """
+        threads = torch.get_num_threads()
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+        try:
+            self._train(check, min(self.seconds, self.elapsed + limit_s))
+        finally:  # what else this process computes should not change by having trained
+            torch.set_num_threads(threads)
+
+    def _train(self, check: Callable[[Any], dict[str, float]] | None, end: float) -> None:
         saved = logged = checked = self.elapsed
-        end = min(self.seconds, self.elapsed + limit_s)
         while self.elapsed < end:
             begun = time.perf_counter()
             stage, within = schedule.stage_at(self.elapsed / self.seconds)
