@@ -17,6 +17,7 @@ from PIL import Image
 from promprune_vllm import get_method, methods
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.processing import IMAGE_ID
+from tests.conftest import UNMEASURED
 from tests.engine.family_engine import EVERYTHING, SHAPES, UNLOADABLE, FamilyEngine, picture
 
 pytestmark = pytest.mark.engine
@@ -227,7 +228,7 @@ print("ANSWERS", json.dumps(answers))
 def stock_answers(models: dict[str, Path]) -> dict[str, Any]:
     """What vLLM says without the plugin, on as many threads: with another number it rounds otherwise."""
     arguments = json.dumps({family: str(path) for family, path in models.items() if family not in UNLOADABLE})
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    environment = {**os.environ, **UNMEASURED, "VLLM_PLUGINS": ""}
     done = subprocess.run(
         [sys.executable, "-c", STOCK, arguments, str(torch.get_num_threads())],
         capture_output=True,

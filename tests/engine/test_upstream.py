@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from promprune_vllm.demo.families import build_family_model
+from tests.conftest import UNMEASURED
 from tests.documents import ROOT
 
 pytestmark = pytest.mark.engine
@@ -28,7 +29,7 @@ def shown(script: str) -> list[str]:
 def run(script: str, *arguments: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / script), *arguments],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **UNMEASURED},
         capture_output=True,
         text=True,
         timeout=500,

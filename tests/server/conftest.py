@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model, build_text_model
 from promprune_vllm.demo.server import Server, one_worker, serving
 from promprune_vllm.demo.trained import TRAINED
-from tests.conftest import QUESTION
+from tests.conftest import QUESTION, UNMEASURED
 
 MODEL = "demo"
 # A block of 32 tokens, so that the prefix cache is hit; a step of 256, so that one image spans several chunks.
@@ -27,13 +28,14 @@ OPTIONS = (
     *("--max-model-len", "2048", "--block-size", "32", "--max-num-batched-tokens", "256"),
     *("--max-num-seqs", "32"),
 )
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **UNMEASURED}
 
 
 # Of this folder: none of them should hold its memory while the tests of another folder run.
 @pytest.fixture(scope="package")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from _serving(demo_model, tmp_path_factory.mktemp("server"))
+    measured = {name: os.environ[name] for name in UNMEASURED if name in os.environ}
+    yield from _serving(demo_model, tmp_path_factory.mktemp("server"), **measured)
 
 
 @pytest.fixture(scope="package")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
-from tests.conftest import VISUAL_TOKENS
+from tests.conftest import UNMEASURED, VISUAL_TOKENS
 from tests.documents import example
 
 pytestmark = pytest.mark.server
@@ -101,7 +101,7 @@ def test_offline(demo_model: Path, tmp_path: Path) -> None:
     (cached / "snapshots" / ("0" * 40)).symlink_to(demo_model, target_is_directory=True)
     script = tmp_path / "offline.py"
     script.write_text(example("offline"))
-    directory = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    directory = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), **UNMEASURED}
     printed = run(str(script), [sys.executable], tmp_path, **directory, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     (tokens,) = re.findall(r"(\d+)$", printed.strip())
     assert 64 < int(tokens) < 64 + QUESTION_TOKENS
