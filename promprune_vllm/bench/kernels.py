@@ -19,6 +19,7 @@ from torch import Tensor
 from promprune_vllm.bench import machine, plain, spectra, workload
 from promprune_vllm.bench.kernels_report import show, show_cuda
 from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.demo.threads import torch_threads
 from promprune_vllm.kernels import cpu_cosines, cpu_gram, cpu_loops, cpu_ops, ops, torch_greedy, torch_ops
 
 LARGE = 4096
@@ -96,9 +97,7 @@ def run(
     if device != "cpu":
         raise ValueError(f"--device must be cpu or cuda, not {device!r}")
     what, timed = machine.clock(threads)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         cpu_ops.warm_up()
         result: dict[str, Any] = {
             **provenance(),
@@ -109,8 +108,6 @@ def run(
             "cases": [_measured_fast(case, repeats, kind, timed) for case in wanted],
             "entropy": [_entropies(family) for family in spectra.FAMILIES],
         }
-    finally:
-        torch.set_num_threads(before)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from promprune_vllm import VisionFeatures, select
 from promprune_vllm.config import Settings
+from promprune_vllm.demo.threads import torch_threads
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.kernels import (
     cpu_cosines,
@@ -40,11 +41,9 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_warm_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    cpu_ops.warm_up()
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        cpu_ops.warm_up()
+        yield
 
 
 def _draw(seed: int, *shape: int) -> Tensor:

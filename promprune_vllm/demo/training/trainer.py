@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from promprune_vllm.demo.threads import torch_threads
 from promprune_vllm.demo.training import schedule
 from promprune_vllm.demo.training.architecture import Heads, begin_projector, new_model
 from promprune_vllm.demo.training.data import Pool, pair_texts, subset
@@ -116,13 +118,8 @@ class Trainer:
             check: Scores the model on held-out scenes, now and then.
             limit_s: Stop after so many seconds at the latest, wherever the schedule stands then.
         """
-        threads = torch.get_num_threads()
-        if self.device == "cpu":
-            torch.set_num_threads(1)
-        try:
+        with torch_threads(1) if self.device == "cpu" else nullcontext():
             self._train(check, min(self.seconds, self.elapsed + limit_s))
-        finally:  # what else this process computes should not change by having trained
-            torch.set_num_threads(threads)
 
     def _train(self, check: Callable[[Any], dict[str, float]] | None, end: float) -> None:
         saved = logged = checked = self.elapsed
