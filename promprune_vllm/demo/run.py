@@ -261,7 +261,7 @@ def _table(rows: list[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("budget")
     for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "choosing", "answer"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=" " not in name)  # in 80 columns, others give way
     for row in rows:
         table.add_row(
             "none" if row.budget is None else str(row.budget),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from promprune_vllm import __version__, cli, serve_options
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
+from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
 from tests.documents import table
@@ -28,6 +31,15 @@ def test_help_names_every_command() -> None:
     assert shown.exit_code == 0
     for command in ("serve", "methods", "families", "calibrate", "demo", "demo-model"):
         assert command in shown.output
+
+
+def test_the_demos_table_fits_into_eighty_columns() -> None:
+    rows = [Row(None, 576, 576, 587, 19, 1234.5, None, "6"), Row(64, 576, 64, 75, 3, 236.4, 108.04, "6")]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(_table(rows))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert {"choosing", "1234", "108.0"} <= set(shown.split())
 
 
 def test_version() -> None:
