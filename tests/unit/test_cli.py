@@ -126,6 +126,10 @@ def test_the_documents_show_the_generated_table(name: str) -> None:
     )
 
 
+def test_the_documents_show_what_a_budget_does_on_every_route() -> None:
+    assert table("routes") == route_table.markdown(), "put server.route_table.markdown() between the two marks"
+
+
 def test_the_documents_explain_every_option_as_the_help_does() -> None:
     assert table("options") == serve_options.markdown(), "put serve_options.markdown() between the two marks"
     help_text = " ".join(serve_options.help_text().split())
