@@ -21,6 +21,7 @@ from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
+from promprune_vllm.server import route_table
 from tests.documents import table
 
 run = CliRunner().invoke
