@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import rotary_embedding as layers
 
+from promprune_vllm.core.budget import Budget
+from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.demo.families import FAMILIES
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine import checks, rotary
-from promprune_vllm.errors import IncompatibleVllmError
+from promprune_vllm.engine.asked import Asked
+from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.family_engine import FamilyEngine, picture
 from tests.engine.test_families import models  # noqa: F401  a fixture
 
@@ -92,13 +96,16 @@ def served(engine: FamilyEngine, images: Sequence[Image.Image], budget: object, 
     return int(truth.max())
 
 
+def _processor(engine: FamilyEngine) -> Any:
+    return engine.llm.llm_engine.input_processor.renderer.mm_processor
+
+
 def test_the_tables_have_the_rows_that_requests_are_checked_against(engine: FamilyEngine) -> None:
     """So for every family that there is, and for each one to come."""
     tables = [rope.cos_sin_cache for rope in rotary.tables(engine.model)]
     assert tables
     assert {len(table) for table in tables} == {table_rows(LENGTH)}
-    processor = engine.llm.llm_engine.input_processor.renderer.mm_processor
-    assert processor.info.ctx.model_config.max_model_len == LENGTH
+    assert _processor(engine).info.ctx.model_config.max_model_len == LENGTH
 
 
 def test_positions_reach_the_last_row_and_the_next_image_is_refused(engine: FamilyEngine) -> None:
@@ -125,9 +132,19 @@ def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(
     full: list[object] = [1] * len(images)
     full[5], full[-1] = "full", 0.5
     for budget in (0.008, {"total": 2 * len(images)}, full):
-        assert served(engine, images, budget, behind=900) > 2 * LENGTH
-    monkeypatch.setenv("PROMPRUNE_BUDGET", "1")
-    assert served(engine, images, None, behind=900) > 2 * LENGTH
+        assert served(engine, images, budget, behind=950) > 2 * LENGTH
+    monkeypatch.setattr(_processor(engine), "_policy", BudgetPolicy(Budget(tokens=1)))
+    assert served(engine, images, None, behind=950) > 2 * LENGTH
+
+
+def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngine) -> None:
+    """The route ``/v1/visual_tokens/count`` knows sizes alone."""
+    sizes = [SimpleNamespace(width=picture.width, height=picture.height) for picture in [bar(engine)] * 31]
+    images = SimpleNamespace(get_count=lambda: len(sizes), get_image_size=sizes.__getitem__)
+    counts = _processor(engine).count(images, Asked(budget=10))
+    assert counts == [(SIDE, 10)] * 31
+    with pytest.raises(BudgetError, match="limit is 5120"):
+        _processor(engine).count(images, Asked(budget=1))
 
 
 @pytest.mark.skipif(checks.before("0.32"), reason="tables have no factor yet")
