@@ -169,10 +169,15 @@ MROPE_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._gather_mm_embeddings": ("shift_computed_tokens",),
     "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner.recompute": ("mm_embeds",),
 }
+ROTARY_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.model_executor.layers.rotary_embedding.mrope:MRotaryEmbedding._compute_inv_freq": ("base",),
+}
 _TOWER = ("x", "grid_thw")
+_SIZE = ("image_width", "image_height", "image_processor", "mm_kwargs")
 QWEN2_VL_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODELS}.qwen2_vl:Qwen2VLMultiModalProcessor": ("info", "dummy_inputs"),
     f"{_MODELS}.qwen2_vl:Qwen2VLProcessingInfo.get_num_image_tokens": ("image_processor", "mm_kwargs"),
+    f"{_MODELS}.qwen2_vl:Qwen2VLProcessingInfo._get_vision_info": _SIZE,
     f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration.get_mrope_input_positions": (
         "input_tokens",
         "mm_features",
@@ -197,6 +202,7 @@ QWEN2_5_VL_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODELS}.qwen3_vl:Qwen3VLMultiModalProcessor": ("info", "dummy_inputs"),
+    f"{_MODELS}.qwen3_vl:Qwen3VLProcessingInfo._get_vision_info": _SIZE,
     f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration.get_mrope_input_positions": (
         "input_tokens",
         "mm_features",

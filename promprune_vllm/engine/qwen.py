@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.multimodal.parse import ImageSize
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.positions import require_rows
+from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.capture import inputs_of, patch_attention
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.mrope import MRopePrunedMixin
@@ -46,6 +49,17 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 )
         return result
 
+    def _counts(
+        self, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool, sizes_only: bool = False
+    ) -> list[tuple[int, int]]:
+        counts = super()._counts(images, asked, kwargs, prunes=prunes, sizes_only=sizes_only)
+        if any(kept < seen for seen, kept in counts):
+            info: Any = self.info  # type: ignore[attr-defined]
+            sides = [max(self._grid(images.get_image_size(i), kwargs)) for i in range(images.get_count())]
+            taken = [(side, kept) for side, (_, kept) in zip(sides, counts, strict=True)]
+            require_rows(taken, info.ctx.model_config.max_model_len)
+        return counts
+
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         info: Any = self.info  # type: ignore[attr-defined]
         size = images.get_image_size(index)
@@ -60,14 +74,21 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Where on the image each of its tokens looks: it is stretched to a multiple of their size."""
+        whole = (0.0, 0.0, float(width), float(height))
+        return list(geometry.grid(*self._grid(ImageSize(width=width, height=height), {}), whole))
+
+    def _grid(self, size: Any, kwargs: Mapping[str, object]) -> tuple[int, int]:
+        """Return rows and columns of an image's tokens."""
         info: Any = self.info  # type: ignore[attr-defined]
-        size, _ = info._get_vision_info(
-            image_width=width, image_height=height, image_processor=info.get_image_processor(), mm_kwargs={}
+        resized, _ = info._get_vision_info(
+            image_width=size.width,
+            image_height=size.height,
+            image_processor=info.get_image_processor(**kwargs),
+            mm_kwargs=kwargs,
         )
         config = info.get_hf_config().vision_config
         side = config.patch_size * config.spatial_merge_size
-        whole = (0.0, 0.0, float(width), float(height))
-        return list(geometry.grid(size.height // side, size.width // side, whole))
+        return resized.height // side, resized.width // side
 
     def _embedded_tokens(self, images: Any, index: int) -> int:
         merge: int = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
