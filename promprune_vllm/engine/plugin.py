@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Register the model families, and wrap what reads requests, counts, fails and resends images, tells the load.
+    """Register the model families, and wrap what reads requests, counts, fails and resends images, tells the load
+    and looks up the names of tokens.
 
     Raises:
         IncompatibleVllmError: This vLLM is not one the release was written for.
@@ -20,6 +21,7 @@ def register() -> None:
         preemption,
         request,
         resending,
+        token_names,
     )
     from promprune_vllm.metrics import recorder
 
@@ -33,3 +35,4 @@ def register() -> None:
     load.install()
     preemption.install()
     resending.install()
+    token_names.install()
