@@ -123,6 +123,10 @@ RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
 PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
 }
+TOKEN_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.tokenizers.detokenizer_utils:convert_ids_list_to_tokens": ("tokenizer", "token_ids"),
+    "vllm.tokenizers.detokenizer_utils:_restore_leading_spaces": ("raw_token", "token_str", "marker"),
+}
 RESENDING_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt", "skip_mm_cache"),
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt", "sampling_params", "request_id"),

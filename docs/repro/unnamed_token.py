@@ -1,0 +1,110 @@
+"""vLLM 0.32: logprobs of a token id that the tokenizer has no name for end the server, with status 0.
+
+Many models have more rows in their last layer than their tokenizer has tokens: LLaVA-1.5 has 32,064 and 32,002. vLLM
+accepts such ids in prompts and emits them. ``convert_ids_list_to_tokens`` (vllm/tokenizers/detokenizer_utils.py) takes
+the ``None`` that the tokenizer returns for one as text, where the tokenizer is of Llama's kind (a Metaspace
+pre-tokenizer); of Qwen's kind (bytes), it decodes it to an empty text. The ``TypeError`` ends the task that handles the
+outputs of all requests.
+
+    python unnamed_token.py      # a CPU is enough, and no download: a tiny Llama with random weights and transformers'
+                                 # own tokenizer for Llama; exits with 1 where the server ends
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaTokenizer
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+NAMES = ["<unk>", "<s>", "</s>", *(f"▁{letter}" for letter in "abcdefgh")]
+ROWS = 64
+UNNAMED = ROWS - 1
+STOCK = {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def write_model(directory: Path) -> None:
+    """Write a configuration and a tokenizer; weights are made up by ``--load-format dummy``."""
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=ROWS,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        dtype="float32",
+    ).save_pretrained(directory)
+    LlamaTokenizer(vocab={name: i for i, name in enumerate(NAMES)}).save_pretrained(directory)
+
+
+def explain(directory: Path) -> None:
+    """Print what the function raises."""
+    tokenizer = LlamaTokenizer.from_pretrained(directory)
+    print(f"{ROWS} rows, {len(tokenizer)} tokens; transformers' name of {UNNAMED}: ", end="")
+    print(tokenizer.convert_ids_to_tokens(UNNAMED), "and its text:", repr(tokenizer.decode([UNNAMED])))
+    try:
+        convert_ids_list_to_tokens(tokenizer, [UNNAMED])
+    except TypeError as error:
+        print(f"convert_ids_list_to_tokens: TypeError: {error}")
+
+
+def status(url: str, body: object = None) -> int:
+    """Return the HTTP status of an answer, or 0 where there is none."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def main() -> int:
+    """Serve the model, ask for the logprob of one prompt token, and look at the server."""
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
+        write_model(Path(scratch))
+        explain(Path(scratch))
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+        probe.close()
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch, "--port", port]
+        command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager"]
+        command += ["--distributed-executor-backend", "uni", "--max-num-seqs", "4"]
+        with (Path(scratch) / "log").open("w") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **STOCK})
+        try:
+            return ask(server, f"http://127.0.0.1:{port}")
+        finally:
+            server.kill()
+            server.wait()
+
+
+def ask(server: subprocess.Popen[bytes], url: str) -> int:
+    """Send the request, and return 1 where the server ends of it."""
+    while server.poll() is None and status(f"{url}/health") != 200:
+        time.sleep(0.5)
+    body = {"model": "tiny", "prompt": [1, UNNAMED], "max_tokens": 1}
+    print("without logprobs: HTTP", status(f"{url}/v1/completions", body))
+    print("with prompt_logprobs: HTTP", status(f"{url}/v1/completions", {**body, "prompt_logprobs": 0}))
+    try:
+        print("the server ended with status", server.wait(30))
+    except subprocess.TimeoutExpired:
+        print("the server lives: HTTP", status(f"{url}/v1/completions", body))
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
