@@ -13,10 +13,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
-
-from vllm.multimodal.parse import ImageSize
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.policy import BudgetPolicy
@@ -32,16 +30,23 @@ _ONCE = (
 )
 
 
+class Size(NamedTuple):
+    """Of an image, in pixels."""
+
+    width: int
+    height: int
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """What is remembered of an image.
 
     Args:
-        size: Width and height in pixels.
+        size: Its width and height.
         level: Share of the default that ``"auto"`` kept when it was last sent so; ``None`` if it never was.
     """
 
-    size: ImageSize
+    size: Size
     level: Fraction | None = None
 
 
@@ -104,17 +109,16 @@ class Images:
         """Return how many there are."""
         return len(self._uuids)
 
-    def get_image_size(self, index: int) -> ImageSize:
+    def get_image_size(self, index: int) -> Size:
         """Return the width and height of an image that was sent, or is known."""
         known = self._known[index]
-        size: ImageSize = known.size if known and self._is_named(index) else self._items.get_image_size(index)
-        return size
+        return known.size if known and self._is_named(index) else Size(*self._items.get_image_size(index))
 
     def _is_named(self, index: int) -> bool:
         return self._items.get(index) is None
 
     @property
-    def sizes(self) -> list[ImageSize | None]:
+    def sizes(self) -> list[Size | None]:
         """Width and height of each; ``None`` of one that is named and not known."""
         return [
             None if self._is_named(i) and self._known[i] is None else self.get_image_size(i)
@@ -198,7 +202,7 @@ class Images:
         for i, (uuid, hit) in enumerate(zip(self._uuids, cached, strict=True)):
             if self._memory is not None and uuid is not None and not self._is_named(i):
                 known, level = self._known[i], self._levels[i]
-                size = known.size if known and hit else self._items.get_image_size(i)
+                size = known.size if known and hit else self.get_image_size(i)
                 if level is None and known:
                     level = known.level
                 self._memory.keep(uuid, Known(size, level))
