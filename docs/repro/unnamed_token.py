@@ -80,7 +80,15 @@ def main() -> int:
         port = str(probe.getsockname()[1])
         probe.close()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch, "--port", port]
-        command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager"]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--served-model-name",
+            "tiny",
+            "--load-format",
+            "dummy",
+            "--enforce-eager",
+        ]
         command += ["--distributed-executor-backend", "uni", "--max-num-seqs", "4"]
         with (Path(scratch) / "log").open("w") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **STOCK})

@@ -17,7 +17,6 @@ from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.positions import require_rows
-from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.capture import inputs_of, patch_attention
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.mrope import MRopePrunedMixin
@@ -49,16 +48,12 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 )
         return result
 
-    def _counts(
-        self, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool, sizes_only: bool = False
-    ) -> list[tuple[int, int]]:
-        counts = super()._counts(images, asked, kwargs, prunes=prunes, sizes_only=sizes_only)
-        if any(kept < seen for seen, kept in counts):
-            info: Any = self.info  # type: ignore[attr-defined]
-            sides = [max(self._grid(images.get_image_size(i), kwargs)) for i in range(images.get_count())]
-            taken = [(side, kept) for side, (_, kept) in zip(sides, counts, strict=True)]
+    def _check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+        info: Any = self.info  # type: ignore[attr-defined]
+        pruned = [(i, kept) for i, (seen, kept) in enumerate(counts) if kept < seen]
+        taken = [(max(self._grid(images.get_image_size(i), kwargs)), kept) for i, kept in pruned]
+        if taken:
             require_rows(taken, info.ctx.model_config.max_model_len)
-        return counts
 
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         info: Any = self.info  # type: ignore[attr-defined]

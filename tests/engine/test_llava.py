@@ -14,6 +14,7 @@ from promprune_vllm.demo import PHOTOS
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
+from tests.engine import naming
 from tests.engine.conftest import Engine
 
 pytestmark = pytest.mark.engine
@@ -185,6 +186,18 @@ def test_client_uuid_with_two_budgets_is_encoded_twice(engine: Engine) -> None:
         ]
     assert seen.images_per_tower_call == [1, 1, 1]
     assert [lengths[0] - length for length in lengths] == [0, 512, 560, 512]
+
+
+@pytest.mark.parametrize("check", naming.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_an_image_that_is_named_and_not_sent(engine: Engine, check: Any) -> None:
+    check(engine, lambda: engine.prompt(("coffee", None)))
+
+
+def test_of_named_images_none_is_taken_for_another(engine: Engine) -> None:
+    naming.check_another_image_is_never_served(
+        engine, lambda: engine.prompt(("coffee", None)), lambda: engine.prompt(("rocket", None))
+    )
+    naming.check_some_of_several_are_named(engine, lambda: engine.prompt(("coffee", None), ("rocket", None)))
 
 
 def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> None:
