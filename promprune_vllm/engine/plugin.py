@@ -12,6 +12,7 @@ def register() -> None:
     """
     from promprune_vllm.config import Settings
     from promprune_vllm.engine import (
+        api_server,
         checks,
         counting,
         failed_requests,
@@ -37,3 +38,4 @@ def register() -> None:
     resending.install()
     prerendered.install()
     reply.install()
+    api_server.install()
