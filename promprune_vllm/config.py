@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     kernels: Literal["fast", "reference"] = Field(
         default="fast", description="selection by the fast kernels of the device, or by the float64 reference"
     )
+    endpoints: bool = Field(
+        default=True, description="the routes under /v1/visual_tokens, and the inspector's; headers and usage stay"
+    )
     inspector: bool = Field(
         default=True, description="the page /promprune and POST /v1/visual_tokens/inspect, which show what is kept"
     )

@@ -34,13 +34,19 @@ REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt",),
     "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("io_processor", "request"),
     "vllm.exceptions:VLLMValidationError.__init__": ("message", "parameter"),
-    "vllm.plugins:load_endpoint_plugins": ("supported_tasks",),
+}
+_LAUNCH = "vllm.entrypoints.launchers"
+API_SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
+    f"{_LAUNCH}.app:attach_endpoint_plugins": ("app", "supported_tasks"),
+    f"{_LAUNCH}.api_server.app_state:init_endpoint_plugins_state": ("engine_client", "state", "args"),
+    f"{_LAUNCH}.render.app_state:init_endpoint_plugins_state": ("engine_client", "state", "args"),
 }
 ENGINE_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt",),
     "vllm.v1.engine.async_llm:AsyncLLM.encode": ("prompt",),
 }
 INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.engine.input_processor:InputProcessor.__init__": ("vllm_config",),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("request_id", "prompt"),
 }
 PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -59,8 +65,6 @@ _MODEL_CONFIG = "vllm.config:ModelConfig"
 _CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 _ANTHROPIC = "vllm.entrypoints.anthropic.protocol"
 SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("app",),
-    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": ("engine_client", "state", "args"),
     "vllm.multimodal.parse:ImageSize": ("width", "height"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": ("messages", "cache_salt"),
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion": (
@@ -87,9 +91,7 @@ USAGE_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.entrypoints.pooling.scoring.protocol:RerankUsage": ("prompt_tokens",),
     "vllm.entrypoints.pooling.scoring.protocol:RerankResponse": ("usage",),
 }
-CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": (),
-}
+CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {"vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": ()}
 SCHEDULER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("scheduler_output", "model_runner_output"),
     "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": ("request_ids", "finished_status"),
@@ -117,9 +119,7 @@ RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs": ("scheduled_encoder_inputs",),
     **_RESULT_NAMES,
 }
-RECALL_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",),
-}
+RECALL_NAMES: Mapping[str, tuple[str, ...]] = {"vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",)}
 PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
 }

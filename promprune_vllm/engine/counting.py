@@ -4,21 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
+from promprune_vllm.config import Settings
 from promprune_vllm.engine import checks
 from promprune_vllm.engine.plan import SUMMARY, Summary
 from promprune_vllm.engine.wrapping import wrap
-from promprune_vllm.metrics.recorder import recorder
+from promprune_vllm.metrics.recorder import expose, recorder
 
 _COUNTED = "counted"
 _SAVINGS = "_promprune_savings"
 
 
 def install() -> None:
-    """Wrap the step that makes an engine's request of a processed prompt. Idempotent."""
+    """Wrap an engine's front end: its start, and its step that makes requests of processed prompts. Idempotent."""
     checks.require_names(checks.INPUT_NAMES)
     from vllm.v1.engine.input_processor import InputProcessor
 
+    wrap(InputProcessor, "__init__", _exposing)
     wrap(InputProcessor, "process_inputs", _counting)
+
+
+def expose_series(vllm_config: Any) -> None:
+    """Show our series on this process's ``/metrics`` from the start."""
+    import vllm
+
+    from promprune_vllm import __version__
+    from promprune_vllm.engine.savings import Savings
+
+    expose(
+        vllm_config.model_config.served_model_name,
+        Settings.from_environment().allowed,
+        (__version__, vllm.__version__),
+        derived=Savings(vllm_config).known,
+    )
+
+
+def _exposing(original: Any) -> Any:
+    """Wrap the start of an engine's front end. A renderer alone, as other programs make one, has no metrics."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        expose_series(self.vllm_config)
+
+    return init
 
 
 def _counting(original: Any) -> Any:

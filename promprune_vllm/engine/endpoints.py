@@ -1,8 +1,7 @@
 """What this plugin adds to vLLM's HTTP server, in the form vLLM has for it, ``EndpointPlugin``.
 
-vLLM loads such plugins only where ``VLLM_PLUGINS`` names them, because they open routes. Ours comes with the
-plugin that prunes. Its routes ask for the server's API key; inspecting goes through the engine, as a chat request
-does, and the others read settings and count.
+``api_server`` adds it. The routes ask for the server's API key; inspecting goes through the engine, as a chat
+request does, and the others read settings and count.
 """
 
 from __future__ import annotations
@@ -66,9 +65,10 @@ class Endpoints:
         # vLLM adds its own middleware later, so this is inside it: a refused API key never gets here.
         app.add_middleware(VisualTokenHeaders)
         settings = Settings.from_environment()
-        app.include_router(router(inspector=settings.inspector))
-        if settings.inspector:
-            app.include_router(page())
+        if settings.endpoints:
+            app.include_router(router(inspector=settings.inspector))
+            if settings.inspector:
+                app.include_router(page())
         document(app, field_schemas(settings.allowed))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002

@@ -12,6 +12,7 @@ def register() -> None:
     """
     from promprune_vllm.config import Settings
     from promprune_vllm.engine import (
+        api_server,
         checks,
         counting,
         failed_requests,
@@ -39,3 +40,4 @@ def register() -> None:
     prerendered.install()
     reply.install()
     token_names.install()
+    api_server.install()

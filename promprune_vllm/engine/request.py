@@ -22,7 +22,7 @@ from promprune_vllm.engine.asked import Asked, from_request
 from promprune_vllm.engine.plan import record_images
 from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError, SettingsError
-from promprune_vllm.metrics.recorder import expose, recorder
+from promprune_vllm.metrics.recorder import recorder
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
@@ -32,7 +32,6 @@ _asked: ContextVar[Asked | None] = ContextVar("visual_tokens_asked", default=Non
 def install() -> None:
     """Wrap vLLM's request path. Idempotent."""
     checks.require_names(checks.REQUEST_NAMES)
-    import vllm.plugins
     from PIL.Image import DecompressionBombError
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.multimodal.media.connector import MediaConnector
@@ -52,8 +51,6 @@ def install() -> None:
     wrap(BaseRenderer, "_process_singleton", _adding)
     wrap(BaseRenderer, "_process_singleton_async", _adding)
     wrap(BaseRenderer, "__init__", _announcing)
-    # Looked up anew where an API server is built, and nowhere else.
-    wrap(vllm.plugins, "load_endpoint_plugins", _with_endpoints)
 
 
 def _reading(original: Any) -> Any:
@@ -92,28 +89,19 @@ def _gathered(serving: Any, request: Any, messages: object) -> Asked:
 
 def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
     """Return a wrapper of a loader of images: what the client asked for is its mistake, and no HTTP 500."""
+    # Both types: whoever catches the original one still does.
+    client_error: Any = type(f"Client{error_type.__name__}", (ValueError, error_type), {})
 
     def wrapper(original: Any) -> Any:
         def load(*args: Any, **kwargs: Any) -> Any:
             try:
                 return original(*args, **kwargs)
             except error_type as error:
-                raise ValueError(f"Failed to load image: {error}") from error
+                raise client_error(f"Failed to load image: {error}") from error
 
         return load
 
     return wrapper
-
-
-def _with_endpoints(original: Any) -> Any:
-    """Wrap what finds the HTTP server's plugins: ours is found wherever the rest of this plugin is."""
-
-    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
-        from promprune_vllm.engine.endpoints import Endpoints
-
-        return [*original(*args, **kwargs), Endpoints()]
-
-    return load_endpoint_plugins
 
 
 def _adding(original: Any) -> Any:
@@ -165,9 +153,9 @@ def _announcing(original: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         settings = Settings.from_environment()
-        _refuse_engine_options(self.model_config)
+        if self.mm_processor is not None:
+            _refuse_engine_options(self.model_config)
         _carry_context(self._executor)
-        _expose(self, settings)
         if reason := why_not(self):
             model = self.model_config.model
             logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", model, reason, FIELD)
@@ -180,21 +168,6 @@ def _announcing(original: Any) -> Any:
             logger.info("PromPrune keeps %s tokens of an image by default, method %s.", kept, settings.method)
 
     return init
-
-
-def _expose(renderer: Any, settings: Settings) -> None:
-    """Show our series on this process's ``/metrics`` from the start."""
-    import vllm
-
-    from promprune_vllm import __version__
-    from promprune_vllm.engine.savings import Savings
-
-    expose(
-        renderer.model_config.served_model_name,
-        settings.allowed,
-        (__version__, vllm.__version__),
-        derived=Savings(renderer.config).known,
-    )
 
 
 def _refuse_engine_options(model_config: Any) -> None:
