@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-BudgetReason = Literal["invalid", "limits", "images", "method", "unsupported"]
+BudgetReason = Literal["invalid", "limits", "images", "method", "unsupported", "field"]
 """Not a budget; outside the server's limits; no fit for the number of images; a method that is not allowed; a
-model or an image that cannot be pruned."""
+model or an image that cannot be pruned; a field misspelled or in the wrong place."""
 
 
 class PromPruneError(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
 
 from promprune_vllm.errors import BudgetError
 
@@ -22,6 +23,7 @@ MAX_IMAGES = 1024
 AUTO = "auto"
 FULL = "full"
 _PERCENT = re.compile(r"(\d{1,3})(\.\d{1,9})?%", re.ASCII)
+_NUMBER = re.compile(r"(0|[1-9]\d{0,6})(\.\d{1,9})?", re.ASCII)
 _NEXT_STEP = (
     f'Send tokens per image (1 to {MAX_BUDGET_TOKENS}), a share of them (0.25 or "25%"), "full", "auto", a list '
     'of these with one entry per image, {"total": tokens} for all images together, or leave the field out.'
@@ -59,9 +61,10 @@ class Budget:
 
         Args:
             name: What the message calls it.
-            value: What JSON decoding gave: an integer, a number between 0 and 1, a percentage such as ``"25%"``,
-                ``"full"`` or ``"auto"``. Nothing is guessed: ``true``, ``64.0`` and ``"64"`` are refused, because
-                they may hide a client's mistake.
+            value: What JSON decoding gave: tokens as an integer, a share as a number between 0 and 1, a percentage
+                such as ``"25%"``, ``"full"`` or ``"auto"``. ``64.0`` and ``"64"`` are 64, and ``"0.25"`` is 0.25:
+                protobuf gateways send every number as a double, and forms send text. ``true``, ``1.5`` and
+                ``" 64"`` are refused.
 
         Returns:
             ``None`` for ``"auto"``.
@@ -69,10 +72,11 @@ class Budget:
         Raises:
             BudgetError: With the value, the limits and the next step.
         """
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls(tokens=value)
-        if isinstance(value, float) and 0 < value < 1:
-            return cls(share=Fraction(repr(value)))  # the decimal that was sent, not its binary neighbour
+        number = _number(value)
+        if isinstance(number, int):
+            return cls(tokens=number)
+        if number is not None and 0 < number < 1:
+            return cls(share=number)
         if isinstance(value, str):
             if value == AUTO:
                 return None
@@ -121,8 +125,8 @@ class Ask:
                 raise _refused(value, f"a list of 1 to {MAX_IMAGES} entries, one per image")
             return cls(each=tuple(Budget.parse(entry, f"{FIELD}[{i}]") for i, entry in enumerate(value)))
         if isinstance(value, dict):
-            total = value.get("total")
-            if set(value) != {"total"} or isinstance(total, bool) or not isinstance(total, int):
+            total = _number(value.get("total"))
+            if set(value) != {"total"} or not isinstance(total, int):
                 raise _refused(value, '{"total": tokens} where it is an object')
             if not 1 <= total <= MAX_BUDGET_TOKENS:
                 raise _refused(value, f"a total from 1 to {MAX_BUDGET_TOKENS} tokens")
@@ -168,6 +172,19 @@ class Ask:
     def for_image(self, index: int) -> Budget | None:
         """Return the budget of one image; a total has none."""
         return self.each[index] if isinstance(self.each, tuple) else self.each
+
+
+def _number(value: object) -> int | Fraction | None:
+    """Return the number that a client wrote as a number or as text, exactly; ``None`` if it is not one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and isfinite(value):
+        number = Fraction(repr(value))  # the decimal that was sent, not its binary neighbor
+    elif isinstance(value, str) and _NUMBER.fullmatch(value):
+        number = Fraction(value)
+    else:
+        return None
+    return number.numerator if number.denominator == 1 else number
 
 
 def from_text(text: str) -> object:

@@ -63,7 +63,7 @@ class BudgetPolicy:
             lowered = Budget(share=level).of(keep)
             return self._clamped(max(lowered, min(self.floor, keep)), total)
         keep = min(asked.of(total), total)
-        if self.out_of_range == "refuse" and keep != self._clamped(keep, total):
+        if self.out_of_range == "refuse" and not self.allows(keep, total):
             limits = f"{self.minimum} to {'any number' if self.maximum is None else self.maximum}"
             raise BudgetError(
                 f"{FIELD} {asked.printed()!r} keeps {keep} of an image's {total} tokens; this server takes "
@@ -115,6 +115,10 @@ class BudgetPolicy:
         for i in by_remainder[: keep - sum(counts)]:
             counts[i] += 1
         return tuple(counts)
+
+    def allows(self, keep: int, total: int) -> bool:
+        """Return whether the limits let an image keep ``keep`` of its ``total`` tokens."""
+        return self._clamped(keep, total) == keep
 
     def _clamped(self, keep: int, total: int) -> int:
         if self.maximum is not None:

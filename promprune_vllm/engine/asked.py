@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, Ask, Budget, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.near_misses import XARGS
 
 logger = logging.getLogger("vllm.promprune")
 TEXT_KEY = "visual_token_text"
 DETAIL_KEY = "visual_token_detail"
+_http_fields: ContextVar[Mapping[str, Any] | None] = ContextVar("visual_token_http_fields", default=None)
 _IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 
 
@@ -72,11 +75,34 @@ class Asked:
 def read(request: Any, name: str) -> object:
     """Return a field of a request, unchecked: at its top level or in ``vllm_xargs``.
 
+    Over HTTP it comes from the body that the client sent, else from the request as vLLM parsed it.
+
     Raises:
         BudgetError: The two contradict each other.
     """
-    top = (getattr(request, "model_extra", None) or {}).get(name)
-    nested = (getattr(request, "vllm_xargs", None) or {}).get(name)
+    fields = _http_fields.get()
+    if fields is None:
+        fields = {**(getattr(request, "model_extra", None) or {}), XARGS: getattr(request, "vllm_xargs", None)}
+    return read_from(fields, name)
+
+
+def remember(body: Mapping[str, Any]) -> None:
+    """Remember our fields of the HTTP request that is being handled.
+
+    Args:
+        body: Its decoded JSON, before a schema of vLLM's could drop anything.
+    """
+    _http_fields.set({name: body[name] for name in (FIELD, METHOD_FIELD, XARGS) if name in body})
+
+
+def read_from(fields: Mapping[str, Any], name: str) -> object:
+    """Return a field, unchecked: of these, or of those in their ``vllm_xargs``.
+
+    Raises:
+        BudgetError: The two contradict each other.
+    """
+    inner = fields.get(XARGS)
+    top, nested = fields.get(name), inner.get(name) if isinstance(inner, Mapping) else None
     if top is not None and nested is not None and top != nested:
         raise BudgetError(
             f"{name} is {shown(top)} at the top level and {shown(nested)} in vllm_xargs: send it once.",

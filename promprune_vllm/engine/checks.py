@@ -18,7 +18,7 @@ SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
-_ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
 _RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
@@ -26,14 +26,19 @@ REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     _GATE: ("mm_processor_kwargs", "trust_request_mm_kwargs"),
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
     "vllm.multimodal.media.image:ImageMediaIO.load_bytes": ("data",),
-    f"{_ONLINE}.preprocess_chat": ("request",),
-    f"{_ONLINE}.preprocess_cmpl": ("request",),
-    f"{_ONLINE}.adjust_harmony_request": ("request",),
+    f"{ONLINE}.preprocess_chat": ("request",),
+    f"{ONLINE}.preprocess_cmpl": ("request",),
+    f"{ONLINE}.adjust_harmony_request": ("request",),
     "vllm.renderers.base:BaseRenderer.__init__": ("config", "tokenizer"),
-    "vllm.renderers.base:BaseRenderer._apply_prompt_extras": ("prompts", "prompt_extras"),
-    "vllm.renderers.inputs.preprocess:extract_target_prompt": ("model_config", "prompt"),
+    "vllm.renderers.base:BaseRenderer._process_singleton": ("prompt",),
+    "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt",),
+    "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("io_processor", "request"),
     "vllm.exceptions:VLLMValidationError.__init__": ("message", "parameter"),
     "vllm.plugins:load_endpoint_plugins": ("supported_tasks",),
+}
+ENGINE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt",),
+    "vllm.v1.engine.async_llm:AsyncLLM.encode": ("prompt",),
 }
 INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("request_id", "prompt"),
@@ -56,11 +61,6 @@ _ANTHROPIC = "vllm.entrypoints.anthropic.protocol"
 SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("app",),
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": ("engine_client", "state", "args"),
-    "vllm.entrypoints.serve.engine.protocol:UsageInfo": ("prompt_tokens",),
-    "vllm.entrypoints.openai.responses.protocol:ResponseUsage": ("input_tokens",),
-    f"{_ANTHROPIC}:AnthropicUsage": ("input_tokens",),
-    f"{_ANTHROPIC}:AnthropicMessagesResponse": ("usage",),
-    f"{_ANTHROPIC}:AnthropicStreamEvent": (),  # not complete yet, so its fields do not show
     "vllm.multimodal.parse:ImageSize": ("width", "height"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": ("messages", "cache_salt"),
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion": (
@@ -76,6 +76,16 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_MODEL_CONFIG}.get_head_size": (),
     "vllm.utils.torch_utils:resolve_kv_cache_dtype_string": ("kv_cache_dtype", "model_config"),
     "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype": ("kv_cache_dtype", "model_config"),
+}
+USAGE_NAMES: Mapping[str, tuple[str, ...]] = {
+    f"{ONLINE}.__init__": ("model_config", "renderer"),
+    "vllm.entrypoints.serve.engine.protocol:UsageInfo": ("prompt_tokens",),
+    "vllm.entrypoints.openai.responses.protocol:ResponseUsage": ("input_tokens",),
+    f"{_ANTHROPIC}:AnthropicUsage": ("input_tokens",),
+    f"{_ANTHROPIC}:AnthropicMessagesResponse": ("usage",),
+    f"{_ANTHROPIC}:AnthropicStreamEvent": (),  # not complete yet, so its fields do not show
+    "vllm.entrypoints.pooling.scoring.protocol:RerankUsage": ("prompt_tokens",),
+    "vllm.entrypoints.pooling.scoring.protocol:RerankResponse": ("usage",),
 }
 CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": (),
@@ -210,11 +220,10 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
     },
     "0.31": {
-        # No gate at all: options of ours are refused on the way to where it stands now.
-        _GATE: {"vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("request",)},
-        f"{_ONLINE}.adjust_harmony_request": {
-            f"{_ONLINE}._make_request_with_harmony": ("request",),
-            f"{_ONLINE}._render_responses_with_harmony": ("request",),
+        _GATE: {},  # no gate at all: options of ours are refused on the way to where it stands now
+        f"{ONLINE}.adjust_harmony_request": {
+            f"{ONLINE}._make_request_with_harmony": ("request",),
+            f"{ONLINE}._render_responses_with_harmony": ("request",),
         },
         f"{_PROCESSOR}._apply_hf_processor_main": {
             f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_processor_mm_kwargs"),
@@ -228,7 +237,7 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         },
     },
     "0.30": {
-        f"{_ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},
+        f"{ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},
     },
 }
 

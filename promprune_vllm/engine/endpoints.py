@@ -7,7 +7,7 @@ does, and the others read settings and count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,16 @@ from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.registry import options_of
-from promprune_vllm.engine import checks, families, inspection, reply
-from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine import checks, families, http_fields, inspection
+from promprune_vllm.engine.asked import Asked, read_from
 from promprune_vllm.engine.inspection import Inspector
-from promprune_vllm.engine.request import admit, refusing, why_not
+from promprune_vllm.engine.request import admit, refusing, served_name, why_not
 from promprune_vllm.engine.savings import bytes_per_token
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
+from promprune_vllm.server.near_misses import check as check_names
 from promprune_vllm.server.openapi import document
 from promprune_vllm.server.page import page
 from promprune_vllm.server.routes import router
@@ -60,7 +62,7 @@ class Endpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, headers, fields of usage and schemas."""
-        reply.install()
+        http_fields.attach(app)
         # vLLM adds its own middleware later, so this is inside it: a refused API key never gets here.
         app.add_middleware(VisualTokenHeaders)
         settings = Settings.from_environment()
@@ -83,6 +85,16 @@ class EngineBackend:
         self._inspector = inspector
         self._settings = Settings.from_environment()
 
+    def check_fields(self, body: Mapping[str, Any]) -> None:
+        """Refuse fields of ours that are misspelled, misplaced, no budget, or cannot be honoured.
+
+        Args:
+            body: The decoded JSON of a request to any of vLLM's routes.
+        """
+        with refusing(self._renderer.model_config):
+            check_names(body)
+            admit(self._renderer, Asked(read_from(body, FIELD), read_from(body, METHOD_FIELD)))
+
     def state(self) -> VisualTokens:
         """Return what is in force."""
         config = self._renderer.model_config
@@ -92,11 +104,11 @@ class EngineBackend:
         return VisualTokens(
             version=promprune_vllm.__version__,
             vllm_version=vllm.__version__,
-            model=_first(config.served_model_name),
+            model=served_name(config),
             architecture=config.architecture,
             family=None if family is None else family.model,
             prunable=reason is None,
-            reason=None if reason is None else reason[1],
+            reason=reason,
             method=methods[0],
             allowed_methods=methods,
             limits=self._limits(),
@@ -151,7 +163,8 @@ class EngineBackend:
 
     def _require_pruning(self, verb: str) -> None:
         if reason := why_not(self._renderer):
-            raise BudgetError(f"Nothing to {verb}: {reason[0]} cannot be pruned, {reason[1]}.", param="model")
+            model = served_name(self._renderer.model_config)
+            raise BudgetError(f"Nothing to {verb}: {model} cannot be pruned, {reason}.", param="model")
 
     def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
         try:
@@ -213,7 +226,3 @@ class _Sizes:
     def get_image_size(self, index: int) -> ImageSize:
         """Return the size of one."""
         return self._sizes[index]
-
-
-def _first(names: Any) -> str:
-    return str(names) if isinstance(names, str) else str(names[0])

@@ -43,7 +43,7 @@ class Inspector:
     """
 
     def __init__(self, engine_client: Any, state: Any) -> None:
-        self._engines = engine_client.engine_core
+        self._engines = None if engine_client is None else engine_client.engine_core  # a render server has none
         self._state = state
 
     async def run(self, body: InspectRequest, request: Request) -> tuple[Told, Mapping[str, Any]] | Response:
@@ -57,7 +57,7 @@ class Inspector:
             HTTPException: 503, the image's rows are gone already; 501, the server does not chat or
                 does not encode.
         """
-        handler = self._state.openai_serving_chat
+        handler = getattr(self._state, "openai_serving_chat", None)
         if handler is None:
             raise HTTPException(501, "This server does not answer chat requests, which inspecting goes through.")
         reply = await handler.create_chat_completion(_chat(body), request)
@@ -78,6 +78,8 @@ class Inspector:
 
     async def _asked(self, method: str, *arguments: object) -> Any:
         """Ask every worker: one list for each engine, in it one entry for each rank."""
+        if self._engines is None:
+            raise HTTPException(501, "This server only renders prompts: it has no engine that could tell.")
         return await minors.call_every_engine(self._engines, "collective_rpc", method, None, arguments, None)
 
     async def _recalled(self, identifiers: Sequence[str]) -> Mapping[str, Any]:

@@ -116,15 +116,6 @@ def harmony_doors() -> Iterable[tuple[type, str]]:
     return [chat, (OpenAIServingResponses, "_make_request_with_harmony")]
 
 
-def pooling_doors() -> Iterable[tuple[type, str]]:
-    """Return the methods where processor options of a pooling request come in without a gate: none since 0.31."""
-    if not checks.before("0.31"):
-        return []
-    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
-
-    return [(PoolingBaseServing, "_init_ctx")]
-
-
 def refuse_smuggled(request: Any) -> None:
     """Refuse options of ours among a client's processor options; since 0.31, vLLM's gate refuses all of those.
 

@@ -18,6 +18,8 @@ def register() -> None:
         families,
         load,
         preemption,
+        prerendered,
+        reply,
         request,
         resending,
     )
@@ -33,3 +35,5 @@ def register() -> None:
     load.install()
     preemption.install()
     resending.install()
+    prerendered.install()
+    reply.install()

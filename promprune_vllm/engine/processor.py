@@ -26,19 +26,20 @@ from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import checks, content, families, minors
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.load import current_level
-from promprune_vllm.engine.plan import PLAN, SUMMARY, ImagePlan, Plan, Summary, split
+from promprune_vllm.engine.plan import (
+    COUNTS,
+    MAX_TEXT_TOKENS,
+    PLAN,
+    SUMMARY,
+    TEXT,
+    ImagePlan,
+    Plan,
+    Summary,
+    split,
+)
 from promprune_vllm.engine.request import refusing
 from promprune_vllm.errors import BudgetError, SettingsError
 
-COUNTS = "visual_token_counts"
-"""Field of every image: ``(3,)`` int64, tokens seen and kept, and the index of the method among those allowed."""
-TEXT = "visual_token_text"
-"""Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it.
-
-A model's input; ``asked.TEXT_KEY``, of the same name, is the text itself among the processor's options.
-"""
-MAX_TEXT_TOKENS = 256
-"""The last so many of the user's text: a question, not a document."""
 _PROFILE, _PROFILING = "_promprune_profile", object()
 """Processor option of the memory profile, and its value: nothing that a client could send."""
 _KEY_PREFIX = "promprune-"
@@ -114,7 +115,7 @@ class PrunedProcessorMixin:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
         profiling = kwargs.pop(_PROFILE, None) is _PROFILING
-        with refusing(self.info.ctx.model_config.served_model_name):  # type: ignore[attr-defined]
+        with refusing(self.info.ctx.model_config):  # type: ignore[attr-defined]
             images = self._plan(
                 inputs, Asked() if profiling else asked, kwargs, prunes=not (profiling or self.refusal)
             )
@@ -196,6 +197,10 @@ class PrunedProcessorMixin:
                 if ask.for_image(i) is None:
                     levels[i] = min(level, content.level(images.get(i)))
         return levels
+
+    def check_method(self, name: object) -> None:
+        """Raise ``BudgetError`` unless a request may choose this method; ``None`` is the server's own."""
+        self._method_index(name)
 
     def _method_index(self, name: object) -> int:
         allowed = self._settings.allowed

@@ -36,7 +36,7 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
         summary, places = result.get(SUMMARY), result["mm_placeholders"].get("image")
         if not summary or summary.images[-1].kept == summary.images[-1].seen:
             return result
-        with refusing(self.info.ctx.model_config.served_model_name):  # type: ignore[attr-defined]
+        with refusing(self.info.ctx.model_config):  # type: ignore[attr-defined]
             # What comes behind an image starts behind its last row and column, which may have been dropped.
             if places[-1].offset + places[-1].length == len(result["prompt_token_ids"]):
                 raise BudgetError(

@@ -1,32 +1,32 @@
 """``visual_token_budget`` of a request: read, checked, and the only thing let through.
 
-The two front doors of every OpenAI-style route are wrapped to read the field, and the step that puts a request's
-extras on its prompts to check it and add it. vLLM's own gate against client-sent processor options
-runs in between and stays shut.
+Over HTTP, ``http_fields`` has read the fields from the body. The entry points of chats, completions and pooling
+requests are wrapped to gather what else matters of a request, its text and OpenAI's ``detail``; and the one step
+that every prompt takes on its way to the multimodal processor is wrapped to check the fields and to add them.
+vLLM's own gate against client-sent processor options runs in between and stays shut.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import Any
 
-from promprune_vllm.config import Settings
+from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import checks, families, minors
 from promprune_vllm.engine.asked import Asked, from_request
-from promprune_vllm.engine.plan import SUMMARY
+from promprune_vllm.engine.plan import record_images
 from promprune_vllm.engine.wrapping import wrap
-from promprune_vllm.errors import BudgetError
+from promprune_vllm.errors import BudgetError, SettingsError
 from promprune_vllm.metrics.recorder import expose, recorder
-from promprune_vllm.server.told import tell
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
-_asked: ContextVar[Asked] = ContextVar("visual_tokens_asked", default=Asked())  # noqa: B039  frozen
+_asked: ContextVar[Asked | None] = ContextVar("visual_tokens_asked", default=None)
 
 
 def install() -> None:
@@ -34,6 +34,7 @@ def install() -> None:
     checks.require_names(checks.REQUEST_NAMES)
     import vllm.plugins
     from PIL.Image import DecompressionBombError
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.multimodal.media.connector import MediaConnector
     from vllm.multimodal.media.image import ImageMediaIO
     from vllm.renderers.base import BaseRenderer
@@ -43,41 +44,50 @@ def install() -> None:
     wrap(OnlineRenderer, "preprocess_cmpl", _reading)
     for owner, name in minors.harmony_doors():
         wrap(owner, name, _refusing_harmony)
-    for owner, name in minors.pooling_doors():
-        wrap(owner, name, _refusing_smuggled)
+    wrap(PoolingBaseServing, "_init_ctx", _reading_pooling)
     # Where no file may be read, vLLM raises what becomes an HTTP 500.
     wrap(MediaConnector, "_load_file_url", _as_client_error(RuntimeError))
     # Pillow's limit strikes before vLLM's equal one, with an error that becomes an HTTP 500.
     wrap(ImageMediaIO, "load_bytes", _as_client_error(DecompressionBombError))
-    wrap(BaseRenderer, "_apply_prompt_extras", _adding)
+    wrap(BaseRenderer, "_process_singleton", _adding)
+    wrap(BaseRenderer, "_process_singleton_async", _adding)
     wrap(BaseRenderer, "__init__", _announcing)
     # Looked up anew where an API server is built, and nowhere else.
     wrap(vllm.plugins, "load_endpoint_plugins", _with_endpoints)
 
 
 def _reading(original: Any) -> Any:
-    """Wrap a front door: read the fields, hand them on, and tell the client what became of the images."""
+    """Wrap an entry point: gather what the request asks for, and record its images for the reply."""
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
-        with refusing(self.model_config.served_model_name):
-            minors.refuse_smuggled(request)
-            honour_detail = getattr(self.renderer.mm_processor, "honours_detail", False)
-            asked = from_request(request, messages, honour_detail=honour_detail)
-            token = _asked.set(asked)
-            try:
-                result = await original(self, request, *args, **kwargs)
-            finally:
-                _asked.reset(token)
-        prompts = result[1] if isinstance(result, tuple) else result
-        for prompt in prompts:
-            if SUMMARY in prompt:
-                images = prompt[SUMMARY].images
-                counts = [(image.seen, image.kept) for image in images]
-                tell(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
+        token = _asked.set(_gathered(self, request, messages))
+        try:
+            result = await original(self, request, *args, **kwargs)
+        finally:
+            _asked.reset(token)
+        for prompt in result[1] if isinstance(result, tuple) else result:
+            record_images(prompt)
         return result
 
     return preprocess
+
+
+def _reading_pooling(original: Any) -> Any:
+    """Wrap the entry point of pooling requests, each of which is a task of its own."""
+
+    async def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        _asked.set(_gathered(self, request, getattr(request, "messages", None)))
+        return await original(self, io_processor, request, *args, **kwargs)
+
+    return init_context
+
+
+def _gathered(serving: Any, request: Any, messages: object) -> Asked:
+    with refusing(serving.model_config):
+        minors.refuse_smuggled(request)
+        honour_detail = getattr(serving.renderer.mm_processor, "honours_detail", False)
+        return from_request(request, messages, honour_detail=honour_detail)
 
 
 def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
@@ -107,25 +117,23 @@ def _with_endpoints(original: Any) -> Any:
 
 
 def _adding(original: Any) -> Any:
-    """Wrap the step that puts a request's extras on its prompts: check what was asked and add it."""
+    """Wrap the step, plain or async, that makes an engine's input of a prompt: check what was asked and add it."""
 
-    def apply_prompt_extras(self: Any, prompts: Sequence[Any], prompt_extras: dict[str, Any] | None) -> None:
-        from vllm.renderers.inputs.preprocess import extract_target_prompt
+    def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
+        # Some routes pass none of the wrapped entry points.
+        asked = _asked.get() or from_request(None, None, honour_detail=False)
+        added = _worth_adding(self, asked, bool(prompt.get("multi_modal_data")))
+        if added:
+            prompt["mm_processor_kwargs"] = {**(prompt.get("mm_processor_kwargs") or {}), **added}
+        # Prompts of an offline LLM come here too, with the options that their own process trusts.
+        with refusing(self.model_config):
+            asked = Asked.taken_from(prompt.get("mm_processor_kwargs") or {})[0]
+            admit(self, asked)
+            if not prompt.get("multi_modal_data"):
+                asked.ask().check_images(0)
+        return original(self, prompt, **kwargs)
 
-        original(self, prompts, prompt_extras)
-        for prompt in prompts:
-            target: Any = extract_target_prompt(self.model_config, prompt)
-            added = _worth_adding(self, _asked.get(), bool(target.get("multi_modal_data")))
-            if added:
-                target["mm_processor_kwargs"] = {**(target.get("mm_processor_kwargs") or {}), **added}
-            # Prompts of an offline LLM arrive here too, with the options their own process trusts.
-            with refusing(self.model_config.served_model_name):
-                asked = Asked.taken_from(target.get("mm_processor_kwargs") or {})[0]
-                admit(self, asked)
-                if not target.get("multi_modal_data"):
-                    asked.ask().check_images(0)
-
-    return apply_prompt_extras
+    return process
 
 
 def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, object]:
@@ -144,22 +152,11 @@ def _refusing_harmony(original: Any) -> Any:
     """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
 
     def harmony(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        with refusing(self.model_config.served_model_name):
+        with refusing(self.model_config):
             admit(self.renderer, from_request(request, None, honour_detail=False))
         return original(self, request, *args, **kwargs)
 
     return harmony
-
-
-def _refusing_smuggled(original: Any) -> Any:
-    """Wrap the way of pooling requests where vLLM has no gate: none of our options may come in by it."""
-
-    def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        with refusing(None):
-            minors.refuse_smuggled(request)
-        return original(self, io_processor, request, *args, **kwargs)
-
-    return init_context
 
 
 def _announcing(original: Any) -> Any:
@@ -168,11 +165,14 @@ def _announcing(original: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         settings = Settings.from_environment()
+        _refuse_engine_options(self.model_config)
+        _carry_context(self._executor)
         _expose(self, settings)
         if reason := why_not(self):
-            logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", *reason, FIELD)
+            model = self.model_config.model
+            logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", model, reason, FIELD)
             for processor in minors.processors(self):
-                processor.refusal = reason[1]
+                processor.refusal = reason
         elif settings.budget is None and not settings.detail:
             logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, settings.method)
         else:
@@ -197,6 +197,28 @@ def _expose(renderer: Any, settings: Settings) -> None:
     )
 
 
+def _refuse_engine_options(model_config: Any) -> None:
+    """Raise ``SettingsError`` where our fields are among the engine's processor options, which nobody reads."""
+    options = getattr(model_config.multimodal_config, "mm_processor_kwargs", None) or {}
+    ours = sorted(name for name in options if name.startswith(minors.OURS))
+    if ours:
+        raise SettingsError(
+            f"{ours[0]} in the engine's mm_processor_kwargs (--mm-processor-kwargs) has no effect. Set the default "
+            f"for all requests with {FLAG}budget or {PREFIX}BUDGET, or send the field with each request; offline, "
+            "pass mm_processor_kwargs to LLM.chat or LLM.generate."
+        )
+
+
+def _carry_context(executor: Any) -> None:
+    """Have a renderer's threads run in the context of the request: pooling requests are rendered there."""
+    submit = executor.submit
+
+    def submit_in_context(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return submit(copy_context().run, function, *args, **kwargs)
+
+    executor.submit = submit_in_context
+
+
 def admit(renderer: Any, asked: Asked) -> None:
     """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
     if not asked.explicit:
@@ -204,33 +226,39 @@ def admit(renderer: Any, asked: Asked) -> None:
     asked.ask()
     if reason := why_not(renderer):
         raise BudgetError(
-            f"{FIELD} cannot be honoured: {reason[0]} cannot be pruned, {reason[1]}. "
+            f"{FIELD} cannot be honoured: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
             "Leave the field out, or serve a model that can be.",
             reason="unsupported",
         )
+    renderer.mm_processor.check_method(asked.method)
 
 
-def why_not(renderer: Any) -> tuple[str, str] | None:
-    """Return (model, reason) where nothing can be pruned."""
+def why_not(renderer: Any) -> str | None:
+    """Return why nothing can be pruned for a renderer's model, or ``None`` when it can."""
     from promprune_vllm.engine.processor import PrunedProcessorMixin
 
-    model = renderer.model_config.model
     if renderer.mm_processor is None:
-        return model, "it takes no images"
+        return "it takes no images"
     reason = families.why_not(renderer.config)
     if reason is None and not isinstance(renderer.mm_processor, PrunedProcessorMixin):
         reason = "the server runs another implementation of it (--model-impl)"
-    return (model, reason) if reason else None
+    return reason
+
+
+def served_name(model_config: Any) -> str:
+    """Return the name that clients know a model by; its path is not for them."""
+    names = model_config.served_model_name
+    return str(names) if isinstance(names, str) else str(names[0])
 
 
 @contextmanager
-def refusing(model_name: str | None) -> Iterator[None]:
-    """Turn a refused budget into vLLM's HTTP 400, and count it, unless without a name it was no request."""
+def refusing(model_config: Any | None) -> Iterator[None]:
+    """Raise a refused budget again as vLLM's HTTP 400, and count it if a model is given."""
     try:
         yield
     except BudgetError as error:
         from vllm.exceptions import VLLMValidationError
 
-        if model_name is not None:
-            recorder(model_name).refused(error.reason)
+        if model_config is not None:
+            recorder(model_config.served_model_name).refused(error.reason)
         raise VLLMValidationError(str(error), parameter=error.param) from error

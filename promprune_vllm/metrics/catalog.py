@@ -78,7 +78,8 @@ REFUSED = Metric(
     "promprune_refused_requests_total",
     "counter",
     "Requests refused with HTTP 400 by reason: invalid (not a budget), limits (outside the server's), images "
-    "(does not fit the number of images), method (not allowed), unsupported (model or image cannot be pruned).",
+    "(does not fit the number of images), method (not allowed), unsupported (model or image cannot be pruned), "
+    "field (misspelled, or in the wrong place).",
     labels=("model_name", "reason"),
 )
 BUDGETS = Metric(

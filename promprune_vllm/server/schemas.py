@@ -19,6 +19,8 @@ MAX_SIDE_PX = 65_535
 
 # Above 0 and at most 100, written with up to three digits and nine decimals.
 _PERCENT = r"^(?!0+(\.0+)?%$)([0-9]{1,2}|0[0-9]{2}|100(?=%|\.0+%))(\.[0-9]{1,9})?%$"
+_TOKENS_TEXT = r"([1-9][0-9]{0,5}|1000000)(\.0{1,9})?"
+_SHARE_TEXT = r"0\.(?!0+$)[0-9]{1,9}"
 _FORMS: tuple[dict[str, Any], ...] = (
     {
         "type": "integer",
@@ -42,6 +44,12 @@ _FORMS: tuple[dict[str, Any], ...] = (
     },
     {
         "type": "string",
+        "pattern": f"^({_TOKENS_TEXT}|{_SHARE_TEXT})$",
+        "title": "Number as text",
+        "description": 'For clients that cannot send numbers: "64" is 64, "0.25" is 0.25.',
+    },
+    {
+        "type": "string",
         "enum": [FULL, AUTO],
         "title": "Word",
         "description": f'"{FULL}" keeps every token, "{AUTO}" leaves it to the server.',
@@ -61,7 +69,14 @@ def budget_schema() -> dict[str, Any]:
     }
     total = {
         "type": "object",
-        "properties": {"total": {"type": "integer", "minimum": 1, "maximum": MAX_BUDGET_TOKENS}},
+        "properties": {
+            "total": {
+                "oneOf": [
+                    {"type": "integer", "minimum": 1, "maximum": MAX_BUDGET_TOKENS},
+                    {"type": "string", "pattern": f"^{_TOKENS_TEXT}$"},
+                ]
+            }
+        },
         "required": ["total"],
         "additionalProperties": False,
         "title": "Total",

@@ -6,7 +6,8 @@ variable that the middleware sets for each request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,17 @@ def told() -> Told | None:
     return current if current is not None and current.images else None
 
 
+@contextmanager
+def listening() -> Iterator[Told]:
+    """Remember the images of the request that is handled inside the block."""
+    current = Told()
+    token = _told.set(current)
+    try:
+        yield current
+    finally:
+        _told.reset(token)
+
+
 class VisualTokenHeaders:
     """ASGI middleware: a reply to a request with images carries their counts in its headers."""
 
@@ -82,17 +94,13 @@ class VisualTokenHeaders:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        current = Told()
-        token = _told.set(current)
+        with listening() as current:
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start" and current.images:
-                counts = ((SEEN_HEADER, current.seen), (KEPT_HEADER, current.kept))
-                extra = [(name.encode(), str(count).encode()) for name, count in counts]
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
-            await send(message)
+            async def send_with_headers(message: Message) -> None:
+                if message["type"] == "http.response.start" and current.images:
+                    counts = ((SEEN_HEADER, current.seen), (KEPT_HEADER, current.kept))
+                    extra = [(name.encode(), str(count).encode()) for name, count in counts]
+                    message = {**message, "headers": [*message.get("headers", ()), *extra]}
+                await send(message)
 
-        try:
             await self.app(scope, receive, send_with_headers)
-        finally:
-            _told.reset(token)

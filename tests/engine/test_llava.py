@@ -18,7 +18,7 @@ from tests.engine.conftest import Engine
 
 pytestmark = pytest.mark.engine
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
-BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "64", "0%", True, float("nan"), {}, {"total": 0}, [], [64, "x"])
+BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "064", "0%", True, float("nan"), {}, {"total": 0}, [], [64, "x"])
 
 
 def _features(engine: Engine, photo: str) -> Any:

@@ -86,7 +86,7 @@ def test_cache_bytes_are_those_of_vllms_own_blocks(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [0, -1, 1.0, "64", True, [], [64], {}, {"total": 1}, 10**400], ids=lambda b: repr(b)[:20]
+    "budget", [0, -1, 64.5, "064", True, [], [64], {}, {"total": 1}, 10**400], ids=lambda b: repr(b)[:20]
 )
 def test_a_bad_budget_is_refused_as_by_a_real_request(server: Server, budget: Any) -> None:
     before = server.metrics("promprune_requests")["promprune_requests_total"]

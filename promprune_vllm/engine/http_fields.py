@@ -1,0 +1,47 @@
+"""Our fields of an HTTP request, read from the JSON that the client sent.
+
+Some of vLLM's request schemas drop fields that they do not know (Anthropic's, and that of
+``/inference/v1/generate``). So every route gets one more FastAPI dependency, which reads the decoded body before
+any schema does. Starlette keeps the decoded body with the request, so nothing is parsed twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fastapi import Depends, Request
+from fastapi.dependencies.utils import get_parameterless_sub_dependant
+from fastapi.routing import APIRoute
+
+from promprune_vllm.engine import asked
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def attach(app: FastAPI) -> None:
+    """Read our fields on every route that the app has so far. Our own, added later, check theirs."""
+    reading = Depends(_read)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "POST" in route.methods:
+            dependant = get_parameterless_sub_dependant(depends=reading, path=route.path_format)
+            route.dependant.dependencies.insert(0, dependant)  # as APIRoute itself adds dependencies
+
+
+async def _read(request: Request) -> None:
+    body = await _decoded(request)
+    if isinstance(body, Mapping):
+        asked.remember(body)
+        request.app.state.visual_tokens.check_fields(body)
+
+
+async def _decoded(request: Request) -> object:
+    """Return the decoded body, or ``None`` if it is no JSON: vLLM refuses that itself."""
+    if "json" not in request.headers.get("content-type", "").lower():
+        return None
+    try:
+        return await request.json()
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -1,0 +1,103 @@
+"""Prompts on their way to the engine: their images are recorded for the reply, wherever they were processed.
+
+Most prompts were processed by this server. Those of ``/inference/v1/generate`` with ``features`` were processed
+by a render server, and carry what was counted there in the fields of each image. A client could have changed
+them, so they are checked here: in the engine a wrong one would be an error of the server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.engine import asked, checks
+from promprune_vllm.engine.plan import COUNTS, MAX_TEXT_TOKENS, SUMMARY, TEXT, ImagePlan, Summary, record_images
+from promprune_vllm.engine.wrapping import wrap
+from promprune_vllm.errors import BudgetError
+
+_NEXT_STEP = (
+    "Send the features as the render server made them, and give both servers the same PROMPRUNE_* settings."
+)
+
+
+def install() -> None:
+    """Wrap the two ways into the engine. Idempotent."""
+    checks.require_names(checks.ENGINE_NAMES)
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    wrap(AsyncLLM, "generate", _recording)
+    wrap(AsyncLLM, "encode", _recording)
+
+
+def _recording(original: Any) -> Any:
+    """Wrap a plain function, so that images are recorded before a stream's headers leave."""
+
+    def start(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
+        if isinstance(prompt, dict) and prompt.get("type") == "multimodal":
+            if SUMMARY not in prompt:
+                _adopt(prompt, self.model_config)
+            record_images(prompt)
+        return original(self, *args, **kwargs)
+
+    return start
+
+
+def _adopt(prompt: dict[str, Any], model_config: Any) -> None:
+    """Add the summary that our processor would have added, from the fields of the images."""
+    from promprune_vllm.engine.request import refusing
+
+    items = prompt["mm_kwargs"].get("image")
+    with refusing(model_config):
+        _refuse_fields()
+        if not items or any(item is None for item in items):
+            return  # an image that the engine has already: what was counted for it is not known here
+        settings = Settings.from_environment()
+        vocabulary = int(model_config.get_vocab_size())
+        places = prompt["mm_placeholders"]["image"]
+        images = tuple(
+            _plan(item, place.length, settings, vocabulary) for item, place in zip(items, places, strict=True)
+        )
+    method = settings.allowed[next((image.method for image in images if image.kept < image.seen), 0)]
+    prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None)
+
+
+def _refuse_fields() -> None:
+    for name in (FIELD, METHOD_FIELD):
+        if asked.read(None, name) is not None:
+            raise BudgetError(
+                f"{name} comes too late for images that are sent as features: the render server has processed "
+                f"them. Send {name} with the request to its render route.",
+                param=name,
+                reason="unsupported",
+            )
+
+
+def _plan(item: Any, length: int, settings: Settings, vocabulary: int) -> ImagePlan:
+    """Return what was planned for an image, checked."""
+    if COUNTS not in item:  # rendered without this plugin
+        return ImagePlan(length, length)
+    counts, text = item[COUNTS].data, item[TEXT].data if TEXT in item else torch.empty(0, dtype=torch.int64)
+    if not _is_ids(counts) or counts.shape != (3,) or not _is_ids(text) or text.ndim != 1:
+        raise _unusable(f"{COUNTS} or {TEXT} has another shape or type")
+    seen, kept, method = counts.tolist()
+    if not 1 <= kept <= seen or kept != length:
+        raise _unusable(f"they say that {kept} of {seen} tokens are kept, and the placeholder has {length}")
+    if not 0 <= method < len(settings.allowed):
+        raise _unusable(f"they name method {method} of the {len(settings.allowed)} that this server allows")
+    if len(text) > MAX_TEXT_TOKENS or not all(0 <= token < vocabulary for token in text.tolist()):
+        raise _unusable(f"their text has {len(text)} tokens, or tokens that the model does not have")
+    if kept < seen and not settings.policy().allows(kept, seen):
+        raise _unusable(f"{kept} of {seen} tokens are outside this server's limits")
+    return ImagePlan(seen, kept, method)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int64
+
+
+def _unusable(why: str) -> BudgetError:
+    return BudgetError(f"The features of an image cannot be used: {why}. {_NEXT_STEP}", param="features")

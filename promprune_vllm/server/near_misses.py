@@ -1,0 +1,93 @@
+"""Names in a request that were meant to be ours: a misspelled field, or a field in the wrong place.
+
+vLLM's schemas ignore what they do not know, so without this check such a request would keep every token, and its
+reply would not say why. Only names close to our own are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.errors import BudgetError
+
+FIELDS = (FIELD, METHOD_FIELD)
+XARGS = "vllm_xargs"
+WRAPPERS = ("extra_body", "extra_args", "sampling_params", "chat_template_kwargs")
+"""Objects in which clients send our fields by mistake. A literal ``extra_body`` is what the OpenAI SDK unpacks."""
+CONTENT = ("messages", "input", "inputs", "documents", "queries", "content_parts", "data_1", "data_2")
+"""Where a request's image parts are."""
+MEDIA_TYPES = ("image_url", "input_image", "image", "image_pil", "image_embeds", "video_url", "video")
+_PREFIX = "visual_token_"
+_CLOSE = 0.82  # "vision_token_budget" is as close as 0.84; "thinking_token_budget", which is vLLM's own, 0.70
+_LONGEST_NAME = 40
+_DEEPEST = 8
+
+
+def check(body: Mapping[str, Any]) -> None:
+    """Look through the names of a request.
+
+    Args:
+        body: The decoded JSON of the request.
+
+    Raises:
+        BudgetError: A name is close to one of ours, or one of ours is where it would be ignored.
+    """
+    for where, names in (("", body), (f" in {XARGS!r}", body.get(XARGS))):
+        for name in _names(names):
+            if name not in FIELDS and (meant := meant_by(name)):
+                raise BudgetError(
+                    f"Unknown field {name!r}{where}. Did you mean {meant!r}?", param=name, reason="field"
+                )
+    for wrapper in WRAPPERS:
+        _refuse_misplaced(_names(body.get(wrapper)), wrapper)
+    for container in CONTENT:
+        for part in _media_parts(body.get(container), _DEEPEST):
+            _refuse_misplaced(_names(part), container)
+            for inner in part.values():
+                _refuse_misplaced(_names(inner), container)
+
+
+def meant_by(name: str) -> str | None:
+    """Return which of our fields a name was meant to be, or ``None`` if it is about something else."""
+    if len(name) > _LONGEST_NAME:
+        return None
+    spelled = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
+    close = difflib.get_close_matches(spelled, FIELDS, n=1, cutoff=_CLOSE)
+    if not close and spelled.startswith(_PREFIX):
+        close = difflib.get_close_matches(spelled, FIELDS, n=1, cutoff=0)
+    return close[0] if close else None
+
+
+def _refuse_misplaced(names: Iterator[str], where: str) -> None:
+    for name in names:
+        if meant := meant_by(name):
+            raise BudgetError(
+                f"{name!r} inside {where!r} would be ignored. Send {meant!r} at the top level of the request, "
+                f"next to 'model', or in {XARGS!r}. For a budget per image, send a list.",
+                param=name,
+                reason="field",
+            )
+
+
+def _names(value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from (name for name in value if isinstance(name, str))
+
+
+def _media_parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
+    """Yield the image and video parts in messages. Arguments of tool calls are not looked at."""
+    if depth == 0:
+        return
+    if isinstance(value, Mapping):
+        if value.get("type") in MEDIA_TYPES or "image_url" in value:
+            yield value
+        else:
+            yield from _media_parts(value.get("content"), depth - 1)
+    elif isinstance(value, list):
+        for inner in value:
+            if isinstance(inner, Mapping | list):
+                yield from _media_parts(inner, depth - 1)
