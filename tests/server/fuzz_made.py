@@ -94,15 +94,15 @@ class Made:
 
     def __init__(self, document: dict[str, Any], number: int, seed: int) -> None:
         document = deepcopy(document)
-        self.paths = sorted(path for path in posts(document) if path in BASES)
-        self.fields = {path: fields(document, path) for path in self.paths}
+        paths = sorted(path for path in posts(document) if path in BASES)
+        self.fields = {path: fields(document, path) for path in paths}
         self._pools: dict[str, tuple[list[Any], list[Any]]] = {}
-        for path in self.paths:
+        for path in paths:
             if not self.fields[path] or path in _SAME:
                 continue
             content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
             content["schema"] = {"type": "object", "properties": self.fields[path], "additionalProperties": False}
-        for path in self.paths:
+        for path in paths:
             if self.fields[path] and path not in _SAME:
                 self._pools[path] = (
                     [case.body for case in made(document, path, GenerationMode.POSITIVE, number, seed=seed)],
@@ -119,21 +119,24 @@ class Made:
                 body[name] = deepcopy(source[name])
 
 
-def bodies(made_of: Made, number: int, seed: int, rendered: Sequence[tuple[Body, Body]] = ()) -> list[Drawn]:
+def bodies(
+    made_of: Made, paths: Sequence[str], number: int, seed: int, rendered: Sequence[tuple[Body, Body]] = ()
+) -> list[Drawn]:
     """Return so many requests, the same for the same arguments.
 
     Args:
-        made_of: The routes and their fields.
+        made_of: The fields of the routes.
+        paths: The routes.
         number: How many.
         seed: Of all choices.
         rendered: Requests of tokens as a server rendered them, without our fields and with them.
     """
-    weights = [BASES[path][0] for path in made_of.paths]
-    return [_one(made_of, Random(f"{seed}/{i}"), weights, rendered) for i in range(number)]
+    weights = [BASES[path][0] for path in paths]
+    draws = [Random(f"{seed}/{i}") for i in range(number)]
+    return [_one(made_of, draw, draw.choices(paths, weights)[0], rendered) for draw in draws]
 
 
-def _one(made_of: Made, draw: Random, weights: Sequence[int], rendered: Sequence[tuple[Body, Body]]) -> Drawn:
-    path = draw.choices(made_of.paths, weights)[0]
+def _one(made_of: Made, draw: Random, path: str, rendered: Sequence[tuple[Body, Body]]) -> Drawn:
     body = base(path, draw)
     kind = draw.choices(("bare", "apt", "made", "broken"), (2, 6, 2, 1))[0]
     if kind == "apt":

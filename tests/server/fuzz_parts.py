@@ -12,10 +12,13 @@ from typing import Any
 
 from PIL import Image
 
+from promprune_vllm.core.budget import FIELD
 from promprune_vllm.demo import photo_path
-from tests.server.conftest import MODEL, saved
+from promprune_vllm.demo.server import Server
+from tests.server.conftest import MODEL, post, saved
 
 Body = dict[str, Any]
+CHAT = "/v1/chat/completions"
 SIZES = ((96, 64), (64, 96), (56, 56), (140, 84))
 TEXTS = ("What is in the picture?", "Name the colours.", "", "ä€😀", "<image>", "<|image_pad|>")
 NAMED = "fuzz-image"
@@ -247,3 +250,24 @@ def base(path: str, draw: Random) -> Body:
     elif path not in _SILENT:
         body["temperature"] = 0  # so that both servers come to the same tokens
     return body
+
+
+def named_first(server: Server) -> None:
+    """Send the image that others only name."""
+    part = {"type": "image_url", "uuid": NAMED, "image_url": {"url": photograph(SIZES[0])}}
+    sent = {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": [part]}]}
+    assert post(server, CHAT, sent).status_code == 200
+
+
+def rendered(ours: Server, stock: Server) -> list[tuple[Body, Body]]:
+    """Return requests of tokens as stock renders them, and as ours does with a budget; none without the route."""
+    found = []
+    for i, budget in enumerate((1, 3, 8, "full")):
+        image = {"type": "image_url", "image_url": {"url": photograph(SIZES[i])}}
+        content = [*[image] * (1 + i % 2), {"type": "text", "text": "What?"}]
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+        asked = {**chat, FIELD: budget}
+        answers = [post(each, f"{CHAT}/render", body) for each, body in ((stock, chat), (ours, asked))]
+        if all(answer.status_code == 200 for answer in answers):
+            found.append((answers[0].json(), answers[1].json()))
+    return found
