@@ -203,9 +203,9 @@ def _refuse_engine_options(model_config: Any) -> None:
     ours = sorted(name for name in options if name.startswith(minors.OURS))
     if ours:
         raise SettingsError(
-            f"{ours[0]} in the engine's mm_processor_kwargs (--mm-processor-kwargs) has no effect. Set the default "
-            f"for all requests with {FLAG}budget or {PREFIX}BUDGET, or send the field with each request; offline, "
-            "pass mm_processor_kwargs to LLM.chat or LLM.generate."
+            f"{ours[0]} in the engine's mm_processor_kwargs (--mm-processor-kwargs) has no effect. Set a default "
+            f"for all requests with {FLAG}budget or {PREFIX}BUDGET. For one request, send the field with it, or "
+            "offline pass mm_processor_kwargs to LLM.chat or LLM.generate."
         )
 
 

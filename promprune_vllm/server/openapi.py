@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from promprune_vllm.server.route_table import POST_ROUTES
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-REQUESTS = (
-    "BatchChatCompletionRequest",
-    "ChatCompletionRequest",
-    "CompletionRequest",
-    "ResponsesRequest",
-    "TokenizeChatRequest",
-    "TokenizeCompletionRequest",
-)
-"""Request schemas that take our fields at their top level; a server may have only some of them."""
+_SCHEMAS = "#/components/schemas/"
 
 
 def document(app: FastAPI, fields: Mapping[str, Mapping[str, Any]]) -> None:
@@ -37,12 +31,29 @@ def document(app: FastAPI, fields: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def add_fields(made: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the fields to every request schema of an OpenAPI document that takes them. Idempotent."""
+    """Add the fields to the request schemas of every route that obeys them. Idempotent."""
     schemas: dict[str, Any] = made.get("components", {}).get("schemas", {})
-    for request in REQUESTS:
-        if request in schemas:
-            schemas[request].setdefault("properties", {}).update(
-                {name: {"$ref": f"#/components/schemas/{name}"} for name in fields}
-            )
-    if any(request in schemas for request in REQUESTS):
+    taking = [schemas[name] for name in request_schemas(made) if "properties" in schemas.get(name, {})]
+    for schema in taking:
+        for name in fields:
+            schema["properties"].setdefault(name, {"$ref": f"{_SCHEMAS}{name}"})
+    if taking:
         schemas.update({name: dict(schema) for name, schema in fields.items()})
+
+
+def request_schemas(made: Mapping[str, Any]) -> list[str]:
+    """Return the names of the request schemas in an OpenAPI document that take a budget, in its order."""
+    names: dict[str, None] = {}
+    for path, methods in made.get("paths", {}).items():
+        route = POST_ROUTES.get(path)
+        if route is not None and route.effect == "obeys":
+            names.update(dict.fromkeys(_body_schemas(methods.get("post", {}))))
+    return list(names)
+
+
+def _body_schemas(operation: Mapping[str, Any]) -> Iterator[str]:
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schema = content.get("schema", {})
+        for each in (schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())):
+            if each.get("$ref", "").startswith(_SCHEMAS):
+                yield each["$ref"].removeprefix(_SCHEMAS)

@@ -21,7 +21,7 @@ class Route:
     """One route, or one offline entry point.
 
     Args:
-        effect: ``obeys`` a budget; ``refuses`` one with HTTP 400; or carries ``no image``, so a budget means nothing.
+        effect: ``obeys`` a budget; ``refuses`` one; or carries ``no image``.
         note: What a client should know beyond that.
     """
 
@@ -30,13 +30,11 @@ class Route:
 
 
 _OBEYS, _NO_IMAGE = Route("obeys"), Route("no image")
-_PER_PROMPT = Route(
-    "obeys", "the budget holds for each pair of texts or images; a list counts the images of one pair"
-)
+_PER_PROMPT = Route("obeys", "for each pair of texts or images; a list counts the images of one pair")
 _RENDER = Route("obeys", "the features that come out are pruned; send them to `/inference/v1/generate`")
 _REFUSED_WITH_FEATURES = (
-    "obeyed for `content_parts`; with `features`, which a render server has pruned already, a budget is refused and "
-    "counts are read from them"
+    "for `content_parts`; `features` are pruned already, so a budget beside them is refused, and counts are read "
+    "from them"
 )
 
 POST_ROUTES: Mapping[str, Route] = MappingProxyType(
@@ -108,9 +106,7 @@ OFFLINE: Mapping[str, Route] = MappingProxyType(
         "LLM.classify": Route("obeys", "`mm_processor_kwargs` of a prompt"),
         "LLM.score": Route("obeys", '`PoolingParams(extra_kwargs={"mm_processor_kwargs": {...}})`'),
         "LLM(...)": Route("refuses", "`mm_processor_kwargs` of the engine: set `PROMPRUNE_BUDGET` instead"),
-        "vllm run-batch": Route(
-            "obeys", "the field in a line's `body`: chat completions, embeddings, score, rerank"
-        ),
+        "vllm run-batch": Route("obeys", "in the `body` of a line: chat completions, embeddings, score, rerank"),
     }
 )
 """Entry point -> what a budget does there, and how it is passed."""
@@ -120,9 +116,8 @@ def markdown() -> str:
     """Render the tables of docs/requests.md."""
     routes = [(f"`{path}`", route.effect, route.note) for path, route in POST_ROUTES.items() if _is_shown(route)]
     offline = [(f"`{name}`", route.effect, route.note) for name, route in OFFLINE.items()]
-    return "\n\n".join(
-        (table(("route", "a budget is", ""), routes), table(("offline", "a budget is", ""), offline))
-    )
+    tables = (("route", routes), ("offline", offline))
+    return "\n\n".join(table((what, "effect of a budget", ""), rows) for what, rows in tables)
 
 
 def _is_shown(route: Route) -> bool:

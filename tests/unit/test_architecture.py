@@ -31,7 +31,7 @@ OURS_ALLOWED = {
     "kernels": {"kernels"},
     "metrics": {"metrics", "errors"},
     "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
-    "server": {"server", "core", "config", "metrics", "errors"},
+    "server": {"server", "core", "config", "markdown", "metrics", "errors"},
     "demo": {"demo", "core", "errors"},
     "bench": {"bench", "core", "demo", "engine", "errors", "cli", "kernels"},
     "evaluation": {"evaluation", "core", "demo", "errors", "bench"},
