@@ -19,7 +19,8 @@ from tests.server.fuzz_made import Drawn
 SENDERS = 6
 HUNG_SECONDS = 120.0
 _OURS = "/v1/visual_tokens"
-_LIMITS = httpx.Limits(keepalive_expiry=2)  # below that of the server, which would hang up on a request
+# Behind an answer of 5xx the server hangs up, and a request that is on its way by then is lost.
+_LIMITS = httpx.Limits(max_keepalive_connections=0)
 # The last two are vLLM's gate, before which nothing that stands in them is ours.
 _EXPLAINS = re.compile("visual_token|visual token|budget|mm_processor_kwargs|media_io_kwargs")
 
@@ -54,7 +55,10 @@ class Judged:
     def faults(self) -> list[str]:
         """Say what of ours is wrong."""
         if self.stock is None:
-            return ["5xx of a route of ours"] if self.without.bad or self.with_fields.bad else []
+            answers = (self.without, self.with_fields)
+            # An image may leave a full cache before it was looked at; the reply says so.
+            bad = [each for each in answers if each.bad and not (each.status == 503 and "Try again" in each.text)]
+            return ["5xx of a route of ours"] if bad else []
         if self.stock.bad:  # not always by the request alone: stock loses an image that came with a refused one
             return []
         found = []

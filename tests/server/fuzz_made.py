@@ -144,7 +144,7 @@ def _one(made_of: Made, draw: Random, path: str, rendered: Sequence[tuple[Body, 
     elif kind != "bare":
         made_of.add(draw, path, body, broken=kind == "broken")
     tame(body)
-    ours, right = ask_for_pruning(draw, body)
+    ours, right = ask_for_pruning(draw, path, body)
     if path == "/inference/v1/generate" and rendered and draw.random() < 0.4:
         plain, pruned = draw.choice(rendered)
         for each, features in ((body, plain), (ours, pruned)):

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.server
 SEED = 20261120
 CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
 STATE, COUNT = "/v1/visual_tokens", "/v1/visual_tokens/count"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FIELDS = ("visual_token_budget", "visual_token_method")
 SENDERS = 8
 BODIES = int(os.environ.get("PROMPRUNE_FUZZ", "600"))
@@ -57,6 +58,10 @@ def _fixed(path: str) -> dict[str, Any]:
     """What a request to a route always says; the rest is made up."""
     if path == COUNT:
         return {"images": [{"width": 640, "height": 480}]}
+    if path == RESPONSES:
+        return {"model": MODEL, "input": "What?", "max_output_tokens": 1}
+    if path == MESSAGES:
+        return {"model": MODEL, "messages": [{"role": "user", "content": "What?"}], "max_tokens": 1}
     parts = [
         {"type": "image_url", "image_url": {"url": _photograph()}},
         {"type": "text", "text": "What is in the picture?"},
@@ -146,7 +151,7 @@ RAW = [
 ]
 
 
-@pytest.mark.parametrize("path", PLAN)
+@pytest.mark.parametrize("path", [*PLAN, RESPONSES, MESSAGES])
 @pytest.mark.parametrize("field", FIELDS)
 def test_json_that_no_schema_makes_is_refused(server: Server, path: str, field: str) -> None:
     start = json.dumps(_fixed(path)).removesuffix("}")
