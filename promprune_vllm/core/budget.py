@@ -212,7 +212,7 @@ def shown(value: object, limit: int = 80) -> str:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except ValueError:  # integers inside too long to print
+    except (ValueError, RecursionError):  # integers inside too long to print, or lists in lists in lists
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "…"
 
