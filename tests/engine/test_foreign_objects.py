@@ -69,7 +69,9 @@ def _ours(app: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("named", [None, "", "promprune", "another"])
-def test_vllms_list_of_endpoint_plugins_does_not_change(monkeypatch: pytest.MonkeyPatch, named: str | None) -> None:
+def test_vllms_list_of_endpoint_plugins_does_not_change(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
     from fastapi import FastAPI
     from vllm.plugins import load_endpoint_plugins
     from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
