@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.multimodal.parse import ImageSize
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
@@ -21,7 +20,7 @@ from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.capture import inputs_of, patch_attention
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.mrope import MRopePrunedMixin
-from promprune_vllm.engine.plan import SUMMARY
+from promprune_vllm.engine.plan import SUMMARY, ImagePlan
 from promprune_vllm.engine.processor import PrunedProcessorMixin
 from promprune_vllm.engine.request import refusing
 from promprune_vllm.engine.sharding import Captured, Shares
@@ -49,16 +48,28 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 )
         return result
 
-    def _counts(
-        self, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool, sizes_only: bool = False
-    ) -> list[tuple[int, int]]:
-        counts = super()._counts(images, asked, kwargs, prunes=prunes, sizes_only=sizes_only)
-        if any(kept < seen for seen, kept in counts):
-            info: Any = self.info  # type: ignore[attr-defined]
-            sides = [max(self._grid(images.get_image_size(i), kwargs)) for i in range(images.get_count())]
-            taken = [(side, kept) for side, (_, kept) in zip(sides, counts, strict=True)]
-            require_rows(taken, info.ctx.model_config.max_model_len)
+    def _plan(self, inputs: Any, *args: Any, **named: Any) -> tuple[ImagePlan, ...]:
+        plans = super()._plan(inputs, *args, **named)
+        images = [(plan.size, plan.seen, plan.kept) for plan in plans]
+        self._require_rows(images, Asked.taken_from(inputs.hf_processor_mm_kwargs)[1])
+        return plans
+
+    def count(self, images: Any, asked: Asked) -> list[tuple[int, int]]:
+        """Return tokens seen and kept of images of which only the sizes are known; see the base class."""
+        counts = super().count(images, asked)
+        sizes = [images.get_image_size(i) for i in range(images.get_count())]
+        pairs = zip(sizes, counts, strict=True)
+        self._require_rows([((size.width, size.height), *count) for size, count in pairs], {})
         return counts
+
+    def _require_rows(
+        self, images: Sequence[tuple[tuple[int, int] | None, int, int]], kwargs: Mapping[str, object]
+    ) -> None:
+        """Refuse images, as (size, seen, kept), whose positions could run past the model's table of them."""
+        if any(kept < seen for _, seen, kept in images):
+            # One of which no size is known keeps every token, and takes at most as many positions.
+            taken = [(max(self._grid(*size, kwargs)) if size else kept, kept) for size, _, kept in images]
+            require_rows(taken, self.info.ctx.model_config.max_model_len)  # type: ignore[attr-defined]
 
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         info: Any = self.info  # type: ignore[attr-defined]
@@ -75,14 +86,14 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Where on the image each of its tokens looks: it is stretched to a multiple of their size."""
         whole = (0.0, 0.0, float(width), float(height))
-        return list(geometry.grid(*self._grid(ImageSize(width=width, height=height), {}), whole))
+        return list(geometry.grid(*self._grid(width, height, {}), whole))
 
-    def _grid(self, size: Any, kwargs: Mapping[str, object]) -> tuple[int, int]:
+    def _grid(self, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
         """Return rows and columns of an image's tokens."""
         info: Any = self.info  # type: ignore[attr-defined]
         resized, _ = info._get_vision_info(
-            image_width=size.width,
-            image_height=size.height,
+            image_width=width,
+            image_height=height,
             image_processor=info.get_image_processor(**kwargs),
             mm_kwargs=kwargs,
         )
