@@ -174,7 +174,7 @@ class PrunedProcessorMixin:
         """Return tokens seen and kept of images of which only the sizes are known.
 
         Args:
-            images: Answers ``get_count()`` and ``get_image_size(index)``.
+            images: Answers ``get_count()``, ``get_image_size(index)`` and ``sizes``.
             asked: What a request with these images would ask for.
 
         Raises:

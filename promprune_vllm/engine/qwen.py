@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.multimodal.parse import ImageSize
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
@@ -49,11 +48,14 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
         return result
 
     def _check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
-        info: Any = self.info  # type: ignore[attr-defined]
-        pruned = [(i, kept) for i, (seen, kept) in enumerate(counts) if kept < seen]
-        taken = [(max(self._grid(images.get_image_size(i), kwargs)), kept) for i, kept in pruned]
-        if taken:
-            require_rows(taken, info.ctx.model_config.max_model_len)
+        """Refuse images whose positions could run past the model's table of them."""
+        if any(kept < seen for seen, kept in counts):
+            # An image of unknown size keeps every token, and takes at most as many positions.
+            taken = [
+                (max(self._grid(size.width, size.height, kwargs)) if size else kept, kept)
+                for size, (_, kept) in zip(images.sizes, counts, strict=True)
+            ]
+            require_rows(taken, self.info.ctx.model_config.max_model_len)  # type: ignore[attr-defined]
 
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         info: Any = self.info  # type: ignore[attr-defined]
@@ -70,14 +72,14 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Where on the image each of its tokens looks: it is stretched to a multiple of their size."""
         whole = (0.0, 0.0, float(width), float(height))
-        return list(geometry.grid(*self._grid(ImageSize(width=width, height=height), {}), whole))
+        return list(geometry.grid(*self._grid(width, height, {}), whole))
 
-    def _grid(self, size: Any, kwargs: Mapping[str, object]) -> tuple[int, int]:
+    def _grid(self, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
         """Return rows and columns of an image's tokens."""
         info: Any = self.info  # type: ignore[attr-defined]
         resized, _ = info._get_vision_info(
-            image_width=size.width,
-            image_height=size.height,
+            image_width=width,
+            image_height=height,
             image_processor=info.get_image_processor(**kwargs),
             mm_kwargs=kwargs,
         )

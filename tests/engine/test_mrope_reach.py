@@ -114,7 +114,7 @@ def test_positions_reach_the_last_row_and_the_next_image_is_refused(engine: Fami
     bars = [bar(engine, upright=i % 2 == 1) for i in range(30)]
     images = [*bars, bar(engine, 31)]
     room = LENGTH - 31 * 3 - sum(len(f"{i}. ") for i in range(31))
-    largest = served(engine, images, 1, behind=room - 150)
+    largest = served(engine, images, 1, behind=room - 50)
     assert largest == table_rows(LENGTH) - 2, "the last row is the last token's, which is never fed"
     with pytest.raises(VLLMValidationError, match="could reach 5121, and the limit is 5120") as refused:
         engine.generate([ask([*images, bar(engine, 2, 2)], 1)])
@@ -126,15 +126,15 @@ def test_positions_reach_the_last_row_and_the_next_image_is_refused(engine: Fami
 def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bars = [bar(engine, upright=i % 2 == 0) for i in range(20)]
+    bars = [bar(engine, upright=i % 2 == 0) for i in range(12)]
     shapes = [picture(shape) for shape in ("landscape", "tiny")]
     images = [*bars, *shapes]
     full: list[object] = [1] * len(images)
     full[5], full[-1] = "full", 0.5
-    for budget in (0.008, {"total": 2 * len(images)}, full):
-        assert served(engine, images, budget, behind=950) > 2 * LENGTH
+    for budget, behind in ((0.008, 1080), ({"total": 2 * len(images)}, 1080), (full, 960)):
+        assert served(engine, images, budget, behind=behind) > 2 * LENGTH
     monkeypatch.setattr(_processor(engine), "_policy", BudgetPolicy(Budget(tokens=1)))
-    assert served(engine, images, None, behind=950) > 2 * LENGTH
+    assert served(engine, images, None, behind=1080) > 2 * LENGTH
 
 
 def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngine) -> None:
