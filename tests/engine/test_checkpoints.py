@@ -14,7 +14,21 @@ import promprune_vllm
 from promprune_vllm.demo.trained import TRAINED
 from tests.checkpoints import CHECKPOINTS, WRITERS, with_unnamed_ids
 
-WORDS = ("<unused", "_350", ">", "is there a", "Red star", "<image>", "<s>", "USER:", "\n", " ", "color", "▁", "é", "猫")
+WORDS = (
+    "<unused",
+    "_350",
+    ">",
+    "is there a",
+    "Red star",
+    "<image>",
+    "<s>",
+    "USER:",
+    "\n",
+    " ",
+    "color",
+    "▁",
+    "猫",
+)
 
 
 def tokenizer_of(directory: Path) -> Any:
