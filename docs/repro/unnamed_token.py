@@ -34,7 +34,7 @@ STOCK = {
     "VLLM_PLUGINS": "",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` sets it; a fork hangs on a CPU
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` sets it
 }
 
 
@@ -95,7 +95,7 @@ def main() -> int:
         try:
             return ask(server, f"http://127.0.0.1:{port}")
         finally:
-            server.kill()
+            server.terminate()
             server.wait()
 
 
