@@ -1,19 +1,19 @@
-"""vLLM 0.32: logprobs of a token id that the tokenizer has no name for end the server, with status 0.
+"""vLLM 0.32: the logprob of a token id that the tokenizer has no name for ends the server, with status 0.
 
-Many models have more rows in their last layer than their tokenizer has tokens: LLaVA-1.5 has 32,064 and 32,002. vLLM
-accepts such ids in prompts and emits them. ``convert_ids_list_to_tokens`` (vllm/tokenizers/detokenizer_utils.py) takes
-the ``None`` that the tokenizer returns for one as text, where the tokenizer is of Llama's kind (a Metaspace
-pre-tokenizer); of Qwen's kind (bytes), it decodes it to an empty text. The ``TypeError`` ends the task that handles the
-outputs of all requests.
+Many models have more rows in their last layer than their tokenizer has tokens. vLLM accepts such ids in prompts
+and emits them. ``convert_ids_list_to_tokens`` in vllm/tokenizers/detokenizer_utils.py takes the ``None`` that the
+tokenizer returns for one as text, where the tokenizer is of Llama's kind (a Metaspace pre-tokenizer). The
+``TypeError`` ends the task that handles the outputs of all requests.
 
-    python unnamed_token.py      # a CPU is enough, and no download: a tiny Llama with random weights and transformers'
-                                 # own tokenizer for Llama; exits with 1 where the server ends
+    python unnamed_token.py      # a CPU is enough, and no download: a tiny Llama with random weights and
+                                 # transformers' own tokenizer for Llama; exits with 1 where the server ends
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,14 +22,20 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-from transformers import LlamaConfig, LlamaTokenizer
+from transformers import LlamaConfig, LlamaTokenizer, Qwen2Tokenizer
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 NAMES = ["<unk>", "<s>", "</s>", *(f"▁{letter}" for letter in "abcdefgh")]
 ROWS = 64
 UNNAMED = ROWS - 1
-STOCK = {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+STOCK = {
+    "VLLM_PLUGINS": "",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` sets it
+}
 
 
 def write_model(directory: Path) -> None:
@@ -47,15 +53,15 @@ def write_model(directory: Path) -> None:
     LlamaTokenizer(vocab={name: i for i, name in enumerate(NAMES)}).save_pretrained(directory)
 
 
-def explain(directory: Path) -> None:
-    """Print what the function raises."""
-    tokenizer = LlamaTokenizer.from_pretrained(directory)
-    print(f"{ROWS} rows, {len(tokenizer)} tokens; transformers' name of {UNNAMED}: ", end="")
-    print(tokenizer.convert_ids_to_tokens(UNNAMED), "and its text:", repr(tokenizer.decode([UNNAMED])))
+def explain(tokenizer: Any) -> None:
+    """Print what the tokenizer returns for an id that it has no name for, and what vLLM makes of it."""
+    name, text = type(tokenizer).__name__, tokenizer.decode([UNNAMED])
+    piece = tokenizer.convert_ids_to_tokens(UNNAMED)
+    print(f"{name}, {len(tokenizer)} tokens: the piece of {UNNAMED} is {piece}, its text {text!r}")
     try:
-        convert_ids_list_to_tokens(tokenizer, [UNNAMED])
+        print("  convert_ids_list_to_tokens:", convert_ids_list_to_tokens(tokenizer, [UNNAMED]))
     except TypeError as error:
-        print(f"convert_ids_list_to_tokens: TypeError: {error}")
+        print(f"  convert_ids_list_to_tokens: TypeError: {error}")
 
 
 def status(url: str, body: object = None) -> int:
@@ -73,29 +79,23 @@ def status(url: str, body: object = None) -> int:
 
 def main() -> int:
     """Serve the model, ask for the logprob of one prompt token, and look at the server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # so that the server does not outlive this
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
         write_model(Path(scratch))
-        explain(Path(scratch))
+        explain(LlamaTokenizer.from_pretrained(scratch))
+        explain(Qwen2Tokenizer(vocab={name: i for i, name in enumerate(["<|endoftext|>", *NAMES[1:]])}, merges=[]))
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
         probe.close()
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch, "--port", port]
-        command += [
-            "--host",
-            "127.0.0.1",
-            "--served-model-name",
-            "tiny",
-            "--load-format",
-            "dummy",
-            "--enforce-eager",
-        ]
-        command += ["--distributed-executor-backend", "uni", "--max-num-seqs", "4"]
+        options = f"--model {scratch} --host 127.0.0.1 --port {port} --served-model-name tiny --load-format dummy"
+        options += " --enforce-eager --distributed-executor-backend uni --max-num-seqs 4"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
         with (Path(scratch) / "log").open("w") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **STOCK})
         try:
             return ask(server, f"http://127.0.0.1:{port}")
         finally:
-            server.kill()
+            server.terminate()
             server.wait()
 
 

@@ -42,7 +42,7 @@ CHAT_TEMPLATE = CHAT_FRAME.replace(
 
 
 def unused_tokens(first: int, size: int) -> dict[str, int]:
-    """Return special tokens for the ids from `first` to `size - 1`, of which a model was trained on none.
+    """Return special tokens for the ids from `first` to `size - 1`: those that no model here was trained on.
 
     A model can emit every id that its last layer has a row for, and what reads its answers needs a name for each:
     vLLM's server ends at an id without one (docs/upstream.md). As special tokens they do not show in answers.
@@ -57,7 +57,7 @@ def byte_tokenizer(
     more: Mapping[str, str] = MappingProxyType({}),
     chat_template: str = CHAT_TEMPLATE,
 ) -> Any:
-    """A `PreTrainedTokenizerFast` of `VOCAB_SIZE` tokens; n bytes of text are n tokens, and a special token is one.
+    """A `PreTrainedTokenizerFast` of `VOCAB_SIZE` tokens; n bytes of text are n, and a special token is one.
 
     Args:
         max_tokens: The longest text, in tokens.

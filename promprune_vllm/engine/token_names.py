@@ -1,9 +1,10 @@
 """Token ids that the tokenizer has no name for, in logprobs.
 
-A model's last layer often has more rows than its tokenizer has tokens: LLaVA-1.5 has 32,064 and 32,002. vLLM (0.29 to
-0.32) reads the name of every id in a request's logprobs. With a tokenizer that marks spaces with a character of its
-own, as Llama's does, an id without a name raises ``TypeError`` where all requests' outputs are processed, and that ends
-the server. Top logprobs, prompt logprobs, scored labels and beam search all get their names here.
+A model's last layer often has more rows than its tokenizer has tokens. vLLM (0.29 to 0.32) looks up the name of
+every id in a request's logprobs. With a tokenizer of Llama's kind, which marks spaces with a character of its own,
+an id without a name raises ``TypeError`` in the task that handles the outputs of all requests, and that ends the
+server. Top logprobs, prompt logprobs, scored labels and beam search all get their names by the function that is
+wrapped here.
 """
 
 from __future__ import annotations

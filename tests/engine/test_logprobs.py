@@ -47,10 +47,17 @@ def test_the_ids_that_no_text_becomes_have_a_name_and_a_logprob(engine: Engine) 
     from vllm import SamplingParams
 
     unused = [i for i, name in names(engine).items() if name.startswith("<unused_")]
-    sampling = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=len(unused), logprob_token_ids=unused)
-    (output,) = engine.llm.generate([{"prompt_token_ids": [1, unused[0]]}], sampling, use_tqdm=False)
-    for position in output.outputs[0].logprobs:
-        assert [position[i].decoded_token for i in unused] == [f"<unused_{i}>" for i in unused]
+    assert unused
+    for ids in batched(unused, TOP):
+        sampling = SamplingParams(max_tokens=2, logprobs=len(ids), logprob_token_ids=ids, allowed_token_ids=ids)
+        (output,) = engine.llm.generate([{"prompt_token_ids": [1, ids[0]]}], sampling, use_tqdm=False)
+        for position in output.outputs[0].logprobs:
+            assert [position[i].decoded_token for i in ids] == [f"<unused_{i}>" for i in ids]
+
+
+def batched(ids: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
 
 
 def names(engine: Engine) -> dict[int, Any]:
