@@ -30,7 +30,7 @@ run = CliRunner().invoke
 def test_help_names_every_command() -> None:
     shown = run(cli.app, ["--help"])
     assert shown.exit_code == 0
-    for command in ("serve", "methods", "families", "calibrate", "demo", "demo-model"):
+    for command in ("serve", "vllm", "methods", "families", "calibrate", "demo", "demo-model"):
         assert command in shown.output
 
 
@@ -87,6 +87,15 @@ def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
     assert handed == [["serve", "MODEL", "--port", "9", "--enforce-eager", "-tp", "2"]]
     assert os.environ["PROMPRUNE_METHOD"] == "random"
     assert os.environ["PROMPRUNE_TILES"] == "merged"
+
+
+@pytest.mark.parametrize("words", [["bench", "serve", "--help"], ["run-batch", "-i", "in"], ["--version"], []])
+def test_every_command_of_vllms_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    handed: list[list[str]] = []
+    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    result = run(cli.app, ["vllm", *words])
+    assert result.exit_code == 0, result.output
+    assert handed == [words]
 
 
 @pytest.mark.parametrize(
