@@ -52,7 +52,7 @@ class Asked:
 
         Raises:
             BudgetError: One of them has a wrong type. Offline callers write them, and clients whom the operator
-                trusts. The budget and the method are left to those who read them.
+                trusts. The budget's value and the method's are left to those who read them.
         """
         rest = dict(kwargs)
         budget, method = rest.pop(FIELD, None), rest.pop(METHOD_FIELD, None)

@@ -18,7 +18,13 @@ SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
+<<<<<<< HEAD
 ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+=======
+_INPUTS = "vllm.multimodal.processing.inputs:ProcessorInputs"
+_IS_CACHED = "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached"
+_ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+>>>>>>> w1
 _GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
 _RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
@@ -57,7 +63,8 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._get_mm_hashes": ("inputs",),
     f"{_PROCESSOR}.get_dummy_inputs": (),
     f"{_PROCESSOR}._get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
-    "vllm.multimodal.processing.inputs:ProcessorInputs": ("hf_processor_mm_kwargs",),
+    _INPUTS: ("hf_processor_mm_kwargs", "mm_uuid_items", "cache"),
+    _IS_CACHED: ("mm_hashes",),
     "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),
     "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": ("algorithm",),
 }
@@ -130,7 +137,7 @@ TOKEN_NAMES: Mapping[str, tuple[str, ...]] = {
 RESENDING_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt", "skip_mm_cache"),
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt", "sampling_params", "request_id"),
-    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
+    _IS_CACHED: ("mm_hashes",),
 }
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),
@@ -242,9 +249,8 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             f"{_PROCESSOR}.__init__": ("info", "dummy_inputs", "cache"),
             "vllm.multimodal.processing.dummy_inputs:BaseDummyInputsBuilder.get_dummy_processor_inputs": (),
         },
-        "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": {
-            "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
-        },
+        _INPUTS: {_INPUTS: ("hf_processor_mm_kwargs", "mm_uuid_items")},
+        _IS_CACHED: {"vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",)},
     },
     "0.30": {
         f"{ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},

@@ -71,7 +71,7 @@ def check_it_is_served_as_if_it_were_sent(engine: Engine, make: Make) -> None:
         prompt = sent(make, budget)
         answer(engine, prompt)
         again = answer(engine, prompt)
-        assert again[-1] > 0, "nothing came from the prefix cache"
+        assert again[-1] > 0 or budget not in (None, "full"), "nothing came from the prefix cache"
         assert answer(engine, named(prompt)) == again, budget
         assert processed(engine, named(prompt)) == processed(engine, prompt), budget
 

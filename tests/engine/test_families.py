@@ -265,6 +265,17 @@ def test_of_named_images_none_is_taken_for_another(engine: FamilyEngine) -> None
     naming.check_some_of_several_are_named(engine, lambda: engine.ask("landscape", "portrait"))
 
 
+@pytest.mark.parametrize("options", [{}, {"visual_token_budget": 7}], ids=str)
+def test_a_video_that_is_named_is_left_to_vllm(mrope: FamilyEngine, options: dict[str, Any]) -> None:
+    prompt = {
+        "prompt": "<|vision_start|><|video_pad|><|vision_end|>What?",
+        "multi_modal_data": {"video": [None]},
+        "multi_modal_uuids": {"video": ["new"]},
+        "mm_processor_kwargs": options,
+    }
+    assert naming.refusal(mrope, prompt) == naming.VLLM_SAYS.replace("image", "video")
+
+
 def test_pictures_differ() -> None:
     assert len({picture(shape).size for shape in SHAPES}) == len(SHAPES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,6 +287,18 @@ def test_bad_budgets_are_refused_offline_too(engine: Engine, value: Any) -> None
     prompt["prompt"] = "no image"
     with pytest.raises(VLLMValidationError):
         engine.generate([prompt], tokens=1)
+
+
+@pytest.mark.parametrize("value", [5, True, ["low", 5], {"a": 1}, 0.5j], ids=repr)
+def test_an_option_of_a_wrong_type_is_refused_by_its_name(engine: Engine, value: Any) -> None:
+    """Offline callers write them, and clients behind ``--trust-request-mm-kwargs``."""
+    from vllm.exceptions import VLLMValidationError
+
+    for name in ("visual_token_method", "visual_token_text", "visual_token_detail"):  # budgets: see above
+        prompt = {**engine.prompt(("coffee", None)), "mm_processor_kwargs": {name: value}}
+        with pytest.raises(VLLMValidationError, match=rf"^{name} must be .*{re.escape(repr(value))}") as refused:
+            engine.generate([prompt], tokens=1)
+        assert refused.value.parameter == name
 
 
 def test_budget_without_images_changes_nothing(engine: Engine) -> None:
