@@ -1,4 +1,4 @@
-"""What vLLM's own tests ask of a plugin: its errors, its list of endpoint plugins and foreign objects stay as they are.
+"""What vLLM's own tests ask of a plugin: that errors, its list of endpoint plugins and foreign objects stay so.
 
 `make vllm-tests` runs those tests themselves; each kind of difference that it has found is held here.
 """
@@ -69,7 +69,9 @@ def _ours(app: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("named", [None, "", "promprune", "another"])
-def test_vllms_list_of_endpoint_plugins_does_not_change(monkeypatch: pytest.MonkeyPatch, named: str | None) -> None:
+def test_vllms_list_of_endpoint_plugins_does_not_change(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
     from fastapi import FastAPI
     from vllm.plugins import load_endpoint_plugins
     from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
