@@ -20,7 +20,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test eval eval-at-64 soak compatibility audit lint check dist lock clean
+.PHONY: help setup tools demo test eval eval-at-64 soak compatibility vllm-tests audit lint check dist lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,6 +49,9 @@ soak: setup ## an hour of mixed traffic: every answer compared, nothing may grow
 
 compatibility: ## the tests that touch vLLM with each minor, in .venv-compat; ARGS="--minors 0.31" for one of them
 	@$(PYTHON) deploy/environment/compatibility.py $(ARGS)
+
+vllm-tests: setup ## vLLM's own tests with the plugin and without: what differs, a quarter of an hour; ARGS="--only v1/core"
+	@$(PYTHON) deploy/environment/vllm_tests.py $(ARGS)
 
 audit: ## look up every locked package in the advisory databases (needs the internet)
 	@$(UV) tool run pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) $(ARGS)

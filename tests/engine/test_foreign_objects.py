@@ -1,4 +1,4 @@
-"""What vLLM's own tests ask of a plugin: its errors, its list of endpoint plugins and foreign objects stay as they are.
+"""What vLLM's own tests ask of a plugin: that errors, its list of endpoint plugins and foreign objects stay so.
 
 `make vllm-tests` runs those tests themselves; each kind of difference that it has found is held here.
 """

@@ -1,0 +1,79 @@
+"""What pytest loads to run vLLM's own tests: loads vLLM's general plugins, records outcomes, keeps off the net.
+
+`vllm_tests.py` starts pytest with this, once with our plugin among those in ``VLLM_PLUGINS``, once without.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+OUTCOMES = "VLLM_TESTS_OUTCOMES"
+"""Variable that names the file: one JSON array for each test, its name, outcome and what it failed with."""
+_KEPT = 2000  # characters of a failure
+_look_up = socket.getaddrinfo
+
+
+def pytest_configure(config: Any) -> None:
+    config.pluginmanager.register(_Recorder())
+    # A test that wants something from the net fails at once, instead of after a minute of retries.
+    socket.getaddrinfo = _look_up_here
+
+
+def pytest_sessionstart() -> None:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    # Some of the plugin's wraps wait until an engine asks for its scheduler; tests make schedulers themselves.
+    from vllm.config.scheduler import SchedulerConfig
+
+    SchedulerConfig.default_factory().get_scheduler_cls()
+
+
+def pytest_collection_finish() -> None:
+    # vLLM's suite collects garbage after every test: what was imported need not be looked through each time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:
+        _write(report.nodeid, "not collected", report)
+
+
+class _Recorder:
+    """Puts the reports of a test's set-up, call and teardown into one outcome."""
+
+    def __init__(self) -> None:
+        self.outcome = "passed"
+        self.failure: Any = None
+
+    def pytest_runtest_logstart(self) -> None:
+        self.outcome, self.failure = "passed", None
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.outcome, self.failure = "failed" if report.when == "call" else "error", report
+        elif report.skipped and self.outcome == "passed":
+            self.outcome = "skipped"
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        _write(nodeid, self.outcome, self.failure)
+
+
+def _look_up_here(host: Any, *args: Any, **kwargs: Any) -> Any:
+    name = host.decode() if isinstance(host, bytes) else host
+    numeric = not name or name[-1].isdigit() or ":" in name
+    if numeric or name in ("localhost", socket.gethostname()):
+        return _look_up(host, *args, **kwargs)
+    raise socket.gaierror(socket.EAI_NONAME, f"{name} is not looked up while vLLM's tests are run")
+
+
+def _write(name: str, outcome: str, report: Any) -> None:
+    failure = str(report.longrepr)[-_KEPT:] if report is not None else ""
+    with Path(os.environ[OUTCOMES]).open("a") as file:
+        file.write(json.dumps([name, outcome, failure]) + "\n")
