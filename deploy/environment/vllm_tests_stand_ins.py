@@ -20,14 +20,16 @@ from promprune_vllm.demo.model import build_text_model
 
 FAMILIES: Mapping[str, str] = {
     "llava-hf/llava-1.5-7b-hf": "llava",
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": "llava",  # for tests of caches, to which any image model will do
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava_next",
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
 }
 TEXT = (
-    *("facebook/opt-125m", "openai-community/gpt2", "hmellor/tiny-random-LlamaForCausalLM"),
+    *("facebook/opt-125m", "facebook/opt-350m", "openai-community/gpt2", "distilbert/distilgpt2"),
     *("Qwen/Qwen3-0.6B", "Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
+    *("HuggingFaceH4/zephyr-7b-beta", "hmellor/tiny-random-LlamaForCausalLM"),
 )
 PICTURES = {
     "2560px-Gfp-wisconsin-madison-the-nature-boardwalk.jpg": "RGB",
