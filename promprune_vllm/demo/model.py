@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STAMP = "promprune_demo.json"  # what was asked for; a directory that holds this very text is complete
 DType = Literal["float32", "bfloat16"]
-FORMAT_VERSION = 1  # raise it when the same spec starts to give other files
+FORMAT_VERSION = 2  # raise it when the same spec starts to give other files
 
 # transformers 5 names -> names of the published checkpoints, by model type; a type that is not here keeps its
 # names. vLLM 0.32 insists on `vision_model`, which save_pretrained leaves out; transformers reads both.

@@ -10,7 +10,7 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
 ROLE_IDS = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 FIRST_BYTE_ID = len(SPECIAL_TOKENS)  # byte b has the id FIRST_BYTE_ID + b
-VOCAB_SIZE = 320  # 260 tokens, padded to a multiple of 64
+VOCAB_SIZE = 320  # 260 tokens or some more, padded to a multiple of 64 by `unused_tokens`
 
 # Images first, as LLaVA-1.5 was trained. The template writes <s> and the tokenizer never adds one by itself:
 # there is exactly one, whether or not the caller asks the tokenizer for special tokens.
@@ -41,6 +41,15 @@ CHAT_TEMPLATE = CHAT_FRAME.replace(
 )
 
 
+def unused_tokens(first: int, size: int) -> dict[str, int]:
+    """Return special tokens for the ids from `first` to `size - 1`: those that no model here was trained on.
+
+    A model can emit every id that its last layer has a row for, and what reads its answers needs a name for each:
+    vLLM's server ends at an id without one (docs/upstream.md). As special tokens they do not show in answers.
+    """
+    return {f"<unused_{i}>": i for i in range(first, size)}
+
+
 def byte_tokenizer(
     max_tokens: int,
     *,
@@ -48,7 +57,7 @@ def byte_tokenizer(
     more: Mapping[str, str] = MappingProxyType({}),
     chat_template: str = CHAT_TEMPLATE,
 ) -> Any:
-    """A `PreTrainedTokenizerFast`; a text of n bytes is n tokens, and a special token is one.
+    """A `PreTrainedTokenizerFast` of `VOCAB_SIZE` tokens; n bytes of text are n, and a special token is one.
 
     Args:
         max_tokens: The longest text, in tokens.
@@ -63,9 +72,11 @@ def byte_tokenizer(
     vocabulary = {token: i for i, token in enumerate(special)}
     vocabulary |= {f"<0x{byte:02X}>": FIRST_BYTE_ID + byte for byte in range(256)}
     vocabulary |= {token: FIRST_BYTE_ID + 256 + i for i, token in enumerate(more.values())}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    unused = unused_tokens(len(vocabulary), VOCAB_SIZE)
+    backend = Tokenizer(models.BPE(vocab=vocabulary | unused, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*special, *more.values())])
+    named = (*special, *more.values(), *unused)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=pad,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -74,10 +72,7 @@ def run_demo(*, once: bool, as_json: bool, port: int | None, traffic: Traffic | 
     """
     err = Console(stderr=True)
     chosen = port if port is not None else (0 if once else DEFAULT_PORT)
-    with (
-        tempfile.TemporaryDirectory(prefix="promprune-demo-") as scratch,
-        _demo_server(err, Path(scratch) / "server.log", chosen, traffic) as server,
-    ):
+    with _demo_server(err, chosen, traffic) as server:
         if traffic is None:
             _show_budgets(list(_measured(err, server)), as_json=as_json)
         else:
@@ -123,7 +118,7 @@ def _show_budgets(rows: list[Row], *, as_json: bool) -> None:
 
 
 @contextmanager
-def _demo_server(err: Console, log: Path, port: int, traffic: Traffic | None) -> Iterator[Server]:
+def _demo_server(err: Console, port: int, traffic: Traffic | None) -> Iterator[Server]:
     if traffic is None:
         model = TRAINED
     else:  # its larger sibling, whose answers never end early
@@ -140,7 +135,6 @@ def _demo_server(err: Console, log: Path, port: int, traffic: Traffic | None) ->
             starting = serving(
                 model,
                 *options,
-                log=log,
                 port=port,
                 environment=environment,
                 on_stage=lambda stage: tell(f"Starting the server: {stage} …"),

@@ -104,12 +104,16 @@ def send(url: str, traffic: Traffic, api_key: str | None = None) -> Report:
                 over.set()  # when one worker fails, the others need not go on
 
         started = time.monotonic()
-        with ThreadPoolExecutor(traffic.concurrency) as pool:
-            workers = [pool.submit(work) for _ in range(traffic.concurrency)]
-            try:
-                over.wait(traffic.seconds)
-            finally:
-                over.set()  # also on Ctrl-C: the pool then waits only for what is in flight
+        pool = ThreadPoolExecutor(traffic.concurrency)
+        workers = [pool.submit(work) for _ in range(traffic.concurrency)]
+        try:
+            over.wait(traffic.seconds)
+        except BaseException:
+            pool.shutdown(wait=False)  # a server that is stopped next ends what is in flight
+            raise
+        finally:
+            over.set()
+        pool.shutdown()
         for worker in workers:
             worker.result()
     return Report(url, model, traffic, time.monotonic() - started, lines(sent), total(sent))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import DemoError
 
 # What a newcomer is told while vLLM starts, by what its log says.
@@ -27,7 +28,7 @@ _STAGES = (
     ("Starting vLLM server", "opening the port"),
 )
 _SERVE = (sys.executable, "-m", "promprune_vllm", "serve")
-_SHUTDOWN_SECONDS = 20
+_SOCKET_NAME_ROOM = 60  # bytes: the system takes 103 or 107, and vLLM names them by 36 characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Server:
     Args:
         url: Base address, without a slash at the end.
         log: Everything the server printed.
-        process: The process; its group holds the workers.
+        process: The process that watches over it; the server and its workers are its descendants.
     """
 
     url: str
@@ -79,7 +80,7 @@ def free_port() -> int:
 def serving(
     model: Path,
     *options: str,
-    log: Path,
+    log: Path | None = None,
     port: int = 0,
     environment: Mapping[str, str] | None = None,
     timeout_seconds: float = 600,
@@ -87,10 +88,12 @@ def serving(
 ) -> Iterator[Server]:
     """Serve a model on the loopback interface while the block is open.
 
+    The server never outlives this process, and its temporary files are removed, whatever ends this process.
+
     Args:
         model: Directory of the checkpoint.
         options: Options of ``promprune serve`` after the model.
-        log: File that gets the server's output.
+        log: File that gets the server's output; by default a temporary one.
         port: 0 takes a free one.
         environment: Added to this process's environment.
         timeout_seconds: How long the server may take until ``/health`` is 200.
@@ -101,20 +104,23 @@ def serving(
     """
     port = port or free_port()
     _require_free(port)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*_SERVE, str(model), "--host", "127.0.0.1", "--port", str(port), *options],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**_DEFAULTS, **os.environ, **_QUIET, **(environment or {})},
-            start_new_session=True,  # so that the workers can be ended with it
-        )
-    server = Server(f"http://127.0.0.1:{port}", log, process)
-    try:
-        _wait_until_healthy(server, timeout_seconds, on_stage)
-        yield server
-    finally:
-        _stop(process)
+    with tempfile.TemporaryDirectory(prefix="promprune-server-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        log = log or folder / "server.log"
+        words = [*_SERVE, str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+        variables = {**_DEFAULTS, **os.environ, **_QUIET, **_temporary(folder), **(environment or {})}
+        with (
+            log.open("wb") as output,
+            supervised(words, folder=folder, stdout=output, stderr=subprocess.STDOUT, env=variables) as process,
+        ):
+            server = Server(f"http://127.0.0.1:{port}", log, process)
+            _wait_until_healthy(server, timeout_seconds, on_stage)
+            yield server
+
+
+def _temporary(folder: Path) -> dict[str, str]:
+    """Return the variable that puts the server's temporary files into a folder: vLLM leaves its sockets behind."""
+    return {"TMPDIR": str(folder)} if len(os.fsencode(folder)) <= _SOCKET_NAME_ROOM else {}
 
 
 def one_worker(options: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
@@ -175,14 +181,3 @@ def log_end(log: Path, lines: int = 25) -> str:
     """Return the last lines of a server's output, for an error message."""
     end = log.read_text(errors="replace").splitlines()[-lines:]
     return "\n".join([f"The end of its log, {log}:", *(f"  {line}" for line in end)])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and, should it hang, everything it started."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_SHUTDOWN_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -48,11 +48,22 @@ class Asked:
 
     @classmethod
     def taken_from(cls, kwargs: Mapping[str, object]) -> tuple[Asked, dict[str, object]]:
-        """Split processor options into ours and the rest, which alone the Hugging Face processor may see."""
+        """Split processor options into ours and the rest, which alone the Hugging Face processor may see.
+
+        Raises:
+            BudgetError: One of them has a wrong type. Offline callers write them, and clients whom the operator
+                trusts. The budget's value and the method's are left to those who read them.
+        """
         rest = dict(kwargs)
         budget, method = rest.pop(FIELD, None), rest.pop(METHOD_FIELD, None)
         text: Any = rest.pop(TEXT_KEY, None)
         details: Any = rest.pop(DETAIL_KEY, None)
+        if text is not None and not isinstance(text, str):
+            raise _wrong(TEXT_KEY, "a string", text)
+        listed = isinstance(details, list | tuple) and all(isinstance(each, str) for each in details)
+        if details is not None and not listed:
+            raise _wrong(DETAIL_KEY, 'a list with "low", "high" or "auto" for each image', details)
+        details = None if details is None else tuple(details)
         return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
 
     def ask(self) -> Ask:
@@ -123,6 +134,10 @@ def from_request(request: Any, messages: object, *, honour_detail: bool) -> Aske
     details = tuple(_details(turns)) if honour_detail else ()
     spoken = details if {"low", "high"} & set(details) else None
     return Asked(read(request, FIELD), read(request, METHOD_FIELD), _last_words(turns), spoken)
+
+
+def _wrong(name: str, wanted: str, value: object) -> BudgetError:
+    return BudgetError(f"{name} must be {wanted}, got {shown(value)} ({type(value).__name__}).", param=name)
 
 
 def _last_words(turns: Iterable[Any]) -> str | None:

@@ -11,6 +11,24 @@ import importlib
 import inspect
 from collections.abc import Mapping
 
+from promprune_vllm.engine.model_names import (
+    LLAVA_NAMES as LLAVA_NAMES,
+)
+from promprune_vllm.engine.model_names import (
+    LLAVA_NEXT_NAMES as LLAVA_NEXT_NAMES,
+)
+from promprune_vllm.engine.model_names import (
+    MROPE_NAMES as MROPE_NAMES,
+)
+from promprune_vllm.engine.model_names import (
+    QWEN2_5_VL_NAMES as QWEN2_5_VL_NAMES,
+)
+from promprune_vllm.engine.model_names import (
+    QWEN2_VL_NAMES as QWEN2_VL_NAMES,
+)
+from promprune_vllm.engine.model_names import (
+    QWEN3_VL_NAMES as QWEN3_VL_NAMES,
+)
 from promprune_vllm.errors import IncompatibleVllmError
 
 SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
@@ -18,10 +36,11 @@ SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
+_INPUTS = "vllm.multimodal.processing.inputs:ProcessorInputs"
+_IS_CACHED = "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached"
 ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
 _RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
-_NEXT = "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration"
 REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
     _GATE: ("mm_processor_kwargs", "trust_request_mm_kwargs"),
     "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
@@ -57,7 +76,8 @@ PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._get_mm_hashes": ("inputs",),
     f"{_PROCESSOR}.get_dummy_inputs": (),
     f"{_PROCESSOR}._get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
-    "vllm.multimodal.processing.inputs:ProcessorInputs": ("hf_processor_mm_kwargs",),
+    _INPUTS: ("hf_processor_mm_kwargs", "mm_uuid_items", "cache"),
+    _IS_CACHED: ("mm_hashes",),
     "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),
     "vllm.multimodal.hasher:MultiModalHasher.hash_kwargs": ("algorithm",),
 }
@@ -123,10 +143,14 @@ RECALL_NAMES: Mapping[str, tuple[str, ...]] = {"vllm.v1.worker.worker_base:Worke
 PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
 }
+TOKEN_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.tokenizers.detokenizer_utils:convert_ids_list_to_tokens": ("tokenizer", "token_ids"),
+    "vllm.tokenizers.detokenizer_utils:_restore_leading_spaces": ("raw_token", "token_str", "marker"),
+}
 RESENDING_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt", "skip_mm_cache"),
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt", "sampling_params", "request_id"),
-    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
+    _IS_CACHED: ("mm_hashes",),
 }
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),
@@ -139,73 +163,6 @@ LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_cache_usage", "num_waiting_reqs"),
 }
-_MODELS = "vllm.model_executor.models"
-_CLIP_ATTENTION = f"{_MODELS}.clip:CLIPAttention.forward"
-LLAVA_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_MODELS}.llava:LlavaForConditionalGeneration.embed_multimodal": (),
-    f"{_MODELS}.llava:LlavaMultiModalProcessor": ("info", "dummy_inputs"),
-    f"{_MODELS}.llava:LlavaDummyInputsBuilder": (),
-    f"{_MODELS}.llava:_build_llava_or_pixtral_hf_info": ("ctx",),
-    f"{_MODELS}.llava:_build_llava_or_pixtral_hf_processor": ("info", "dummy_inputs"),
-    _CLIP_ATTENTION: ("hidden_states",),
-}
-LLAVA_NEXT_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_MODELS}.llava:LlavaDummyInputsBuilder": (),
-    f"{_MODELS}.llava_next:LlavaNextMultiModalProcessor": ("info", "dummy_inputs"),
-    f"{_MODELS}.llava_next:LlavaNextProcessingInfo.get_num_image_tokens": (
-        "image_width",
-        "image_height",
-    ),
-    f"{_NEXT}._image_pixels_to_features": ("vision_tower", "pixel_values"),
-    f"{_NEXT}._merge_image_patch_embeddings": ("image_size", "patch_embeddings", "strategy"),
-    _CLIP_ATTENTION: ("hidden_states",),
-}
-MROPE_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_MODELS}.vision:get_load_balance_assignment": ("sizes", "num_gpus"),
-    "vllm.distributed.parallel_state:GroupCoordinator.broadcast": ("input_", "src"),
-    "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
-    "vllm.multimodal.inputs:MultiModalFeatureSpec": ("mm_position", "modality", "data"),
-    "vllm.multimodal.inputs:PlaceholderRange": ("offset", "length"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._gather_mm_embeddings": ("shift_computed_tokens",),
-    "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner.recompute": ("mm_embeds",),
-}
-_TOWER = ("x", "grid_thw")
-QWEN2_VL_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_MODELS}.qwen2_vl:Qwen2VLMultiModalProcessor": ("info", "dummy_inputs"),
-    f"{_MODELS}.qwen2_vl:Qwen2VLProcessingInfo.get_num_image_tokens": ("image_processor", "mm_kwargs"),
-    f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration.get_mrope_input_positions": (
-        "input_tokens",
-        "mm_features",
-    ),
-    f"{_MODELS}.qwen2_vl:Qwen2VisionTransformer.forward": _TOWER,
-    f"{_MODELS}.qwen2_vl:Qwen2VisionPatchMerger.forward": ("x",),
-}
-QWEN2_5_VL_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLMultiModalProcessor": ("info", "dummy_inputs"),
-    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions": (
-        "input_tokens",
-        "mm_features",
-    ),
-    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.recompute_mrope_positions": (
-        "input_ids",
-        "multimodal_embeddings",
-        "mrope_positions",
-        "num_computed_tokens",
-    ),
-    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VisionTransformer.forward": _TOWER,
-    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VisionTransformer.get_window_index_thw": ("grid_t", "grid_h", "grid_w"),
-}
-QWEN3_VL_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_MODELS}.qwen3_vl:Qwen3VLMultiModalProcessor": ("info", "dummy_inputs"),
-    f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration.get_mrope_input_positions": (
-        "input_tokens",
-        "mm_features",
-    ),
-    f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration._compute_deepstack_embeds": ("multimodal_embeddings",),
-    f"{_MODELS}.qwen3_vl:Qwen3_VisionTransformer.forward": _TOWER,
-    f"{_MODELS}.qwen3_vl:Qwen3_VisionPatchMerger.forward": ("x",),
-}
-
 # What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these.
 # Newest first, so that a replacement can be replaced in its turn.
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
@@ -232,9 +189,8 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             f"{_PROCESSOR}.__init__": ("info", "dummy_inputs", "cache"),
             "vllm.multimodal.processing.dummy_inputs:BaseDummyInputsBuilder.get_dummy_processor_inputs": (),
         },
-        "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached": {
-            "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",),
-        },
+        _INPUTS: {_INPUTS: ("hf_processor_mm_kwargs", "mm_uuid_items")},
+        _IS_CACHED: {"vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",)},
     },
     "0.30": {
         f"{ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},

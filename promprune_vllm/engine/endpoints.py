@@ -217,12 +217,12 @@ class _Sizes:
     """Images as far as the processor needs them to count their tokens."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
-        self._sizes = [ImageSize(width=width, height=height) for width, height in sizes]
+        self.sizes = [ImageSize(width=width, height=height) for width, height in sizes]
 
     def get_count(self) -> int:
         """Return how many there are."""
-        return len(self._sizes)
+        return len(self.sizes)
 
     def get_image_size(self, index: int) -> ImageSize:
         """Return the size of one."""
-        return self._sizes[index]
+        return self.sizes[index]

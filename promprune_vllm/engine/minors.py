@@ -102,6 +102,11 @@ def processors(renderer: Any) -> Iterable[Any]:
     return [processor for processor in found if processor is not None]
 
 
+def processor_cache(processor: Any, inputs: Any) -> Any:
+    """Return the cache that a prompt is processed with, or ``None``: before 0.31 it is the processor's own."""
+    return processor.cache if checks.before("0.31") else inputs.cache
+
+
 def harmony_doors() -> Iterable[tuple[type, str]]:
     """Return the methods that a request to a gpt-oss model comes by: one since 0.31, two of them before."""
     from vllm.renderers.online_renderer import OnlineRenderer

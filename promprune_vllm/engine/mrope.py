@@ -22,7 +22,8 @@ from torch import Tensor
 from vllm.config import MultiModalConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from promprune_vllm.engine import checks, families
+from promprune_vllm.core.positions import table_rows
+from promprune_vllm.engine import checks, families, rotary
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.model import PrunedModelMixin
 
@@ -109,6 +110,7 @@ class MRopePrunedMixin(PrunedModelMixin):
             _keep_the_encoder_plain(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self._prunes:
+            rotary.lengthen(self, table_rows(vllm_config.model_config.max_model_len))
             # Only now: vLLM's model has read the flag as "video pruning", which stays off.
             _open_position_hook(vllm_config.model_config.multimodal_config)
 

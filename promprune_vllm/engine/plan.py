@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from promprune_vllm.server.told import tell
@@ -34,7 +34,7 @@ class ImagePlan:
         kept: Tokens after.
         method: Index among the allowed methods.
         text: Tokens of the user's text, where the method looks at it.
-        size: Width and height in pixels; ``None`` of an image that came encoded.
+        size: Width and height in pixels; ``None`` of an image that came encoded, or that is named and not known.
     """
 
     seen: int
@@ -51,10 +51,12 @@ class Plan:
     Args:
         images: One plan each.
         cached: Filled in on the way: which of them vLLM's processor cache already had.
+        named: The uuid of each that was not sent, by its place; without those that nothing is known of.
     """
 
     images: tuple[ImagePlan, ...] = ()
-    cached: tuple[bool, ...] = field(default=())
+    cached: tuple[bool, ...] = ()
+    named: Mapping[int, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,13 @@ class Summary:
 
     Args:
         images: One plan each, in order of appearance.
-        cached: Which of them vLLM's processor cache already had.
+        cached: Which of them vLLM's processor cache already had. A prompt equals itself whether they were or not.
         method: What selects the tokens of images that lose any.
         form: How the request wrote its budget (see ``Ask.form``), ``None`` if it did not send one.
     """
 
     images: tuple[ImagePlan, ...]
-    cached: tuple[bool, ...]
+    cached: tuple[bool, ...] = field(compare=False)
     method: str
     form: str | None
 
@@ -90,3 +92,19 @@ def record_images(prompt: Any) -> None:
     images = summary.images
     counts = [(image.seen, image.kept) for image in images]
     tell(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
+
+
+def shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
+    """Make an image's placeholder as long as what it keeps."""
+    original = update.replacement
+
+    def replacement(index: int) -> list[int]:
+        placeholder: list[int] = original(index)
+        image = plan[index]
+        if len(placeholder) != image.seen:
+            raise RuntimeError(
+                f"vLLM makes a placeholder of {len(placeholder)} tokens where {image.seen} were counted"
+            )
+        return placeholder[: image.kept]
+
+    return replace(update, replacement=replacement)

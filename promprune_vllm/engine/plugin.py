@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Register the model families, and wrap what reads requests, counts, fails and resends images, tells the load.
+    """Register the model families and wrap what the plugin extends of vLLM.
 
     Raises:
         IncompatibleVllmError: This vLLM is not one the release was written for.
@@ -23,6 +23,7 @@ def register() -> None:
         reply,
         request,
         resending,
+        token_names,
     )
     from promprune_vllm.metrics import recorder
 
@@ -38,4 +39,5 @@ def register() -> None:
     resending.install()
     prerendered.install()
     reply.install()
+    token_names.install()
     api_server.install()

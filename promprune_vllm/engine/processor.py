@@ -23,9 +23,10 @@ from promprune_vllm.config import Settings, environment
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
-from promprune_vllm.engine import checks, content, families, minors
+from promprune_vllm.engine import checks, families, minors
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.load import current_level
+from promprune_vllm.engine.named import Images, require_cached
 from promprune_vllm.engine.plan import (
     COUNTS,
     MAX_TEXT_TOKENS,
@@ -35,6 +36,7 @@ from promprune_vllm.engine.plan import (
     ImagePlan,
     Plan,
     Summary,
+    shortened,
     split,
 )
 from promprune_vllm.engine.request import refusing
@@ -113,20 +115,32 @@ class PrunedProcessorMixin:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
-        asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
-        profiling = kwargs.pop(_PROFILE, None) is _PROFILING
         with refusing(self.info.ctx.model_config):  # type: ignore[attr-defined]
-            images = self._plan(
-                inputs, Asked() if profiling else asked, kwargs, prunes=not (profiling or self.refusal)
-            )
-        plan = Plan(images, cached=(False,) * len(images))
-        planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
-        result = super().apply(planned, timing_ctx)  # type: ignore[misc]
-        if images:
-            method = self._methods[self._method_index(asked.method)].name
-            form = None if asked.budget is None else asked.ask().form
-            result[SUMMARY] = Summary(images, plan.cached, method, form)
+            asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
+            profiling = kwargs.pop(_PROFILE, None) is _PROFILING
+            images = self._images(inputs)
+            prunes = not (profiling or self.refusal)
+            plans = self._plan(inputs, images, Asked() if profiling else asked, kwargs, prunes=prunes)
+            named = images.named if isinstance(images, Images) else {}
+            plan = Plan(plans, cached=(False,) * len(plans), named=named)
+            planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
+            result = super().apply(planned, timing_ctx)  # type: ignore[misc]
+            if isinstance(images, Images):
+                lengths = [place.length for place in result["mm_placeholders"].get("image", ())]
+                plans = images.settled(plans, lengths)
+                images.remember(plan.cached)
+            if plans:
+                method = self._methods[self._method_index(asked.method)].name
+                form = None if asked.budget is None else asked.ask().form
+                result[SUMMARY] = Summary(plans, plan.cached, method, form)
         return result
+
+    def _images(self, inputs: Any) -> Any:
+        """Return a prompt's images: ``Images``, what came encoded as vLLM has it, or ``None``."""
+        items = inputs.mm_data_items.get("image")
+        if items is None or isinstance(items, (ImageEmbeddingItems, DictEmbeddingItems)):
+            return items
+        return Images(items, (inputs.mm_uuid_items or {}).get("image"), minors.processor_cache(self, inputs))
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's memory profile: the most that requests can bring, so never pruned."""
@@ -134,14 +148,13 @@ class PrunedProcessorMixin:
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: _PROFILING})
 
     def _plan(
-        self, inputs: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True
+        self, inputs: Any, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True
     ) -> tuple[ImagePlan, ...]:
         ask, method = asked.ask(), self._method_index(asked.method)
-        images = inputs.mm_data_items.get("image")
         if images is None:
             ask.check_images(0)
             return ()
-        if isinstance(images, (ImageEmbeddingItems, DictEmbeddingItems)):
+        if not isinstance(images, Images):
             if asked.explicit:
                 raise BudgetError(
                     f"{FIELD} cannot be applied to image_embeds: they are already encoded. Send the image "
@@ -152,51 +165,54 @@ class PrunedProcessorMixin:
             return tuple(ImagePlan(count, count) for count in rows)
         counts = self._counts(images, asked, kwargs, prunes=prunes)
         text = self._text(inputs, asked) if Need.TEXT in self._methods[method].needs else ()
-        sizes = [images.get_image_size(i) for i in range(images.get_count())]
         return tuple(
-            ImagePlan(seen, kept, method, text, (size.width, size.height))
-            if kept < seen
-            else ImagePlan(seen, seen, size=(size.width, size.height))
-            for (seen, kept), size in zip(counts, sizes, strict=True)
+            ImagePlan(seen, kept, method, text, size) if kept < seen else ImagePlan(seen, seen, size=size)
+            for (seen, kept), size in zip(counts, images.sizes, strict=True)
         )
 
     def count(self, images: Any, asked: Asked) -> list[tuple[int, int]]:
         """Return tokens seen and kept of images of which only the sizes are known.
 
         Args:
-            images: Answers ``get_count()`` and ``get_image_size(index)``.
+            images: Answers ``get_count()``, ``get_image_size(index)`` and ``sizes``.
             asked: What a request with these images would ask for.
 
         Raises:
             BudgetError: As for such a request.
         """
-        return self._counts(images, asked, {}, prunes=not self.refusal, sizes_only=True)
+        counts: list[int] = [self._image_tokens(images, i, {}) for i in range(images.get_count())]  # type: ignore[attr-defined]
+        ask = asked.in_detail(asked.ask(), len(counts), self._policy)
+        kept = self._kept(counts, ask, [self.current_level()] * len(counts))
+        self._check_kept(images, kept, {})
+        return kept
 
     def _counts(
-        self, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool, sizes_only: bool = False
+        self, images: Images, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool
     ) -> list[tuple[int, int]]:
-        sizes = [self._image_tokens(images, i, kwargs) for i in range(images.get_count())]  # type: ignore[attr-defined]
+        """Return tokens seen and kept; 1 and 1 of an image that keeps as many as vLLM's cache has of it."""
+        counts = [
+            1 if size is None else self._image_tokens(images, i, kwargs)  # type: ignore[attr-defined]
+            for i, size in enumerate(images.sizes)
+        ]
         if not prunes:
-            return [(size, size) for size in sizes]
-        ask = asked.in_detail(asked.ask(), len(sizes), self._policy)
-        levels = [self.current_level()] * len(sizes) if sizes_only else self._levels(images, ask)
-        return list(zip(sizes, self._policy.resolve_all(ask, sizes, levels), strict=True))
+            return [(count, count) for count in counts]
+        ask = asked.in_detail(asked.ask(), len(counts), self._policy)
+        looks = self._settings.adapt_to_content
+        kept = self._kept(counts, ask, images.decide(ask, self._policy, self.current_level(), looks=looks))
+        self._check_kept(images, kept, kwargs)
+        return kept
+
+    def _kept(self, counts: Sequence[int], ask: Ask, levels: Sequence[Fraction]) -> list[tuple[int, int]]:
+        if self.refusal:
+            return [(count, count) for count in counts]
+        return list(zip(counts, self._policy.resolve_all(ask, counts, levels), strict=True))
+
+    def _check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+        """Raise ``BudgetError`` where a family cannot keep so few tokens of these images."""
 
     def current_level(self) -> Fraction:
         """Return the share of the default that an image keeps at the moment, whatever is on it."""
         return current_level()
-
-    def _levels(self, images: Any, ask: Ask) -> list[Fraction]:
-        """For each image, the share of the default that it keeps at the moment, where nothing else was asked.
-
-        The lower of what the load and the image's own content allow: a plain image has already given its part.
-        """
-        levels = [self.current_level()] * images.get_count()
-        if self._settings.adapt_to_content and ask.total is None:
-            for i, level in enumerate(levels):
-                if ask.for_image(i) is None:
-                    levels[i] = min(level, content.level(images.get(i)))
-        return levels
 
     def check_method(self, name: object) -> None:
         """Raise ``BudgetError`` unless a request may choose this method; ``None`` is the server's own."""
@@ -233,17 +249,20 @@ class PrunedProcessorMixin:
         if "image" in hashes:
             pairs = zip(hashes["image"], plan.images, strict=True)
             hashes["image"] = [self._cache_key(key, image) for key, image in pairs]
+            require_cached(plan, hashes["image"], minors.processor_cache(self, inputs))
         return hashes
 
     def _cache_key(self, key: str, image: ImagePlan) -> str:
         """Return an image's identity in every cache: vLLM's own unless tokens are dropped."""
-        if image.kept == image.seen and not key.startswith(_KEY_PREFIX):
-            return key
-        # A client's uuid may be any string; one that imitates a pruned image's key is hashed away as well.
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
-        chosen = {"setting": self._digests[image.method], "kept": image.kept, "text": list(image.text)}
-        digest = MultiModalHasher.hash_kwargs(algorithm, key=key, **chosen)
-        return f"{_KEY_PREFIX if image.kept < image.seen else ''}{digest}"
+        if image.kept == image.seen:
+            # A client's uuid may be any string; one that imitates a pruned image's key is hashed away.
+            imitates = key.startswith(_KEY_PREFIX)
+            return MultiModalHasher.hash_kwargs(algorithm, key=key) if imitates else key
+        # Tokens before pruning are part of it: two images under one uuid must not be taken for each other.
+        counts = {"seen": image.seen, "kept": image.kept}
+        chosen = {"setting": self._digests[image.method], "text": list(image.text), **counts}
+        return f"{_KEY_PREFIX}{MultiModalHasher.hash_kwargs(algorithm, key=key, **chosen)}"
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:
         plan, kwargs = split(inputs.hf_processor_mm_kwargs)
@@ -276,20 +295,4 @@ class PrunedProcessorMixin:
     ) -> Sequence[Any]:
         plan, kwargs = split(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
-        return [_shortened(update, plan.images) if update.modality == "image" else update for update in updates]
-
-
-def _shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
-    """Make an image's placeholder as long as what it keeps."""
-    original = update.replacement
-
-    def replacement(index: int) -> list[int]:
-        placeholder: list[int] = original(index)
-        image = plan[index]
-        if len(placeholder) != image.seen:
-            raise RuntimeError(
-                f"vLLM makes a placeholder of {len(placeholder)} tokens where {image.seen} were counted"
-            )
-        return placeholder[: image.kept]
-
-    return replace(update, replacement=replacement)
+        return [shortened(update, plan.images) if update.modality == "image" else update for update in updates]

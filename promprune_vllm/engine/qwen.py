@@ -15,6 +15,7 @@ from torch import Tensor
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.positions import require_rows
 from promprune_vllm.engine.capture import inputs_of, patch_attention
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.mrope import MRopePrunedMixin
@@ -46,6 +47,16 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 )
         return result
 
+    def _check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+        """Refuse images whose positions could run past the model's table of them."""
+        if any(kept < seen for seen, kept in counts):
+            # An image of unknown size keeps every token, and takes at most as many positions.
+            taken = [
+                (max(self._grid(size.width, size.height, kwargs)) if size else kept, kept)
+                for size, (_, kept) in zip(images.sizes, counts, strict=True)
+            ]
+            require_rows(taken, self.info.ctx.model_config.max_model_len)  # type: ignore[attr-defined]
+
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         info: Any = self.info  # type: ignore[attr-defined]
         size = images.get_image_size(index)
@@ -60,14 +71,21 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Where on the image each of its tokens looks: it is stretched to a multiple of their size."""
+        whole = (0.0, 0.0, float(width), float(height))
+        return list(geometry.grid(*self._grid(width, height, {}), whole))
+
+    def _grid(self, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
+        """Return rows and columns of an image's tokens."""
         info: Any = self.info  # type: ignore[attr-defined]
-        size, _ = info._get_vision_info(
-            image_width=width, image_height=height, image_processor=info.get_image_processor(), mm_kwargs={}
+        resized, _ = info._get_vision_info(
+            image_width=width,
+            image_height=height,
+            image_processor=info.get_image_processor(**kwargs),
+            mm_kwargs=kwargs,
         )
         config = info.get_hf_config().vision_config
         side = config.patch_size * config.spatial_merge_size
-        whole = (0.0, 0.0, float(width), float(height))
-        return list(geometry.grid(size.height // side, size.width // side, whole))
+        return resized.height // side, resized.width // side
 
     def _embedded_tokens(self, images: Any, index: int) -> int:
         merge: int = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation.asking import Way
 from promprune_vllm.evaluation.forwarding import Tally, forwarding
@@ -157,17 +159,17 @@ def _words(target: Target, run: Run, address: str, folder: Path) -> list[str]:
 
 
 def _run(words: Sequence[str], key: str, log: Path) -> None:
-    environment = {**os.environ, "OPENAI_API_KEY": key}
-    try:
-        with log.open("wb") as output:
-            status = subprocess.run(
-                words, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
-            ).returncode
-    except OSError as error:
+    if shutil.which(words[0]) is None:
         raise EvaluationError(
-            f"lmms-eval cannot be run: {words[0]}: {error.strerror}. Install it in an environment of its own with "
-            "`pip install lmms-eval`, and say how to run it with --lmms-command."
-        ) from error
+            f"lmms-eval cannot be run: there is no program {words[0]}. Install it in an environment of its own "
+            "with `pip install lmms-eval`, and say how to run it with --lmms-command."
+        )
+    environment = {**os.environ, "OPENAI_API_KEY": key}
+    with (
+        log.open("wb") as output,
+        supervised(words, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        status = process.wait()
     if status:
         end = "\n".join(log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:])
         raise EvaluationError(f"lmms-eval ended with status {status}; the end of {log}:\n{end}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +32,8 @@ def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]
     options += ["--visual-token-allow-methods", ",".join(methods())]
     options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "2"})
     err.print("Starting a server …", highlight=False)
-    with tempfile.TemporaryDirectory(prefix="promprune-eval-") as scratch:
-        directory = model or _demo_model(err)
-        log = Path(scratch) / "server.log"
-        with serving(directory, *options, log=log, environment=environment) as server:
-            yield server.url
+    with serving(model or _demo_model(err), *options, environment=environment) as server:
+        yield server.url
 
 
 def _demo_model(err: Console) -> Path:

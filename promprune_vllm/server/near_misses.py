@@ -57,9 +57,9 @@ def meant_by(name: str) -> str | None:
         return None
     spelled = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
     close = difflib.get_close_matches(spelled, FIELDS, n=1, cutoff=_CLOSE)
-    if not close and spelled.startswith(_PREFIX):
-        close = difflib.get_close_matches(spelled, FIELDS, n=1, cutoff=0)
-    return close[0] if close else None
+    if close:
+        return close[0]
+    return FIELD if spelled.startswith(_PREFIX) else None
 
 
 def _refuse_misplaced(names: Iterator[str], where: str) -> None:

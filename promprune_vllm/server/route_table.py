@@ -104,7 +104,7 @@ OFFLINE: Mapping[str, Route] = MappingProxyType(
         "LLM.embed": Route("obeys", "`mm_processor_kwargs` of a prompt"),
         "LLM.encode": Route("obeys", "`mm_processor_kwargs` of a prompt"),
         "LLM.classify": Route("obeys", "`mm_processor_kwargs` of a prompt"),
-        "LLM.score": Route("obeys", '`PoolingParams(extra_kwargs={"mm_processor_kwargs": {...}})`'),
+        "LLM.score": Route("obeys", "the default only (`PROMPRUNE_BUDGET`): it takes no processor options"),
         "LLM(...)": Route("refuses", "`mm_processor_kwargs` of the engine: set `PROMPRUNE_BUDGET` instead"),
         "vllm run-batch": Route("obeys", "in the `body` of a line: chat completions, embeddings, score, rerank"),
     }

@@ -18,6 +18,7 @@ from promprune_vllm import get_method, methods
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.processing import IMAGE_ID
 from tests.conftest import UNMEASURED
+from tests.engine import naming
 from tests.engine.family_engine import EVERYTHING, SHAPES, UNLOADABLE, FamilyEngine, picture
 
 pytestmark = pytest.mark.engine
@@ -250,6 +251,29 @@ def test_without_a_budget_or_with_a_large_one_it_is_stock_vllm(
             (output,) = engine.generate([engine.ask(shape, budget=budget)])
             assert list(output.outputs[0].token_ids) == token_ids
             assert json.loads(json.dumps(logprobs(output))) == values
+
+
+@pytest.mark.parametrize("check", naming.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_an_image_that_is_named_and_not_sent(engine: FamilyEngine, check: Any) -> None:
+    check(engine, lambda: engine.ask("landscape"))
+
+
+def test_of_named_images_none_is_taken_for_another(engine: FamilyEngine) -> None:
+    naming.check_another_image_is_never_served(
+        engine, lambda: engine.ask("landscape"), lambda: engine.ask("portrait")
+    )
+    naming.check_some_of_several_are_named(engine, lambda: engine.ask("landscape", "portrait"))
+
+
+@pytest.mark.parametrize("options", [{}, {"visual_token_budget": 7}], ids=str)
+def test_a_video_that_is_named_is_left_to_vllm(mrope: FamilyEngine, options: dict[str, Any]) -> None:
+    prompt = {
+        "prompt": "<|vision_start|><|video_pad|><|vision_end|>What?",
+        "multi_modal_data": {"video": [None]},
+        "multi_modal_uuids": {"video": ["new"]},
+        "mm_processor_kwargs": options,
+    }
+    assert naming.refusal(mrope, prompt) == naming.VLLM_SAYS.replace("image", "video")
 
 
 def test_pictures_differ() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from promprune_vllm.demo import PHOTOS
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
+from tests.engine import naming
 from tests.engine.conftest import Engine
 
 pytestmark = pytest.mark.engine
@@ -187,6 +189,18 @@ def test_client_uuid_with_two_budgets_is_encoded_twice(engine: Engine) -> None:
     assert [lengths[0] - length for length in lengths] == [0, 512, 560, 512]
 
 
+@pytest.mark.parametrize("check", naming.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_an_image_that_is_named_and_not_sent(engine: Engine, check: Any) -> None:
+    check(engine, lambda: engine.prompt(("coffee", None)))
+
+
+def test_of_named_images_none_is_taken_for_another(engine: Engine) -> None:
+    naming.check_another_image_is_never_served(
+        engine, lambda: engine.prompt(("coffee", None)), lambda: engine.prompt(("rocket", None))
+    )
+    naming.check_some_of_several_are_named(engine, lambda: engine.prompt(("coffee", None), ("rocket", None)))
+
+
 def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> None:
     from vllm import SamplingParams
 
@@ -273,6 +287,18 @@ def test_bad_budgets_are_refused_offline_too(engine: Engine, value: Any) -> None
     prompt["prompt"] = "no image"
     with pytest.raises(VLLMValidationError):
         engine.generate([prompt], tokens=1)
+
+
+@pytest.mark.parametrize("value", [5, True, ["low", 5], {"a": 1}, 0.5j], ids=repr)
+def test_an_option_of_a_wrong_type_is_refused_by_its_name(engine: Engine, value: Any) -> None:
+    """Offline callers write them, and clients behind ``--trust-request-mm-kwargs``."""
+    from vllm.exceptions import VLLMValidationError
+
+    for name in ("visual_token_method", "visual_token_text", "visual_token_detail"):  # budgets: see above
+        prompt = {**engine.prompt(("coffee", None)), "mm_processor_kwargs": {name: value}}
+        with pytest.raises(VLLMValidationError, match=rf"^{name} must be .*{re.escape(repr(value))}") as refused:
+            engine.generate([prompt], tokens=1)
+        assert refused.value.parameter == name
 
 
 def test_budget_without_images_changes_nothing(engine: Engine) -> None:

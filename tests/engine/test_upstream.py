@@ -51,6 +51,11 @@ def test_a_step_encodes_more_than_its_budget_as_reported(tmp_path: Path) -> None
     assert set(shown("encoder_budget.py")) <= set(printed)
 
 
+def test_a_server_ends_at_an_id_without_a_name_as_reported() -> None:
+    printed = run("unnamed_token.py")
+    assert set(shown("unnamed_token.py")) <= set(printed)
+
+
 def test_every_script_is_reported_and_tried() -> None:
     named = set(re.findall(r"\(repro/(\w+\.py)\)", PAGE.read_text()))
     assert named == {script.name for script in SCRIPTS.glob("*.py")}

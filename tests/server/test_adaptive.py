@@ -17,6 +17,7 @@ from PIL import Image
 from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import _serving, ask, saved
+from tests.server.test_named import answer, named, refusal, sent
 
 pytestmark = pytest.mark.server
 LEVEL = "promprune_policy_level"
@@ -107,6 +108,14 @@ def test_a_plain_image_keeps_less_unless_a_budget_is_sent(looking_server: Server
     assert _prompt_tokens(server, 0, plain, visual_token_budget="full") == text + VISUAL_TOKENS
     assert _prompt_tokens(server, 5) == text + VISUAL_TOKENS, "noise is no plain image"
     assert server.metrics(LEVEL)[LEVEL] == 1, "the level of the load, not of images"
+
+    by_uuid = sent("plain", saved(plain, "PNG"))
+    kept = answer(server, by_uuid)
+    assert kept[0]["usage"]["visual_tokens"]["kept"] == VISUAL_TOKENS // 8
+    assert answer(server, named(by_uuid))[:2] == kept[:2]
+    unseen = sent("not looked at", saved(plain, "PNG"), visual_token_budget="full")
+    assert answer(server, unseen)[:2] == answer(server, named(unseen))[:2]
+    assert "Nothing is known" in refusal(server, named({**unseen, "visual_token_budget": "auto"}))
 
 
 def test_a_server_that_does_not_adapt_shows_the_full_default(server: Server) -> None:

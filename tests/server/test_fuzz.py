@@ -1,33 +1,49 @@
-"""Thousands of requests made from the server's own API document: whatever a client sends, never a 5xx."""
+"""Requests made from the server's own API document: whatever a client sends, never a 5xx.
+
+First our own fields by their schemas; then everything that vLLM takes, on every route, compared with a server
+without the plugin. Of the latter there are 600 bodies for each commit; ``PROMPRUNE_FUZZ=5000`` sends so many.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import hypothesis
 import pytest
 import requests
-import schemathesis
-from hypothesis import HealthCheck, Phase, given
 from PIL import Image
 from schemathesis import Case, GenerationMode
 
 from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.server import Server
-from tests.server.conftest import MODEL, ask, saved
+from promprune_vllm.demo.families import build_family_model
+from promprune_vllm.demo.server import Server, is_healthy
+from promprune_vllm.server.route_table import POST_ROUTES
+from tests.server.conftest import MODEL, _serving, ask, saved
+from tests.server.fuzz_compare import Judge, table
+from tests.server.fuzz_made import Made, bodies, made, posts
+from tests.server.fuzz_parts import BASES, LEFT_OUT, named_first, rendered
 
 pytestmark = pytest.mark.server
 SEED = 20261120
 CHAT, TOKENIZE = "/v1/chat/completions", "/tokenize"
 STATE, COUNT = "/v1/visual_tokens", "/v1/visual_tokens/count"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FIELDS = ("visual_token_budget", "visual_token_method")
 SENDERS = 8
+BODIES = int(os.environ.get("PROMPRUNE_FUZZ", "600"))
+FAMILIES = ("llava", "qwen2_5_vl")
+# What is off by default and adds routes or fields.
+MORE = (
+    *("--enable-scale-out", "--scheduling-policy", "priority"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 # Requests that follow the document, and requests that break it: 5,000 in all.
 PLAN = {COUNT: (1800, 1700), CHAT: (250, 350), TOKENIZE: (450, 450)}
 
@@ -42,6 +58,10 @@ def _fixed(path: str) -> dict[str, Any]:
     """What a request to a route always says; the rest is made up."""
     if path == COUNT:
         return {"images": [{"width": 640, "height": 480}]}
+    if path == RESPONSES:
+        return {"model": MODEL, "input": "What?", "max_output_tokens": 1}
+    if path == MESSAGES:
+        return {"model": MODEL, "messages": [{"role": "user", "content": "What?"}], "max_tokens": 1}
     parts = [
         {"type": "image_url", "image_url": {"url": _photograph()}},
         {"type": "text", "text": "What is in the picture?"},
@@ -64,27 +84,12 @@ def _document(server: Server) -> dict[str, Any]:
 def _cases(
     document: dict[str, Any], path: str, mode: GenerationMode, number: int, method: str = "POST"
 ) -> list[Case]:
-    strategy = schemathesis.openapi.from_dict(document)[path][method].as_strategy(generation_mode=mode)
-    made: list[Case] = []
-
-    @hypothesis.seed(SEED)
-    @hypothesis.settings(
-        max_examples=number,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],  # sent later and in parallel, so there is nothing to shrink
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def collect(case: Case) -> None:
-        made.append(case)
-
-    collect()
-    for i, case in enumerate(made):
+    cases = made(document, path, mode, number, seed=SEED, method=method)
+    for i, case in enumerate(cases):
         # Every other count keeps the images that were made up for it.
         if isinstance(case.body, dict) and (path != COUNT or i % 2):
             case.body = {**case.body, **_fixed(path)}
-    return made
+    return cases
 
 
 def _sender(server: Server) -> Callable[[Case], tuple[int, str]]:
@@ -146,7 +151,7 @@ RAW = [
 ]
 
 
-@pytest.mark.parametrize("path", PLAN)
+@pytest.mark.parametrize("path", [*PLAN, RESPONSES, MESSAGES])
 @pytest.mark.parametrize("field", FIELDS)
 def test_json_that_no_schema_makes_is_refused(server: Server, path: str, field: str) -> None:
     start = json.dumps(_fixed(path)).removesuffix("}")
@@ -189,3 +194,62 @@ def test_bytes_that_are_no_json_or_another_are_refused(server: Server, path: str
     assert response.status_code in (200, 400), response.text[:300]
     if response.status_code == 200:  # Python's json finds out by itself what Unicode it is
         assert name in ("utf-16", "utf-32", "byte-order mark")
+
+
+Pair = tuple[Server, Server]
+
+
+@pytest.fixture(scope="module")
+def mrope(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """A family whose positions have three axes, with more of vLLM switched on; ours, and stock vLLM."""
+    directory = tmp_path_factory.mktemp("mrope")
+    model = build_family_model("qwen2_5_vl", directory / "model")
+    start = contextmanager(_serving)
+    with (
+        start(model, tmp_path_factory.mktemp("ours"), *MORE) as ours,
+        start(model, tmp_path_factory.mktemp("plain"), *MORE, VLLM_PLUGINS="") as plain,
+    ):
+        yield ours, plain
+
+
+@pytest.fixture(scope="module")
+def pairs(server: Server, stock: Server, mrope: Pair) -> dict[str, Pair]:
+    """By family: a server of ours and one without the plugin, else the same."""
+    return dict(zip(FAMILIES, ((server, stock), mrope), strict=True))
+
+
+@pytest.fixture(scope="module")
+def made_up(mrope: Pair) -> Made:
+    """Fields of the routes of both families; the second has all routes of the first."""
+    document = httpx.get(f"{mrope[0].url}/openapi.json").raise_for_status().json()
+    return Made(document, 4 + BODIES // 200, SEED)
+
+
+def test_every_route_is_fuzzed_or_has_its_reason(pairs: dict[str, Pair]) -> None:
+    for ours, _ in pairs.values():
+        document = httpx.get(f"{ours.url}/openapi.json").raise_for_status().json()
+        assert not posts(document) - set(BASES) - set(LEFT_OUT)
+    assert not set(BASES) & set(LEFT_OUT)
+    left_out = {path for path in LEFT_OUT if POST_ROUTES[path].effect != "no image"}
+    assert not left_out, "these carry images"
+
+
+@pytest.mark.timeout(300 + BODIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stock_vllm_answers_is_answered_or_refused_with_a_reason(
+    pairs: dict[str, Pair], made_up: Made, family: str
+) -> None:
+    """Bodies on all routes, each sent to a stock server without our fields: see `Judged.faults`."""
+    ours, plain = pairs[family]
+    for each in (ours, plain):
+        named_first(each)
+    document = httpx.get(f"{ours.url}/openapi.json").raise_for_status().json()
+    sent = bodies(made_up, sorted(posts(document) & set(BASES)), BODIES // 2, SEED, rendered(ours, plain))
+    judged = Judge(ours, plain).all(sent)
+    print(table(judged))
+    assert is_healthy(ours.url)
+    faults = [each.shown() for each in judged if each.faults()]
+    assert not faults, f"{len(faults)} of {len(judged)}:\n" + "\n".join(faults[:5])
+    accepted = sum(each.with_fields.status == 200 for each in judged) / len(judged)
+    assert 0.3 < accepted < 0.7  # neither refused nor accepted wholesale
+    assert is_healthy(plain.url), "a body that ends stock vLLM compares nothing: leave it out, with the reason"

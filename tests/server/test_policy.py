@@ -12,6 +12,7 @@ import pytest
 from promprune_vllm.demo.server import Server
 from tests.conftest import QUESTION
 from tests.server.conftest import MODEL, _serving, ask, body, image_url, post
+from tests.server.test_named import answer, named, sent
 
 pytestmark = pytest.mark.server
 POLICY = (
@@ -58,6 +59,13 @@ def _text(server: Server) -> int:
     ids=str,
 )
 def test_what_an_image_keeps(policy_server: Server, fields: dict[str, Any], kept: int) -> None:
+    by_uuid = sent(f"policy {fields}", **{name: value for name, value in fields.items() if name != "detail"})
+    (part, *_), detail = by_uuid["messages"][0]["content"], fields.get("detail", "auto")
+    part["image_url"]["detail"] = detail
+    assert answer(policy_server, by_uuid)[0]["usage"]["visual_tokens"]["kept"] == kept
+    by_name = named(by_uuid)
+    by_name["messages"][0]["content"][0]["detail"] = detail
+    assert answer(policy_server, by_name)[0]["usage"]["visual_tokens"]["kept"] == kept
     assert _kept(policy_server, **fields) == kept
 
 

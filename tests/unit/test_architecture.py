@@ -33,7 +33,7 @@ OURS_ALLOWED = {
     "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
     "server": {"server", "core", "config", "markdown", "metrics", "errors"},
     "demo": {"demo", "core", "errors"},
-    "bench": {"bench", "core", "demo", "engine", "errors", "cli", "kernels"},
+    "bench": {"bench", "core", "demo", "engine", "errors", "kernels"},
     "evaluation": {"evaluation", "core", "demo", "errors", "bench"},
     "overlay": {"overlay", "core", "errors"},
     "planning": {"planning", "core", "errors", "markdown"},

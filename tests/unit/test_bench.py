@@ -75,7 +75,6 @@ def test_the_command_line_lists_what_can_be_measured() -> None:
     shown = CliRunner().invoke(app, ["bench", "--help"]).output
     assert "serving" in shown
     assert "content" in shown
-    assert "vllm-serve" not in shown
 
 
 def test_growth_is_told_of_what_is_held_after_warming_up() -> None:

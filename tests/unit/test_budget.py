@@ -146,6 +146,14 @@ def test_an_ask_that_does_not_fit_the_images_is_refused(value: object, images: i
         Ask.parse(value).check_images(images)
 
 
+def test_a_value_too_deep_to_print_is_refused_like_any_other() -> None:
+    deep: list[object] = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(BudgetError, match="got a list"):
+        Ask.parse(deep)
+
+
 def test_limits_clamp_or_refuse() -> None:
     clamping = BudgetPolicy(minimum=10, maximum=50)
     assert [clamping.resolve(Budget(tokens=n), 100) for n in (1, 10, 30, 99)] == [10, 10, 30, 50]

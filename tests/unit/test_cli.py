@@ -21,6 +21,7 @@ from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
+from promprune_vllm.server import route_table
 from tests.documents import table
 
 run = CliRunner().invoke
@@ -29,7 +30,7 @@ run = CliRunner().invoke
 def test_help_names_every_command() -> None:
     shown = run(cli.app, ["--help"])
     assert shown.exit_code == 0
-    for command in ("serve", "methods", "families", "calibrate", "demo", "demo-model"):
+    for command in ("serve", "vllm", "methods", "families", "calibrate", "demo", "demo-model"):
         assert command in shown.output
 
 
@@ -88,6 +89,15 @@ def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["PROMPRUNE_TILES"] == "merged"
 
 
+@pytest.mark.parametrize("words", [["bench", "serve", "--help"], ["run-batch", "-i", "in"], ["--version"], []])
+def test_every_command_of_vllms_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    handed: list[list[str]] = []
+    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    result = run(cli.app, ["vllm", *words])
+    assert result.exit_code == 0, result.output
+    assert handed == [words]
+
+
 @pytest.mark.parametrize(
     ("tiles", "complaint"), [("halves", "'own', 'base' or 'merged'"), ("base", "'random' has none")]
 )
@@ -124,6 +134,10 @@ def test_the_documents_show_the_generated_table(name: str) -> None:
     assert table(name) == run(cli.app, [name, "--markdown"]).output.rstrip("\n"), (
         f"run `promprune {name} --markdown` and put its output between the two marks"
     )
+
+
+def test_the_documents_show_what_a_budget_does_on_every_route() -> None:
+    assert table("routes") == route_table.markdown(), "put server.route_table.markdown() between the two marks"
 
 
 def test_the_documents_explain_every_option_as_the_help_does() -> None:

@@ -151,6 +151,7 @@ def test_every_engine_is_called_and_every_processor_found() -> None:
     assert asyncio.run(minors.call_every_engine(client, "tell", 1)) == [["tell", (1,), "e"], ["tell", (1,), "f"]]
     assert minors.processors(SimpleNamespace(mm_processor=1, _readonly_mm_processor=2)) == [1, 2]
     assert minors.processors(SimpleNamespace(mm_processor=None, _readonly_mm_processor=None)) == []
+    assert minors.processor_cache(SimpleNamespace(cache="its own"), SimpleNamespace()) == "its own"
 
 
 @pytest.mark.usefixtures("older")
@@ -172,6 +173,7 @@ def test_the_newest_has_its_own_way() -> None:
     client = SimpleNamespace(call_utility_all_async=call)
     assert asyncio.run(minors.call_every_engine(client, "tell", 1)) == ["tell", (1,)]
     assert minors.processors(SimpleNamespace(mm_processor=1)) == [1]
+    assert minors.processor_cache(SimpleNamespace(), SimpleNamespace(cache="the prompt's")) == "the prompt's"
     manager = SimpleNamespace(num_embeds_by_hash={"image": 30})
     assert minors.take_rows(manager, "image", {}) == 30
     assert manager.num_embeds_by_hash == {}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, MAX_IMAGES, Ask
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectRequest
-from promprune_vllm.server.openapi import REQUESTS, add_fields, document
+from promprune_vllm.server.openapi import add_fields, document
 from promprune_vllm.server.routes import PATH, router
 from promprune_vllm.server.schemas import (
     Adaptation,
@@ -103,16 +103,33 @@ def test_a_value_matches_one_form_only() -> None:
 
 
 def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
-    made: dict[str, Any] = {"components": {"schemas": {REQUESTS[0]: {"properties": {"model": {}}}, "Other": {}}}}
+    chat, ask = {"properties": {"model": {}}}, {"properties": {"visual_token_budget": {}}}
+    schemas: dict[str, Any] = {"Chat": chat, "Ask": ask, "Text": {"properties": {}}, "Other": {}}
+    made: dict[str, Any] = {
+        "paths": {
+            "/v1/chat/completions": _posts("Chat", "Other"),
+            "/v1/visual_tokens/inspect": _posts("Ask"),
+            "/detokenize": _posts("Text"),
+            "/somebody/elses": _posts("Text"),
+        },
+        "components": {"schemas": schemas},
+    }
     for _ in range(2):
         add_fields(made, field_schemas(["promprune", "random"]))
-        schemas = made["components"]["schemas"]
-        assert set(schemas) == {REQUESTS[0], "Other", "visual_token_budget", "visual_token_method"}
-        assert set(schemas[REQUESTS[0]]["properties"]) == {"model", "visual_token_budget", "visual_token_method"}
+        assert set(schemas) == {"Chat", "Ask", "Text", "Other", "visual_token_budget", "visual_token_method"}
+        assert set(chat["properties"]) == {"model", "visual_token_budget", "visual_token_method"}
+        assert ask["properties"]["visual_token_budget"] == {}, "what a route says itself stays"
+        assert schemas["Text"]["properties"] == {}
         assert schemas["visual_token_method"]["enum"] == ["promprune", "random", None]
     empty: dict[str, Any] = {}
     add_fields(empty, field_schemas(["promprune"]))
     assert empty == {}
+
+
+def _posts(*schemas: str) -> dict[str, Any]:
+    references = [{"$ref": f"#/components/schemas/{name}"} for name in schemas]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"post": {"requestBody": {"content": {"application/json": {"schema": schema}}}}}
 
 
 class _Backend:

@@ -65,7 +65,8 @@ def _backend() -> Any:
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     if len(vocabulary) > VOCAB_SIZE:
         raise ValueError(f"{len(vocabulary)} tokens do not fit in {VOCAB_SIZE} rows")
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, ignore_merges=True))
+    unused = processing.unused_tokens(len(vocabulary), VOCAB_SIZE)
+    backend = Tokenizer(models.BPE(vocab=vocabulary | unused, merges=[], byte_fallback=True, ignore_merges=True))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace("color", "colour"), normalizers.Replace(Regex(r"\s+"), " ")]
     )
@@ -88,6 +89,7 @@ def _backend() -> Any:
         [AddedToken(t, special=True, normalized=False, lstrip=True, rstrip=True) for t in SPECIAL_TOKENS]
     )
     backend.add_tokens([AddedToken(t, normalized=False, lstrip=True, rstrip=True) for t in (USER, ASSISTANT)])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unused])
     return backend
 
 

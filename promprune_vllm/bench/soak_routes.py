@@ -1,0 +1,136 @@
+"""How a soak asks on each route, and what it reads of an answer, whole or as a stream."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What matters of an answer.
+
+    Args:
+        texts: What was said, of each choice; the arguments of a tool's call where one was called.
+        prompt_tokens: Of the prompt, pruned.
+        seen: Visual tokens before pruning.
+        kept: That entered the language model.
+        logprobs: Tokens whose log-probabilities came with the answer.
+    """
+
+    texts: tuple[str, ...]
+    prompt_tokens: int
+    seen: int
+    kept: int
+    logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route.
+
+    Args:
+        read: Reads a whole answer.
+        read_stream: Reads the events of a stream.
+        stream_fields: What a request says to get a stream that tells its usage.
+    """
+
+    read: Callable[[Event], Reply]
+    read_stream: Callable[[Sequence[Event]], Reply]
+    stream_fields: Mapping[str, Any]
+
+
+def _reply(texts: Sequence[str], usage: Event | None, name: str, logprobs: int = 0) -> Reply:
+    if not usage:
+        raise ValueError("an answer without its usage")
+    counted = usage.get("visual_tokens") or {"seen": 0, "kept": 0}
+    return Reply(tuple(texts), usage[name], counted["seen"], counted["kept"], logprobs)
+
+
+def _said(message: Event) -> str:
+    """Return what a message or a part of one says."""
+    calls = message.get("tool_calls") or ()
+    return (message.get("content") or "") + "".join(call["function"].get("arguments") or "" for call in calls)
+
+
+def _explained(choice: Event) -> int:
+    return len((choice.get("logprobs") or {}).get("content") or ())
+
+
+def _chat(told: Event) -> Reply:
+    texts = [_said(choice["message"]) for choice in told["choices"]]
+    return _reply(texts, told["usage"], "prompt_tokens", sum(map(_explained, told["choices"])))
+
+
+def _chat_stream(events: Sequence[Event]) -> Reply:
+    texts: dict[int, str] = defaultdict(str)
+    logprobs, usage = 0, None
+    for event in events:
+        for choice in event["choices"]:
+            texts[choice["index"]] += _said(choice["delta"])
+            logprobs += _explained(choice)
+        usage = event.get("usage") or usage
+    return _reply([texts[index] for index in sorted(texts)], usage, "prompt_tokens", logprobs)
+
+
+def _completion(told: Event) -> Reply:
+    logprobs = sum(len((choice.get("logprobs") or {}).get("tokens") or ()) for choice in told["choices"])
+    return _reply([choice["text"] for choice in told["choices"]], told["usage"], "prompt_tokens", logprobs)
+
+
+def _completion_stream(events: Sequence[Event]) -> Reply:
+    texts: dict[int, str] = defaultdict(str)
+    logprobs, usage = 0, None
+    for event in events:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+            logprobs += len((choice.get("logprobs") or {}).get("tokens") or ())
+        usage = event.get("usage") or usage
+    return _reply([texts[index] for index in sorted(texts)], usage, "prompt_tokens", logprobs)
+
+
+def _response(told: Event) -> Reply:
+    texts = []
+    for item in told["output"]:
+        parts = item.get("content") or ()
+        texts.append("".join(part.get("text") or "" for part in parts) + (item.get("arguments") or ""))
+    return _reply(texts, told["usage"], "input_tokens")
+
+
+def _response_stream(events: Sequence[Event]) -> Reply:
+    """Read the last event, which holds the answer; the pieces that came before must be the same."""
+    pieces = "".join(each["delta"] for each in events if each["type"] == "response.output_text.delta")
+    reply = _response(events[-1]["response"])
+    if "".join(reply.texts) != pieces:
+        raise ValueError(f"a stream ends with {reply.texts}, and its pieces were {pieces!r}")
+    return reply
+
+
+def _message(told: Event) -> Reply:
+    texts = [part.get("text") or json.dumps(part.get("input")) for part in told["content"]]
+    return _reply(["".join(texts)], told["usage"], "input_tokens")
+
+
+def _message_stream(events: Sequence[Event]) -> Reply:
+    deltas = [each["delta"] for each in events if each["type"] == "content_block_delta"]
+    usage = next((each["usage"] for each in reversed(events) if each.get("usage")), None)
+    return _reply(["".join(delta.get("text") or "" for delta in deltas)], usage, "input_tokens")
+
+
+_WITH_USAGE = MappingProxyType({"stream": True, "stream_options": {"include_usage": True}})
+_PLAIN = MappingProxyType({"stream": True})
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
+ROUTES: Mapping[str, Route] = MappingProxyType(
+    {
+        CHAT: Route(_chat, _chat_stream, _WITH_USAGE),
+        COMPLETIONS: Route(_completion, _completion_stream, _WITH_USAGE),
+        RESPONSES: Route(_response, _response_stream, _PLAIN),
+        MESSAGES: Route(_message, _message_stream, _PLAIN),
+    }
+)

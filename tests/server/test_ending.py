@@ -1,0 +1,77 @@
+"""Nothing that a command of ours starts outlives it, however it ends."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import tempfile
+
+import pytest
+
+from promprune_vllm.demo.server import free_port, is_healthy
+from promprune_vllm.demo.trained import TRAINED
+from tests.server.conftest import OPTIONS
+from tests.server.ending import COMMANDS, PROMPRUNE, TERMINAL, WAYS, Ended, ended, left_behind, running, until
+
+pytestmark = pytest.mark.server
+STATUS = {
+    "SIGTERM": 128 + signal.SIGTERM,
+    "SIGHUP": 128 + signal.SIGHUP,
+    "SIGINT": 130,
+    "SIGKILL": -signal.SIGKILL,
+}
+ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# A program that serves with an engine in a process of its own, as every command does on a GPU.
+HOLDER = f"""
+import time
+from pathlib import Path
+from promprune_vllm.demo.server import serving
+with serving(Path({str(TRAINED)!r}), *{OPTIONS!r}, environment={ENGINE!r}) as server:
+    print(server.url, flush=True)
+    time.sleep(3600)
+"""
+
+
+@functools.cache
+def all_ways(command: str, url: str) -> dict[str, Ended]:
+    """End a command in every way while what it starts is starting, once for all tests."""
+    _, words = COMMANDS[command]
+    with tempfile.TemporaryDirectory() as out:
+        filled = [word.format(url=url, out=out) for word in words]
+        return ended(filled if command == "make demo" else [*PROMPRUNE, *filled])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_takes_with_it_what_it_is_starting(
+    request: pytest.FixtureRequest, command: str, way: str
+) -> None:
+    asks = any("{url}" in word for word in COMMANDS[command][1])
+    found = all_ways(command, request.getfixturevalue("server").url if asks else "")[way]
+    assert found.left == [], found.said
+    assert found.ports or asks
+    if way != TERMINAL and command != "make demo":
+        assert found.status == STATUS[way], found.said
+
+
+def test_a_killed_program_takes_its_server_with_the_engines_and_their_files_with_it() -> None:
+    with running([sys.executable, "-c", HOLDER], "SIGKILL") as program:
+        assert until(lambda: program.said.read_text().startswith("http") or program.first.poll() is not None)
+        url = program.said.read_text().strip()
+        assert is_healthy(url), url
+        assert len(program.processes()) > 3  # the program, a supervisor, the server, its engine
+        program.look_at_shared_memory()
+        program.end("SIGKILL")
+        assert left_behind(program, [int(url.rpartition(":")[2])]) == []
+
+
+def test_a_server_that_is_hung_up_on_ends_with_its_engines() -> None:
+    port = free_port()
+    words = ("serve", str(TRAINED), "--host", "127.0.0.1", "--port", str(port), *OPTIONS)
+    with running([*PROMPRUNE, *words], "SIGHUP", **ENGINE) as server:
+        assert until(lambda: is_healthy(f"http://127.0.0.1:{port}") or server.first.poll() is not None)
+        server.look_at_shared_memory()
+        server.end("SIGHUP")
+        left = left_behind(server, [port])
+    assert [each for each in left if each.startswith(("process", "port", "promprune", "/dev"))] == []
