@@ -9,6 +9,7 @@ reason there, or a reason no difference any more. The result goes to stdout, eve
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from typing import Any
 from setup_env import HERE, PIP, ROOT, Environment, SetupError, add_beside, run, say
 from vllm_tests_compared import REASONS, compare, passes, read_reasons, text
 
+STAND_INS = HERE / "vllm_tests_stand_ins.py"
 OURS = "promprune"
 TAKEN = ("tests", "examples", "pyproject.toml")
 """Of the sdist; not its vllm/, so that the installed one is imported."""
@@ -118,7 +120,8 @@ class Suite:
         if OURS not in self.plugins:
             raise SetupError(f"{venv.path} has no {OURS} among vLLM's plugins ({plugins}): make setup")
         self.folder = cache / self.version
-        self.sources, self.stand_ins = self.folder / "sources", self.folder / "stand-ins"
+        self.sources = self.folder / "sources"
+        self.stand_ins = self.folder / f"stand-ins-{hashlib.sha256(STAND_INS.read_bytes()).hexdigest()[:8]}"
 
     def prepare(self) -> None:
         """Fetch the tests, install what they need, and make stand-ins for what they would download."""
@@ -134,7 +137,7 @@ class Suite:
             say("making stand-ins for the checkpoints and pictures that vLLM's tests would download")
             part = self.stand_ins.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
-            run(self.venv.python, str(HERE / "vllm_tests_stand_ins.py"), str(part), env=_paths(ROOT))
+            run(self.venv.python, str(STAND_INS), str(part), env=_paths(ROOT))
             part.rename(self.stand_ins)
 
     def _fetch(self, workshop: Path) -> Path:

@@ -35,9 +35,11 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    # vLLM's suite collects garbage after every test: what was imported need not be looked through each time.
+    # vLLM's suite collects garbage after every test. What was imported need not be looked through each time, which
+    # would be nine tenths of all it takes; and nobody is to thaw it.
     gc.collect()
     gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 def pytest_collectreport(report: Any) -> None:

@@ -1,7 +1,7 @@
 """Make what vLLM's tests would download: `vllm_tests_stand_ins.py FOLDER`, run in the environment with vLLM.
 
 Tiny checkpoints of ours under the names that the tests use of the Hugging Face hub, laid out as its cache, and
-pictures under the names of vLLM's public assets. Tests that need the real ones fail with and without the plugin.
+pictures and a video under those of vLLM's assets. Tests that need the real ones fail with and without the plugin.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from promprune_vllm.demo.model import build_text_model
 
 FAMILIES: Mapping[str, str] = {
     "llava-hf/llava-1.5-7b-hf": "llava",
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": "llava",  # for tests of caches, to which any image model will do
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava_next",
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
 }
 TEXT = (
-    *("facebook/opt-125m", "openai-community/gpt2", "hmellor/tiny-random-LlamaForCausalLM"),
+    *("facebook/opt-125m", "facebook/opt-350m", "openai-community/gpt2", "distilbert/distilgpt2"),
     *("Qwen/Qwen3-0.6B", "Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
+    *("HuggingFaceH4/zephyr-7b-beta", "hmellor/tiny-random-LlamaForCausalLM"),
 )
 PICTURES = {
     "2560px-Gfp-wisconsin-madison-the-nature-boardwalk.jpg": "RGB",
@@ -37,6 +39,7 @@ PICTURES = {
     "stop_sign.jpg": "RGB",
     "cherry_blossom.jpg": "RGB",
 }
+VIDEO, FRAMES, SIDE = "sample_demo_1.mp4", 40, 64
 POSITIONS = 32_768  # the tests' prompts are longer than what ours were made for
 _REVISION = "0" * 40
 
@@ -55,6 +58,18 @@ def publish(checkpoint: Path, hub: Path, name: str) -> None:
     (snapshot / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def film(file: Path) -> None:
+    """Write a short video of one colour after another."""
+    import cv2
+    import numpy as np
+
+    file.parent.mkdir(parents=True)
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 8.0, (SIDE, SIDE))
+    for number in range(FRAMES):
+        writer.write(np.full((SIDE, SIDE, 3), 6 * number, dtype=np.uint8))
+    writer.release()
+
+
 def main(folder: Path) -> None:
     hub, built, assets = folder / "hub", folder / "built", folder / "assets" / "vllm_public_assets"
     for name, family in FAMILIES.items():
@@ -66,6 +81,7 @@ def main(folder: Path) -> None:
     with Image.open(photo_path("coffee")) as photo:
         for name, mode in PICTURES.items():
             photo.convert(mode).save(assets / name)
+    film(folder / "assets" / "video-example-data" / VIDEO)
 
 
 if __name__ == "__main__":
