@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 
-from promprune_vllm.engine import checks
+from promprune_vllm.engine import checks, model_names
 from promprune_vllm.errors import IncompatibleVllmError
 
-checks.require_names(checks.ROTARY_NAMES)
+checks.require_names(model_names.ROTARY_NAMES)
 
 
 def tables(model: Any) -> list[Any]:
