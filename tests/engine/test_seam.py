@@ -35,7 +35,7 @@ def test_a_changed_name_is_refused_with_the_cure(path: str, parameters: tuple[st
     with pytest.raises(IncompatibleVllmError, match=complaint) as refused:
         checks.require_names({path: parameters})
     assert path in str(refused.value)
-    assert "VLLM_PLUGINS=''" in str(refused.value)
+    assert "PROMPRUNE_ENABLED=false" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ def test_registering_twice_wraps_once() -> None:
     from vllm.renderers.online_renderer import OnlineRenderer
 
     plugin.register()
-    wrapped = (OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl, BaseRenderer._apply_prompt_extras)
+    wrapped = (OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl, BaseRenderer._process_singleton)
     plugin.register()
     assert wrapped == (
         OnlineRenderer.preprocess_chat,
         OnlineRenderer.preprocess_cmpl,
-        BaseRenderer._apply_prompt_extras,
+        BaseRenderer._process_singleton,
     )
     for function in wrapped:
-        assert not hasattr(function.__wrapped__, wrapping._WRAPPED)
+        assert not hasattr(function.__wrapped__, wrapping._WRAPPERS)
 
 
 def _request(top: Any = None, nested: Any = None) -> Any:
