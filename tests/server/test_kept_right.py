@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -15,12 +14,11 @@ import pytest
 from PIL import Image
 
 from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.server import Server, is_healthy
+from promprune_vllm.demo.server import Server
 from promprune_vllm.server.told import KEPT_HEADER, SEEN_HEADER
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.server.conftest import MODEL, ask, body, image_url, post, saved
 from tests.server.test_bad_images import ODD
-from tests.server.test_faults import idle, until
 from tests.server.test_reply import _same, messages_request
 
 pytestmark = pytest.mark.server
@@ -277,27 +275,3 @@ def test_the_litellm_sdk_obeys_and_raises_its_own_errors(server: Server, monkeyp
     assert told(visual_token_budget=KEPT).usage.prompt_tokens == few.usage.prompt_tokens
     with pytest.raises(litellm.BadRequestError, match="visual_token_budget must be"):
         told(extra_body={"visual_token_budget": -5})
-
-
-def test_forty_budgets_of_one_image_at_once_while_thirty_clients_leave(server: Server) -> None:
-    picture = saved(upright(70, 50), "PNG")
-    staying = [budget for budget in range(5, 45) if budget % 4 == 0]
-
-    def request(budget: int, **fields: Any) -> dict[str, Any]:
-        return body(picture, visual_token_budget=budget, return_token_ids=True, **fields)
-
-    def answer(budget: int) -> Any:
-        if budget in staying:
-            return ask(server, **request(budget, cache_salt="together"))["choices"][0]["token_ids"]
-        with httpx.stream(
-            "POST", f"{server.url}{CHAT}", json=request(budget, max_tokens=900, stream=True)
-        ) as left:
-            return next(left.iter_lines())
-
-    alone = [ask(server, **request(budget, cache_salt="alone"))["choices"][0]["token_ids"] for budget in staying]
-    with ThreadPoolExecutor(40) as pool:
-        answers = dict(zip(range(5, 45), pool.map(answer, range(5, 45)), strict=True))
-    assert [answers[budget] for budget in staying] == alone
-    assert sum(str(line).startswith("data: {") for line in answers.values()) == 30
-    until(lambda: idle(server))
-    assert is_healthy(server.url)
