@@ -49,7 +49,9 @@ WITHOUT = {
 TERMINAL = "closed terminal"
 WAYS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGKILL", TERMINAL)
 PATIENCE_SECONDS = 500.0
-_IN_A_TERMINAL = (sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])")
+# A terminal and a shell in it: the system tells that one when the terminal is closed, and it takes its jobs along.
+_TERMINAL = "import pty, sys; pty.spawn(['sh', '-c', '\"$@\"; exit $?', 'sh', *sys.argv[1:]])"
+_IN_A_TERMINAL = (sys.executable, "-c", _TERMINAL)
 
 
 @dataclass(slots=True)
@@ -104,7 +106,7 @@ class Running:
             return None
         number = getattr(signal, way)
         made = self.first.args[0] == "make"  # type: ignore[index]
-        if made and way in ("SIGINT", "SIGKILL"):  # as a terminal and a CI runner do; make hands on the others
+        if made and way != "SIGTERM":  # the only one that make hands on; others come to the whole group
             os.killpg(self.first.pid, number)
         else:
             self.first.send_signal(number)
