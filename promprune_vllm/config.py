@@ -34,10 +34,31 @@ def environment() -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in os.environ.items() if name.upper().startswith(PREFIX))
 
 
-class Settings(BaseSettings):
-    """What the operator chose. Descriptions are those of ``promprune serve --help``."""
+class Switch(BaseSettings):
+    """Whether the plugin does anything. Read alone, so that no other variable can keep it from being off."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    enabled: bool = Field(
+        default=True, description="the plugin as a whole; false leaves vLLM as it is without the plugin"
+    )
+
+
+def is_enabled() -> bool:
+    """Return whether ``PROMPRUNE_ENABLED`` leaves the plugin on.
+
+    Raises:
+        SettingsError: It is neither true nor false.
+    """
+    try:
+        return Switch().enabled
+    except ValidationError as error:
+        (wrong,) = error.errors()
+        raise SettingsError(f"{PREFIX}ENABLED must be true or false, got {wrong['input']!r}.") from error
+
+
+class Settings(Switch):
+    """What the operator chose. Descriptions are those of ``promprune serve --help``."""
 
     budget: str | None = Field(
         default=None,

@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
 
+BLOCK = re.compile(r"(?:<!-- (run|from|needs): (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+"""A block of code: what its mark says and of what, the language, the code."""
+
 
 def text() -> str:
     """All of them, one after the other."""
@@ -20,6 +23,11 @@ def example(name: str) -> str:
     found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", text(), flags=re.DOTALL)
     assert found, f"no page has an example {name}"
     return found.group(1)
+
+
+def examples(page: Path) -> list[str]:
+    """The names of a page's examples that are run, from top to bottom."""
+    return [value for mark, value, *_ in BLOCK.findall(page.read_text()) if mark == "run"]
 
 
 def table(name: str) -> str:

@@ -114,7 +114,8 @@ def _constrain(draw: random.Random, path: str, body: _Body) -> bool:
     """Have the answer follow a grammar, or call a tool, which a stream tells in pieces of its own."""
     if path == MESSAGES:
         body["tools"] = [{"name": "count", "description": "Count things.", "input_schema": _THING}]
-        return True
+        body["tool_choice"] = {"type": "tool", "name": "count"}
+        return False
     body["ignore_eos"] = False  # at the end of a grammar there is nothing else to say
     form = draw.randrange(4 if path == CHAT else 3)
     if form == 0:

@@ -21,7 +21,7 @@ The server goes on at {url} (Ctrl-C ends it). Try it with curl:
 
 curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<EOF
 {{"model": "{model}", "{FIELD}": 64, "max_tokens": 8, "messages": [{{"role": "user", "content": [
-  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,$(base64 -w0 {image})"}}}},
+  {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,$(base64 < {image} | tr -d '\\n')"}}}},
   {{"type": "text", "text": "{question.text}"}}]}}]}}
 EOF
 

@@ -132,7 +132,7 @@ def loaded(model: str, arguments: Sequence[str]) -> Iterator[Any]:
 
     from promprune_vllm.engine import plugin
 
-    plugin.register()  # also where VLLM_PLUGINS leaves it out
+    plugin.install()  # also where VLLM_PLUGINS or PROMPRUNE_ENABLED leaves it out
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="promprune calibrate"))
     parser.set_defaults(**_DEFAULTS)
     options = parser.parse_args(["--model", model, *arguments])

@@ -11,24 +11,6 @@ import importlib
 import inspect
 from collections.abc import Mapping
 
-from promprune_vllm.engine.model_names import (
-    LLAVA_NAMES as LLAVA_NAMES,
-)
-from promprune_vllm.engine.model_names import (
-    LLAVA_NEXT_NAMES as LLAVA_NEXT_NAMES,
-)
-from promprune_vllm.engine.model_names import (
-    MROPE_NAMES as MROPE_NAMES,
-)
-from promprune_vllm.engine.model_names import (
-    QWEN2_5_VL_NAMES as QWEN2_5_VL_NAMES,
-)
-from promprune_vllm.engine.model_names import (
-    QWEN2_VL_NAMES as QWEN2_VL_NAMES,
-)
-from promprune_vllm.engine.model_names import (
-    QWEN3_VL_NAMES as QWEN3_VL_NAMES,
-)
 from promprune_vllm.errors import IncompatibleVllmError
 
 SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
@@ -199,7 +181,7 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 
 _CURE = (
     "Install a supported vLLM (`pip install 'promprune-vllm[cpu]'` or `[cuda]` picks one), or start this one "
-    "without pruning by setting VLLM_PLUGINS='' or uninstalling promprune-vllm."
+    "without pruning by setting PROMPRUNE_ENABLED=false or uninstalling promprune-vllm."
 )
 
 

@@ -23,7 +23,7 @@ from vllm.config import MultiModalConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from promprune_vllm.core.positions import table_rows
-from promprune_vllm.engine import checks, families, rotary
+from promprune_vllm.engine import checks, families, model_names, rotary
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.model import PrunedModelMixin
 
@@ -33,7 +33,7 @@ CHANNELS = 4
 _BASE = 256  # the largest one whose digits are exact in bfloat16
 _UNMOVED = -1.0  # in every channel: the position is already right
 
-checks.require_names(checks.MROPE_NAMES)
+checks.require_names(model_names.MROPE_NAMES)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:

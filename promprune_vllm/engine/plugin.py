@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+
+# Below vLLM's logger, so that its format and level apply to ours.
+logger = logging.getLogger("vllm.promprune")
+
 
 def register() -> None:
-    """Register the model families and wrap what the plugin extends of vLLM.
+    """Install the plugin, unless ``PROMPRUNE_ENABLED=false`` switches it off.
+
+    Raises:
+        IncompatibleVllmError: As ``install``.
+        SettingsError: As ``install``, or the switch is neither true nor false.
+    """
+    from promprune_vllm.config import PREFIX, is_enabled
+
+    if is_enabled():
+        install()
+    else:
+        logger.info("PromPrune is off (%sENABLED=false): budgets in requests have no effect.", PREFIX)
+
+
+def install() -> None:
+    """Register the model families and wrap what the plugin extends of vLLM. Idempotent.
 
     Raises:
         IncompatibleVllmError: This vLLM is not one the release was written for.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 
-from promprune_vllm.engine import checks
+from promprune_vllm.engine import checks, model_names
 from promprune_vllm.errors import IncompatibleVllmError
 
-checks.require_names(checks.ROTARY_NAMES)
+checks.require_names(model_names.ROTARY_NAMES)
 
 
 def tables(model: Any) -> list[Any]:
@@ -50,6 +50,6 @@ def _longer(table: Tensor, rope: Any, rows: int) -> Tensor:
         raise IncompatibleVllmError(
             f"promprune-vllm cannot lengthen the rotary table of {type(rope).__name__} from {last + 1} rows to "
             f"{rows}: its rows are not cosines and sines of positions and frequencies. Start without pruning, by "
-            "setting VLLM_PLUGINS='', or with a shorter --max-model-len."
+            "setting PROMPRUNE_ENABLED=false, or with a shorter --max-model-len."
         )
     return torch.cat((table, more[1:]))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import checks, families, minors, plugin, request, wrapping
+from promprune_vllm.engine import checks, families, minors, model_names, plugin, request, wrapping
 from promprune_vllm.engine.asked import Asked, read
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.conftest import Engine
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_every_private_name_is_there() -> None:
-    tables = [names for table, names in vars(checks).items() if table.endswith("_NAMES")]
+    tables = [names for table, names in {**vars(checks), **vars(model_names)}.items() if table.endswith("_NAMES")]
     assert len(tables) >= 12
     for names in tables:
         checks.require_names(names)
@@ -35,7 +35,7 @@ def test_a_changed_name_is_refused_with_the_cure(path: str, parameters: tuple[st
     with pytest.raises(IncompatibleVllmError, match=complaint) as refused:
         checks.require_names({path: parameters})
     assert path in str(refused.value)
-    assert "VLLM_PLUGINS=''" in str(refused.value)
+    assert "PROMPRUNE_ENABLED=false" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,18 @@ def test_registering_twice_wraps_once() -> None:
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
+    def all_wrapped() -> list[Any]:
+        names = ("_process_singleton", "_process_singleton_async", "__init__")
+        doors = [OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl]
+        return [*doors, *(getattr(BaseRenderer, name) for name in names)]
+
     plugin.register()
-    wrapped = (OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl, BaseRenderer._apply_prompt_extras)
+    before = all_wrapped()
     plugin.register()
-    assert wrapped == (
-        OnlineRenderer.preprocess_chat,
-        OnlineRenderer.preprocess_cmpl,
-        BaseRenderer._apply_prompt_extras,
-    )
-    for function in wrapped:
-        assert not hasattr(function.__wrapped__, wrapping._WRAPPED)
+    assert all_wrapped() == before
+    for function in before:
+        wrappers = getattr(function, wrapping._WRAPPERS)
+        assert len(wrappers) == len(set(wrappers)) >= 1
 
 
 def _request(top: Any = None, nested: Any = None) -> Any:

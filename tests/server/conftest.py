@@ -23,8 +23,7 @@ from tests.conftest import QUESTION, UNMEASURED
 MODEL = "demo"
 # A block of 32 tokens, so that the prefix cache is hit; a step of 256, so that one image spans several chunks.
 OPTIONS = (
-    # The second name is that of the README's examples.
-    *("--served-model-name", MODEL, "llava", "--dtype", "float32", "--enforce-eager", "--seed", "0"),
+    *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
     *("--max-model-len", "2048", "--block-size", "32", "--max-num-batched-tokens", "256"),
     *("--max-num-seqs", "32"),
 )

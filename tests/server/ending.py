@@ -48,7 +48,7 @@ WITHOUT = {
 }
 TERMINAL = "closed terminal"
 WAYS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGKILL", TERMINAL)
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 500.0
 _IN_A_TERMINAL = (sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])")
 
 
@@ -135,7 +135,7 @@ def until(true: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> bool
     while not true():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.2)
+        time.sleep(0.3)
     return True
 
 

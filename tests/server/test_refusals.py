@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,36 @@ def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path
     last = result.stderr.strip().splitlines()[-1]
     assert f"works with vLLM {', '.join(f'{minor}.x' for minor in SUPPORTED)} and found vLLM 0.99.1" in last
     assert "Install a supported vLLM" in last
-    assert "VLLM_PLUGINS=''" in last
+    assert "PROMPRUNE_ENABLED=false" in last
+
+
+_WHAT_IS_LOADED = """
+import sys, vllm
+vllm.__version__ = '0.99.1'
+from vllm import ModelRegistry
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+print(ModelRegistry.models['LlavaForConditionalGeneration'].module_name)
+print(*sorted(name for name in sys.modules if name.startswith('promprune_vllm.engine')))
+"""
+
+
+def test_switched_off_nothing_of_the_plugin_is_loaded_whatever_vllm_and_the_settings_are() -> None:
+    """Without VLLM_PLUGINS, so that other plugins are loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    result = subprocess.run(
+        [sys.executable, "-c", _WHAT_IS_LOADED],
+        env={**environment, "PROMPRUNE_ENABLED": "false", "PROMPRUNE_METHOD": "nonsense"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    served, loaded = result.stdout.strip().splitlines()[-2:]
+    assert served == "vllm.model_executor.models.llava"
+    assert loaded.split() == ["promprune_vllm.engine", "promprune_vllm.engine.plugin"]
+    assert "PromPrune is off (PROMPRUNE_ENABLED=false)" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

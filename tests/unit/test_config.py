@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from promprune_vllm.config import Settings
+from promprune_vllm.config import Settings, is_enabled
 from promprune_vllm.errors import SettingsError
 
 
@@ -47,3 +47,20 @@ def test_digest_tells_settings_apart_and_spelled_out_defaults_not() -> None:
     assert plain == Settings(method_options={"mu": 0.42}).digest()
     others = {Settings(method_options={"mu": 0.43}).digest(), Settings(method="random").digest()}
     assert len({plain, *others}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "on"), [("true", True), ("1", True), ("false", False), ("0", False), ("off", False)]
+)
+def test_one_variable_switches_the_plugin_off_whatever_the_others_say(
+    monkeypatch: pytest.MonkeyPatch, text: str, on: bool
+) -> None:
+    monkeypatch.setenv("PROMPRUNE_MIN", "not a number")
+    monkeypatch.setenv("PROMPRUNE_ENABLED", text)
+    assert is_enabled() == on
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMPRUNE_ENABLED", "maybe")
+    with pytest.raises(SettingsError, match="PROMPRUNE_ENABLED must be true or false, got 'maybe'"):
+        is_enabled()

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from promprune_vllm.cli import app
 from promprune_vllm.demo.trained import TRAINED
-from tests.documents import PAGES, README, ROOT, example
+from tests.documents import BLOCK, PAGES, README, ROOT, example
 
-BLOCK = re.compile(r"(?:<!-- (run|from|needs): (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TEXTS = {".md", ".py", ".sh", ".yaml", ".yml", ".html", ".js", ".example", ".cpu", ".cuda"}
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -52,6 +52,15 @@ def test_every_example_is_run_or_says_what_it_needs() -> None:
             if mark == "from":
                 source = (ROOT / value).read_text()
                 assert all(line in source for line in code.splitlines()), f"{page.name} shows {value} as it was"
+
+
+def test_no_command_that_we_show_or_print_needs_gnu_base64() -> None:
+    """macOS has no ``base64 -w0``."""
+    shown = [*PAGES, *(ROOT / "CHANGELOG.md", ROOT / "Makefile")]
+    for folder in ("deploy", "docker", "docs", "promprune_vllm"):
+        shown += [file for file in (ROOT / folder).rglob("*") if file.suffix in TEXTS and file.is_file()]
+    assert len(shown) > 150
+    assert [str(file) for file in shown if "base64 -w" in file.read_text()] == []
 
 
 def test_the_example_of_the_library_selects() -> None:

@@ -16,11 +16,13 @@ from xml.etree import ElementTree
 import pytest
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
-from promprune_vllm.engine import checks, minors
+from promprune_vllm.engine import checks, minors, model_names
 from promprune_vllm.engine.asked import DETAIL_KEY, TEXT_KEY
 from promprune_vllm.engine.plan import PLAN
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.documents import ROOT, table
+
+TABLES = {**vars(checks), **vars(model_names)}
 
 
 @pytest.fixture
@@ -58,12 +60,12 @@ def test_an_older_minor_is_asked_for_its_own_names() -> None:
 
 @pytest.mark.usefixtures("newest")
 def test_the_newest_is_asked_for_what_the_tables_say() -> None:
-    tables = [names for name, names in vars(checks).items() if name.endswith("_NAMES")]
+    tables = [names for name, names in TABLES.items() if name.endswith("_NAMES")]
     assert all(checks.in_this_minor(names) == names for names in tables)
 
 
 def test_every_difference_is_one_to_a_name_of_the_newest() -> None:
-    known = {path for name, names in vars(checks).items() if name.endswith("_NAMES") for path in names}
+    known = {path for name, names in TABLES.items() if name.endswith("_NAMES") for path in names}
     for instead in checks.BEFORE.values():
         assert instead.keys() <= known
         known |= {path for paths in instead.values() for path in paths}

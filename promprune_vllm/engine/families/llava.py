@@ -17,12 +17,12 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import checks, clip
+from promprune_vllm.engine import checks, clip, model_names
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.model import PrunedModelMixin
 from promprune_vllm.engine.processor import PrunedProcessorMixin
 
-checks.require_names(checks.LLAVA_NAMES)
+checks.require_names(model_names.LLAVA_NAMES)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:
