@@ -219,7 +219,7 @@ def run_both(suite: Suite, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[
         started, names = time.monotonic(), " ".join(part.paths)
         for mode, found in runs.items():
             found.update(suite.run([f"tests/{path}" for path in part.paths], part.keyword, with_plugin=mode))
-        say(f"{number} of {len(parts)}, {time.monotonic() - started:.0f} s: {names}")
+        say(f"{number} of {len(parts)}, {time.monotonic() - started:.0f} s: {names[:80]}")
     without, with_plugin = runs[False], runs[True]
     again = [name for name in without.keys() & with_plugin.keys() if without[name][0] != with_plugin[name][0]]
     if again:

@@ -52,7 +52,7 @@ def _initializing(original: Any) -> Any:
         if ours is None:  # a batch run, which has a state without an app
             return
         await ours.init_state(engine_client, state, args)
-        if engine_client is None:  # a render server: no engine's front end has shown our series
-            counting.expose_series(state.online_renderer.renderer.config)
+        if engine_client is None:  # a render server, in which no engine's front end starts
+            counting.start(state.online_renderer.renderer)
 
     return init_endpoint_plugins_state

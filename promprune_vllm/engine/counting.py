@@ -19,31 +19,36 @@ def install() -> None:
     checks.require_names(checks.INPUT_NAMES)
     from vllm.v1.engine.input_processor import InputProcessor
 
-    wrap(InputProcessor, "__init__", _exposing)
+    wrap(InputProcessor, "__init__", _starting)
     wrap(InputProcessor, "process_inputs", _counting)
 
 
-def expose_series(vllm_config: Any) -> None:
-    """Show our series on this process's ``/metrics`` from the start."""
+def start(renderer: Any) -> None:
+    """Say whether the model can be pruned, and show our series on this process's ``/metrics`` from the start.
+
+    Not when a renderer is made: other programs make one, too, with less of a configuration.
+    """
     import vllm
 
     from promprune_vllm import __version__
+    from promprune_vllm.engine.request import announce
     from promprune_vllm.engine.savings import Savings
 
+    announce(renderer)
     expose(
-        vllm_config.model_config.served_model_name,
+        renderer.config.model_config.served_model_name,
         Settings.from_environment().allowed,
         (__version__, vllm.__version__),
-        derived=Savings(vllm_config).known,
+        derived=Savings(renderer.config).known,
     )
 
 
-def _exposing(original: Any) -> Any:
-    """Wrap the start of an engine's front end. A renderer alone, as other programs make one, has no metrics."""
+def _starting(original: Any) -> Any:
+    """Wrap the start of an engine's front end."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        expose_series(self.vllm_config)
+        start(self.renderer)
 
     return init
 

@@ -50,7 +50,7 @@ def install() -> None:
     wrap(ImageMediaIO, "load_bytes", _as_client_error(DecompressionBombError))
     wrap(BaseRenderer, "_process_singleton", _adding)
     wrap(BaseRenderer, "_process_singleton_async", _adding)
-    wrap(BaseRenderer, "__init__", _announcing)
+    wrap(BaseRenderer, "__init__", _equipping)
 
 
 def _reading(original: Any) -> Any:
@@ -147,27 +147,33 @@ def _refusing_harmony(original: Any) -> Any:
     return harmony
 
 
-def _announcing(original: Any) -> Any:
-    """Wrap the renderer's start: say in one line whether this model can be pruned."""
+def _equipping(original: Any) -> Any:
+    """Wrap the renderer's start. A text model's renderer, which other programs make too, is not looked into."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        settings = Settings.from_environment()
-        if self.mm_processor is not None:
-            _refuse_engine_options(self.model_config)
         _carry_context(self._executor)
-        if reason := why_not(self):
-            model = self.model_config.model
-            logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", model, reason, FIELD)
-            for processor in minors.processors(self):
-                processor.refusal = reason
-        elif settings.budget is None and not settings.detail:
-            logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, settings.method)
-        else:
-            kept = settings.budget or "all"
-            logger.info("PromPrune keeps %s tokens of an image by default, method %s.", kept, settings.method)
+        if self.mm_processor is None:
+            return
+        _refuse_engine_options(self.model_config)
+        reason = why_not(self)
+        for processor in minors.processors(self) if reason else ():
+            processor.refusal = reason
 
     return init
+
+
+def announce(renderer: Any) -> None:
+    """Say in one line of the log whether a renderer's model can be pruned."""
+    settings = Settings.from_environment()
+    if reason := why_not(renderer):
+        model = renderer.model_config.model
+        logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", model, reason, FIELD)
+    elif settings.budget is None and not settings.detail:
+        logger.info("PromPrune prunes the images of requests with %s, method %s.", FIELD, settings.method)
+    else:
+        kept = settings.budget or "all"
+        logger.info("PromPrune keeps %s tokens of an image by default, method %s.", kept, settings.method)
 
 
 def _refuse_engine_options(model_config: Any) -> None:

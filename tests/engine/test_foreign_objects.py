@@ -115,7 +115,6 @@ class _ModelConfig:
     """All that vLLM itself reads of a text model's configuration to render a completion, and no more."""
 
     runner_type = "generate"
-    model = tokenizer = "some/model"
     trust_remote_code = False
     tokenizer_revision = None
     tokenizer_mode = "auto"
