@@ -58,15 +58,15 @@ def test_registering_twice_wraps_once() -> None:
     from vllm.renderers.online_renderer import OnlineRenderer
 
     plugin.register()
-    wrapped = (OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl, BaseRenderer._process_singleton)
+    wrapped = (OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl, BaseRenderer._apply_prompt_extras)
     plugin.register()
     assert wrapped == (
         OnlineRenderer.preprocess_chat,
         OnlineRenderer.preprocess_cmpl,
-        BaseRenderer._process_singleton,
+        BaseRenderer._apply_prompt_extras,
     )
     for function in wrapped:
-        assert not hasattr(function.__wrapped__, wrapping._WRAPPERS)
+        assert not hasattr(function.__wrapped__, wrapping._WRAPPED)
 
 
 def _request(top: Any = None, nested: Any = None) -> Any:
