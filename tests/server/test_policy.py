@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from promprune_vllm.demo.model import DemoModelSpec, build_demo_model
 from promprune_vllm.demo.server import Server
+from promprune_vllm.errors import BudgetError
 from tests.conftest import QUESTION
 from tests.server.conftest import MODEL, _serving, ask, body, image_url, post
 from tests.server.test_named import answer, named, sent
+from tests.server.requests_by_route import BODIES
+from tests.server.test_reply import headers
 
 pytestmark = pytest.mark.server
 POLICY = (
@@ -111,3 +116,42 @@ def test_a_request_chooses_among_the_allowed_methods(policy_server: Server) -> N
 def test_without_the_inspector_there_is_no_page_and_no_endpoint(policy_server: Server) -> None:
     assert httpx.get(f"{policy_server.url}/promprune").status_code == 404
     assert post(policy_server, "/v1/visual_tokens/inspect", {"image": image_url("coffee")}).status_code == 404
+
+
+NO_PRUNING = ("--visual-token-min", "1000000", "--visual-token-out-of-range", "refuse")
+
+
+def test_a_minimum_above_every_image_leaves_no_budget_to_clients(tmp_path: Path) -> None:
+    """On every route of a server that prunes nothing: what drops a token is refused, all else is answered."""
+    spec = DemoModelSpec(image_px=56, hidden=64, heads=2, mlp=128, layers=2)
+    for served in _serving(
+        build_demo_model(tmp_path / "model", spec), tmp_path, "--enable-scale-out", *NO_PRUNING
+    ):
+        paths = httpx.get(f"{served.url}/openapi.json").json()["paths"].keys() & BODIES.keys()
+        assert len(paths) >= 8
+        for path in sorted(paths):
+            for pruning in (1, 15, "15", 0.5, "90%", {"total": 15}, [15]):
+                budget = {"visual_token_budget": pruning}
+                for refused in (
+                    post(served, path, {**BODIES[path], **way}) for way in (budget, {"vllm_xargs": budget})
+                ):
+                    assert refused.status_code == 400, f"{path} {pruning}: {refused.text}"
+            for whole in (None, 16, 576, "full", "100%", "99%", "auto"):
+                response = post(served, path, {**BODIES[path], "visual_token_budget": whole})
+                assert response.status_code == 200, f"{path} {whole}: {response.text}"
+                assert headers(response) == ("16", "16"), f"{path} {whole}"
+
+
+def test_features_outside_the_limits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a render server that prunes for one that does not."""
+    import torch
+
+    from promprune_vllm.config import Settings
+    from promprune_vllm.engine.plan import COUNTS
+    from promprune_vllm.engine.prerendered import _plan
+
+    pruned, whole = ({COUNTS: SimpleNamespace(data=torch.tensor([16, kept, 0]))} for kept in (7, 16))
+    monkeypatch.setenv("PROMPRUNE_MIN", "1000000")
+    assert _plan(whole, 16, Settings(), 300).kept == 16
+    with pytest.raises(BudgetError, match="7 of 16 tokens are outside this server's limits"):
+        _plan(pruned, 7, Settings(), 300)

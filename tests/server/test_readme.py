@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -71,7 +72,7 @@ class User:
         port = () if self._port == PORT else ("--port", str(self._port))
         command = " ".join((line.partition("#")[0], *port))
         log = self.directory / "log"
-        options = {"cwd": self.directory, "env": self._environment, "stderr": subprocess.STDOUT}
+        options: dict[str, Any] = {"cwd": self.directory, "env": self._environment, "stderr": subprocess.STDOUT}
         with log.open("wb") as output, supervised(["bash", "-c", command], stdout=output, **options) as process:
             _wait_until_healthy(Server(f"http://127.0.0.1:{self._port}", log, process), 600, lambda _: None)
             yield
@@ -129,7 +130,7 @@ def _is_prompt_of(kept: int, tokens: str | int) -> None:
 
 
 def _last_number(printed: str) -> str:
-    return re.findall(r"(\d+)$", printed.strip())[0]
+    return str(re.findall(r"(\d+)$", printed.strip())[0])
 
 
 def check_curl(printed: str, _: Path) -> None:

@@ -240,3 +240,26 @@ def test_bytes_that_coverage_finds_are_refused_or_obeyed() -> None:
     run = subprocess.run(call, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "Done 100000 runs" in run.stderr
+
+
+@given(ask=st.one_of(budgets, st.none()), total=totals)
+def test_a_minimum_above_every_image_leaves_only_all_of_its_tokens(ask: Budget | None, total: int) -> None:
+    refusing, clamping = (BudgetPolicy(minimum=1_000_000, out_of_range=way) for way in ("refuse", "clamp"))
+    assert clamping.resolve(ask, total) == total
+    if ask is None or ask.of(total) >= total:
+        assert refusing.resolve(ask, total) == total
+    else:
+        with pytest.raises(BudgetError, match="takes 1000000 to any number tokens"):
+            refusing.resolve(ask, total)
+
+
+@given(ask=st.one_of(budgets, st.none()), total=totals)
+def test_equal_limits_leave_no_choice(ask: Budget | None, total: int) -> None:
+    refusing, clamping = (BudgetPolicy(minimum=64, maximum=64, out_of_range=way) for way in ("refuse", "clamp"))
+    kept = min(64, total)
+    assert clamping.resolve(ask, total) == kept
+    if ask is None or min(ask.of(total), total) == kept:
+        assert refusing.resolve(ask, total) == kept
+    else:
+        with pytest.raises(BudgetError, match="takes 64 to 64 tokens"):
+            refusing.resolve(ask, total)

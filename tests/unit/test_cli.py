@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,9 @@ from typer.testing import CliRunner
 from promprune_vllm import __version__, cli, serve_options
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
+from promprune_vllm.demo.next_steps import next_steps
 from promprune_vllm.demo.run import Row, _table
+from promprune_vllm.demo.scenes import Question
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
 from promprune_vllm.server import route_table
@@ -41,6 +45,19 @@ def test_the_demos_table_fits_into_eighty_columns() -> None:
     shown = console.export_text()
     assert "…" not in shown
     assert {"choosing", "1234", "108.0"} <= set(shown.split())
+
+
+@pytest.mark.parametrize("shell", [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell)])
+def test_the_command_that_the_demo_prints_sends_the_image(shell: str, tmp_path: Path) -> None:
+    image = tmp_path / "scene.png"
+    image.write_bytes(bytes(range(256)) * 9)  # several lines of base64
+    question = Question("digit", "what digit is on the cyan card?", "6")
+    steps = next_steps("http://127.0.0.1:8000", "demo", image, question)
+    command = steps[steps.index("curl ") : steps.index("or with the OpenAI SDK")]
+    sending = [shell, "-c", "curl() { cat; }\n" + command]
+    sent = json.loads(subprocess.run(sending, capture_output=True, text=True, check=True).stdout)
+    url = sent["messages"][0]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(url.removeprefix("data:image/png;base64,"), validate=True) == image.read_bytes()
 
 
 def test_version() -> None:
