@@ -109,9 +109,7 @@ def test_image_embeds_pass_through_and_refuse_a_budget(half: FamilyEngine) -> No
 
 
 @pytest.mark.parametrize(("least", "most"), [(64, 256), (4, 16)])
-def test_limits_of_a_prompt_on_its_pixels_come_before_its_budget(
-    half: FamilyEngine, least: int, most: int
-) -> None:
+def test_a_budget_is_of_the_tokens_left_by_limits_on_pixels(half: FamilyEngine, least: int, most: int) -> None:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(half.llm.model_config.model).image_processor
@@ -123,10 +121,9 @@ def test_limits_of_a_prompt_on_its_pixels_come_before_its_budget(
     for budget, kept in ((None, seen), (3, 3)):
         half.forget()
         asked = {} if budget is None else {"visual_token_budget": budget}
+        prompt = {**half.ask("portrait"), "mm_processor_kwargs": {**limits, **asked}}
         with half.fed() as fed:
-            (output,) = half.generate(
-                [{**half.ask("portrait"), "mm_processor_kwargs": {**limits, **asked}}], tokens=3
-            )
+            (output,) = half.generate([prompt], tokens=3)
         assert output.prompt_token_ids.count(IMAGE_ID) == kept
         after.append(torch.cat(fed.positions, dim=-1)[:, -8:])
     assert torch.equal(*after), "text goes on behind the whole image"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from typing import Any
 from urllib.parse import quote
@@ -28,11 +29,16 @@ KEPT = 20
 
 def answered_as_by_stock(server: Server, stock: Server, request: dict[str, Any]) -> httpx.Response:
     """Send a request to both, from nothing cached, and return our reply: its status and text are stock's."""
-    salted = {**request, "cache_salt": json.dumps(request)[-2000:]}
+    salted = {**request, "cache_salt": salt(request)}
     theirs, ours = (post(each, CHAT, salted) for each in (stock, server))
     assert ours.status_code == theirs.status_code, ours.text
     assert told_by(ours) == told_by(theirs)
     return ours
+
+
+def salt(request: dict[str, Any]) -> str:
+    """A salt of this request's own: both servers compute it from nothing, whatever other tests have left."""
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()
 
 
 def told_by(response: httpx.Response) -> Any:
@@ -131,9 +137,8 @@ def test_an_odd_address_is_answered_as_by_stock(server: Server, stock: Server, n
     if ours.status_code == 200:
         pruned(server, request)
     else:
-        assert ours.status_code == 400
         refused = post(server, CHAT, {**request, "visual_token_budget": KEPT})
-        assert (refused.status_code, refused.json()) == (400, ours.json())
+        assert (refused.status_code, refused.json()) == (ours.status_code, ours.json())
 
 
 PARAMETERS = {"type": "object", "properties": {"of": {"enum": ["cup", "cat"]}}, "required": ["of"]}
@@ -191,7 +196,7 @@ def test_an_image_in_any_role_is_answered_as_by_stock(server: Server, stock: Ser
 
 @pytest.mark.parametrize(
     ("photos", "answer", "budget"),
-    [(4, 6, "25%"), (3, 290, 560), (3, None, 570)],
+    [(4, 6, "25%"), (3, 290, 560), (4, None, 490)],
     ids=["the prompt alone is too long", "with its answer it is", "as much as there is room for"],
 )
 def test_the_context_is_as_long_as_stocks_and_has_room_for_what_is_kept(

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
 from tests.server.conftest import MODEL, _serving, body, saved
-from tests.server.test_kept_right import TURNS, told_by, turned, upright
+from tests.server.test_kept_right import TURNS, salt, told_by, turned, upright
 from tests.server.test_reply import messages_request
 
 pytestmark = pytest.mark.server
@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 
     def ask(self, request: dict[str, Any], path: str = f"{PREFIX}{CHAT}") -> httpx.Response:
         """Ask both, and return our reply, which says what stock's says."""
-        salted = {**request, "cache_salt": json.dumps(request)[-2000:]}
+        salted = {**request, "cache_salt": salt(request)}
         theirs, ours = (post(each, path, salted) for each in (self.stock, self.ours))
         assert ours.status_code == theirs.status_code, ours.text
         assert told_by(ours) == told_by(theirs)
@@ -79,22 +79,27 @@ def pruned(server: Server, request: dict[str, Any], budget: Any = KEPT) -> dict[
     return reply
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    directory = tmp_path_factory.mktemp("options")
-    model = build_family_model("qwen2_5_vl", directory / "model")
+def options(directory: Path) -> tuple[str, ...]:
+    """What both servers are started with."""
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     pixels = {"min_pixels": LEAST * TOKEN_PX, "max_pixels": MOST * TOKEN_PX}
-    options = (
+    return (
         *("--root-path", PREFIX, "--api-key", "secret", "--max-num-batched-tokens", "48"),
         *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapted={adapter(directory / 'adapter')}"),
         *("--speculative-config", json.dumps(speculation), "--mm-processor-cache-type", "shm"),
         *("--mm-processor-kwargs", json.dumps(pixels)),
     )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("options")
+    model = build_family_model("qwen2_5_vl", directory / "model")
+    more = options(directory)
     serve = contextmanager(_serving)
     with (
-        serve(model, tmp_path_factory.mktemp("ours"), *options) as ours,
-        serve(model, tmp_path_factory.mktemp("theirs"), *options, VLLM_PLUGINS="") as stock,
+        serve(model, tmp_path_factory.mktemp("ours"), *more) as ours,
+        serve(model, tmp_path_factory.mktemp("theirs"), *more, VLLM_PLUGINS="") as stock,
     ):
         yield Pair(ours, stock)
 
