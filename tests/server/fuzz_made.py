@@ -138,7 +138,7 @@ def bodies(
 
 def _one(made_of: Made, draw: Random, path: str, rendered: Sequence[tuple[Body, Body]]) -> Drawn:
     body = base(path, draw)
-    kind = draw.choices(("bare", "apt", "made", "broken"), (2, 6, 2, 1))[0]
+    kind = draw.choices(("bare", "apt", "made", "broken"), (4, 6, 2, 1))[0]
     if kind == "apt":
         add_apt(draw, path, sorted(made_of.fields[path]), body)
     elif kind != "bare":
@@ -147,6 +147,8 @@ def _one(made_of: Made, draw: Random, path: str, rendered: Sequence[tuple[Body, 
     ours, right = ask_for_pruning(draw, path, body)
     if path == "/inference/v1/generate" and rendered and draw.random() < 0.4:
         plain, pruned = draw.choice(rendered)
+        if draw.random() < 0.8:  # a budget comes too late for features, and is refused
+            ours, right = deepcopy(body), False
         for each, features in ((body, plain), (ours, pruned)):
             each.pop("content_parts", None)
             each |= {name: features[name] for name in ("token_ids", "features")}
