@@ -15,8 +15,8 @@ from promprune_vllm.demo.server import Server
 from promprune_vllm.errors import BudgetError
 from tests.conftest import QUESTION
 from tests.server.conftest import MODEL, _serving, ask, body, image_url, post
-from tests.server.test_named import answer, named, sent
 from tests.server.requests_by_route import BODIES
+from tests.server.test_named import answer, named, sent
 from tests.server.test_reply import headers
 
 pytestmark = pytest.mark.server
