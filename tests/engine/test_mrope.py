@@ -108,6 +108,27 @@ def test_image_embeds_pass_through_and_refuse_a_budget(half: FamilyEngine) -> No
         half.generate([{**ask, "mm_processor_kwargs": {"visual_token_budget": 5}}], tokens=1)
 
 
+@pytest.mark.parametrize(("least", "most"), [(64, 256), (4, 16)])
+def test_a_budget_is_of_the_tokens_left_by_limits_on_pixels(half: FamilyEngine, least: int, most: int) -> None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(half.llm.model_config.model).image_processor
+    token_px = (processor.patch_size * processor.merge_size) ** 2
+    limits = {"min_pixels": least * token_px, "max_pixels": most * token_px}
+    (grid,) = processor(images=[picture("portrait")], return_tensors="pt", **limits)["image_grid_thw"]
+    seen = int(grid.prod()) // processor.merge_size**2
+    after = []
+    for budget, kept in ((None, seen), (3, 3)):
+        half.forget()
+        asked = {} if budget is None else {"visual_token_budget": budget}
+        prompt = {**half.ask("portrait"), "mm_processor_kwargs": {**limits, **asked}}
+        with half.fed() as fed:
+            (output,) = half.generate([prompt], tokens=3)
+        assert output.prompt_token_ids.count(IMAGE_ID) == kept
+        after.append(torch.cat(fed.positions, dim=-1)[:, -8:])
+    assert torch.equal(*after), "text goes on behind the whole image"
+
+
 def test_a_pruned_image_that_ends_the_prompt_is_refused(half: FamilyEngine) -> None:
     from vllm.exceptions import VLLMValidationError
 

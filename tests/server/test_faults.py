@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -79,6 +80,29 @@ def test_a_client_that_goes_away_leaves_nothing_behind(
         leave(server, body("chelsea", "rocket", visual_token_budget=91 + i, max_tokens=600))
     until(lambda: idle(server))
     assert answer() == expected
+
+
+def test_forty_budgets_of_one_image_at_once_while_thirty_clients_leave(server: Server) -> None:
+    picture = noise("forty")
+    staying = [budget for budget in range(5, 45) if budget % 4 == 0]
+
+    def request(budget: int, **fields: Any) -> dict[str, Any]:
+        return body(picture, visual_token_budget=budget, return_token_ids=True, **fields)
+
+    def answer(budget: int) -> Any:
+        if budget in staying:
+            return ask(server, **request(budget, cache_salt="together"))["choices"][0]["token_ids"]
+        leaving = request(budget, max_tokens=900, stream=True)
+        with httpx.stream("POST", f"{server.url}{CHAT}", json=leaving, timeout=PATIENCE_SECONDS) as response:
+            return next(response.iter_lines())
+
+    alone = [ask(server, **request(budget, cache_salt="alone"))["choices"][0]["token_ids"] for budget in staying]
+    with ThreadPoolExecutor(40) as pool:
+        answers = dict(zip(range(5, 45), pool.map(answer, range(5, 45)), strict=True))
+    assert [answers[budget] for budget in staying] == alone
+    assert sum(str(line).startswith("data: {") for line in answers.values()) == 30
+    until(lambda: idle(server))
+    assert is_healthy(server.url)
 
 
 @pytest.mark.parametrize(

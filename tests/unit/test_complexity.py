@@ -69,6 +69,16 @@ def test_arrays_and_tensors_are_read_as_the_picture_they_hold() -> None:
     assert content.level(None) == 1
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "L", "P", "CMYK", "1"])
+def test_a_picture_of_any_mode_has_the_level_of_what_the_model_sees(mode: str) -> None:
+    """vLLM's loader converts it to RGB; of 16 bits it clips all that is brighter than 255 of 65,535."""
+    grey = photo("astronaut").convert("L")
+    bright = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    picture = bright.convert(mode) if mode in {"I;16", "I", "F"} else grey.convert("RGB").convert(mode)
+    assert content.level(picture) == content.level(picture.convert("RGB"))
+    assert (content.level(picture) < 1) == (mode in {"I;16", "I", "F"})
+
+
 def test_a_megapixel_takes_a_moment_only() -> None:
     image = noise(80)
     content.level(image)
