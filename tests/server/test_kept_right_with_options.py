@@ -84,7 +84,7 @@ def options(directory: Path) -> tuple[str, ...]:
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     pixels = {"min_pixels": LEAST * TOKEN_PX, "max_pixels": MOST * TOKEN_PX}
     return (
-        *("--root-path", PREFIX, "--api-key", "secret", "--max-num-batched-tokens", "48"),
+        *("--root-path", PREFIX, "--api-key", "secret", "--max-num-batched-tokens", "48", "--max-num-seqs", "8"),
         *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapted={adapter(directory / 'adapter')}"),
         *("--speculative-config", json.dumps(speculation), "--mm-processor-cache-type", "shm"),
         *("--mm-processor-kwargs", json.dumps(pixels)),
