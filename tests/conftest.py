@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+# Started with nohup, a suite would hand on to its servers that they ignore a closed terminal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # A slow machine is no failure.
 hypothesis.settings.register_profile("promprune", deadline=None)
 hypothesis.settings.load_profile("promprune")
