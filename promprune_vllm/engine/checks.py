@@ -125,6 +125,10 @@ RECALL_NAMES: Mapping[str, tuple[str, ...]] = {"vllm.v1.worker.worker_base:Worke
 PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
 }
+CPU_RUNNER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": ("logits",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": ("scheduler_output",),
+}
 TOKEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.tokenizers.detokenizer_utils:convert_ids_list_to_tokens": ("tokenizer", "token_ids"),
     "vllm.tokenizers.detokenizer_utils:_restore_leading_spaces": ("raw_token", "token_str", "marker"),

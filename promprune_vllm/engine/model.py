@@ -13,7 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import failures, families, trace
+from promprune_vllm.engine import cpu_seeds, failures, families, trace
 from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.plan import COUNTS, TEXT
 from promprune_vllm.engine.trace import Trace
@@ -38,6 +38,8 @@ class PrunedModelMixin:
         self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         failures.install(vllm_config)
+        if device.type == "cpu":
+            cpu_seeds.install()
         trace.install()
         ops.warm_up(device)  # never in the first request
 

@@ -1,0 +1,51 @@
+"""Requests with a ``seed`` whose prompt takes several steps, on a CPU.
+
+vLLM (0.29 to 0.32) samples for every request in a step, also for one whose prompt has not been read to its end,
+and takes the random numbers back by moving the generator's offset. Generators of a CPU have no offset: the step
+fails, and that ends the engine. A seed and a prompt longer than ``--max-num-batched-tokens`` are enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promprune_vllm.engine import checks
+from promprune_vllm.engine.wrapping import wrap
+
+_TAKEN_BACK = "_promprune_generators"
+"""Attribute of the runner: index in the batch -> generator, and its state before it was sampled from."""
+
+
+def install() -> None:
+    """Take the random numbers back by restoring the generator's state. Idempotent; for workers on a CPU."""
+    checks.require_names(checks.CPU_RUNNER_NAMES)
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "_sample", _saving_states)
+    wrap(GPUModelRunner, "_bookkeeping_sync", _restoring_states)
+
+
+def _saving_states(original: Any) -> Any:
+    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        discarded = self.discard_request_mask.np
+        generators = self.input_batch.generators
+        saved = {i: (each, each.get_state()) for i, each in generators.items() if discarded[i]}
+        setattr(self, _TAKEN_BACK, saved)
+        return original(self, *args, **kwargs)
+
+    return sample
+
+
+def _restoring_states(original: Any) -> Any:
+    def bookkeeping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        hidden = {}
+        for i, (generator, state) in self.__dict__.pop(_TAKEN_BACK, {}).items():
+            generator.set_state(state)
+            hidden[i] = generators.pop(i)  # vLLM would move its offset
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    return bookkeeping
