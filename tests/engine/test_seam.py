@@ -163,7 +163,7 @@ def _server(architecture: str, hf_config: Any) -> Any:
 def test_another_implementation_of_a_model_we_know_refuses_a_budget() -> None:
     """As with --model-impl transformers: the architecture is ours, the processor is not."""
     server = _server("Qwen2VLForConditionalGeneration", None)
-    server.model_config.model = "M"
+    server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
     with pytest.raises(BudgetError, match=r"M cannot be pruned, .*--model-impl"):
         request.admit(renderer, Asked(budget=64))
@@ -171,7 +171,7 @@ def test_another_implementation_of_a_model_we_know_refuses_a_budget() -> None:
 
 def test_a_model_without_a_family_refuses_a_budget() -> None:
     server = _server("Qwen9ForConditionalGeneration", None)
-    server.model_config.model = "M"
+    server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
     request.admit(renderer, Asked())
     with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):

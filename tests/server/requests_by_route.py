@@ -9,7 +9,7 @@ from tests.server.conftest import MODEL, image_url
 IMAGE = {"type": "image_url", "image_url": {"url": image_url("coffee")}}
 TEXT = {"type": "text", "text": "What is it?"}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": [IMAGE, TEXT]}]}
-SHORT = {**CHAT, "max_tokens": 1}
+SHORT = {**CHAT, "max_tokens": 1, "temperature": 0}
 SOURCE = {"type": "base64", "media_type": "image/jpeg", "data": image_url("coffee").partition(",")[2]}
 COUNTED = {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "image", "source": SOURCE}, TEXT]}]}
 MESSAGES = {**COUNTED, "max_tokens": 1}
