@@ -97,7 +97,8 @@ def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path
 
 
 _WHAT_IS_LOADED = """
-import sys, vllm
+import logging, sys, vllm
+logging.basicConfig(level='INFO')
 vllm.__version__ = '0.99.1'
 from vllm import ModelRegistry
 from vllm.plugins import load_general_plugins
