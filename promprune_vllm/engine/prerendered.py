@@ -17,6 +17,7 @@ from promprune_vllm.engine import asked, checks
 from promprune_vllm.engine.plan import COUNTS, MAX_TEXT_TOKENS, SUMMARY, TEXT, ImagePlan, Summary, record_images
 from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.told import told
 
 _NEXT_STEP = (
     "Send the features as the render server made them, and give both servers the same PROMPRUNE_* settings."
@@ -38,7 +39,8 @@ def _recording(original: Any) -> Any:
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
         if isinstance(prompt, dict) and prompt.get("type") == "multimodal":
-            if SUMMARY not in prompt:
+            # Where images are recorded already, a beam of this very request is on its way, without its summary.
+            if SUMMARY not in prompt and told() is None:
                 _adopt(prompt, self.model_config)
             record_images(prompt)
         return original(self, *args, **kwargs)
