@@ -63,7 +63,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     directory = tmp_path_factory.mktemp("watched")
     tool("prometheus")  # before the server is started in vain
     with (
-        run._demo_server(Console(stderr=True), directory / "server.log", 0, TRAFFIC) as server,
+        run._demo_server(Console(stderr=True), 0, TRAFFIC) as server,
         _prometheus(directory, server.url) as prometheus,
     ):
         started = time.time()
