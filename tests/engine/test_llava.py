@@ -336,7 +336,8 @@ def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
     items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
     inputs = SimpleNamespace(mm_data_items=items, prompt="")
-    (plan,) = processor._plan(inputs, Asked(), {})
+    images = processor._images(inputs)
+    (plan,) = processor._plan(inputs, images, Asked(), {})
     assert (plan.seen, plan.kept) == (10, 10)
     with pytest.raises(BudgetError, match="image_embeds"):
-        processor._plan(inputs, Asked(budget=4), {})
+        processor._plan(inputs, images, Asked(budget=4), {})

@@ -140,7 +140,7 @@ def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(
 def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngine) -> None:
     """The route ``/v1/visual_tokens/count`` knows sizes alone."""
     sizes = [SimpleNamespace(width=picture.width, height=picture.height) for picture in [bar(engine)] * 31]
-    images = SimpleNamespace(get_count=lambda: len(sizes), get_image_size=sizes.__getitem__)
+    images = SimpleNamespace(get_count=lambda: len(sizes), get_image_size=sizes.__getitem__, sizes=sizes)
     counts = _processor(engine).count(images, Asked(budget=10))
     assert counts == [(SIDE, 10)] * 31
     with pytest.raises(BudgetError, match="limit is 5120"):
