@@ -24,6 +24,7 @@ AUTO = "auto"
 FULL = "full"
 _PERCENT = re.compile(r"(\d{1,3})(\.\d{1,9})?%", re.ASCII)
 _NUMBER = re.compile(r"(0|[1-9]\d{0,6})(\.\d{1,9})?", re.ASCII)
+_TOKENS = f"an integer from 1 to {MAX_BUDGET_TOKENS} where it counts tokens"
 _NEXT_STEP = (
     f'Send tokens per image (1 to {MAX_BUDGET_TOKENS}), a share of them (0.25 or "25%"), "full", "auto", a list '
     'of these with one entry per image, {"total": tokens} for all images together, or leave the field out.'
@@ -51,7 +52,7 @@ class Budget:
         if (self.tokens is None) == (self.share is None):
             raise BudgetError("A budget is either a number of tokens or a share of them: give exactly one.")
         if self.tokens is not None and not 1 <= self.tokens <= MAX_BUDGET_TOKENS:
-            raise _refused(self.tokens, f"an integer from 1 to {MAX_BUDGET_TOKENS} where it counts tokens")
+            raise _refused(self.tokens, _TOKENS)
         if self.share is not None and not 0 < self.share <= 1:
             raise _refused(self.printed(), "above 0 and at most 100% where it is a share")
 
@@ -74,6 +75,8 @@ class Budget:
         """
         number = _number(value)
         if isinstance(number, int):
+            if not 1 <= number <= MAX_BUDGET_TOKENS:
+                raise _refused(value, _TOKENS, name)  # as it was sent
             return cls(tokens=number)
         if number is not None and 0 < number < 1:
             return cls(share=number)

@@ -253,20 +253,17 @@ def test_the_trust_gate_stays_shut(server: Server, stock: Server, path: str, fie
 
 @pytest.mark.parametrize("path", _routes())
 def test_other_vllm_xargs_do_not_come_to_the_processor(server: Server, path: str) -> None:
-    keys = (
-        "visual_token_text",
-        "visual_token_detail",
-        "size",
-        "do_resize",
-        "_promprune_plan",
-        "_promprune_profile",
-    )
+    keys = ("size", "do_resize", "_promprune_plan", "_promprune_profile")
     plain, smuggling = (
         post(server, path, {**_routes()[path], **more}) for more in ({}, {"vllm_xargs": dict.fromkeys(keys, "9")})
     )
     assert plain.status_code == smuggling.status_code == 200, smuggling.text
     for usage in ("prompt_tokens", "input_tokens", "count"):
         assert _find(plain.json(), usage) == _find(smuggling.json(), usage)
+    for key in ("visual_token_text", "visual_token_detail"):  # options of an offline program, and no fields
+        refused = post(server, path, {**_routes()[path], "vllm_xargs": {key: "9"}})
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["param"] == key
 
 
 def _find(answer: dict[str, Any], name: str) -> Any:
