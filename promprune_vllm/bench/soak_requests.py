@@ -113,11 +113,11 @@ _LOGPROBS: Mapping[str, _Body] = MappingProxyType(
 
 
 def _constrain(draw: random.Random, path: str, body: _Body) -> bool:
-    """Have the answer follow a grammar, or call a tool, which a stream tells in pieces of its own."""
+    """Have the answer follow a grammar, or offer a tool: to call one, a server needs a parser of its model's calls."""
     if path == MESSAGES:
         body["tools"] = [{"name": "count", "description": "Count things.", "input_schema": _THING}]
-        body["tool_choice"] = {"type": "tool", "name": "count"}
-        return False
+        body["tool_choice"] = {"type": "none"}
+        return True
     body["ignore_eos"] = False  # at the end of a grammar there is nothing else to say
     form = draw.randrange(4 if path == CHAT else 3)
     if form == 0:
@@ -129,8 +129,7 @@ def _constrain(draw: random.Random, path: str, body: _Body) -> bool:
         body.update({"text": {"format": json_object}} if path == RESPONSES else {"response_format": json_object})
     else:
         body["tools"] = [{"type": "function", "function": _TOOL}]
-        body["tool_choice"] = {"type": "function", "function": {"name": "count"}}
-        return False
+        body["tool_choice"] = "none"
     return True
 
 

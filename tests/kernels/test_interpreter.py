@@ -21,8 +21,8 @@ def test_the_kernels_of_the_cuda_path(interpreted: str) -> None:
     if not (TRITON / "triton").is_dir():
         pytest.skip(f"there is no Triton in {TRITON}: `make test` installs it")
     files = ["test_triton.py", "test_no_sync.py"] if interpreted == "1" else ["test_compiled.py"]
-    # The interpreter's products are numpy's. With fused multiply-add, OpenBLAS rounds by a row's place in the matrix on
-    # some CPUs, and equal tokens would not tie; this core type has none, and any x86-64 CPU of vLLM's can run it.
+    # The interpreter's products are numpy's. With fused multiply-add, OpenBLAS rounds by a row's place on
+    # some CPUs, and equal tokens would not tie. This core type has none, and vLLM's CPUs can run it.
     core = {"OPENBLAS_CORETYPE": "Sandybridge"} if platform.machine() == "x86_64" else {}
     environment = os.environ | {"PYTHONPATH": str(TRITON), "TRITON_INTERPRET": interpreted} | core
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
