@@ -113,7 +113,7 @@ _LOGPROBS: Mapping[str, _Body] = MappingProxyType(
 
 
 def _constrain(draw: random.Random, path: str, body: _Body) -> bool:
-    """Have the answer follow a grammar, or offer a tool: to call one, a server needs a parser of its model's calls."""
+    """Have the answer follow a grammar, or offer a tool; to call one, a server needs a parser of calls."""
     if path == MESSAGES:
         body["tools"] = [{"name": "count", "description": "Count things.", "input_schema": _THING}]
         body["tool_choice"] = {"type": "none"}

@@ -234,6 +234,7 @@ def test_every_route_is_fuzzed_or_has_its_reason(pairs: dict[str, Pair]) -> None
     assert not left_out, "these carry images"
 
 
+@pytest.mark.slow  # four servers; until it has passed at its full length once
 @pytest.mark.timeout(300 + BODIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stock_vllm_answers_is_answered_or_refused_with_a_reason(

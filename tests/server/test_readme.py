@@ -185,6 +185,7 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
 """What each example shows."""
 
 
+@pytest.mark.slow  # compiles the model as a user's server does; not yet proven
 def test_the_readme_runs_from_top_to_bottom_and_the_page_of_requests_after_it(user: User) -> None:
     pages = (README, ROOT / "docs" / "requests.md")
     blocks = [example(name) for page in pages for name in examples(page)]
