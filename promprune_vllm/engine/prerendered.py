@@ -53,9 +53,11 @@ def _adopt(prompt: dict[str, Any], model_config: Any) -> None:
     from promprune_vllm.engine.request import refusing
 
     items = prompt["mm_kwargs"].get("image")
+    if not items:
+        return  # a video, say, which this server has processed itself
     with refusing(model_config):
         _refuse_fields()
-        if not items or any(item is None for item in items):
+        if any(item is None for item in items):
             return  # an image that the engine has already: what was counted for it is not known here
         settings = Settings.from_environment()
         vocabulary = int(model_config.get_vocab_size())
