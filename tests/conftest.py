@@ -10,8 +10,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Started with nohup, a suite would hand on to its servers that they ignore a closed terminal.
+# Started with nohup or in the background of a script, a suite would hand on to its servers that they ignore a closed
+# terminal or Ctrl-C.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A slow machine is no failure.
 hypothesis.settings.register_profile("promprune", deadline=None)
 hypothesis.settings.load_profile("promprune")

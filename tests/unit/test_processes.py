@@ -96,6 +96,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     words = [sys.executable, "-c", PARENT, str(folder), *SLEEP]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
         yield process
+        process.kill()  # else a test that failed would wait for it
 
 
 def _said(parent: subprocess.Popen[bytes]) -> tuple[psutil.Process, psutil.Process]:
