@@ -114,7 +114,7 @@ def serving(
             supervised(words, folder=folder, stdout=output, stderr=subprocess.STDOUT, env=variables) as process,
         ):
             server = Server(f"http://127.0.0.1:{port}", log, process)
-            _wait_until_healthy(server, timeout_seconds, on_stage)
+            wait_until_healthy(server, timeout_seconds, on_stage)
             yield server
 
 
@@ -152,7 +152,19 @@ def _require_free(port: int) -> None:
             raise DemoError(f"Port {port} is taken ({error.strerror}). Choose another with --port.") from error
 
 
-def _wait_until_healthy(server: Server, timeout_seconds: float, on_stage: Callable[[str], None]) -> None:
+def wait_until_healthy(
+    server: Server, timeout_seconds: float = 600, on_stage: Callable[[str], None] = lambda _: None
+) -> None:
+    """Wait until a server that was just started answers.
+
+    Args:
+        server: Its address, log and process.
+        timeout_seconds: Patience.
+        on_stage: Called with what it does, whenever that changes.
+
+    Raises:
+        DemoError: It ended, or the time was over; with the end of its log.
+    """
     deadline = time.monotonic() + timeout_seconds
     told = ""
     while time.monotonic() < deadline:

@@ -43,11 +43,7 @@ def all_ways(command: str, url: str) -> dict[str, Ended]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "command",
-    # Not yet proven with a real server.
-    [pytest.param(each, marks=pytest.mark.slow) if each == "make demo" else each for each in COMMANDS],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_takes_with_it_what_it_is_starting(
     request: pytest.FixtureRequest, command: str, way: str
 ) -> None:

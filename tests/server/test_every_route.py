@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model
-from promprune_vllm.demo.server import Server, free_port, is_healthy
+from promprune_vllm.demo.server import Server, free_port, is_healthy, wait_until_healthy
 from promprune_vllm.server.openapi import request_schemas
 from promprune_vllm.server.route_table import POST_ROUTES
 from tests.conftest import UNMEASURED
@@ -87,11 +86,7 @@ def rendering(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     command = ["launch", "render", str(model), "--served-model-name", MODEL, *options]
     with process(command, log, PROMPRUNE_BUDGET="25%") as running:
         server = Server(f"http://127.0.0.1:{port}", log, running)
-        deadline = time.monotonic() + 300
-        while not is_healthy(server.url, timeout_seconds=5):
-            assert running.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.25)
+        wait_until_healthy(server)
         yield server
 
 

@@ -25,7 +25,7 @@ from tests.server.conftest import MODEL, _serving, body, saved
 from tests.server.test_kept_right import TURNS, salt, told_by, turned, upright
 from tests.server.test_reply import messages_request
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]  # two servers of its own; not yet proven
+pytestmark = pytest.mark.server
 CHAT, COUNT = "/v1/chat/completions", "/v1/visual_tokens/count"
 KEPT = 9
 KEY, PREFIX = {"authorization": "Bearer secret"}, "/models"
@@ -161,6 +161,19 @@ def test_a_budget_is_of_the_tokens_that_are_left_by_limits_on_pixels(
     assert (counted["seen"], counted["kept"]) == (tokens, KEPT)
 
 
+@pytest.mark.parametrize("budget", [None, "full", KEPT])
+def test_a_budget_beside_a_video_alone_changes_nothing(pair: Pair, budget: Any) -> None:
+    frames = (saved(upright(112, 84).rotate(90 * i), "JPEG").partition(",")[2] for i in range(4))
+    request = body(return_token_ids=True)
+    video = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(frames)}"}}
+    request["messages"][0]["content"].insert(0, video)
+    whole = pair.ask(request)
+    response = post(pair.ours, f"{PREFIX}{CHAT}", {**request, "visual_token_budget": budget})
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == whole.json()["choices"]
+    assert "visual_tokens" not in response.json()["usage"]
+
+
 @pytest.mark.parametrize("orientation", TURNS)
 def test_a_turned_photo_has_the_tokens_of_the_upright_one(pair: Pair, orientation: int) -> None:
     wide = upright(336, 112)
@@ -179,7 +192,7 @@ def test_a_server_behind_a_path_obeys_at_it(pair: Pair, prefix: str) -> None:
         assert (response.status_code, response.headers["x-visual-tokens-kept"]) == (200, str(KEPT)), path
         refused = post(pair.ours, f"{prefix}{path}", {**asked, "visual_token_budget": -1})
         assert refused.status_code == 400, path
-    for path in ("/v1/visual_tokens", "/v1/visual_tokens/caches", "/promprune", "/promprune/app.js"):
+    for path in ("/v1/visual_tokens", "/v1/visual_tokens/caches", "/promprune", "/promprune/static/app.js"):
         assert httpx.get(f"{pair.ours.url}{prefix}{path}", headers=KEY).status_code == 200, path
     ours, theirs = (httpx.get(f"{each.url}{prefix}/openapi.json").json() for each in pair)
     assert ours["servers"] == theirs["servers"] == [{"url": PREFIX}]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processes import supervised
-from promprune_vllm.demo.server import Server, _require_free, _wait_until_healthy, free_port
+from promprune_vllm.demo.server import Server, _require_free, free_port, wait_until_healthy
 from promprune_vllm.errors import DemoError
 from tests.conftest import UNMEASURED, VISUAL_TOKENS
 from tests.documents import README, ROOT, example, examples
@@ -74,7 +74,7 @@ class User:
         log = self.directory / "log"
         options: dict[str, Any] = {"cwd": self.directory, "env": self._environment, "stderr": subprocess.STDOUT}
         with log.open("wb") as output, supervised(["bash", "-c", command], stdout=output, **options) as process:
-            _wait_until_healthy(Server(f"http://127.0.0.1:{self._port}", log, process), 600, lambda _: None)
+            wait_until_healthy(Server(f"http://127.0.0.1:{self._port}", log, process))
             yield
 
     def run(self, code: str, **environment: str) -> str:
@@ -185,7 +185,6 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
 """What each example shows."""
 
 
-@pytest.mark.slow  # compiles the model as a user's server does; not yet proven
 def test_the_readme_runs_from_top_to_bottom_and_the_page_of_requests_after_it(user: User) -> None:
     pages = (README, ROOT / "docs" / "requests.md")
     blocks = [example(name) for page in pages for name in examples(page)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from promprune_vllm.demo.server import Server, free_port, is_healthy, serving
+from promprune_vllm.demo.server import Server, free_port, serving, wait_until_healthy
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
 
@@ -111,11 +110,7 @@ def router(server: Server, two_ranks: Server, tmp_path: Path) -> Iterator[str]:
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 60
-        while not is_healthy(url, timeout_seconds=5):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.2)
+        wait_until_healthy(Server(url, log, process))
         yield url
     finally:
         process.terminate()

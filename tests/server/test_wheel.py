@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import httpx
 import pytest
 
 import promprune_vllm
-from promprune_vllm.demo.server import free_port, is_healthy
+from promprune_vllm.demo.server import Server, free_port, wait_until_healthy
 from tests.conftest import VISUAL_TOKENS
 from tests.documents import ROOT
 from tests.server.conftest import MODEL, body
@@ -119,9 +118,7 @@ def plain_server(beside_vllm: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ):
         try:
             url = f"http://127.0.0.1:{port}"
-            while not is_healthy(url):
-                assert process.poll() is None, log.read_text()[-5000:]
-                time.sleep(0.5)
+            wait_until_healthy(Server(url, log, process))
             yield url
         finally:
             process.terminate()
