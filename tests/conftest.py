@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Started with nohup or in the background of a script, a suite would hand on to its servers that they ignore a closed
+# Started with nohup or in a script's background, a suite would hand on to its servers that they ignore a closed
 # terminal or Ctrl-C.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
