@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ def saved(image: Image.Image, kind: str, **options: Any) -> str:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return data_url(file.getvalue(), kind.lower())
+
+
+def noise(seed: str) -> str:
+    """An image nobody has asked about yet.
+
+    Where a server is to refuse one, it should be of a test's own: stock vLLM answers the next request with an image
+    that it refused by HTTP 500 (docs/upstream.md).
+    """
+    return saved(Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768)), "PNG")
 
 
 def body(*photos: str, question: str = QUESTION, **fields: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import socket
 import threading
 import time
@@ -16,19 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from PIL import Image
 
 from promprune_vllm.demo.server import Server, free_port, is_healthy, serving
-from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, saved
+from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, noise
 
 pytestmark = pytest.mark.server
 CHAT = "/v1/chat/completions"
 PATIENCE_SECONDS = 120.0
-
-
-def noise(seed: str) -> str:
-    """An image nobody has asked about yet."""
-    return saved(Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768)), "PNG")
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
 from promprune_vllm.server.told import KEPT_HEADER, SEEN_HEADER
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import ask, body, image_url, post, saved
+from tests.server.conftest import ask, body, image_url, noise, post, saved
 from tests.server.test_bad_images import ODD
 from tests.server.test_reply import _same
 
@@ -197,7 +197,7 @@ def test_an_image_in_any_role_is_answered_as_by_stock(server: Server, stock: Ser
 def test_the_context_is_as_long_as_stocks_and_has_room_for_what_is_kept(
     server: Server, stock: Server, photos: int, answer: int | None, budget: Any
 ) -> None:
-    request = body(*["astronaut"] * photos, max_tokens=answer)
+    request = body(*[noise("four")] * photos, max_tokens=answer)
     if answer:
         refused = answered_as_by_stock(server, stock, request)
         assert refused.status_code == 400

@@ -9,8 +9,7 @@ import pytest
 from promprune_vllm.demo.server import Server, is_healthy
 from promprune_vllm.server.told import KEPT_HEADER, SEEN_HEADER
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import body, post
-from tests.server.test_faults import noise
+from tests.server.conftest import body, noise, post
 
 pytestmark = pytest.mark.server
 CHAT = "/v1/chat/completions"

@@ -10,8 +10,7 @@ import pytest
 
 from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import MODEL, body
-from tests.server.test_faults import noise
+from tests.server.conftest import MODEL, body, noise
 from tests.server.test_reply import messages_request
 
 pytestmark = pytest.mark.server
@@ -39,7 +38,7 @@ def test_the_openai_sdk_raises_its_own_errors(server: Server, stock: Server) -> 
 
 
 def test_the_anthropic_sdk_obeys_and_raises_its_own_errors(server: Server, stock: Server) -> None:
-    request: Any = messages_request()
+    request: Any = messages_request(temperature=0)
     # A picture of this test's own: nothing of the prompt is cached on either server.
     media = {"type": "base64", "media_type": "image/png", "data": noise("anthropic").partition(",")[2]}
     request["messages"][0]["content"][0]["source"] = media
