@@ -88,8 +88,8 @@ def saved(image: Image.Image, kind: str, **options: Any) -> str:
 def noise(seed: str) -> str:
     """An image nobody has asked about yet.
 
-    Where a server is to refuse one, it should be of a test's own: stock vLLM answers the next request with an image
-    that it refused by HTTP 500 (docs/upstream.md).
+    What a server is to refuse should be of a test's own: stock vLLM answers the next request with an image that it
+    has refused by HTTP 500 (docs/upstream.md).
     """
     return saved(Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768)), "PNG")
 
