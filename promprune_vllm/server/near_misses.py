@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, shown
 from promprune_vllm.errors import BudgetError
 
 FIELDS = (FIELD, METHOD_FIELD)
@@ -34,7 +34,8 @@ def check(body: Mapping[str, Any]) -> None:
         body: The decoded JSON of the request.
 
     Raises:
-        BudgetError: A name is close to one of ours, or one of ours is where it would be ignored.
+        BudgetError: A name is close to one of ours, or one of ours is where it would be ignored; or its value is
+            of a type that vLLM does not read there.
     """
     for where, names in (("", body), (f" in {XARGS!r}", body.get(XARGS))):
         for name in _names(names):
@@ -42,6 +43,7 @@ def check(body: Mapping[str, Any]) -> None:
                 raise BudgetError(
                     f"Unknown field {name!r}{where}. Did you mean {meant!r}?", param=name, reason="field"
                 )
+    _check_xargs(body.get(XARGS))
     for wrapper in WRAPPERS:
         _refuse_misplaced(_names(body.get(wrapper)), wrapper)
     for container in CONTENT:
@@ -49,6 +51,22 @@ def check(body: Mapping[str, Any]) -> None:
             _refuse_misplaced(_names(part), container)
             for inner in part.values():
                 _refuse_misplaced(_names(inner), container)
+
+
+def _check_xargs(values: object) -> None:
+    """Refuse what vLLM's schema of ``vllm_xargs`` has no room for: some routes do so without a word on why."""
+    for name in FIELDS if isinstance(values, Mapping) else ():
+        if name in values and not _fits_xargs(values[name]):
+            raise BudgetError(
+                f"{name} in {XARGS!r} must be a number, a string or a list of those, got {shown(values[name])}. "
+                f"Send anything else at the top level of the request, and leave it out of {XARGS!r}.",
+                param=name,
+            )
+
+
+def _fits_xargs(value: object) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return all(isinstance(one, str | int | float) for one in each)
 
 
 def meant_by(name: str) -> str | None:

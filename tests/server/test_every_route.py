@@ -171,6 +171,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({BUDGET: 4, "vllm_xargs": {BUDGET: 5}}, BUDGET),
     ({"visual_tokens_budget": 4}, "visual_tokens_budget"),
     ({"extra_body": {BUDGET: 4}}, BUDGET),
+    *(({"vllm_xargs": {BUDGET: value}}, BUDGET) for value in (None, {"total": ASKED})),
 ]
 
 

@@ -70,6 +70,15 @@ def test_a_field_inside_an_image_part_is_refused(container: str, kind: str) -> N
                 check({container: content})
 
 
+@pytest.mark.parametrize("name", [FIELD, METHOD_FIELD])
+@pytest.mark.parametrize("value", [None, {"total": 8}, [None], [[8]], ["full", {}]], ids=str)
+def test_what_vllm_does_not_read_in_xargs_is_refused_with_a_word_on_why(name: str, value: object) -> None:
+    with pytest.raises(BudgetError, match=f"{name} in 'vllm_xargs' must be a number") as refused:
+        check({"vllm_xargs": {name: value}})
+    assert refused.value.param == name
+    check({name: value, "vllm_xargs": {name: 8, "other": value}})
+
+
 def test_what_tools_and_texts_are_called_is_left_alone() -> None:
     call = {"type": "tool_use", "name": "serve", "input": {FIELD: 64}}
     tool = {"type": "function", "function": {"parameters": {"properties": {FIELD: {}}}}}
