@@ -55,7 +55,9 @@ def check(body: Mapping[str, Any]) -> None:
 
 def _check_xargs(values: object) -> None:
     """Refuse what vLLM's schema of ``vllm_xargs`` has no room for: some routes do so without a word on why."""
-    for name in FIELDS if isinstance(values, Mapping) else ():
+    if not isinstance(values, Mapping):
+        return
+    for name in FIELDS:
         if name in values and not _fits_xargs(values[name]):
             raise BudgetError(
                 f"{name} in {XARGS!r} must be a number, a string or a list of those, got {shown(values[name])}. "
