@@ -36,7 +36,7 @@ demo: setup ## start the demo; ARGS="--once --json" for one run with machine-rea
 
 test: tools ## run the whole test suite and hold it to its coverage; with ARGS for pytest, what they select, without that
 	@$(SETUP) --triton --lmms
-	@$(BIN)/python -m pytest --randomly-seed=$(SEED) $(or $(ARGS),--cov)
+	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) --randomly-seed=$(SEED) $(ARGS)
 
 eval: setup ## measure what pruning costs: every method and budget, 35 minutes on two cores; goes on if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
