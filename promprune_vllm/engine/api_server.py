@@ -9,27 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.engine import checks, counting
-from promprune_vllm.engine.wrapping import wrap
+from promprune_vllm.engine import counting
 
 _OURS = "promprune_endpoints"
 """Attribute of the app's state."""
 
 
-def install() -> None:
-    """Wrap the two steps in which an API server takes endpoint plugins in. Idempotent."""
-    checks.require_names(checks.API_SERVER_NAMES)
-    from vllm.entrypoints.launchers import app
-    from vllm.entrypoints.launchers.api_server import app_state
-    from vllm.entrypoints.launchers.render import app_state as render_app_state
-
-    # The servers' own names for vLLM's functions: whoever else calls these gets vLLM's answer.
-    wrap(app, "attach_endpoint_plugins", _attaching)
-    for module in (app_state, render_app_state):
-        wrap(module, "init_endpoint_plugins_state", _initializing)
-
-
-def _attaching(original: Any) -> Any:
+def attach_ours(original: Any) -> Any:
     """Wrap the first step: add ours to the app, after vLLM's routes and other plugins'."""
 
     def attach_endpoint_plugins(app: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +29,7 @@ def _attaching(original: Any) -> Any:
     return attach_endpoint_plugins
 
 
-def _initializing(original: Any) -> Any:
+def init_ours(original: Any) -> Any:
     """Wrap the second step, in which the app's state gets what the routes need."""
 
     async def init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:

@@ -1,4 +1,6 @@
-"""Which vLLMs this release works with, and a check of every private name it relies on.
+"""Which vLLMs this release works with, and a check of every private name it calls or overrides.
+
+What is patched stands in ``patches``, with the parameters that are relied on.
 
 The tables hold the names of the newest minor, and ``BEFORE`` what older ones have in their place. A wrong guess
 would prune the wrong tokens or none, silently; so an unknown version or a changed signature refuses to start, with
@@ -20,35 +22,12 @@ SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _INPUTS = "vllm.multimodal.processing.inputs:ProcessorInputs"
 _IS_CACHED = "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached"
-ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
-_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
-REQUEST_NAMES: Mapping[str, tuple[str, ...]] = {
+PLUGIN_NAMES: Mapping[str, tuple[str, ...]] = {
     _GATE: ("mm_processor_kwargs", "trust_request_mm_kwargs"),
-    "vllm.multimodal.media.connector:MediaConnector._load_file_url": ("url_spec", "media_io"),
-    "vllm.multimodal.media.image:ImageMediaIO.load_bytes": ("data",),
-    f"{ONLINE}.preprocess_chat": ("request",),
-    f"{ONLINE}.preprocess_cmpl": ("request",),
-    f"{ONLINE}.adjust_harmony_request": ("request",),
-    "vllm.renderers.base:BaseRenderer.__init__": ("config", "tokenizer"),
-    "vllm.renderers.base:BaseRenderer._process_singleton": ("prompt",),
-    "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt",),
-    "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("io_processor", "request"),
+    _IS_CACHED: ("mm_hashes",),
+    "vllm.tokenizers.detokenizer_utils:convert_ids_list_to_tokens": ("tokenizer", "token_ids"),
     "vllm.exceptions:VLLMValidationError.__init__": ("message", "parameter"),
-}
-_LAUNCH = "vllm.entrypoints.launchers"
-API_SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{_LAUNCH}.app:attach_endpoint_plugins": ("app", "supported_tasks"),
-    f"{_LAUNCH}.api_server.app_state:init_endpoint_plugins_state": ("engine_client", "state", "args"),
-    f"{_LAUNCH}.render.app_state:init_endpoint_plugins_state": ("engine_client", "state", "args"),
-}
-ENGINE_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt",),
-    "vllm.v1.engine.async_llm:AsyncLLM.encode": ("prompt",),
-}
-INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.engine.input_processor:InputProcessor.__init__": ("vllm_config",),
-    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("request_id", "prompt"),
 }
 PROCESSOR_NAMES: Mapping[str, tuple[str, ...]] = {
     f"{_PROCESSOR}.apply": ("inputs", "timing_ctx"),
@@ -84,7 +63,6 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype": ("kv_cache_dtype", "model_config"),
 }
 USAGE_NAMES: Mapping[str, tuple[str, ...]] = {
-    f"{ONLINE}.__init__": ("model_config", "renderer"),
     "vllm.entrypoints.serve.engine.protocol:UsageInfo": ("prompt_tokens",),
     "vllm.entrypoints.openai.responses.protocol:ResponseUsage": ("input_tokens",),
     f"{_ANTHROPIC}:AnthropicUsage": ("input_tokens",),
@@ -93,10 +71,7 @@ USAGE_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.entrypoints.pooling.scoring.protocol:RerankUsage": ("prompt_tokens",),
     "vllm.entrypoints.pooling.scoring.protocol:RerankResponse": ("usage",),
 }
-CONFIG_NAMES: Mapping[str, tuple[str, ...]] = {"vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": ()}
 SCHEDULER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("scheduler_output", "model_runner_output"),
-    "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": ("request_ids", "finished_status"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("request_id",),
     "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.get_freed_mm_hashes": (),
@@ -105,48 +80,12 @@ SCHEDULER_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.request:Request.get_finished_reason": (),
     "vllm.v1.request:Request.take_events": (),
 }
-_RESULT_NAMES: Mapping[str, tuple[str, ...]] = {
+RESULT_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": (),
     "vllm.v1.outputs:ModelRunnerOutput": (),
     "vllm.distributed.parallel_state:get_tp_group": (),
 }
-RUNNER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
-    **_RESULT_NAMES,
-}
-RUNNER_V2_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": ("scheduler_output",),
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": ("grammar_output",),
-    "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs": ("scheduled_encoder_inputs",),
-    **_RESULT_NAMES,
-}
-RECALL_NAMES: Mapping[str, tuple[str, ...]] = {"vllm.v1.worker.worker_base:WorkerBase.__init__": ("vllm_config",)}
-PREEMPTION_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.core.sched.output:strip_covered_mm_data": ("mm_features", "num_computed_tokens"),
-}
-CPU_RUNNER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": ("logits",),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": ("scheduler_output",),
-}
-TOKEN_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.tokenizers.detokenizer_utils:convert_ids_list_to_tokens": ("tokenizer", "token_ids"),
-    "vllm.tokenizers.detokenizer_utils:_restore_leading_spaces": ("raw_token", "token_str", "marker"),
-}
-RESENDING_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.renderers.base:BaseRenderer._process_singleton_async": ("prompt", "skip_mm_cache"),
-    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("prompt", "sampling_params", "request_id"),
-    _IS_CACHED: ("mm_hashes",),
-}
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
-    "vllm.v1.engine.async_llm:AsyncLLM.__init__": ("vllm_config", "log_stats"),
-    "vllm.v1.engine.llm_engine:LLMEngine.__init__": ("vllm_config", "log_stats"),
-    "vllm.v1.metrics.loggers:StatLoggerManager.record": (
-        "scheduler_stats",
-        "iteration_stats",
-        "mm_cache_stats",
-        "engine_idx",
-    ),
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_cache_usage", "num_waiting_reqs"),
 }
 # What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these.
@@ -154,32 +93,21 @@ LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "0.32": {
         f"{_PROCESSOR}._get_mm_hashes": {
-            f"{_PROCESSOR}._cached_apply_hf_processor": ("inputs", "timing_ctx"),
             "vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes": ("model_id", "hash_algorithm"),
         },
-        f"{_PROCESSOR}._get_cache_missing_processor_kwargs": {
-            f"{_PROCESSOR}._get_cache_missing_items": ("cache", "mm_data_items", "mm_hashes"),
-        },
+        f"{_PROCESSOR}._get_cache_missing_processor_kwargs": {},
         f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
     },
     "0.31": {
         _GATE: {},  # no gate at all: options of ours are refused on the way to where it stands now
-        f"{ONLINE}.adjust_harmony_request": {
-            f"{ONLINE}._make_request_with_harmony": ("request",),
-            f"{ONLINE}._render_responses_with_harmony": ("request",),
-        },
         f"{_PROCESSOR}._apply_hf_processor_main": {
             f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_processor_mm_kwargs"),
         },
         f"{_PROCESSOR}.get_dummy_inputs": {
-            f"{_PROCESSOR}.__init__": ("info", "dummy_inputs", "cache"),
             "vllm.multimodal.processing.dummy_inputs:BaseDummyInputsBuilder.get_dummy_processor_inputs": (),
         },
         _INPUTS: {_INPUTS: ("hf_processor_mm_kwargs", "mm_uuid_items")},
         _IS_CACHED: {"vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached": ("mm_hashes",)},
-    },
-    "0.30": {
-        f"{ONLINE}._render_responses_with_harmony": {f"{_RESPONSES}._make_request_with_harmony": ("request",)},
     },
 }
 

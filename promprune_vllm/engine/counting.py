@@ -5,22 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from promprune_vllm.config import Settings
-from promprune_vllm.engine import checks
 from promprune_vllm.engine.plan import SUMMARY, Summary
-from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.metrics.recorder import expose, recorder
 
 _COUNTED = "counted"
 _SAVINGS = "_promprune_savings"
-
-
-def install() -> None:
-    """Wrap an engine's front end: its start, and its step that makes requests of processed prompts. Idempotent."""
-    checks.require_names(checks.INPUT_NAMES)
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    wrap(InputProcessor, "__init__", _starting)
-    wrap(InputProcessor, "process_inputs", _counting)
 
 
 def start(renderer: Any) -> None:
@@ -43,7 +32,7 @@ def start(renderer: Any) -> None:
     )
 
 
-def _starting(original: Any) -> Any:
+def start_counting(original: Any) -> Any:
     """Wrap the start of an engine's front end."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +42,9 @@ def _starting(original: Any) -> Any:
     return init
 
 
-def _counting(original: Any) -> Any:
+def count_prompts(original: Any) -> Any:
+    """Wrap the step that makes requests of processed prompts."""
+
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
         # Anything else is no prompt of a request yet: vLLM renders it and comes by here again, or checks options.

@@ -9,23 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.engine import checks
-from promprune_vllm.engine.wrapping import wrap
-
 _TAKEN_BACK = "_promprune_generators"
 """Attribute of the runner: index in the batch -> generator, and its state before it was sampled from."""
 
 
-def install() -> None:
-    """Take the random numbers back by restoring the generator's state. Idempotent; for workers on a CPU."""
-    checks.require_names(checks.CPU_RUNNER_NAMES)
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+def save_states(original: Any) -> Any:
+    """Wrap sampling: keep the state of each generator whose random numbers are to be taken back."""
 
-    wrap(GPUModelRunner, "_sample", _saving_states)
-    wrap(GPUModelRunner, "_bookkeeping_sync", _restoring_states)
-
-
-def _saving_states(original: Any) -> Any:
     def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         discarded = self.discard_request_mask.np
         generators = self.input_batch.generators
@@ -36,7 +26,9 @@ def _saving_states(original: Any) -> Any:
     return sample
 
 
-def _restoring_states(original: Any) -> Any:
+def restore_states(original: Any) -> Any:
+    """Wrap what takes them back: by restoring the state, where vLLM would move an offset."""
+
     def bookkeeping(self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators
         hidden = {}

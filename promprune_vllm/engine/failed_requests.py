@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from promprune_vllm.engine import checks, minors
-from promprune_vllm.engine.wrapping import wrap
+from promprune_vllm.engine import checks, minors, patches
+from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.metrics.recorder import recorder
 
 logger = logging.getLogger("vllm.promprune")
@@ -22,31 +22,22 @@ _GONE = "_promprune_gone"
 _STEPS = 4  # more than are ever in flight at once: two
 
 
-def install() -> None:
-    """Arrange for the scheduler to be wrapped where one is made.
+def equip_scheduler(original: Any) -> Any:
+    """Wrap the choice of a scheduler's class.
 
-    vLLM asks for its class in the engine's process alone; to import it here would slow down every other one.
+    vLLM asks for it in the engine's process alone; to import it elsewhere would slow down every other one.
     """
-    checks.require_names(checks.CONFIG_NAMES)
-    from vllm.config.scheduler import SchedulerConfig
 
-    wrap(SchedulerConfig, "get_scheduler_cls", _equipping)
-
-
-def _equipping(original: Any) -> Any:
     def get_scheduler_cls(self: Any) -> Any:
         scheduler = original(self)
         checks.require_names(checks.SCHEDULER_NAMES)
-        from vllm.v1.core.sched.scheduler import Scheduler
-
-        wrap(Scheduler, "update_from_output", _failing)
-        wrap(Scheduler, "finish_requests", _noting)
+        patches.install(Stage.SCHEDULER)
         return scheduler
 
     return get_scheduler_cls
 
 
-def _failing(original: Any) -> Any:
+def end_failed(original: Any) -> Any:
     """Wrap the handling of a step's result."""
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -61,7 +52,7 @@ def _failing(original: Any) -> Any:
     return update_from_output
 
 
-def _noting(original: Any) -> Any:
+def note_gone(original: Any) -> Any:
     """Wrap the end of requests from outside: an aborted one may have left blocks that a step in flight fills."""
 
     def finish_requests(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
-from promprune_vllm.engine import checks
 from promprune_vllm.engine.failed_requests import FAILED
 from promprune_vllm.engine.image import EncodedImage, Job
-from promprune_vllm.engine.wrapping import wrap
 
 logger = logging.getLogger("vllm.promprune")
 _FILLER = "_promprune_filler"
@@ -142,21 +140,6 @@ def _log(what: str, method: str, error: Exception, *, last: bool) -> None:
     )
 
 
-def install(config: Any) -> None:
-    """Wrap the model runner of this worker. Idempotent."""
-    if config.use_v2_model_runner:
-        checks.require_names(checks.RUNNER_V2_NAMES)
-        from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-        wrap(EncoderRunner, "prepare_mm_inputs", _encoding_anew)
-    else:
-        checks.require_names(checks.RUNNER_NAMES)
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    wrap(GPUModelRunner, "execute_model", _stepping)
-    wrap(GPUModelRunner, "sample_tokens", _reporting)
-
-
 def containable(config: Any) -> bool:
     """Whether filler can be taken back everywhere it would get to.
 
@@ -174,7 +157,7 @@ def containable(config: Any) -> bool:
     )
 
 
-def _stepping(original: Any) -> Any:
+def contain_step(original: Any) -> Any:
     """Wrap a step of the worker: contain what fails in it, and find out which images those were."""
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +176,7 @@ def _stepping(original: Any) -> Any:
     return execute_model
 
 
-def _reporting(original: Any) -> Any:
+def report_failed(original: Any) -> Any:
     """Wrap the second half of a step, which gives its result."""
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +185,7 @@ def _reporting(original: Any) -> Any:
     return sample_tokens
 
 
-def _encoding_anew(original: Any) -> Any:
+def drop_filler(original: Any) -> Any:
     """Wrap the choice of what to encode: filler that is still there must not pass for an encoded image."""
 
     def prepare_mm_inputs(self: Any, scheduled_encoder_inputs: Mapping[str, Sequence[int]]) -> Any:

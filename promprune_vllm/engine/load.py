@@ -22,10 +22,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.config import FLAG, PREFIX, Settings
+from promprune_vllm.config import FLAG, PREFIX
 from promprune_vllm.core.adaptive import Load, LoadLevels, LoadLimits
-from promprune_vllm.engine import checks
-from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics.recorder import DIRECTORY_VARIABLE, prepare_directory, recorder
 
@@ -37,20 +35,6 @@ _SLOT = struct.Struct("ddd")  # when (system-wide monotonic clock), KV usage, wa
 _SLOTS = 1024  # engines told apart; a step of engine 1024 would overwrite that of engine 0
 
 _watch: LoadWatch | None = None
-
-
-def install() -> None:
-    """Listen to the engines' statistics, if the settings ask for it. Idempotent."""
-    if not Settings.from_environment().adapt_to_load:
-        return
-    checks.require_names(checks.LOAD_NAMES)
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.metrics.loggers import StatLoggerManager
-
-    wrap(AsyncLLM, "__init__", _requiring_statistics)
-    wrap(LLMEngine, "__init__", _requiring_statistics)
-    wrap(StatLoggerManager, "record", _listening)
 
 
 def current_level() -> Fraction:
@@ -112,7 +96,7 @@ class LoadWatch:
                 yield Load(usage, int(waiting))
 
 
-def _requiring_statistics(original: Any) -> Any:
+def require_statistics(original: Any) -> Any:
     """Wrap the start of vLLM's front end: refuse to start without statistics, else begin to watch."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,7 +131,7 @@ def _read_forever(watch: LoadWatch) -> None:
         watch.read()
 
 
-def _listening(original: Any) -> Any:
+def listen(original: Any) -> Any:
     """Wrap the method that gets every step's statistics."""
 
     def record(

@@ -15,7 +15,6 @@ from typing import Any
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine import checks
-from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError
 
 OURS = ("visual_token", "_promprune")
@@ -23,18 +22,19 @@ OURS = ("visual_token", "_promprune")
 _inputs: ContextVar[Any] = ContextVar("promprune_processor_inputs", default=None)
 
 
-def complete_processor() -> None:
-    """Give vLLM's processor the hooks that older minors lack. Idempotent."""
-    from vllm.multimodal.processing.processor import BaseMultiModalProcessor
+def add_mm_hashes(_: None) -> Any:
+    """Return 0.32's method that makes cache keys."""
+    return _get_mm_hashes
 
-    if checks.before("0.32") and not hasattr(BaseMultiModalProcessor, "_get_mm_hashes"):
-        BaseMultiModalProcessor._get_mm_hashes = _get_mm_hashes
-        BaseMultiModalProcessor._get_cache_missing_processor_kwargs = _get_cache_missing_processor_kwargs
-        wrap(BaseMultiModalProcessor, "_cached_apply_hf_processor", _asking_for_hashes)
-        wrap(BaseMultiModalProcessor, "_get_cache_missing_items", _asking_for_options)
-    if checks.before("0.31") and not hasattr(BaseMultiModalProcessor, "get_dummy_inputs"):
-        BaseMultiModalProcessor.get_dummy_inputs = _get_dummy_inputs
-        wrap(BaseMultiModalProcessor, "__init__", _making_dummies)
+
+def add_missing_kwargs(_: None) -> Any:
+    """Return 0.32's method that gives the options for images that the cache lacks."""
+    return _get_cache_missing_processor_kwargs
+
+
+def add_dummy_inputs(_: None) -> Any:
+    """Return 0.31's method that makes the inputs of the memory profile."""
+    return _get_dummy_inputs
 
 
 def _get_mm_hashes(self: Any, inputs: Any) -> Any:
@@ -48,7 +48,7 @@ def _get_cache_missing_processor_kwargs(self: Any, inputs: Any, mm_is_cached: An
     return options
 
 
-def _asking_for_hashes(original: Any) -> Any:
+def ask_for_hashes(original: Any) -> Any:
     """Wrap the processing of a prompt: its images' cache keys come from the processor, as in 0.32."""
 
     def cached_apply_hf_processor(self: Any, inputs: Any, timing_ctx: Any) -> Any:
@@ -63,7 +63,7 @@ def _asking_for_hashes(original: Any) -> Any:
     return cached_apply_hf_processor
 
 
-def _asking_for_options(original: Any) -> Any:
+def ask_for_options(original: Any) -> Any:
     """Wrap the look into the cache: what is processed next is what it lacks, with options for just that.
 
     vLLM reads the options from ``inputs`` only after this, and those are this prompt's own copy.
@@ -84,7 +84,7 @@ def _get_dummy_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
     return type(self.dummy_inputs).get_dummy_processor_inputs(self.dummy_inputs, *args, **kwargs)
 
 
-def _making_dummies(original: Any) -> Any:
+def make_dummies(original: Any) -> Any:
     """Wrap the making of a processor: the profile's inputs come from it, as in 0.31."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -105,20 +105,6 @@ def processors(renderer: Any) -> Iterable[Any]:
 def processor_cache(processor: Any, inputs: Any) -> Any:
     """Return the cache that a prompt is processed with, or ``None``: before 0.31 it is the processor's own."""
     return processor.cache if checks.before("0.31") else inputs.cache
-
-
-def harmony_doors() -> Iterable[tuple[type, str]]:
-    """Return the methods that a request to a gpt-oss model comes by: one since 0.31, two of them before."""
-    from vllm.renderers.online_renderer import OnlineRenderer
-
-    if not checks.before("0.31"):
-        return [(OnlineRenderer, "adjust_harmony_request")]
-    chat = (OnlineRenderer, "_make_request_with_harmony")
-    if not checks.before("0.30"):
-        return [chat, (OnlineRenderer, "_render_responses_with_harmony")]
-    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-
-    return [chat, (OpenAIServingResponses, "_make_request_with_harmony")]
 
 
 def refuse_smuggled(request: Any) -> None:

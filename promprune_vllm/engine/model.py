@@ -13,13 +13,16 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import cpu_seeds, failures, families, trace
+from promprune_vllm.engine import checks, failures, families, patches, trace
 from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.plan import COUNTS, TEXT
 from promprune_vllm.engine.trace import Trace
 from promprune_vllm.engine.watch import SelectionWatch
+from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
+
+checks.require_names(checks.RESULT_NAMES)
 
 
 class PrunedModelMixin:
@@ -37,10 +40,10 @@ class PrunedModelMixin:
         model, device = vllm_config.model_config, vllm_config.device_config.device
         self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
-        failures.install(vllm_config)
+        patches.install(Stage.WORKER)
+        patches.install(Stage.WORKER_V2 if vllm_config.use_v2_model_runner else Stage.WORKER_V1)
         if device.type == "cpu":
-            cpu_seeds.install()
-        trace.install()
+            patches.install(Stage.WORKER_CPU)
         ops.warm_up(device)  # never in the first request
 
     def embed_unpruned(self, **inputs: Any) -> Any:

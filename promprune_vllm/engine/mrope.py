@@ -23,9 +23,10 @@ from vllm.config import MultiModalConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from promprune_vllm.core.positions import table_rows
-from promprune_vllm.engine import checks, families, model_names, rotary
+from promprune_vllm.engine import checks, families, model_names, patches, rotary
 from promprune_vllm.engine.image import EncodedImage
 from promprune_vllm.engine.model import PrunedModelMixin
+from promprune_vllm.engine.wrapping import Stage
 
 logger = logging.getLogger("vllm.promprune")
 CHANNELS = 4
@@ -215,10 +216,12 @@ def _open_position_hook(config: Any) -> None:
     # The object is this worker's own; its class decides what runners see, its values stay as they are.
     config.__class__ = _PruningMultiModalConfig
     if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+        patches.install(Stage.MROPE_CPU)
 
-        # The runner for GPUs looks at the flag when it loads a model; the one for CPUs forgot to.
-        CPUModelRunner.is_multimodal_pruning_enabled = property(_prunes_positions, lambda _, __: None)
+
+def add_pruning_flag(_: None) -> Any:
+    """Return the flag of the runner for CPUs: the one for GPUs sets it when it loads a model."""
+    return property(_prunes_positions, lambda _, __: None)
 
 
 def _prunes_positions(runner: Any) -> bool:

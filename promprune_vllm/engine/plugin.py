@@ -24,40 +24,23 @@ def register() -> None:
 
 
 def install() -> None:
-    """Register the model families and wrap what the plugin extends of vLLM. Idempotent.
+    """Register the model families and patch what every process needs. Idempotent.
 
     Raises:
         IncompatibleVllmError: This vLLM is not one the release was written for.
         SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
     """
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine import (
-        api_server,
-        checks,
-        counting,
-        failed_requests,
-        families,
-        load,
-        preemption,
-        prerendered,
-        reply,
-        request,
-        resending,
-        token_names,
-    )
+    from promprune_vllm.engine import checks, families, patches
+    from promprune_vllm.engine.wrapping import Stage
     from promprune_vllm.metrics import recorder
 
     checks.require_supported_version()
-    Settings.from_environment()
+    settings = Settings.from_environment()
     recorder.prepare_directory()
     families.register()
-    request.install()
-    counting.install()
-    failed_requests.install()
-    load.install()
-    preemption.install()
-    resending.install()
-    prerendered.install()
-    reply.install()
-    token_names.install()
-    api_server.install()
+    checks.require_names(checks.PLUGIN_NAMES)
+    patches.install(Stage.PLUGIN)
+    if settings.adapt_to_load:
+        checks.require_names(checks.LOAD_NAMES)
+        patches.install(Stage.LOAD)

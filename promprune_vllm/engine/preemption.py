@@ -11,20 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from promprune_vllm.engine import checks
-from promprune_vllm.engine.wrapping import wrap
 
+def keep_mm_data(original: Any) -> Any:  # noqa: ARG001
+    """Replace what leaves pixels out: they are sent along, whatever the prefix cache holds."""
 
-def install() -> None:
-    """Send the pixels along, whatever the prefix cache holds. Idempotent."""
-    checks.require_names(checks.PREEMPTION_NAMES)
-    import vllm.v1.core.sched.output
-
-    wrap(vllm.v1.core.sched.output, "strip_covered_mm_data", _keeping)
-
-
-def _keeping(original: Any) -> Any:  # noqa: ARG001
-    def keep_mm_data(mm_features: Sequence[Any], *_: Any, **__: Any) -> Sequence[Any]:
+    def strip_covered_mm_data(mm_features: Sequence[Any], *_: Any, **__: Any) -> Sequence[Any]:
         return mm_features
 
-    return keep_mm_data
+    return strip_covered_mm_data

@@ -13,9 +13,8 @@ import torch
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
-from promprune_vllm.engine import asked, checks
+from promprune_vllm.engine import asked
 from promprune_vllm.engine.plan import COUNTS, MAX_TEXT_TOKENS, SUMMARY, TEXT, ImagePlan, Summary, record_images
-from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.told import told
 
@@ -24,16 +23,7 @@ _NEXT_STEP = (
 )
 
 
-def install() -> None:
-    """Wrap the two ways into the engine. Idempotent."""
-    checks.require_names(checks.ENGINE_NAMES)
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    wrap(AsyncLLM, "generate", _recording)
-    wrap(AsyncLLM, "encode", _recording)
-
-
-def _recording(original: Any) -> Any:
+def record_prompt(original: Any) -> Any:
     """Wrap a plain function, so that images are recorded before a stream's headers leave."""
 
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from promprune_vllm.config import Settings, environment
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
-from promprune_vllm.engine import checks, families, minors
+from promprune_vllm.engine import checks, families, minors, patches
 from promprune_vllm.engine.asked import Asked
 from promprune_vllm.engine.load import current_level
 from promprune_vllm.engine.named import Images, require_cached
@@ -40,6 +40,7 @@ from promprune_vllm.engine.plan import (
     split,
 )
 from promprune_vllm.engine.request import refusing
+from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.errors import BudgetError, SettingsError
 
 _PROFILE, _PROFILING = "_promprune_profile", object()
@@ -47,7 +48,7 @@ _PROFILE, _PROFILING = "_promprune_profile", object()
 _KEY_PREFIX = "promprune-"
 
 checks.require_names(checks.PROCESSOR_NAMES)
-minors.complete_processor()
+patches.install(Stage.PROCESSOR)
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,12 +15,13 @@ from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import Any
 
+from PIL.Image import DecompressionBombError
+
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import checks, families, minors
+from promprune_vllm.engine import families, minors
 from promprune_vllm.engine.asked import Asked, from_request
 from promprune_vllm.engine.plan import record_images
-from promprune_vllm.engine.wrapping import wrap
 from promprune_vllm.errors import BudgetError, SettingsError
 from promprune_vllm.metrics.recorder import recorder
 
@@ -29,31 +30,7 @@ logger = logging.getLogger("vllm.promprune")
 _asked: ContextVar[Asked | None] = ContextVar("visual_tokens_asked", default=None)
 
 
-def install() -> None:
-    """Wrap vLLM's request path. Idempotent."""
-    checks.require_names(checks.REQUEST_NAMES)
-    from PIL.Image import DecompressionBombError
-    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
-    from vllm.multimodal.media.connector import MediaConnector
-    from vllm.multimodal.media.image import ImageMediaIO
-    from vllm.renderers.base import BaseRenderer
-    from vllm.renderers.online_renderer import OnlineRenderer
-
-    wrap(OnlineRenderer, "preprocess_chat", _reading)
-    wrap(OnlineRenderer, "preprocess_cmpl", _reading)
-    for owner, name in minors.harmony_doors():
-        wrap(owner, name, _refusing_harmony)
-    wrap(PoolingBaseServing, "_init_ctx", _reading_pooling)
-    # Where no file may be read, vLLM raises what becomes an HTTP 500.
-    wrap(MediaConnector, "_load_file_url", _as_client_error(RuntimeError))
-    # Pillow's limit strikes before vLLM's equal one, with an error that becomes an HTTP 500.
-    wrap(ImageMediaIO, "load_bytes", _as_client_error(DecompressionBombError))
-    wrap(BaseRenderer, "_process_singleton", _adding)
-    wrap(BaseRenderer, "_process_singleton_async", _adding)
-    wrap(BaseRenderer, "__init__", _equipping)
-
-
-def _reading(original: Any) -> Any:
+def read_request(original: Any) -> Any:
     """Wrap an entry point: gather what the request asks for, and record its images for the reply."""
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +47,7 @@ def _reading(original: Any) -> Any:
     return preprocess
 
 
-def _reading_pooling(original: Any) -> Any:
+def read_pooling_request(original: Any) -> Any:
     """Wrap the entry point of pooling requests, each of which is a task of its own."""
 
     async def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +81,13 @@ def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
     return wrapper
 
 
-def _adding(original: Any) -> Any:
+refuse_files = _as_client_error(RuntimeError)
+"""Wrap the loader of files: where none may be read, vLLM raises what becomes an HTTP 500."""
+refuse_bombs = _as_client_error(DecompressionBombError)
+"""Wrap the loader of images: Pillow's limit strikes before vLLM's equal one, with what becomes an HTTP 500."""
+
+
+def add_fields(original: Any) -> Any:
     """Wrap the step, plain or async, that makes an engine's input of a prompt: check what was asked and add it."""
 
     def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
@@ -136,7 +119,7 @@ def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, obj
     return asked.as_kwargs()
 
 
-def _refusing_harmony(original: Any) -> Any:
+def refuse_harmony(original: Any) -> Any:
     """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
 
     def harmony(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +130,7 @@ def _refusing_harmony(original: Any) -> Any:
     return harmony
 
 
-def _equipping(original: Any) -> Any:
+def equip_renderer(original: Any) -> Any:
     """Wrap the renderer's start. A text model's renderer, which other programs make too, is not looked into."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,24 +14,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from promprune_vllm.engine import checks
-from promprune_vllm.engine.wrapping import wrap
-
 logger = logging.getLogger("vllm.promprune")
 _AGAIN = "process_again"
 
 
-def install() -> None:
-    """Wrap the processing of prompts and the way to the engine. Idempotent."""
-    checks.require_names(checks.RESENDING_NAMES)
-    from vllm.renderers.base import BaseRenderer
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    wrap(BaseRenderer, "_process_singleton_async", _remembering)
-    wrap(AsyncLLM, "generate", _resending)
-
-
-def _remembering(original: Any) -> Any:
+def remember_prompt(original: Any) -> Any:
     """Keep with a prompt what it takes to process it again, but only where something was left out of it."""
 
     async def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
@@ -44,7 +31,9 @@ def _remembering(original: Any) -> Any:
     return process
 
 
-def _resending(original: Any) -> Any:
+def send_again(original: Any) -> Any:
+    """Wrap the way to the engine."""
+
     def generate(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         again = prompt.pop(_AGAIN, None) if isinstance(prompt, dict) else None
         if again is None:

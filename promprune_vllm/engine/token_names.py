@@ -11,19 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.engine import checks
-from promprune_vllm.engine.wrapping import wrap
 
+def allow_nameless(original: Any) -> Any:
+    """Wrap the look at a token's name: without one, it gets the empty text that vLLM gives it everywhere else."""
 
-def install() -> None:
-    """Give such an id the empty text that vLLM gives it everywhere else. Idempotent."""
-    checks.require_names(checks.TOKEN_NAMES)
-    import vllm.tokenizers.detokenizer_utils
-
-    wrap(vllm.tokenizers.detokenizer_utils, "_restore_leading_spaces", _without_name)
-
-
-def _without_name(original: Any) -> Any:
     def restore_leading_spaces(raw_token: str | None, token_str: str, marker: str) -> str:
         return token_str if raw_token is None else original(raw_token, token_str, marker)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from promprune_vllm.engine import checks
 from promprune_vllm.engine.failures import cached_rows
 from promprune_vllm.engine.image import Chosen
 from promprune_vllm.engine.watch import seconds
@@ -96,13 +95,14 @@ def leave(rows: Tensor, trace: Trace) -> None:
     setattr(rows, _TRACE, trace)
 
 
-def install() -> None:
-    """Give this process' workers the methods that tell what their encoder cache holds. Idempotent."""
-    checks.require_names(checks.RECALL_NAMES)
-    from vllm.v1.worker.worker_base import WorkerBase
+def add_recall(_: None) -> Any:
+    """Return the method that tells the traces of images."""
+    return _recall
 
-    setattr(WorkerBase, RECALL, _recall)
-    setattr(WorkerBase, HELD, _held)
+
+def add_held(_: None) -> Any:
+    """Return the method that tells how much is held."""
+    return _held
 
 
 def _recall(worker: Any, identifiers: Sequence[str]) -> list[dict[str, Any] | None]:

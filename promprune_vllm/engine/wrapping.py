@@ -1,24 +1,136 @@
-"""How vLLM's own methods and functions are extended in place."""
+"""How vLLM is extended in place: by rows of ``patches``, and by nothing else."""
 
 from __future__ import annotations
 
+import enum
 import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-_WRAPPERS = "__promprune_wrappers__"
+from promprune_vllm.engine import checks
+from promprune_vllm.errors import IncompatibleVllmError
+
+PATCHED_BY = "__promprune_patches__"
+"""Attribute of a function that stands in the place of vLLM's: the wrappers it has, the innermost first."""
+_ENGINE = "promprune_vllm.engine"
 
 
-def wrap(owner: type | ModuleType, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Replace a method or a module's function by ``wrapper(original)``. Idempotent for each wrapper.
+class Stage(enum.Enum):
+    """When patches are installed: in which process, and on what occasion."""
 
-    Several wrappers may extend one method; a later one goes around the earlier ones.
+    PLUGIN = "every process, when vLLM loads the plugin"
+    LOAD = "every process, when vLLM loads the plugin and budgets adapt to load"
+    REPLIES = "API server and `vllm run-batch`, when they make the renderer of requests"
+    SCHEDULER = "engine core, when it picks its scheduler"
+    PROCESSOR = "processes that process images, when our processor is imported"
+    WORKER = "worker, when a pruned model is made"
+    WORKER_V1 = "worker with Model Runner V1, when a pruned model is made"
+    WORKER_V2 = "worker with Model Runner V2, when a pruned model is made"
+    WORKER_CPU = "worker on a CPU, when a pruned model is made"
+    MROPE_CPU = "worker on a CPU, when a pruned model with M-RoPE is made"
+    COMMAND = "`promprune serve` and `promprune vllm`, before vLLM's command line runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why vLLM is patched.
+
+    Args:
+        feature: What a user has of it.
+        why: Why that takes a patch.
+        until: The change of vLLM's that would let us delete it.
     """
-    original = getattr(owner, name)
-    there = getattr(original, _WRAPPERS, ())
-    wrapper_name = f"{wrapper.__module__}.{wrapper.__qualname__}"
-    if wrapper_name not in there:
-        wrapped = functools.wraps(original)(wrapper(original))
-        setattr(wrapped, _WRAPPERS, (*there, wrapper_name))
-        setattr(owner, name, wrapped)
+
+    feature: str
+    why: str
+    until: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One function that is replaced, wrapped or added.
+
+    Args:
+        target: ``"module:name"`` or ``"module:Class.name"`` of what is patched.
+        wrapper: ``"module:function"`` below ``promprune_vllm.engine``; called with the original, it returns what
+            takes its place.
+        takes: Parameters of the original that the wrapper relies on.
+        stage: When it is installed.
+        reason: Why; several rows may share one.
+        adds: The class does not have it; the wrapper gets ``None``.
+        presence: ``"required"``, or what it takes to be patched: that the module is ``"installed"``, or that some
+            other part of vLLM has ``"loaded"`` it.
+        since: First minor with this target, where older ones have none.
+        before: First minor without it, where newer ones have none.
+    """
+
+    target: str
+    wrapper: str
+    takes: tuple[str, ...]
+    stage: Stage
+    reason: Reason
+    adds: bool = False
+    presence: Literal["required", "installed", "loaded"] = "required"
+    since: str | None = None
+    before: str | None = None
+
+    @property
+    def applies(self) -> bool:
+        """Whether this vLLM has the target."""
+        if (self.since and checks.before(self.since)) or (self.before and not checks.before(self.before)):
+            return False
+        module = self.target.partition(":")[0]
+        if self.presence == "installed":
+            return _is_installed(module)
+        return self.presence == "required" or module in sys.modules
+
+    def require(self) -> None:
+        """Raise ``IncompatibleVllmError`` unless the target is as this row says."""
+        if not self.adds:
+            checks.require_names({self.target: self.takes})
+            return
+        checks.require_names({f"{self.target.rpartition('.')[0]}.__init__": ()})
+        owner, name = self._owner()
+        if hasattr(owner, name) and not _wrappers(getattr(owner, name)):
+            raise IncompatibleVllmError(f"promprune-vllm adds {self.target}, and this vLLM has one of its own.")
+
+    def _owner(self) -> tuple[Any, str]:
+        module, _, path = self.target.partition(":")
+        *parents, name = path.split(".")
+        return functools.reduce(getattr, parents, importlib.import_module(module)), name
+
+
+def wrap(patch: Patch) -> None:
+    """Put what a row's wrapper makes in the place of its target. Idempotent.
+
+    Several rows may have one target; a later one goes around the earlier ones.
+    """
+    owner, name = patch._owner()
+    original = getattr(owner, name, None)
+    there = _wrappers(original)
+    if patch.wrapper in there:
+        return
+    module, _, function = patch.wrapper.partition(":")
+    wrapper: Callable[[Any], Any] = getattr(importlib.import_module(f"{_ENGINE}.{module}"), function)
+    made = wrapper(original)
+    if original is not None:
+        made = functools.wraps(original)(made)
+    setattr(made.fget if isinstance(made, property) else made, PATCHED_BY, (*there, patch.wrapper))
+    setattr(owner, name, made)
+
+
+def _wrappers(function: Any) -> tuple[str, ...]:
+    found = function.fget if isinstance(function, property) else function
+    wrappers: tuple[str, ...] = getattr(found, PATCHED_BY, ())
+    return wrappers
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
