@@ -83,10 +83,14 @@ class Patch:
         """Whether this vLLM has the target."""
         if (self.since and checks.before(self.since)) or (self.before and not checks.before(self.before)):
             return False
-        module = self.target.partition(":")[0]
         if self.presence == "installed":
-            return _is_installed(module)
-        return self.presence == "required" or module in sys.modules
+            return _is_installed(self.module)
+        return self.presence == "required" or self.module in sys.modules
+
+    @property
+    def module(self) -> str:
+        """The module that has the target."""
+        return self.target.partition(":")[0]
 
     def require(self) -> None:
         """Raise ``IncompatibleVllmError`` unless the target is as this row says."""
@@ -94,14 +98,14 @@ class Patch:
             checks.require_names({self.target: self.takes})
             return
         checks.require_names({f"{self.target.rpartition('.')[0]}.__init__": ()})
-        owner, name = self._owner()
+        owner, name = self.owner()
         if hasattr(owner, name) and not _wrappers(getattr(owner, name)):
             raise IncompatibleVllmError(f"promprune-vllm adds {self.target}, and this vLLM has one of its own.")
 
-    def _owner(self) -> tuple[Any, str]:
-        module, _, path = self.target.partition(":")
-        *parents, name = path.split(".")
-        return functools.reduce(getattr, parents, importlib.import_module(module)), name
+    def owner(self) -> tuple[Any, str]:
+        """Return the class or module that has the target, and its name there."""
+        *parents, name = self.target.partition(":")[2].split(".")
+        return functools.reduce(getattr, parents, importlib.import_module(self.module)), name
 
 
 def wrap(patch: Patch) -> None:
@@ -109,7 +113,7 @@ def wrap(patch: Patch) -> None:
 
     Several rows may have one target; a later one goes around the earlier ones.
     """
-    owner, name = patch._owner()
+    owner, name = patch.owner()
     original = getattr(owner, name, None)
     there = _wrappers(original)
     if patch.wrapper in there:

@@ -227,7 +227,7 @@ def test_the_second_runner_encodes_anew_what_is_filler() -> None:
     features = [SimpleNamespace(identifier=name) for name in ("bad", "good")]
     rows = {"bad": step.fill(model, 3), "good": torch.ones(3, 4)}
     runner = SimpleNamespace(encoder_cache=SimpleNamespace(encoder_outputs=rows, mm_features={"r": features}))
-    prepare = failures._encoding_anew(lambda self, scheduled: sorted(self.encoder_cache.encoder_outputs))
+    prepare = failures.drop_filler(lambda self, scheduled: sorted(self.encoder_cache.encoder_outputs))
     assert prepare(runner, {"r": [1]}) == ["bad", "good"]
     assert prepare(runner, {"r": [0, 1]}) == ["good"]
 

@@ -93,8 +93,20 @@ def test_installing_twice_wraps_once() -> None:
     )
 
 
+def test_nothing_adapts_to_load_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from promprune_vllm.engine import load
+
+    monkeypatch.delenv("PROMPRUNE_ADAPT_TO_LOAD", raising=False)
+    before = StatLoggerManager.record
+    plugin.register()
+    assert StatLoggerManager.record is before
+    assert load.current_level() == 1
+
+
 def _there(patch: Patch) -> Any:
-    owner, name = patch._owner()
+    owner, name = patch.owner()
     return getattr(owner, name)
 
 
@@ -103,7 +115,7 @@ import json, sys
 from vllm import LLM
 LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=2, seed=0)
 from tests.patched import patched
-print("PATCHED", json.dumps(sorted(patched())))
+print("PATCHED", json.dumps({"patched": sorted(patched()), "loaded": sorted(sys.modules)}))
 """
 
 
@@ -121,6 +133,6 @@ def test_in_an_offline_program_what_is_patched_is_what_the_rows_say(tmp_path: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     (told,) = (line for line in done.stdout.splitlines() if line.startswith("PATCHED "))
     worker = (Stage.WORKER, Stage.WORKER_V1, Stage.WORKER_CPU, Stage.MROPE_CPU)
-    assert set(json.loads(told.removeprefix("PATCHED "))) == targets(
-        Stage.PLUGIN, Stage.PROCESSOR, Stage.SCHEDULER, *worker
-    )
+    found = json.loads(told.removeprefix("PATCHED "))
+    stages = (Stage.PLUGIN, Stage.PROCESSOR, Stage.SCHEDULER, *worker)
+    assert set(found["patched"]) == targets(found["loaded"], *stages)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import checks, families, minors, model_names, plugin, request, wrapping
+from promprune_vllm.engine import checks, families, model_names, plugin, request
 from promprune_vllm.engine.asked import Asked, read
+from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.conftest import Engine
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 def test_every_private_name_is_there() -> None:
     tables = [names for table, names in {**vars(checks), **vars(model_names)}.items() if table.endswith("_NAMES")]
-    assert len(tables) >= 12
+    assert len(tables) >= 10
     for names in tables:
         checks.require_names(names)
 
@@ -53,24 +54,6 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, fine: bool) -> 
             checks.require_supported_version()
 
 
-def test_registering_twice_wraps_once() -> None:
-    from vllm.renderers.base import BaseRenderer
-    from vllm.renderers.online_renderer import OnlineRenderer
-
-    def all_wrapped() -> list[Any]:
-        names = ("_process_singleton", "_process_singleton_async", "__init__")
-        doors = [OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl]
-        return [*doors, *(getattr(BaseRenderer, name) for name in names)]
-
-    plugin.register()
-    before = all_wrapped()
-    plugin.register()
-    assert all_wrapped() == before
-    for function in before:
-        wrappers = getattr(function, wrapping._WRAPPERS)
-        assert len(wrappers) == len(set(wrappers)) >= 1
-
-
 def _request(top: Any = None, nested: Any = None) -> Any:
     return SimpleNamespace(
         model_extra={} if top is None else {"visual_token_budget": top},
@@ -101,7 +84,9 @@ def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
     renderer = SimpleNamespace(parser=None, renderer=inner, model_config=config)
     if not checks.before("0.31"):  # earlier, the same method goes on to render
         OnlineRenderer.adjust_harmony_request(renderer, _request())  # type: ignore[arg-type]
-    for owner, name in minors.harmony_doors():
+    doors = [each for each in PATCHES if each.wrapper == "request:refuse_harmony" and each.applies]
+    assert doors
+    for owner, name in (each.owner() for each in doors):
         with pytest.raises(VLLMValidationError, match="gpt-oss cannot be pruned, it takes no images"):
             getattr(owner, name)(renderer, _request(top=64))
 
@@ -208,15 +193,3 @@ def test_the_profile_run_is_not_pruned(engine: Engine, monkeypatch: pytest.Monke
     else:
         dummy = processor.get_dummy_mm_inputs({"image": 1})
     assert [place.length for place in dummy["mm_placeholders"]["image"]] == [576]
-
-
-def test_nothing_adapts_to_load_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.metrics.loggers import StatLoggerManager
-
-    from promprune_vllm.engine import load
-
-    monkeypatch.delenv("PROMPRUNE_ADAPT_TO_LOAD", raising=False)
-    before = StatLoggerManager.record
-    load.install()
-    assert StatLoggerManager.record is before
-    assert load.current_level() == 1

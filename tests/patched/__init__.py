@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -16,9 +16,13 @@ HOSTS = ("vllm", "transformers", "fastapi", "starlette", "prometheus_client", "i
 _PACKAGE = str(Path(promprune_vllm.__file__).parent)
 
 
-def targets(*stages: Stage) -> set[str]:
-    """Return what a process has patched by the list, in which these stages were reached."""
-    return {patch.target for patch in PATCHES if patch.stage in stages and patch.applies}
+def targets(loaded: Collection[str], *stages: Stage) -> set[str]:
+    """Return what a process has patched by the list, in which these modules were loaded and these stages reached."""
+    return {
+        patch.target
+        for patch in PATCHES
+        if patch.stage in stages and (patch.module in loaded if patch.presence == "loaded" else patch.applies)
+    }
 
 
 def patched() -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ def _answer() -> None:
     from tests.patched import patched
 
     answer = FOLDER / f"{os.getpid()}.part"
-    answer.write_text(json.dumps(sorted(patched())))
+    answer.write_text(json.dumps({"patched": sorted(patched()), "loaded": sorted(sys.modules)}))
     answer.rename(answer.with_suffix(".json"))
 
 

@@ -6,18 +6,23 @@ And a router before that server and one of a single rank.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from promprune_vllm.demo.server import Server, free_port, serving, wait_until_healthy
+from promprune_vllm.engine.wrapping import Stage
 from tests.conftest import VISUAL_TOKENS
+from tests.patched import targets
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
 
 pytestmark = pytest.mark.server
@@ -27,16 +32,50 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def two_ranks(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("two-ranks")
     environment = {
         **ENVIRONMENT,
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests" / "patched"), str(ROOT))),
+        "PROMPRUNE_TEST_PATCHED": str(folder),
     }
     extension = ("--worker-extension-cls", "tests.server.broken.BrokenWorker", "--tensor-parallel-size", "2")
-    log = tmp_path_factory.mktemp("two-ranks") / "log"
-    with serving(demo_model, *OPTIONS, *extension, log=log, environment=environment) as running:
+    with serving(demo_model, *OPTIONS, *extension, log=folder / "log", environment=environment) as running:
         yield running
+
+
+def test_in_each_process_what_is_patched_is_what_the_rows_say(two_ranks: Server) -> None:
+    """In the API server, the engine's core and each worker: nothing without a row, no row without its effect."""
+    assert ask(two_ranks, "coffee", visual_token_budget=9)["usage"]["visual_tokens"]["kept"] == 9
+    names = {
+        process.pid: name
+        for process in psutil.Process(two_ranks.process.pid).children(recursive=True)
+        if (name := _role(process))
+    }
+    assert sorted(names.values()) == ["API server", "engine core", "worker", "worker"]
+    folder = two_ranks.log.parent
+    (folder / "ask").touch()
+    deadline = time.monotonic() + 60
+    answers = [folder / f"{pid}.json" for pid in names]
+    while not all(answer.exists() for answer in answers):
+        assert time.monotonic() < deadline, names
+        time.sleep(0.1)
+    front, worker = {Stage.PLUGIN, Stage.PROCESSOR}, {Stage.WORKER, Stage.WORKER_V1, Stage.WORKER_CPU}
+    stages = {
+        "API server": {*front, Stage.COMMAND, Stage.REPLIES},
+        "engine core": {*front, Stage.SCHEDULER},
+        "worker": {*front, *worker},
+    }
+    for pid, name in names.items():
+        found = json.loads((folder / f"{pid}.json").read_text())
+        assert set(found["patched"]) == targets(found["loaded"], *stages[name]), name
+
+
+def _role(process: psutil.Process) -> str | None:
+    title = " ".join(process.cmdline())
+    roles = {"promprune_vllm serve": "API server", "VLLM::EngineCore": "engine core", "VLLM::Worker": "worker"}
+    return next((role for start, role in roles.items() if start in title), None)
 
 
 def _break(server: Server, **keeps: list[int]) -> None:

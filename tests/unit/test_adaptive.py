@@ -144,4 +144,4 @@ def test_statistics_that_are_off_are_refused_by_both_names() -> None:
         raise AssertionError("started")
 
     with pytest.raises(SettingsError, match=r"adapt-to-load .*--disable-log-stats"):
-        load._requiring_statistics(start)(object(), None, None, log_stats=False)
+        load.require_statistics(start)(object(), None, None, log_stats=False)

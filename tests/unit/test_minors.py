@@ -51,11 +51,10 @@ def test_which_minor_this_is() -> None:
 
 @pytest.mark.usefixtures("older")
 def test_an_older_minor_is_asked_for_its_own_names() -> None:
-    path = "vllm.renderers.online_renderer:OnlineRenderer.adjust_harmony_request"
-    found = checks.in_this_minor({path: ("request",), "json:loads": ("s",)})
+    path = "vllm.multimodal.processing.processor:BaseMultiModalProcessor._get_mm_hashes"
+    found = checks.in_this_minor({path: ("inputs",), "json:loads": ("s",)})
     assert found.pop("json:loads") == ("s",)
-    assert len(found) == 2  # of 0.30, and one of those two again otherwise in 0.29
-    assert [name.rpartition(".")[2] for name in found] == ["_make_request_with_harmony"] * 2
+    assert [*found] == ["vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes"]
 
 
 @pytest.mark.usefixtures("newest")
@@ -101,12 +100,12 @@ class OlderProcessor:
     _get_mm_hashes = minors._get_mm_hashes
     _get_cache_missing_processor_kwargs = minors._get_cache_missing_processor_kwargs
 
-    @minors._asking_for_options
+    @minors.ask_for_options
     def _get_cache_missing_items(self, cache: set[str], mm_data_items: list[str], mm_hashes: Any) -> Any:
         hits = [key in cache for key in mm_hashes["image"]]
         return {"image": hits}, [item for item, hit in zip(mm_data_items, hits, strict=True) if not hit]
 
-    @minors._asking_for_hashes
+    @minors.ask_for_hashes
     def _cached_apply_hf_processor(self, inputs: Inputs, timing_ctx: set[str]) -> Any:
         hashes = inputs.get_mm_hashes(self.info.model_id, algorithm="a")
         hits, missing = self._get_cache_missing_items(

@@ -1,0 +1,43 @@
+"""The patches of vLLM as the documentation shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from promprune_vllm.engine.patches import PATCHES
+from promprune_vllm.engine.wrapping import Patch, Reason
+from promprune_vllm.markdown import table
+
+
+def markdown() -> str:
+    """Render every patch, in the order in which a request meets the processes."""
+    columns = ("patched", "where", "for", "by")
+    return table(
+        columns, ((_target(each), each.stage.value, each.reason.feature, _file(each)) for each in PATCHES)
+    )
+
+
+def reasons_markdown() -> str:
+    """Render why vLLM is patched, and which change of vLLM's would let us delete how many rows."""
+    columns = ("for", "why it takes a patch", "what would let us delete it", "rows")
+    return table(columns, _reasons())
+
+
+def _reasons() -> Iterator[tuple[str, ...]]:
+    rows: dict[Reason, int] = {}
+    for each in PATCHES:
+        rows[each.reason] = rows.get(each.reason, 0) + 1
+    for reason, number in rows.items():
+        yield reason.feature, reason.why, reason.until, str(number)
+
+
+def _target(patch: Patch) -> str:
+    module, _, name = patch.target.partition(":")
+    limits = (f"since {patch.since}" if patch.since else "", f"before {patch.before}" if patch.before else "")
+    noted = ", ".join(limit for limit in limits if limit)
+    return f"`{name}` of `{module.removeprefix('vllm.')}`" + (f" ({noted})" if noted else "")
+
+
+def _file(patch: Patch) -> str:
+    module, _, function = patch.wrapper.partition(":")
+    return f"`{module}.{function}`"
