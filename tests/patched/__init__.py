@@ -17,7 +17,7 @@ _PACKAGE = str(Path(promprune_vllm.__file__).parent)
 
 
 def targets(loaded: Collection[str], *stages: Stage) -> set[str]:
-    """Return what a process has patched by the list, in which these modules were loaded and these stages reached."""
+    """Return what is patched by the list where these modules are loaded and these stages were reached."""
     return {
         patch.target
         for patch in PATCHES
