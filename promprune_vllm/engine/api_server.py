@@ -10,9 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from promprune_vllm.engine import counting
-
-_OURS = "promprune_endpoints"
-"""Attribute of the app's state."""
+from promprune_vllm.engine.keys import ENDPOINTS
 
 
 def attach_ours(original: Any) -> Any:
@@ -24,7 +22,7 @@ def attach_ours(original: Any) -> Any:
         original(app, *args, **kwargs)
         ours = Endpoints()
         ours.attach_router(app)
-        setattr(app.state, _OURS, ours)
+        setattr(app.state, ENDPOINTS, ours)
 
     return attach_endpoint_plugins
 
@@ -34,7 +32,7 @@ def init_ours(original: Any) -> Any:
 
     async def init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
         await original(engine_client, state, args)
-        ours = getattr(state, _OURS, None)
+        ours = getattr(state, ENDPOINTS, None)
         if ours is None:  # a batch run, which has a state without an app
             return
         await ours.init_state(engine_client, state, args)

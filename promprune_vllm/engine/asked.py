@@ -10,12 +10,11 @@ from typing import Any
 
 from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, Ask, Budget, shown
 from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.near_misses import XARGS
 
 logger = logging.getLogger("vllm.promprune")
-TEXT_KEY = "visual_token_text"
-DETAIL_KEY = "visual_token_detail"
 _http_fields: ContextVar[Mapping[str, Any] | None] = ContextVar("visual_token_http_fields", default=None)
 _IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 
@@ -43,7 +42,8 @@ class Asked:
 
     def as_kwargs(self) -> dict[str, object]:
         """Return this as processor options, the way vLLM hands a request's wishes on."""
-        values = {FIELD: self.budget, METHOD_FIELD: self.method, TEXT_KEY: self.text, DETAIL_KEY: self.details}
+        sent = {FIELD: self.budget, METHOD_FIELD: self.method}
+        values = {**sent, TEXT_OPTION: self.text, DETAIL_OPTION: self.details}
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
@@ -56,13 +56,13 @@ class Asked:
         """
         rest = dict(kwargs)
         budget, method = rest.pop(FIELD, None), rest.pop(METHOD_FIELD, None)
-        text: Any = rest.pop(TEXT_KEY, None)
-        details: Any = rest.pop(DETAIL_KEY, None)
+        text: Any = rest.pop(TEXT_OPTION, None)
+        details: Any = rest.pop(DETAIL_OPTION, None)
         if text is not None and not isinstance(text, str):
-            raise _wrong(TEXT_KEY, "a string", text)
+            raise _wrong(TEXT_OPTION, "a string", text)
         listed = isinstance(details, list | tuple) and all(isinstance(each, str) for each in details)
         if details is not None and not listed:
-            raise _wrong(DETAIL_KEY, 'a list with "low", "high" or "auto" for each image', details)
+            raise _wrong(DETAIL_OPTION, 'a list with "low", "high" or "auto" for each image', details)
         details = None if details is None else tuple(details)
         return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from promprune_vllm.config import Settings
-from promprune_vllm.engine.plan import SUMMARY, Summary
+from promprune_vllm.engine.keys import COUNTED, SAVINGS, SUMMARY
+from promprune_vllm.engine.plan import Summary
 from promprune_vllm.metrics.recorder import expose, recorder
-
-_COUNTED = "counted"
-_SAVINGS = "_promprune_savings"
 
 
 def start(renderer: Any) -> None:
@@ -48,9 +46,9 @@ def count_prompts(original: Any) -> Any:
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
         # Anything else is no prompt of a request yet: vLLM renders it and comes by here again, or checks options.
-        if isinstance(prompt, dict) and "type" in prompt and not prompt.get(_COUNTED):
+        if isinstance(prompt, dict) and "type" in prompt and not prompt.get(COUNTED):
             _count(self, prompt)
-            prompt[_COUNTED] = True  # it may be sent again
+            prompt[COUNTED] = True  # it may be sent again
         return request
 
     return process_inputs
@@ -75,6 +73,6 @@ def _count(input_processor: Any, engine_input: dict[str, Any]) -> None:
 def _savings(input_processor: Any) -> Any:
     from promprune_vllm.engine.savings import Savings
 
-    if _SAVINGS not in input_processor.__dict__:
-        setattr(input_processor, _SAVINGS, Savings(input_processor.vllm_config))
-    return input_processor.__dict__[_SAVINGS]
+    if SAVINGS not in input_processor.__dict__:
+        setattr(input_processor, SAVINGS, Savings(input_processor.vllm_config))
+    return input_processor.__dict__[SAVINGS]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_TAKEN_BACK = "_promprune_generators"
-"""Attribute of the runner: index in the batch -> generator, and its state before it was sampled from."""
+from promprune_vllm.engine.keys import GENERATORS
 
 
 def save_states(original: Any) -> Any:
@@ -20,7 +19,7 @@ def save_states(original: Any) -> Any:
         discarded = self.discard_request_mask.np
         generators = self.input_batch.generators
         saved = {i: (each, each.get_state()) for i, each in generators.items() if discarded[i]}
-        setattr(self, _TAKEN_BACK, saved)
+        setattr(self, GENERATORS, saved)
         return original(self, *args, **kwargs)
 
     return sample
@@ -32,7 +31,7 @@ def restore_states(original: Any) -> Any:
     def bookkeeping(self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators
         hidden = {}
-        for i, (generator, state) in self.__dict__.pop(_TAKEN_BACK, {}).items():
+        for i, (generator, state) in self.__dict__.pop(GENERATORS, {}).items():
             generator.set_state(state)
             hidden[i] = generators.pop(i)  # vLLM would move its offset
         try:

@@ -12,13 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from promprune_vllm.engine import checks, minors, patches
+from promprune_vllm.engine.keys import FAILED, GONE
 from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.metrics.recorder import recorder
 
 logger = logging.getLogger("vllm.promprune")
-FAILED = "promprune_failed"
-"""Attribute of a step's result: cache identifiers of the images that failed in it, where there are any."""
-_GONE = "_promprune_gone"
 _STEPS = 4  # more than are ever in flight at once: two
 
 
@@ -67,7 +65,7 @@ def note_gone(original: Any) -> Any:
 
 def _gone(scheduler: Any) -> deque[set[str]]:
     """Return the images of requests that ended in flight, by step."""
-    gone: deque[set[str]] = scheduler.__dict__.setdefault(_GONE, deque([set()], maxlen=_STEPS))
+    gone: deque[set[str]] = scheduler.__dict__.setdefault(GONE, deque([set()], maxlen=_STEPS))
     return gone
 
 

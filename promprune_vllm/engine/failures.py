@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
-from promprune_vllm.engine.failed_requests import FAILED
 from promprune_vllm.engine.image import EncodedImage, Job
+from promprune_vllm.engine.keys import FAILED, FILLER, PENDING_FAILED
 
 logger = logging.getLogger("vllm.promprune")
-_FILLER = "_promprune_filler"
 _T = TypeVar("_T")
 
 
@@ -53,7 +52,7 @@ class Step:
     def fill(self, model: Model, rows: int) -> Tensor:
         """Return what stands in for an image's rows until its requests are ended."""
         filler = model.zeros(rows)
-        setattr(filler, _FILLER, True)
+        setattr(filler, FILLER, True)
         self.filler.append(filler)
         return filler
 
@@ -170,7 +169,7 @@ def contain_step(original: Any) -> Any:
         finally:
             _step.reset(token)
         if step.filler:
-            self._promprune_failed = _identifiers(cached_rows(self), step.filler)
+            setattr(self, PENDING_FAILED, _identifiers(cached_rows(self), step.filler))
         return output if output is None else _report(self, output)
 
     return execute_model
@@ -193,7 +192,7 @@ def drop_filler(original: Any) -> Any:
         for request, inputs in scheduled_encoder_inputs.items():
             for i in inputs:
                 identifier = self.encoder_cache.mm_features[request][i].identifier
-                if hasattr(rows.get(identifier), _FILLER):
+                if hasattr(rows.get(identifier), FILLER):
                     del rows[identifier]
         return original(self, scheduled_encoder_inputs)
 
@@ -219,7 +218,8 @@ def _identifiers(rows: Mapping[str, Tensor], filler: Sequence[Tensor]) -> tuple[
 
 def _report(runner: Any, output: Any) -> Any:
     """Put what failed into the step's result."""
-    failed, runner._promprune_failed = getattr(runner, "_promprune_failed", ()), ()
+    failed = getattr(runner, PENDING_FAILED, ())
+    setattr(runner, PENDING_FAILED, ())
     if not failed:
         return output
     from vllm.v1.outputs import AsyncModelRunnerOutput

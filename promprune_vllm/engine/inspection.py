@@ -19,7 +19,7 @@ from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.geometry import Box
 from promprune_vllm.engine import minors
-from promprune_vllm.engine.trace import HELD, RECALL
+from promprune_vllm.engine.keys import HELD, RECALL
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
 from promprune_vllm.server.told import Told, told

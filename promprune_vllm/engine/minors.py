@@ -15,10 +15,9 @@ from typing import Any
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine import checks
+from promprune_vllm.engine.keys import OURS
 from promprune_vllm.errors import BudgetError
 
-OURS = ("visual_token", "_promprune")
-"""How every processor option of ours begins."""
 _inputs: ContextVar[Any] = ContextVar("promprune_processor_inputs", default=None)
 
 

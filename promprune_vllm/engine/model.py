@@ -15,7 +15,7 @@ from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine import checks, failures, families, patches, trace
 from promprune_vllm.engine.image import EncodedImage, Job
-from promprune_vllm.engine.plan import COUNTS, TEXT
+from promprune_vllm.engine.keys import COUNTS, TEXT
 from promprune_vllm.engine.trace import Trace
 from promprune_vllm.engine.watch import SelectionWatch
 from promprune_vllm.engine.wrapping import Stage

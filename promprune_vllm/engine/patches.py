@@ -7,6 +7,7 @@ around the upper.
 
 from __future__ import annotations
 
+from promprune_vllm.engine.keys import HELD, RECALL
 from promprune_vllm.engine.wrapping import Patch, Reason, Stage, wrap
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -219,8 +220,8 @@ PATCHES: tuple[Patch, ...] = (
         f"{_V2}.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
         *("failures:drop_filler", ("scheduled_encoder_inputs",), Stage.WORKER_V2, _CONTAIN),
     ),
-    Patch(f"{_WORKER}.promprune_recall", "trace:add_recall", (), Stage.WORKER, _INSPECT, adds=True),
-    Patch(f"{_WORKER}.promprune_held", "trace:add_held", (), Stage.WORKER, _INSPECT, adds=True),
+    Patch(f"{_WORKER}.{RECALL}", "trace:add_recall", (), Stage.WORKER, _INSPECT, adds=True),
+    Patch(f"{_WORKER}.{HELD}", "trace:add_held", (), Stage.WORKER, _INSPECT, adds=True),
     Patch(f"{_V1}._sample", "cpu_seeds:save_states", ("logits",), Stage.WORKER_CPU, _SEED),
     Patch(f"{_V1}._bookkeeping_sync", "cpu_seeds:restore_states", ("scheduler_output",), Stage.WORKER_CPU, _SEED),
     Patch(

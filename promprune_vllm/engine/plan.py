@@ -6,23 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
 from promprune_vllm.server.told import tell
 
-SUMMARY = "visual_tokens"
-"""Key of a processed prompt: its ``Summary``."""
-COUNTS = "visual_token_counts"
-"""Field of every image: ``(3,)`` int64, tokens seen and kept, and the index of the method among those allowed."""
-TEXT = "visual_token_text"
-"""Field of every image: ``(M,)`` int64, tokens of the user's text for methods that look at it.
-
-A model's input; ``asked.TEXT_KEY``, of the same name, is the text itself among the processor's options.
-"""
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
-PLAN = "_promprune_plan"
-"""Processor option that carries the ``Plan``; the Hugging Face processor must never see it."""
-_RECORDED = "_promprune_recorded"
-"""Key of a processed prompt whose images the reply already tells of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +74,9 @@ def split(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
 def record_images(prompt: Any) -> None:
     """Have the reply to the request being handled tell of a processed prompt's images; each prompt counts once."""
     summary: Summary | None = prompt.get(SUMMARY)
-    if summary is None or prompt.get(_RECORDED):
+    if summary is None or prompt.get(RECORDED):
         return
-    prompt[_RECORDED] = True
+    prompt[RECORDED] = True
     images = summary.images
     counts = [(image.seen, image.kept) for image in images]
     tell(counts, prompt["mm_hashes"]["image"], [image.size for image in images])

@@ -14,7 +14,8 @@ import torch
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine import asked
-from promprune_vllm.engine.plan import COUNTS, MAX_TEXT_TOKENS, SUMMARY, TEXT, ImagePlan, Summary, record_images
+from promprune_vllm.engine.keys import COUNTS, SUMMARY, TEXT
+from promprune_vllm.engine.plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_images
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.told import told
 

@@ -25,26 +25,16 @@ from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import checks, families, minors, patches
 from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT
 from promprune_vllm.engine.load import current_level
 from promprune_vllm.engine.named import Images, require_cached
-from promprune_vllm.engine.plan import (
-    COUNTS,
-    MAX_TEXT_TOKENS,
-    PLAN,
-    SUMMARY,
-    TEXT,
-    ImagePlan,
-    Plan,
-    Summary,
-    shortened,
-    split,
-)
+from promprune_vllm.engine.plan import MAX_TEXT_TOKENS, ImagePlan, Plan, Summary, shortened, split
 from promprune_vllm.engine.request import refusing
 from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.errors import BudgetError, SettingsError
 
-_PROFILE, _PROFILING = "_promprune_profile", object()
-"""Processor option of the memory profile, and its value: nothing that a client could send."""
+_PROFILING = object()
+"""Value of the option ``PROFILE``: nothing that a client could send."""
 _KEY_PREFIX = "promprune-"
 
 checks.require_names(checks.PROCESSOR_NAMES)
@@ -118,7 +108,7 @@ class PrunedProcessorMixin:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         with refusing(self.info.ctx.model_config):  # type: ignore[attr-defined]
             asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
-            profiling = kwargs.pop(_PROFILE, None) is _PROFILING
+            profiling = kwargs.pop(PROFILE, None) is _PROFILING
             images = self._images(inputs)
             prunes = not (profiling or self.refusal)
             plans = self._plan(inputs, images, Asked() if profiling else asked, kwargs, prunes=prunes)
@@ -146,7 +136,7 @@ class PrunedProcessorMixin:
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's memory profile: the most that requests can bring, so never pruned."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _PROFILE: _PROFILING})
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, PROFILE: _PROFILING})
 
     def _plan(
         self, inputs: Any, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True

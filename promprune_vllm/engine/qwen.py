@@ -18,8 +18,8 @@ from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.positions import require_rows
 from promprune_vllm.engine.capture import inputs_of, patch_attention
 from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.keys import SUMMARY
 from promprune_vllm.engine.mrope import MRopePrunedMixin
-from promprune_vllm.engine.plan import SUMMARY
 from promprune_vllm.engine.processor import PrunedProcessorMixin
 from promprune_vllm.engine.request import refusing
 from promprune_vllm.engine.sharding import Captured, Shares

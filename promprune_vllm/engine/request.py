@@ -21,6 +21,7 @@ from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import families, minors
 from promprune_vllm.engine.asked import Asked, from_request
+from promprune_vllm.engine.keys import OURS
 from promprune_vllm.engine.plan import record_images
 from promprune_vllm.errors import BudgetError, SettingsError
 from promprune_vllm.metrics.recorder import recorder
@@ -162,7 +163,7 @@ def announce(renderer: Any) -> None:
 def _refuse_engine_options(model_config: Any) -> None:
     """Raise ``SettingsError`` where our fields are among the engine's processor options, which nobody reads."""
     options = getattr(model_config.multimodal_config, "mm_processor_kwargs", None) or {}
-    ours = sorted(name for name in options if name.startswith(minors.OURS))
+    ours = sorted(name for name in options if name.startswith(OURS))
     if ours:
         raise SettingsError(
             f"{ours[0]} in the engine's mm_processor_kwargs (--mm-processor-kwargs) has no effect. Set a default "

@@ -14,8 +14,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+from promprune_vllm.engine.keys import AGAIN
+
 logger = logging.getLogger("vllm.promprune")
-_AGAIN = "process_again"
 
 
 def remember_prompt(original: Any) -> Any:
@@ -25,7 +26,7 @@ def remember_prompt(original: Any) -> Any:
         engine_input = await original(self, prompt, **kwargs)
         items = (engine_input.get("mm_kwargs") or {}).values()
         if any(item is None for each in items for item in each):
-            engine_input[_AGAIN] = partial(original, self, prompt, **{**kwargs, "skip_mm_cache": True})
+            engine_input[AGAIN] = partial(original, self, prompt, **{**kwargs, "skip_mm_cache": True})
         return engine_input
 
     return process
@@ -35,7 +36,7 @@ def send_again(original: Any) -> Any:
     """Wrap the way to the engine."""
 
     def generate(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        again = prompt.pop(_AGAIN, None) if isinstance(prompt, dict) else None
+        again = prompt.pop(AGAIN, None) if isinstance(prompt, dict) else None
         if again is None:
             found: AsyncIterator[Any] = original(self, prompt, *args, **kwargs)
             return found

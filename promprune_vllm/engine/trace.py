@@ -14,14 +14,9 @@ from torch import Tensor
 
 from promprune_vllm.engine.failures import cached_rows
 from promprune_vllm.engine.image import Chosen
+from promprune_vllm.engine.keys import TRACE
 from promprune_vllm.engine.watch import seconds
 from promprune_vllm.kernels.ops import descending_order
-
-_TRACE = "_promprune_trace"
-RECALL = "promprune_recall"
-"""Name of the worker's method that tells the traces of images."""
-HELD = "promprune_held"
-"""Name of the worker's method that tells how much its encoder cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class Trace:
 
 def leave(rows: Tensor, trace: Trace) -> None:
     """Let an image's rows carry its trace."""
-    setattr(rows, _TRACE, trace)
+    setattr(rows, TRACE, trace)
 
 
 def add_recall(_: None) -> Any:
@@ -124,5 +119,5 @@ def _held(worker: Any) -> tuple[int, int]:
 def _told(rows: Tensor | None) -> dict[str, Any] | None:
     if rows is None:
         return None
-    trace: Trace | None = getattr(rows, _TRACE, None)
+    trace: Trace | None = getattr(rows, TRACE, None)
     return {} if trace is None else trace.as_json()

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from promprune_vllm.engine import checks
+from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.errors import IncompatibleVllmError
 
-PATCHED_BY = "__promprune_patches__"
-"""Attribute of a function that stands in the place of vLLM's: the wrappers it has, the innermost first."""
 _ENGINE = "promprune_vllm.engine"
 
 
@@ -123,7 +122,8 @@ def wrap(patch: Patch) -> None:
     made = wrapper(original)
     if original is not None:
         made = functools.wraps(original)(made)
-    setattr(made.fget if isinstance(made, property) else made, PATCHED_BY, (*there, patch.wrapper))
+    marked = made.fget if isinstance(made, property) else made
+    setattr(marked, PATCHED_BY, (*there, patch.wrapper))
     setattr(owner, name, made)
 
 

@@ -18,7 +18,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine import checks
 from promprune_vllm.engine.image import EncodedImage
-from promprune_vllm.engine.trace import RECALL
+from promprune_vllm.engine.keys import RECALL
 from tests.engine.conftest import Engine
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY

@@ -12,7 +12,7 @@ import pytest
 
 from promprune_vllm.core.budget import Budget
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.engine.plan import SUMMARY
+from promprune_vllm.engine.keys import SUMMARY
 from tests.engine.conftest import Engine
 
 Make = Callable[[], dict[str, Any]]

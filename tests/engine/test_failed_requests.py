@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from promprune_vllm.engine import failed_requests, failures
+from promprune_vllm.engine import failed_requests, failures, keys
 from tests.engine.conftest import Ask, Engine, held_rows
 
 pytestmark = pytest.mark.engine
@@ -60,7 +60,7 @@ class Flight:
             sampled_token_ids=[[7] if name in step.samples else [] for name in names],
         )
         if failed:
-            setattr(output, failed_requests.FAILED, failed)
+            setattr(output, keys.FAILED, failed)
         for outputs in self.scheduler.update_from_output(step, output).values():
             for each in outputs.outputs:
                 self.tokens.setdefault(each.request_id, []).extend(each.new_token_ids)
@@ -241,9 +241,9 @@ def test_a_result_that_arrives_later_is_marked_when_it_does() -> None:
 
     runner = SimpleNamespace(_promprune_failed=("image",))
     output = failures._report(runner, Later()).get_output()
-    assert getattr(output, failed_requests.FAILED) == ("image",)
-    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, failed_requests.FAILED), "every step would report it"
-    assert not hasattr(failures._report(runner, Later()).get_output(), failed_requests.FAILED)
+    assert getattr(output, keys.FAILED) == ("image",)
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, keys.FAILED), "every step would report it"
+    assert not hasattr(failures._report(runner, Later()).get_output(), keys.FAILED)
 
 
 def test_where_zeros_could_not_be_taken_back_the_exception_passes(engine: Engine) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.engine import patches, plugin
+from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.engine.patches import PATCHES
-from promprune_vllm.engine.wrapping import PATCHED_BY, Patch, Reason, Stage
+from promprune_vllm.engine.wrapping import Patch, Reason, Stage
 from promprune_vllm.errors import IncompatibleVllmError
 from tests.conftest import UNMEASURED
 from tests.documents import ROOT

@@ -17,8 +17,7 @@ import pytest
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine import checks, minors, model_names
-from promprune_vllm.engine.asked import DETAIL_KEY, TEXT_KEY
-from promprune_vllm.engine.plan import PLAN
+from promprune_vllm.engine.keys import DETAIL_OPTION, PLAN, TEXT_OPTION
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.documents import ROOT, table
 
@@ -160,7 +159,7 @@ def test_options_of_ours_are_refused_where_vllm_has_no_gate() -> None:
     for fine in (None, {}, {"size": 9}):
         minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs=fine))
     minors.refuse_smuggled(SimpleNamespace())
-    for key in (FIELD, METHOD_FIELD, TEXT_KEY, DETAIL_KEY, PLAN):
+    for key in (FIELD, METHOD_FIELD, TEXT_OPTION, DETAIL_OPTION, PLAN):
         with pytest.raises(BudgetError, match=f"{key} in mm_processor_kwargs is not looked at") as refused:
             minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
         assert refused.value.param == "mm_processor_kwargs"

@@ -13,7 +13,8 @@ from PIL import Image
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, Budget
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.engine.asked import DETAIL_KEY, TEXT_KEY, Asked
+from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.engine.named import Images, Known, Memory, Size, require_cached
 from promprune_vllm.engine.plan import ImagePlan, Plan
 from promprune_vllm.errors import BudgetError
@@ -179,8 +180,8 @@ def test_an_image_keeps_all_where_the_policy_says_so(
     ("option", "values", "wanted"),
     [
         (FIELD, [True, {"a": 1}, "x", [None], object()], "must be"),
-        (TEXT_KEY, [5, b"x", ["x"], {}, object()], "must be a string"),
-        (DETAIL_KEY, [5, "low", [5], {"low": 1}, [None], object()], "must be a list"),
+        (TEXT_OPTION, [5, b"x", ["x"], {}, object()], "must be a string"),
+        (DETAIL_OPTION, [5, "low", [5], {"low": 1}, [None], object()], "must be a list"),
     ],
 )
 def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[Any], wanted: str) -> None:
@@ -193,5 +194,5 @@ def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[
 
 
 def test_options_of_the_right_type_are_taken() -> None:
-    given_options = {FIELD: 9, METHOD_FIELD: "x", TEXT_KEY: "what?", DETAIL_KEY: ["low"], "size": 1}
+    given_options = {FIELD: 9, METHOD_FIELD: "x", TEXT_OPTION: "what?", DETAIL_OPTION: ["low"], "size": 1}
     assert Asked.taken_from(given_options) == (Asked(9, "x", "what?", ("low",)), {"size": 1})

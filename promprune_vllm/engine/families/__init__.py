@@ -10,10 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from promprune_vllm.config import Calibration
+from promprune_vllm.engine.keys import CALIBRATION
 from promprune_vllm.errors import SettingsError
 
-CARRIED = "promprune_calibration"
-"""Field of config.json with a checkpoint's own calibration."""
 _CLS = "attention CLS pays, in the layer that feeds the projector, mean over heads"
 _RECEIVED = (
     "attention a patch gets from all patches of its image in {}, mean over heads, then over its 2 x 2 patches"
@@ -120,10 +119,10 @@ def calibration(model_config: Any) -> Calibration:
     """
     found = family_of(model_config.architectures)
     family = {} if found is None else found.calibration
-    own = getattr(model_config.hf_config, CARRIED, {})
+    own = getattr(model_config.hf_config, CALIBRATION, {})
     if not isinstance(own, dict) or not all(isinstance(options, dict) for options in own.values()):
         raise SettingsError(
-            f"config.json of {model_config.model} has {CARRIED} = {own!r}: it takes an object of methods with "
+            f"config.json of {model_config.model} has {CALIBRATION} = {own!r}: it takes an object of methods with "
             'objects of options, such as {"promprune": {"mu": 0.5}}.'
         )
     return {**family, **own}
