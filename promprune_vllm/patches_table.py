@@ -1,9 +1,10 @@
-"""The patches of vLLM as the documentation shows them."""
+"""What is patched of vLLM, and what is set on its objects, as the documentation shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from promprune_vllm.engine.keys import WRITES
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.engine.wrapping import Patch, Reason
 from promprune_vllm.markdown import table
@@ -21,6 +22,11 @@ def reasons_markdown() -> str:
     """Render why vLLM is patched, and which change of vLLM's would let us delete how many rows."""
     columns = ("for", "why it takes a patch", "what would let us delete it", "rows")
     return table(columns, _reasons())
+
+
+def writes_markdown() -> str:
+    """Render which attributes of other programs' objects are set."""
+    return table(("attribute", "why it is set"), ((f"`{name}`", why) for name, why in WRITES.items()))
 
 
 def _reasons() -> Iterator[tuple[str, ...]]:

@@ -161,6 +161,7 @@ def test_the_documents_show_what_a_budget_does_on_every_route() -> None:
 def test_the_documents_show_every_patch() -> None:
     assert table("patches") == patches_table.markdown(), "put patches_table.markdown() between the two marks"
     assert table("reasons") == patches_table.reasons_markdown(), "put reasons_markdown() between the two marks"
+    assert table("writes") == patches_table.writes_markdown(), "put writes_markdown() between the two marks"
 
 
 def test_the_documents_explain_every_option_as_the_help_does() -> None:
