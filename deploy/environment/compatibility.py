@@ -50,14 +50,15 @@ TOOLS = (
     *("jsonschema>=4", "playwright>=1.50"),
 )
 TESTS = (
-    *("tests/engine/test_seam.py", "tests/engine/test_llava.py", "tests/engine/test_families.py"),
+    *("tests/engine/test_patches.py", "tests/engine/test_seam.py", "tests/engine/test_seeds.py"),
+    *("tests/engine/test_llava.py", "tests/engine/test_families.py"),
     *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
     *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
     *("tests/server/test_budget.py", "tests/server/test_reply.py", "tests/server/test_refusals.py"),
     "tests/server/test_routes.py",
     "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
 )
-"""Counts, rows bit for bit, chunks, prefixes, preemption, failures; and over HTTP budgets, replies, refusals."""
+"""Patches, counts, rows bit for bit, chunks, prefixes, preemption, failures; and over HTTP budgets, replies, refusals."""
 LEFT_OUT = (
     "tests/server/test_refusals.py::test_siglip_tower_under_the_same_architecture_name",
     "tests/server/test_refusals.py::test_text_only_model",
