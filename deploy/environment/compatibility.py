@@ -58,7 +58,7 @@ TESTS = (
     "tests/server/test_routes.py",
     "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
 )
-"""Patches, counts, rows bit for bit, chunks, prefixes, preemption, failures; over HTTP budgets, replies, refusals."""
+"""Patches, counts, rows, chunks, prefixes, preemption, failures; over HTTP budgets, replies, errors."""
 LEFT_OUT = (
     "tests/server/test_refusals.py::test_siglip_tower_under_the_same_architecture_name",
     "tests/server/test_refusals.py::test_text_only_model",
