@@ -169,7 +169,7 @@ def calibrate(
     from rich.console import Console
 
     from promprune_vllm.calibration_table import show
-    from promprune_vllm.engine.calibrate import calibrate as measure
+    from promprune_vllm.engine.worker.calibration_run import calibrate as measure
     from promprune_vllm.errors import PromPruneError
 
     if model.startswith("-"):
@@ -249,10 +249,10 @@ def _run_vllm(arguments: list[str]) -> None:
         import vllm  # noqa: F401
     except ImportError as error:
         _fail_without_vllm(error)
-    from promprune_vllm.engine import vllm_cli
+    from promprune_vllm.engine.api_server import command_line
 
     hang_up_as_sigterm()
-    vllm_cli.run(arguments)
+    command_line.run(arguments)
 
 
 def _fail_without_vllm(error: ImportError) -> NoReturn:

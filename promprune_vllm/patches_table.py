@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from promprune_vllm.engine.compat.patching import Patch, Reason
 from promprune_vllm.engine.keys import WRITES
 from promprune_vllm.engine.patches import PATCHES
-from promprune_vllm.engine.wrapping import Patch, Reason
 from promprune_vllm.markdown import table
 
 

@@ -3,8 +3,8 @@
 
 Each minor gets an environment of its own in .venv-compat, with the torch of the lock. What came of it goes
 into docs/compatibility.json, and from there into the tables of docs/compatibility.md and README.md. The exit
-status is 1 where a minor fails that `promprune_vllm/engine/checks.py` names as supported. Everything is said on
-stderr: stdout stays free.
+status is 1 where a minor fails that `promprune_vllm/engine/compat/versions.py` names as supported. Everything is
+said on stderr: stdout stays free.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def write(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def supported() -> tuple[str, ...]:
     sys.path.insert(0, str(ROOT))
-    from promprune_vllm.engine.checks import SUPPORTED
+    from promprune_vllm.engine.compat.versions import SUPPORTED
 
     return SUPPORTED
 

@@ -31,12 +31,12 @@ def measure(method: str) -> dict[str, Any]:
     Args:
         method: Selects the tokens.
     """
-    from promprune_vllm.engine import content
+    from promprune_vllm.engine.api_server import image_complexity
 
     groups = {"photographs": photographs()}
     groups["all"] = groups["photographs"] | made()
     features = _features(groups["all"])
-    levels = {name: content.level(image) for name, image in groups["all"].items()}
+    levels = {name: image_complexity.level(image) for name, image in groups["all"].items()}
     rows = []
     for default in DEFAULTS:
         policy = BudgetPolicy(default=Budget(tokens=default))

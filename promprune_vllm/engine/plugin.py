@@ -31,16 +31,17 @@ def install() -> None:
         SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
     """
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine import checks, families, patches
-    from promprune_vllm.engine.wrapping import Stage
+    from promprune_vllm.engine import families, patches
+    from promprune_vllm.engine.compat import versions
+    from promprune_vllm.engine.compat.patching import Stage
     from promprune_vllm.metrics import recorder
 
-    checks.require_supported_version()
+    versions.require_supported_version()
     settings = Settings.from_environment()
     recorder.prepare_directory()
     families.register()
-    checks.require_names(checks.PLUGIN_NAMES)
+    versions.require_names(versions.PLUGIN_NAMES)
     patches.install(Stage.PLUGIN)
     if settings.adapt_to_load:
-        checks.require_names(checks.LOAD_NAMES)
+        versions.require_names(versions.LOAD_NAMES)
         patches.install(Stage.LOAD)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from promprune_vllm.demo import photo_path
-from promprune_vllm.engine import checks
+from promprune_vllm.engine.compat import versions
 from tests.conftest import QUESTION
 
 Ask = tuple[str, int | None]  # (photograph, budget)
@@ -22,7 +22,7 @@ Ask = tuple[str, int | None]  # (photograph, budget)
 
 def held_rows(manager: Any) -> int:
     """Rows of all images in the scheduler's account of the encoder cache, where no request holds any."""
-    noted = manager.freeable if checks.before("0.31") else manager.num_embeds_by_hash
+    noted = manager.freeable if versions.before("0.31") else manager.num_embeds_by_hash
     return sum(noted.values())
 
 

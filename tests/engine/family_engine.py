@@ -16,15 +16,15 @@ from PIL import Image
 from promprune_vllm import Need
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
-from promprune_vllm.engine import checks
-from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import RECALL
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from tests.engine.conftest import Engine
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 # Landscape, portrait, square, and one smaller than a tower's own size.
 SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
-UNLOADABLE = ("qwen3_vl",) if checks.before("0.30") else ()
+UNLOADABLE = ("qwen3_vl",) if versions.before("0.30") else ()
 Visual = tuple[str, int | None]  # (shape, budget)
 
 

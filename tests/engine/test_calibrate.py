@@ -21,8 +21,8 @@ from promprune_vllm.config import Settings
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model
-from promprune_vllm.engine import calibrate
-from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.worker import calibration_run
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from tests.engine import family_engine
 from tests.engine.family_engine import FamilyEngine
 
@@ -42,20 +42,20 @@ class Attached(FamilyEngine):
     @torch.inference_mode()
     def encoded(self, shape: str) -> EncodedImage:
         image = super().encoded(shape)
-        calibrate._take(self.model)  # the test's own look is not to be measured
+        calibration_run._take(self.model)  # the test's own look is not to be measured
         return image
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attached]:
     model = build_family_model(request.param, tmp_path_factory.mktemp("models") / request.param)
-    with calibrate.loaded(str(model), OPTIONS) as llm:
+    with calibration_run.loaded(str(model), OPTIONS) as llm:
         yield Attached(request.param, llm)
 
 
 @pytest.fixture(autouse=True)
 def _environment_and_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in calibrate._ENVIRONMENT.items():
+    for name, value in calibration_run._ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # put back for the servers of later tests
     monkeypatch.setattr(
         family_engine, "picture", lambda name: Image.open(photo_path(name)).convert("RGB"), raising=True
@@ -72,7 +72,7 @@ def entropy(features: torch.Tensor) -> float:
 
 
 def command(engine: Attached, monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str) -> Result:
-    monkeypatch.setattr(calibrate, "loaded", lambda *_: nullcontext(engine.llm))
+    monkeypatch.setattr(calibration_run, "loaded", lambda *_: nullcontext(engine.llm))
     return CliRunner().invoke(cli.app, ["calibrate", "MODEL", "--images", str(directory), *arguments])
 
 
@@ -143,7 +143,7 @@ def test_tiles_are_measured_as_the_server_prunes_them(engine: Attached, monkeypa
     visual = torch.cat([group.features.projected for group in engine.encoded("coffee").groups])
     for tiles, truth in (("base", base), ("merged", entropy(visual))):
         monkeypatch.setattr(engine.model, "_settings", Settings(tiles=tiles))
-        measured = calibrate.measure(engine.llm, photo_path("coffee"))
+        measured = calibration_run.measure(engine.llm, photo_path("coffee"))
         assert measured.entropies == pytest.approx([truth], abs=1e-6)
 
 

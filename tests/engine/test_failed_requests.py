@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from promprune_vllm.engine import failed_requests, failures, keys
+from promprune_vllm.engine import keys
+from promprune_vllm.engine.scheduler import failed_images
+from promprune_vllm.engine.worker import fault_isolation
 from tests.engine.conftest import Ask, Engine, held_rows
 
 pytestmark = pytest.mark.engine
@@ -213,21 +215,21 @@ def test_the_accounts_are_even_where_a_request_still_refers_to_the_image() -> No
     request = SimpleNamespace(request_id="r", mm_features=[feature], get_num_encoder_embeds=lambda _: 30)
     assert manager.can_allocate(request, 0, 100, 0)
     manager.allocate(request, 0)
-    failed_requests._forget(manager, "image", {"r": request})
+    failed_images._forget(manager, "image", {"r": request})
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
     assert manager.get_freed_mm_hashes() == ["image"]
     manager.free(request)
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
-    failed_requests._forget(manager, "image", {"r": request})
+    failed_images._forget(manager, "image", {"r": request})
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
 
 
 def test_the_second_runner_encodes_anew_what_is_filler() -> None:
-    step, model = failures.Step(1), SimpleNamespace(zeros=lambda rows: torch.zeros(rows, 4))
+    step, model = fault_isolation.Step(1), SimpleNamespace(zeros=lambda rows: torch.zeros(rows, 4))
     features = [SimpleNamespace(identifier=name) for name in ("bad", "good")]
     rows = {"bad": step.fill(model, 3), "good": torch.ones(3, 4)}
     runner = SimpleNamespace(encoder_cache=SimpleNamespace(encoder_outputs=rows, mm_features={"r": features}))
-    prepare = failures.drop_filler(lambda self, scheduled: sorted(self.encoder_cache.encoder_outputs))
+    prepare = fault_isolation.drop_filler(lambda self, scheduled: sorted(self.encoder_cache.encoder_outputs))
     assert prepare(runner, {"r": [1]}) == ["bad", "good"]
     assert prepare(runner, {"r": [0, 1]}) == ["good"]
 
@@ -240,19 +242,19 @@ def test_a_result_that_arrives_later_is_marked_when_it_does() -> None:
             return EMPTY_MODEL_RUNNER_OUTPUT
 
     runner = SimpleNamespace(_promprune_failed=("image",))
-    output = failures._report(runner, Later()).get_output()
+    output = fault_isolation._report(runner, Later()).get_output()
     assert getattr(output, keys.FAILED) == ("image",)
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, keys.FAILED), "every step would report it"
-    assert not hasattr(failures._report(runner, Later()).get_output(), keys.FAILED)
+    assert not hasattr(fault_isolation._report(runner, Later()).get_output(), keys.FAILED)
 
 
 def test_where_zeros_could_not_be_taken_back_the_exception_passes(engine: Engine) -> None:
     config = engine.runner.vllm_config
-    assert failures.containable(config)
+    assert fault_isolation.containable(config)
     for name, value in (("kv_transfer_config", object()), ("ec_transfer_config", object())):
         other = copy(config)
         object.__setattr__(other, name, value)
-        assert not failures.containable(other)
+        assert not fault_isolation.containable(other)
     for name, change in (
         ("parallel_config", {"pipeline_parallel_size": 2, "prefill_context_parallel_size": 1}),
         ("parallel_config", {"pipeline_parallel_size": 1, "prefill_context_parallel_size": 2}),
@@ -262,13 +264,13 @@ def test_where_zeros_could_not_be_taken_back_the_exception_passes(engine: Engine
     ):
         other = copy(config)
         object.__setattr__(other, name, SimpleNamespace(**change))
-        assert not failures.containable(other)
+        assert not fault_isolation.containable(other)
 
 
 def test_an_image_nobody_can_find_again_is_never_answered() -> None:
     rows = {"a": torch.ones(2, 3)}
     with pytest.raises(RuntimeError, match="1 images failed and 0 of them are in the encoder cache"):
-        failures._identifiers(rows, [torch.zeros(2, 3)])
+        fault_isolation._identifiers(rows, [torch.zeros(2, 3)])
 
 
 def _aborted() -> Any:

@@ -11,8 +11,8 @@ import torch
 
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.selection import Selection
-from promprune_vllm.engine import failures
-from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.worker import fault_isolation
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.metrics.catalog import REQUESTS
 from promprune_vllm.metrics.recorder import recorder
 from tests.engine.conftest import Ask, Engine, held_rows
@@ -281,9 +281,9 @@ def test_failed_requests_are_counted(engine: Engine) -> None:
 
 def test_the_log_says_what_happened_and_what_to_do(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     engine.forget()
-    with breaking(engine, "coffee"), caplog.at_level("WARNING", logger=failures.logger.name):
+    with breaking(engine, "coffee"), caplog.at_level("WARNING", logger=fault_isolation.logger.name):
         engine.generate([engine.prompt(("coffee", 64))], tokens=1)
-    worker, scheduler = (each for each in caplog.records if each.name == failures.logger.name)
+    worker, scheduler = (each for each in caplog.records if each.name == fault_isolation.logger.name)
     assert "Selecting 64 of 576 visual tokens with method 'promprune' failed" in worker.getMessage()
     assert "--gpu-memory-utilization" in worker.getMessage()
     assert worker.exc_info[0] is torch.OutOfMemoryError  # type: ignore[index]

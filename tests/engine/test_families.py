@@ -185,7 +185,7 @@ def test_every_method_the_family_supplies_is_served_exactly(
 
 
 def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from promprune_vllm.engine.image import EncodedImage
+    from promprune_vllm.engine.worker.encoded_image import EncodedImage
 
     good, bad = engine.ask("portrait", budget=20), engine.ask("landscape", budget=20)
     engine.forget()
@@ -338,12 +338,12 @@ def _overlap(box: tuple[float, ...], block: tuple[float, ...]) -> float:
 def test_a_plan_from_the_configuration_has_the_engines_own_numbers(
     engine: FamilyEngine, models: dict[str, Path]
 ) -> None:
-    from promprune_vllm.engine import savings
+    from promprune_vllm.engine.api_server import prompt_savings
     from promprune_vllm.planning.facts import read
 
     facts, config = read(str(models[engine.family])), engine.llm.llm_engine.vllm_config
     assert {shape: facts.visual_tokens(*size) for shape, size in SHAPES.items()} == {
         shape: engine.tokens(shape) for shape in SHAPES
     }
-    assert facts.decoder == savings.decoder(config)
-    assert facts.kv_bytes_per_token(config.model_config.dtype.itemsize) == savings.bytes_per_token(config)
+    assert facts.decoder == prompt_savings.decoder(config)
+    assert facts.kv_bytes_per_token(config.model_config.dtype.itemsize) == prompt_savings.bytes_per_token(config)

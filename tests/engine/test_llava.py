@@ -12,7 +12,7 @@ import torch
 from promprune_vllm import Need, get_method, methods, select
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
-from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.api_server.request_fields import Asked
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.engine import naming

@@ -90,7 +90,7 @@ def test_without_a_told_text_the_prompt_itself_is_looked_at(engine: FamilyEngine
 def test_the_last_turn_of_a_chat_is_the_users_text() -> None:
     from types import SimpleNamespace
 
-    from promprune_vllm.engine.asked import from_request
+    from promprune_vllm.engine.api_server.request_fields import from_request
 
     def said(text: str) -> list[dict[str, str]]:
         return [{"type": "text", "text": text}]

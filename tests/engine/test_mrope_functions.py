@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promprune_vllm.engine.mrope import CHANNELS, Span, decode_cells, encode_cells, unpruned_columns
+from promprune_vllm.engine.worker.mrope import CHANNELS, Span, decode_cells, encode_cells, unpruned_columns
 
 pytestmark = pytest.mark.engine
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,8 +19,9 @@ from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.demo.families import FAMILIES
 from promprune_vllm.demo.processing import IMAGE_ID
-from promprune_vllm.engine import checks, rotary
-from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.family_engine import FamilyEngine, picture
 from tests.engine.test_families import models  # noqa: F401  a fixture
@@ -102,7 +103,7 @@ def _processor(engine: FamilyEngine) -> Any:
 
 def test_the_tables_have_the_rows_that_requests_are_checked_against(engine: FamilyEngine) -> None:
     """So for every family that there is, and for each one to come."""
-    tables = [rope.cos_sin_cache for rope in rotary.tables(engine.model)]
+    tables = [rope.cos_sin_cache for rope in rotary_tables.tables(engine.model)]
     assert tables
     assert {len(table) for table in tables} == {table_rows(LENGTH)}
     assert _processor(engine).info.ctx.model_config.max_model_len == LENGTH
@@ -147,7 +148,7 @@ def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngi
         _processor(engine).count(images, Asked(budget=1))
 
 
-@pytest.mark.skipif(checks.before("0.32"), reason="tables have no factor yet")
+@pytest.mark.skipif(versions.before("0.32"), reason="tables have no factor yet")
 @pytest.mark.parametrize("scaling", [{"rope_type": "default", "rope_theta": 1e6}, YARN], ids=["plain", "YaRN"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_longer_table_begins_with_vllms_own(scaling: dict[str, Any], dtype: torch.dtype) -> None:
@@ -161,7 +162,7 @@ def test_a_longer_table_begins_with_vllms_own(scaling: dict[str, Any], dtype: to
             for factor in (1, 4)
         )
     rows = short.cos_sin_cache.clone()
-    rotary.lengthen(torch.nn.ModuleList([torch.nn.Identity(), short]), 4096)
+    rotary_tables.lengthen(torch.nn.ModuleList([torch.nn.Identity(), short]), 4096)
     table = short.cos_sin_cache
     assert table.shape == (4096, 32)
     assert torch.equal(table[:512], rows)
@@ -171,7 +172,7 @@ def test_a_longer_table_begins_with_vllms_own(scaling: dict[str, Any], dtype: to
     angles = torch.arange(4096, dtype=torch.float64)[:, None] * frequencies.double()
     exact = torch.cat((angles.cos(), angles.sin()), dim=1) * short.mscale
     assert torch.allclose(table.double(), exact, atol=0.01 if dtype == torch.bfloat16 else 1e-3)
-    rotary.lengthen(short, 100)
+    rotary_tables.lengthen(short, 100)
     assert short.cos_sin_cache is table, "long enough"
 
 
@@ -182,4 +183,4 @@ def test_a_table_that_is_made_otherwise_is_not_lengthened() -> None:
         rope = layers.MRotaryEmbedding(32, 32, 100, 1e4, True, torch.float32, [6, 5, 5])
     rope.cos_sin_cache = rope.cos_sin_cache.roll(1, dims=1)
     with pytest.raises(IncompatibleVllmError, match="from 400 rows to 401"):
-        rotary.lengthen(rope, 401)
+        rotary_tables.lengthen(rope, 401)

@@ -14,9 +14,9 @@ import pytest
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.engine import patches, plugin
+from promprune_vllm.engine.compat.patching import Patch, Reason, Stage
 from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.engine.patches import PATCHES
-from promprune_vllm.engine.wrapping import Patch, Reason, Stage
 from promprune_vllm.errors import IncompatibleVllmError
 from tests.conftest import UNMEASURED
 from tests.documents import ROOT
@@ -97,13 +97,13 @@ def test_installing_twice_wraps_once() -> None:
 def test_nothing_adapts_to_load_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    from promprune_vllm.engine import load
+    from promprune_vllm.engine.api_server import load_monitor
 
     monkeypatch.delenv("PROMPRUNE_ADAPT_TO_LOAD", raising=False)
     before = StatLoggerManager.record
     plugin.register()
     assert StatLoggerManager.record is before
-    assert load.current_level() == 1
+    assert load_monitor.current_level() == 1
 
 
 def _there(patch: Patch) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import checks, families, model_names, plugin, request
-from promprune_vllm.engine.asked import Asked, read
+from promprune_vllm.engine import families, plugin
+from promprune_vllm.engine.api_server import request_hooks
+from promprune_vllm.engine.api_server.request_fields import Asked, read
+from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.conftest import Engine
@@ -18,10 +20,12 @@ pytestmark = pytest.mark.engine
 
 
 def test_every_private_name_is_there() -> None:
-    tables = [names for table, names in {**vars(checks), **vars(model_names)}.items() if table.endswith("_NAMES")]
+    tables = [
+        names for table, names in {**vars(versions), **vars(model_names)}.items() if table.endswith("_NAMES")
+    ]
     assert len(tables) >= 10
     for names in tables:
-        checks.require_names(names)
+        versions.require_names(names)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ def test_every_private_name_is_there() -> None:
 )
 def test_a_changed_name_is_refused_with_the_cure(path: str, parameters: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(IncompatibleVllmError, match=complaint) as refused:
-        checks.require_names({path: parameters})
+        versions.require_names({path: parameters})
     assert path in str(refused.value)
     assert "PROMPRUNE_ENABLED=false" in str(refused.value)
 
@@ -48,10 +52,10 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, fine: bool) -> 
 
     monkeypatch.setattr(vllm, "__version__", version)
     if fine:
-        checks.require_supported_version()
+        versions.require_supported_version()
     else:
         with pytest.raises(IncompatibleVllmError, match=f"found vLLM {version}"):
-            checks.require_supported_version()
+            versions.require_supported_version()
 
 
 def _request(top: Any = None, nested: Any = None) -> Any:
@@ -82,7 +86,7 @@ def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
     )
     inner = SimpleNamespace(mm_processor=None, model_config=config)
     renderer = SimpleNamespace(parser=None, renderer=inner, model_config=config)
-    if not checks.before("0.31"):  # earlier, the same method goes on to render
+    if not versions.before("0.31"):  # earlier, the same method goes on to render
         OnlineRenderer.adjust_harmony_request(renderer, _request())  # type: ignore[arg-type]
     doors = [each for each in PATCHES if each.wrapper == "request:refuse_harmony" and each.applies]
     assert doors
@@ -151,16 +155,16 @@ def test_another_implementation_of_a_model_we_know_refuses_a_budget() -> None:
     server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
     with pytest.raises(BudgetError, match=r"M cannot be pruned, .*--model-impl"):
-        request.admit(renderer, Asked(budget=64))
+        request_hooks.admit(renderer, Asked(budget=64))
 
 
 def test_a_model_without_a_family_refuses_a_budget() -> None:
     server = _server("Qwen9ForConditionalGeneration", None)
     server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
-    request.admit(renderer, Asked())
+    request_hooks.admit(renderer, Asked())
     with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):
-        request.admit(renderer, Asked(budget=64))
+        request_hooks.admit(renderer, Asked(budget=64))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def test_a_model_without_a_family_refuses_a_budget() -> None:
     ],
 )
 def test_micro_batches(seen: list[int], limit: int, sizes: list[int]) -> None:
-    from promprune_vllm.engine.model import micro_batches
+    from promprune_vllm.engine.worker.pruned_model import micro_batches
 
     batches = list(micro_batches(seen, limit))
     assert [len(seen[batch]) for batch in batches] == sizes
@@ -188,7 +192,7 @@ def test_the_profile_run_is_not_pruned(engine: Engine, monkeypatch: pytest.Monke
     monkeypatch.setenv("PROMPRUNE_BUDGET", "5")
     monkeypatch.setenv("PROMPRUNE_MAX", "9")
     processor = MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
-    if checks.before("0.31"):
+    if versions.before("0.31"):
         dummy = MULTIMODAL_REGISTRY.get_dummy_mm_inputs(engine.llm.model_config, {"image": 1}, processor=processor)
     else:
         dummy = processor.get_dummy_mm_inputs({"image": 1})

@@ -9,7 +9,7 @@ import torch
 
 from promprune_vllm import VisionFeatures, methods, select, select_many
 from promprune_vllm.core.registry import get_method
-from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.kernels import ops, triton_attention, triton_gram, triton_greedy, triton_ops
 
 

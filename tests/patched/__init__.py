@@ -9,8 +9,8 @@ from types import FunctionType
 from typing import Any
 
 import promprune_vllm
+from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.patches import PATCHES
-from promprune_vllm.engine.wrapping import Stage
 
 HOSTS = ("vllm", "transformers", "fastapi", "starlette", "prometheus_client", "importlib")
 _PACKAGE = str(Path(promprune_vllm.__file__).parent)

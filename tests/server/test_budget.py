@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from promprune_vllm.demo import PHOTOS
 from promprune_vllm.demo.server import Server
-from promprune_vllm.engine import checks
+from promprune_vllm.engine.compat import versions
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.server.conftest import MODEL, ask, body, image_url, post
 
@@ -236,7 +236,7 @@ SMUGGLED = [
 @pytest.mark.parametrize(("field", "value"), SMUGGLED, ids=["our key", "a size", "media"])
 def test_the_trust_gate_stays_shut(server: Server, stock: Server, path: str, field: str, value: Any) -> None:
     """Client-sent processor options get what they get from stock vLLM: refused, or not looked at."""
-    if checks.before("0.31"):
+    if versions.before("0.31"):
         pytest.skip("this vLLM has no such gate")
     request = {**_routes()[path], field: value}
     theirs = post(stock, path, request)

@@ -147,8 +147,8 @@ def test_features_outside_the_limits_are_refused(monkeypatch: pytest.MonkeyPatch
     import torch
 
     from promprune_vllm.config import Settings
+    from promprune_vllm.engine.api_server.rendered_features import _plan
     from promprune_vllm.engine.keys import COUNTS
-    from promprune_vllm.engine.prerendered import _plan
 
     pruned, whole = ({COUNTS: SimpleNamespace(data=torch.tensor([16, kept, 0]))} for kept in (7, 16))
     monkeypatch.setenv("PROMPRUNE_MIN", "1000000")

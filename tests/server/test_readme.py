@@ -2,7 +2,7 @@
 
 Nothing is edited but what this machine lacks. The published weights are the demo model's, in a local Hugging Face
 cache; the word ``vllm`` is a script that runs ``promprune vllm``, since vLLM's own does not start beside its CPU
-build (see ``engine/vllm_cli.py``); and where another server has port 8000, another port is used.
+build (see ``engine/api_server/command_line.py``); and where another server has port 8000, another port is used.
 """
 
 from __future__ import annotations

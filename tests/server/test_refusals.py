@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
-from promprune_vllm.engine.checks import SUPPORTED
+from promprune_vllm.engine.compat.versions import SUPPORTED
 from tests.server.conftest import ask, body, image_url, post
 from tests.server.test_budget import _routes
 

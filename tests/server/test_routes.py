@@ -14,7 +14,7 @@ import promprune_vllm
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
-from promprune_vllm.engine.checks import SUPPORTED
+from promprune_vllm.engine.compat.versions import SUPPORTED
 from promprune_vllm.server.openapi import request_schemas
 from tests.conftest import VISUAL_TOKENS
 from tests.server.browser import chromium

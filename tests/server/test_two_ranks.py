@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from promprune_vllm.demo.server import Server, free_port, serving, wait_until_healthy
-from promprune_vllm.engine.wrapping import Stage
+from promprune_vllm.engine.compat.patching import Stage
 from tests.conftest import VISUAL_TOKENS
 from tests.patched import targets
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series

@@ -117,7 +117,7 @@ class Clock:
 
 
 def test_api_servers_share_what_the_engines_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = pytest.importorskip("promprune_vllm.engine.load")
+    load = pytest.importorskip("promprune_vllm.engine.api_server.load_monitor")
     monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(tmp_path))
     clock = Clock()
     heard, silent = (load.LoadWatch(tmp_path / "load", "m", clock=clock) for _ in range(2))
@@ -137,7 +137,7 @@ def test_api_servers_share_what_the_engines_say(tmp_path: Path, monkeypatch: pyt
 
 
 def test_statistics_that_are_off_are_refused_by_both_names() -> None:
-    load = pytest.importorskip("promprune_vllm.engine.load")
+    load = pytest.importorskip("promprune_vllm.engine.api_server.load_monitor")
     from promprune_vllm.errors import SettingsError
 
     def start(self: object, vllm_config: object, executor_class: object, log_stats: bool) -> None:

@@ -87,6 +87,13 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno + 1 - docstring <= 40, node.name
 
 
+def test_the_engine_is_laid_out_by_process() -> None:
+    """As vLLM itself is. Who looks for a file should not have to read a long list."""
+    top = {path.name for path in (PACKAGE / "engine").iterdir() if path.name[0] != "_"}
+    packages = {"api_server", "scheduler", "worker", "families", "compat", "vllm_fixes"}
+    assert top == packages | {"plugin.py", "patches.py", "keys.py"}
+
+
 def test_importing_the_package_stays_light() -> None:
     code = "import sys, promprune_vllm; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -29,7 +29,7 @@ from promprune_vllm.core.calibration import (
 )
 from promprune_vllm.demo import photo_path
 from promprune_vllm.engine import families
-from promprune_vllm.engine.calibrate import _stdout_kept_clean, image_files
+from promprune_vllm.engine.worker.calibration_run import _stdout_kept_clean, image_files
 from promprune_vllm.errors import SettingsError
 
 OPTIONS = {"mu": 0.42, "tau": 0.02, "entropy": "spectral"}

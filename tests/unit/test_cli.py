@@ -23,7 +23,7 @@ from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.next_steps import next_steps
 from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.demo.scenes import Question
-from promprune_vllm.engine import vllm_cli
+from promprune_vllm.engine.api_server import command_line
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
 from promprune_vllm.server import route_table
@@ -85,7 +85,7 @@ def test_vllms_version_is_found_under_either_name(installed: str) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return "0.32.0"
 
-    found = vllm_cli.allow_cpu_build(version)
+    found = command_line.allow_cpu_build(version)
     # The CPU build is told by its suffix: vLLM looks for "cpu" in it to find its platform.
     assert found("vllm") == ("0.32.0" if installed == "vllm" else "0.32.0+cpu")
     with pytest.raises(importlib.metadata.PackageNotFoundError):

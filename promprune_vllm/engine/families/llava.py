@@ -17,23 +17,24 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import checks, clip, model_names
-from promprune_vllm.engine.image import EncodedImage
-from promprune_vllm.engine.model import PrunedModelMixin
-from promprune_vllm.engine.processor import PrunedProcessorMixin
+from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.families import clip_tower
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
-checks.require_names(model_names.LLAVA_NAMES)
+versions.require_names(model_names.LLAVA_NAMES)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:
     """Return why this LLaVA cannot be pruned, or ``None``."""
-    return clip.why_not(vllm_config.model_config.hf_config)
+    return clip_tower.why_not(vllm_config.model_config.hf_config)
 
 
 class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcessor):  # type: ignore[misc]
     """Placeholders of K tokens."""
 
-    supplies = clip.SUPPLIES
+    supplies = clip_tower.SUPPLIES
 
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
         return int(self.info.get_max_image_tokens())  # every image is resized to one size
@@ -42,13 +43,13 @@ class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcess
         """Where on the image each of its tokens looks."""
         config = self.info.get_hf_config().vision_config
         side = config.image_size // config.patch_size
-        area = clip.shown(self.info.get_hf_processor().image_processor, width, height)
+        area = clip_tower.shown(self.info.get_hf_processor().image_processor, width, height)
         return [geometry.clipped(cell, width, height) for cell in geometry.grid(side, side, area)]
 
 
 def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiModalProcessor:
     """Return our processor, or vLLM's own for a LLaVA that cannot be pruned."""
-    if clip.why_not(info.get_hf_config()):
+    if clip_tower.why_not(info.get_hf_config()):
         return upstream._build_llava_or_pixtral_hf_processor(info, dummy_inputs, **options)
     return PrunedLlavaProcessor(info, dummy_inputs, **options)
 
@@ -58,7 +59,7 @@ def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiMo
     info=upstream._build_llava_or_pixtral_hf_info,
     dummy_inputs=upstream.LlavaDummyInputsBuilder,
 )
-class PrunedLlava(PrunedModelMixin, clip.ClipTowerMixin, upstream.LlavaForConditionalGeneration):  # type: ignore[misc]
+class PrunedLlava(PrunedModelMixin, clip_tower.ClipTowerMixin, upstream.LlavaForConditionalGeneration):  # type: ignore[misc]
     """LLaVA-1.5 whose ``embed_multimodal`` returns K rows per image."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:

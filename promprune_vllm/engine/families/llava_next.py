@@ -22,23 +22,24 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need, VisionFeatures
-from promprune_vllm.engine import checks, clip, model_names
-from promprune_vllm.engine.image import EncodedImage, Group
-from promprune_vllm.engine.model import PrunedModelMixin
-from promprune_vllm.engine.processor import PrunedProcessorMixin
+from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.families import clip_tower
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
+from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
-checks.require_names(model_names.LLAVA_NEXT_NAMES)
+versions.require_names(model_names.LLAVA_NEXT_NAMES)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:
     """Return why this LLaVA-NeXT cannot be pruned, or ``None``."""
-    return clip.why_not(vllm_config.model_config.hf_config)
+    return clip_tower.why_not(vllm_config.model_config.hf_config)
 
 
 class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiModalProcessor):  # type: ignore[misc]
     """Placeholders of K tokens."""
 
-    supplies = clip.SUPPLIES
+    supplies = clip_tower.SUPPLIES
 
     def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
         size = images.get_image_size(index)
@@ -60,7 +61,7 @@ class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiMo
 
 def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiModalProcessor:
     """Return our processor, or vLLM's own for a LLaVA-NeXT that cannot be pruned."""
-    ours = clip.why_not(info.get_hf_config()) is None
+    ours = clip_tower.why_not(info.get_hf_config()) is None
     processor = PrunedLlavaNextProcessor if ours else llava_next.LlavaNextMultiModalProcessor
     return processor(info, dummy_inputs, **options)
 
@@ -68,7 +69,7 @@ def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiMo
 @MULTIMODAL_REGISTRY.register_processor(
     build_processor, info=llava_next.LlavaNextProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class PrunedLlavaNext(PrunedModelMixin, clip.ClipTowerMixin, llava_next.LlavaNextForConditionalGeneration):  # type: ignore[misc]
+class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.LlavaNextForConditionalGeneration):  # type: ignore[misc]
     """LLaVA-NeXT whose ``embed_multimodal`` returns K rows per image."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:

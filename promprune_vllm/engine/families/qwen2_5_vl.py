@@ -6,12 +6,12 @@ from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from promprune_vllm.engine import checks, model_names
-from promprune_vllm.engine.mrope import why_not
-from promprune_vllm.engine.qwen import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.worker.mrope import why_not
 
 __all__ = ["PrunedQwen2_5_VL", "why_not"]
-checks.require_names(model_names.QWEN2_5_VL_NAMES)
+versions.require_names(model_names.QWEN2_5_VL_NAMES)
 
 
 class PrunedQwen2_5_VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from vllm.model_executor.models import qwen2_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from promprune_vllm.engine import checks, model_names
-from promprune_vllm.engine.mrope import why_not
-from promprune_vllm.engine.qwen import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.worker.mrope import why_not
 
 __all__ = ["PrunedQwen2VL", "why_not"]
-checks.require_names(model_names.QWEN2_VL_NAMES)
+versions.require_names(model_names.QWEN2_VL_NAMES)
 
 
 class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModalProcessor):  # type: ignore[misc]

@@ -11,12 +11,12 @@ from typing import Any
 from vllm.model_executor.models import qwen3_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from promprune_vllm.engine import checks, model_names
-from promprune_vllm.engine.mrope import why_not
-from promprune_vllm.engine.qwen import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.worker.mrope import why_not
 
 __all__ = ["PrunedQwen3VL", "why_not"]
-checks.require_names(model_names.QWEN3_VL_NAMES)
+versions.require_names(model_names.QWEN3_VL_NAMES)
 
 
 class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModalProcessor):  # type: ignore[misc]

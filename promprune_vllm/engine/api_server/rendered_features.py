@@ -13,9 +13,9 @@ import torch
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
-from promprune_vllm.engine import asked
+from promprune_vllm.engine.api_server import request_fields
+from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_images
 from promprune_vllm.engine.keys import COUNTS, SUMMARY, TEXT
-from promprune_vllm.engine.plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_images
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.told import told
 
@@ -41,7 +41,7 @@ def record_prompt(original: Any) -> Any:
 
 def _adopt(prompt: dict[str, Any], model_config: Any) -> None:
     """Add the summary that our processor would have added, from the fields of the images."""
-    from promprune_vllm.engine.request import refusing
+    from promprune_vllm.engine.api_server.request_hooks import refusing
 
     items = prompt["mm_kwargs"].get("image")
     if not items:
@@ -62,7 +62,7 @@ def _adopt(prompt: dict[str, Any], model_config: Any) -> None:
 
 def _refuse_fields() -> None:
     for name in (FIELD, METHOD_FIELD):
-        if asked.read(None, name) is not None:
+        if request_fields.read(None, name) is not None:
             raise BudgetError(
                 f"{name} comes too late for images that are sent as features: the render server has processed "
                 f"them. Send {name} with the request to its render route.",

@@ -23,10 +23,12 @@ from vllm.config import MultiModalConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from promprune_vllm.core.positions import table_rows
-from promprune_vllm.engine import checks, families, model_names, patches, rotary
-from promprune_vllm.engine.image import EncodedImage
-from promprune_vllm.engine.model import PrunedModelMixin
-from promprune_vllm.engine.wrapping import Stage
+from promprune_vllm.engine import families, patches
+from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.compat.patching import Stage
+from promprune_vllm.engine.worker import rotary_tables
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
 logger = logging.getLogger("vllm.promprune")
 CHANNELS = 4
@@ -34,7 +36,7 @@ CHANNELS = 4
 _BASE = 256  # the largest one whose digits are exact in bfloat16
 _UNMOVED = -1.0  # in every channel: the position is already right
 
-checks.require_names(model_names.MROPE_NAMES)
+versions.require_names(model_names.MROPE_NAMES)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:
@@ -111,7 +113,7 @@ class MRopePrunedMixin(PrunedModelMixin):
             _keep_the_encoder_plain(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self._prunes:
-            rotary.lengthen(self, table_rows(vllm_config.model_config.max_model_len))
+            rotary_tables.lengthen(self, table_rows(vllm_config.model_config.max_model_len))
             # Only now: vLLM's model has read the flag as "video pruning", which stays off.
             _open_position_hook(vllm_config.model_config.multimodal_config)
 

@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from promprune_vllm.engine import checks, minors, patches
+from promprune_vllm.engine import patches
+from promprune_vllm.engine.compat import older_minors, versions
+from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import FAILED, GONE
-from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.metrics.recorder import recorder
 
 logger = logging.getLogger("vllm.promprune")
@@ -28,7 +29,7 @@ def equip_scheduler(original: Any) -> Any:
 
     def get_scheduler_cls(self: Any) -> Any:
         scheduler = original(self)
-        checks.require_names(checks.SCHEDULER_NAMES)
+        versions.require_names(versions.SCHEDULER_NAMES)
         patches.install(Stage.SCHEDULER)
         return scheduler
 
@@ -137,7 +138,7 @@ def _forget(manager: Any, identifier: str, requests: Mapping[str, Any]) -> None:
     """Take an image out of the scheduler's account of the encoder cache; the workers are told in the next step."""
     if identifier not in manager.cached:
         return
-    rows = minors.take_rows(manager, identifier, requests)
+    rows = older_minors.take_rows(manager, identifier, requests)
     del manager.cached[identifier]
     manager.num_free_slots += rows
     if manager.freeable.pop(identifier, None) is None:  # a request that has not used it yet refers to it

@@ -19,10 +19,11 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import families, minors
-from promprune_vllm.engine.asked import Asked, from_request
+from promprune_vllm.engine import families
+from promprune_vllm.engine.api_server.pruning_plan import record_images
+from promprune_vllm.engine.api_server.request_fields import Asked, from_request
+from promprune_vllm.engine.compat import older_minors
 from promprune_vllm.engine.keys import OURS
-from promprune_vllm.engine.plan import record_images
 from promprune_vllm.errors import BudgetError, SettingsError
 from promprune_vllm.metrics.recorder import recorder
 
@@ -60,7 +61,7 @@ def read_pooling_request(original: Any) -> Any:
 
 def _gathered(serving: Any, request: Any, messages: object) -> Asked:
     with refusing(serving.model_config):
-        minors.refuse_smuggled(request)
+        older_minors.refuse_smuggled(request)
         honour_detail = getattr(serving.renderer.mm_processor, "honours_detail", False)
         return from_request(request, messages, honour_detail=honour_detail)
 
@@ -110,7 +111,7 @@ def add_fields(original: Any) -> Any:
 
 def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, object]:
     """Return what the processor is to be told: nothing where a request says nothing that matters to it."""
-    from promprune_vllm.engine.processor import PrunedProcessorMixin
+    from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 
     listens = isinstance(renderer.mm_processor, PrunedProcessorMixin) and has_media
     if not listens:
@@ -141,7 +142,7 @@ def equip_renderer(original: Any) -> Any:
             return
         _refuse_engine_options(self.model_config)
         reason = why_not(self)
-        for processor in minors.processors(self) if reason else ():
+        for processor in older_minors.processors(self) if reason else ():
             processor.refusal = reason
 
     return init
@@ -198,7 +199,7 @@ def admit(renderer: Any, asked: Asked) -> None:
 
 def why_not(renderer: Any) -> str | None:
     """Return why nothing can be pruned for a renderer's model, or ``None`` when it can."""
-    from promprune_vllm.engine.processor import PrunedProcessorMixin
+    from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 
     if renderer.mm_processor is None:
         return "it takes no images"

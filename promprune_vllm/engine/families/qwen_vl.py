@@ -16,13 +16,13 @@ from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.positions import require_rows
-from promprune_vllm.engine.capture import inputs_of, patch_attention
-from promprune_vllm.engine.image import EncodedImage
+from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.api_server.request_hooks import refusing
 from promprune_vllm.engine.keys import SUMMARY
-from promprune_vllm.engine.mrope import MRopePrunedMixin
-from promprune_vllm.engine.processor import PrunedProcessorMixin
-from promprune_vllm.engine.request import refusing
-from promprune_vllm.engine.sharding import Captured, Shares
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.encoder_sharding import Captured, Shares
+from promprune_vllm.engine.worker.mrope import MRopePrunedMixin
+from promprune_vllm.engine.worker.tower_hooks import inputs_of, patch_attention
 from promprune_vllm.errors import BudgetError
 
 

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig
 
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.geometry import Box, centre_crop
-from promprune_vllm.engine.capture import clip_attention, inputs_of
+from promprune_vllm.engine.worker.tower_hooks import clip_attention, inputs_of
 
 SUPPLIES = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 

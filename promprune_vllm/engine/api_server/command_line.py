@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from promprune_vllm.engine import patches
-from promprune_vllm.engine.wrapping import Stage
+from promprune_vllm.engine.compat.patching import Stage
 
 
 def run(arguments: Sequence[str]) -> None:

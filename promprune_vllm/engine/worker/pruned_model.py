@@ -13,16 +13,18 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import checks, failures, families, patches, trace
-from promprune_vllm.engine.image import EncodedImage, Job
+from promprune_vllm.engine import families, patches
+from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import COUNTS, TEXT
-from promprune_vllm.engine.trace import Trace
-from promprune_vllm.engine.watch import SelectionWatch
-from promprune_vllm.engine.wrapping import Stage
+from promprune_vllm.engine.worker import fault_isolation, selection_trace
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Job
+from promprune_vllm.engine.worker.selection_metrics import SelectionWatch
+from promprune_vllm.engine.worker.selection_trace import Trace
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
 
-checks.require_names(checks.RESULT_NAMES)
+versions.require_names(versions.RESULT_NAMES)
 
 
 class PrunedModelMixin:
@@ -73,13 +75,13 @@ class PrunedModelMixin:
             return embeddings
         outputs: list[Tensor] = []
         for items in micro_batches([job.seen for job in jobs], self._encoder_tokens):
-            outputs += failures.embed(self, inputs, items, jobs[items])
+            outputs += fault_isolation.embed(self, inputs, items, jobs[items])
             self._encoded(jobs[items])
         return outputs
 
     def _encoded(self, jobs: Sequence[Job]) -> None:
         # Outside a worker's step these are the memory profile's images, not a request's.
-        if self._watch is not None and jobs and failures.in_step():
+        if self._watch is not None and jobs and fault_isolation.in_step():
             self._watch.flush(sum(job.seen for job in jobs))
 
     def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> Job:
@@ -110,7 +112,7 @@ class PrunedModelMixin:
     def choose(self, image: EncodedImage, job: Job) -> Callable[[], Tensor]:
         """Select an image's tokens, and return what makes its ``(kept, W)`` rows of the selection.
 
-        Two steps, since only the second may communicate between tensor-parallel ranks: see ``failures.Step``.
+        Two steps, since only the second may communicate between ranks: see ``fault_isolation.Step``.
         """
         if len(image.rows) != job.seen:
             raise RuntimeError(f"the encoder gave {len(image.rows)} tokens where the processor counted {job.seen}")
@@ -127,7 +129,7 @@ class PrunedModelMixin:
                 rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
                 placed = self.place(rows, image, places)
             if self._watch is not None and self._settings.inspector:
-                trace.leave(placed, Trace.of(method, chosen, [choosing, assembling]))
+                selection_trace.leave(placed, Trace.of(method, chosen, [choosing, assembling]))
             return placed
 
         return finish

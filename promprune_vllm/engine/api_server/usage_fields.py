@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.engine import checks, patches
-from promprune_vllm.engine.wrapping import Stage
+from promprune_vllm.engine import patches
+from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.server.told import USAGE_FIELD, listening, told
 
 
@@ -21,7 +22,7 @@ def extend_replies(original: Any) -> Any:
 
 def extend_usages() -> None:
     """Let every usage of vLLM's carry our field. Idempotent."""
-    checks.require_names(checks.USAGE_NAMES)
+    versions.require_names(versions.USAGE_NAMES)
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent, AnthropicUsage
     from vllm.entrypoints.pooling.scoring.protocol import RerankResponse, RerankUsage
 

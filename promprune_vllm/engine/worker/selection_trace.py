@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from promprune_vllm.engine.failures import cached_rows
-from promprune_vllm.engine.image import Chosen
 from promprune_vllm.engine.keys import TRACE
-from promprune_vllm.engine.watch import seconds
+from promprune_vllm.engine.worker.encoded_image import Chosen
+from promprune_vllm.engine.worker.fault_isolation import cached_rows
+from promprune_vllm.engine.worker.selection_metrics import seconds
 from promprune_vllm.kernels.ops import descending_order
 
 

@@ -23,21 +23,29 @@ from promprune_vllm.config import Settings, environment
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
-from promprune_vllm.engine import checks, families, minors, patches
-from promprune_vllm.engine.asked import Asked
+from promprune_vllm.engine import families, patches
+from promprune_vllm.engine.api_server.load_monitor import current_level
+from promprune_vllm.engine.api_server.named_images import Images, require_cached
+from promprune_vllm.engine.api_server.pruning_plan import (
+    MAX_TEXT_TOKENS,
+    ImagePlan,
+    Plan,
+    Summary,
+    shortened,
+    split,
+)
+from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.engine.api_server.request_hooks import refusing
+from promprune_vllm.engine.compat import older_minors, versions
+from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT
-from promprune_vllm.engine.load import current_level
-from promprune_vllm.engine.named import Images, require_cached
-from promprune_vllm.engine.plan import MAX_TEXT_TOKENS, ImagePlan, Plan, Summary, shortened, split
-from promprune_vllm.engine.request import refusing
-from promprune_vllm.engine.wrapping import Stage
 from promprune_vllm.errors import BudgetError, SettingsError
 
 _PROFILING = object()
 """Value of the option ``PROFILE``: nothing that a client could send."""
 _KEY_PREFIX = "promprune-"
 
-checks.require_names(checks.PROCESSOR_NAMES)
+versions.require_names(versions.PROCESSOR_NAMES)
 patches.install(Stage.PROCESSOR)
 
 
@@ -131,7 +139,7 @@ class PrunedProcessorMixin:
         items = inputs.mm_data_items.get("image")
         if items is None or isinstance(items, (ImageEmbeddingItems, DictEmbeddingItems)):
             return items
-        return Images(items, (inputs.mm_uuid_items or {}).get("image"), minors.processor_cache(self, inputs))
+        return Images(items, (inputs.mm_uuid_items or {}).get("image"), older_minors.processor_cache(self, inputs))
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's memory profile: the most that requests can bring, so never pruned."""
@@ -240,7 +248,7 @@ class PrunedProcessorMixin:
         if "image" in hashes:
             pairs = zip(hashes["image"], plan.images, strict=True)
             hashes["image"] = [self._cache_key(key, image) for key, image in pairs]
-            require_cached(plan, hashes["image"], minors.processor_cache(self, inputs))
+            require_cached(plan, hashes["image"], older_minors.processor_cache(self, inputs))
         return hashes
 
     def _cache_key(self, key: str, image: ImagePlan) -> str:

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.geometry import Box
-from promprune_vllm.engine import minors
+from promprune_vllm.engine.compat import older_minors
 from promprune_vllm.engine.keys import HELD, RECALL
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
@@ -80,7 +80,7 @@ class Inspector:
         """Ask every worker: one list for each engine, in it one entry for each rank."""
         if self._engines is None:
             raise HTTPException(501, "This server only renders prompts: it has no engine that could tell.")
-        return await minors.call_every_engine(self._engines, "collective_rpc", method, None, arguments, None)
+        return await older_minors.call_every_engine(self._engines, "collective_rpc", method, None, arguments, None)
 
     async def _recalled(self, identifiers: Sequence[str]) -> Mapping[str, Any]:
         engines = await self._asked(RECALL, list(identifiers))  # of each rank, one entry for each image

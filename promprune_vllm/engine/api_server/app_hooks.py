@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.engine import counting
+from promprune_vllm.engine.api_server import prompt_metrics
 from promprune_vllm.engine.keys import ENDPOINTS
 
 
@@ -17,7 +17,7 @@ def attach_ours(original: Any) -> Any:
     """Wrap the first step: add ours to the app, after vLLM's routes and other plugins'."""
 
     def attach_endpoint_plugins(app: Any, *args: Any, **kwargs: Any) -> None:
-        from promprune_vllm.engine.endpoints import Endpoints
+        from promprune_vllm.engine.api_server.endpoints import Endpoints
 
         original(app, *args, **kwargs)
         ours = Endpoints()
@@ -37,6 +37,6 @@ def init_ours(original: Any) -> Any:
             return
         await ours.init_state(engine_client, state, args)
         if engine_client is None:  # a render server, in which no engine's front end starts
-            counting.start(state.online_renderer.renderer)
+            prompt_metrics.start(state.online_renderer.renderer)
 
     return init_endpoint_plugins_state

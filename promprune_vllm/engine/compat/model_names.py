@@ -1,4 +1,4 @@
-"""Names of vLLM's model families that this plugin relies on; ``checks`` holds the others, and checks them."""
+"""Names of vLLM's model families that this plugin relies on; ``versions`` holds the others, and checks them."""
 
 from __future__ import annotations
 

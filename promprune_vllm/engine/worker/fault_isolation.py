@@ -2,7 +2,7 @@
 
 An exception that left the model would end the engine, and every request in it. So where an image's rows cannot
 be had, zeros take their place until the end of the step, and the step's result names the image. In the
-scheduler's process ``failed_requests`` ends its requests before any of their tokens leaves, and clears the caches.
+scheduler's process ``failed_images`` ends its requests before any of their tokens leaves, and clears the caches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
-from promprune_vllm.engine.image import EncodedImage, Job
 from promprune_vllm.engine.keys import FAILED, FILLER, PENDING_FAILED
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Job
 
 logger = logging.getLogger("vllm.promprune")
 _T = TypeVar("_T")

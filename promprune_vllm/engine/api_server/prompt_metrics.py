@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from promprune_vllm.config import Settings
+from promprune_vllm.engine.api_server.pruning_plan import Summary
 from promprune_vllm.engine.keys import COUNTED, SAVINGS, SUMMARY
-from promprune_vllm.engine.plan import Summary
 from promprune_vllm.metrics.recorder import expose, recorder
 
 
@@ -18,8 +18,8 @@ def start(renderer: Any) -> None:
     import vllm
 
     from promprune_vllm import __version__
-    from promprune_vllm.engine.request import announce
-    from promprune_vllm.engine.savings import Savings
+    from promprune_vllm.engine.api_server.prompt_savings import Savings
+    from promprune_vllm.engine.api_server.request_hooks import announce
 
     announce(renderer)
     expose(
@@ -71,7 +71,7 @@ def _count(input_processor: Any, engine_input: dict[str, Any]) -> None:
 
 
 def _savings(input_processor: Any) -> Any:
-    from promprune_vllm.engine.savings import Savings
+    from promprune_vllm.engine.api_server.prompt_savings import Savings
 
     if SAVINGS not in input_processor.__dict__:
         setattr(input_processor, SAVINGS, Savings(input_processor.vllm_config))

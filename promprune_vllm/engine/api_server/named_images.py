@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.engine import content
-from promprune_vllm.engine.plan import ImagePlan, Plan
+from promprune_vllm.engine.api_server import image_complexity
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
 from promprune_vllm.errors import BudgetError
 
 MAX_KNOWN = 32_768
@@ -160,7 +160,7 @@ class Images:
     def _level(self, index: int, now: Fraction, *, looks: bool) -> Fraction | None:
         known = self._known[index]
         if not self._is_named(index):
-            return min(now, content.level(self._items.get(index))) if looks else now
+            return min(now, image_complexity.level(self._items.get(index))) if looks else now
         if known is not None and known.level is not None:
             return known.level
         return None if looks else now

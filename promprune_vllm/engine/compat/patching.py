@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from promprune_vllm.engine import checks
+from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.errors import IncompatibleVllmError
 
@@ -80,7 +80,7 @@ class Patch:
     @property
     def applies(self) -> bool:
         """Whether this vLLM has the target."""
-        if (self.since and checks.before(self.since)) or (self.before and not checks.before(self.before)):
+        if (self.since and versions.before(self.since)) or (self.before and not versions.before(self.before)):
             return False
         if self.presence == "installed":
             return _is_installed(self.module)
@@ -94,9 +94,9 @@ class Patch:
     def require(self) -> None:
         """Raise ``IncompatibleVllmError`` unless the target is as this row says."""
         if not self.adds:
-            checks.require_names({self.target: self.takes})
+            versions.require_names({self.target: self.takes})
             return
-        checks.require_names({f"{self.target.rpartition('.')[0]}.__init__": ()})
+        versions.require_names({f"{self.target.rpartition('.')[0]}.__init__": ()})
         owner, name = self.owner()
         if hasattr(owner, name) and not _wrappers(getattr(owner, name)):
             raise IncompatibleVllmError(f"promprune-vllm adds {self.target}, and this vLLM has one of its own.")

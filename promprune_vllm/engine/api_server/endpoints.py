@@ -19,11 +19,13 @@ import promprune_vllm
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.registry import options_of
-from promprune_vllm.engine import checks, families, http_fields, inspection
-from promprune_vllm.engine.asked import Asked, read_from
-from promprune_vllm.engine.inspection import Inspector
-from promprune_vllm.engine.request import admit, refusing, served_name, why_not
-from promprune_vllm.engine.savings import bytes_per_token
+from promprune_vllm.engine import families
+from promprune_vllm.engine.api_server import http_fields, inspector
+from promprune_vllm.engine.api_server.inspector import Inspector
+from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
+from promprune_vllm.engine.api_server.request_fields import Asked, read_from
+from promprune_vllm.engine.api_server.request_hooks import admit, refusing, served_name, why_not
+from promprune_vllm.engine.compat import versions
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
 from promprune_vllm.server.near_misses import check as check_names
@@ -57,7 +59,7 @@ class Endpoints:
     """Every task: a server that cannot prune says so."""
 
     def __init__(self) -> None:
-        checks.require_names(checks.SERVER_NAMES)
+        versions.require_names(versions.SERVER_NAMES)
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, headers, fields of usage and schemas."""
@@ -159,7 +161,7 @@ class EngineBackend:
             return found
         known, trace = found
         boxes = self._renderer.mm_processor.boxes
-        return inspection.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
+        return inspector.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
 
     def _require_pruning(self, verb: str) -> None:
         if reason := why_not(self._renderer):

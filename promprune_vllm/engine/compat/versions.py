@@ -88,7 +88,7 @@ RESULT_NAMES: Mapping[str, tuple[str, ...]] = {
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_cache_usage", "num_waiting_reqs"),
 }
-# What stands before a minor in the place of a name of the newest: ``minors`` makes the newest's out of these.
+# What stands before a minor in the place of a name of the newest: ``older_minors`` makes that out of these.
 # Newest first, so that a replacement can be replaced in its turn.
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "0.32": {

@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 
-from promprune_vllm.engine import asked
+from promprune_vllm.engine.api_server import request_fields
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -33,7 +33,7 @@ def attach(app: FastAPI) -> None:
 async def _read(request: Request) -> None:
     body = await _decoded(request)
     if isinstance(body, Mapping):
-        asked.remember(body)
+        request_fields.remember(body)
         request.app.state.visual_tokens.check_fields(body)
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 
-from promprune_vllm.engine import checks, model_names
+from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.errors import IncompatibleVllmError
 
-checks.require_names(model_names.ROTARY_NAMES)
+versions.require_names(model_names.ROTARY_NAMES)
 
 
 def tables(model: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 An adapter gives an older minor what the newest has, with the newest's own defaults, before anything here is used.
 So whoever reads ``processor.py`` reads the newest vLLM, and to drop a minor is to delete its lines here and in
-``checks.BEFORE``. On the newest minor nothing in this file does anything.
+``versions.BEFORE``. On the newest minor nothing in this file does anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
-from promprune_vllm.engine import checks
+from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import OURS
 from promprune_vllm.errors import BudgetError
 
@@ -96,14 +96,14 @@ def make_dummies(original: Any) -> Any:
 def processors(renderer: Any) -> Iterable[Any]:
     """Return every processor of a renderer: before 0.31 the tokenize endpoint has one of its own."""
     found = [renderer.mm_processor]
-    if checks.before("0.31"):
+    if versions.before("0.31"):
         found.append(renderer._readonly_mm_processor)
     return [processor for processor in found if processor is not None]
 
 
 def processor_cache(processor: Any, inputs: Any) -> Any:
     """Return the cache that a prompt is processed with, or ``None``: before 0.31 it is the processor's own."""
-    return processor.cache if checks.before("0.31") else inputs.cache
+    return processor.cache if versions.before("0.31") else inputs.cache
 
 
 def refuse_smuggled(request: Any) -> None:
@@ -112,7 +112,7 @@ def refuse_smuggled(request: Any) -> None:
     Raises:
         BudgetError: There are any. They would come to the processor as what our front doors put there.
     """
-    sent = getattr(request, "mm_processor_kwargs", None) if checks.before("0.31") else None
+    sent = getattr(request, "mm_processor_kwargs", None) if versions.before("0.31") else None
     ours = sorted(key for key in sent or () if key.startswith(OURS))
     if ours:
         raise BudgetError(
@@ -127,7 +127,7 @@ def take_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int
 
     Before 0.31 that is noted of images without a request only, and is the requests' own business else.
     """
-    if not checks.before("0.31"):
+    if not versions.before("0.31"):
         return int(manager.num_embeds_by_hash.pop(identifier))
     if identifier in manager.freeable:
         return int(manager.freeable[identifier])
@@ -138,7 +138,7 @@ def take_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int
 
 async def call_every_engine(client: Any, method: str, *arguments: object) -> Any:
     """Call a method of every engine behind a client: one result each."""
-    if checks.before("0.32"):
+    if versions.before("0.32"):
         calls = [client._call_utility_async(method, *arguments, engine=engine) for engine in client.core_engines]
         return await asyncio.gather(*calls)
     return await client.call_utility_all_async(method, *arguments)

@@ -1,0 +1,1 @@
+"""The API server's side: requests are read, planned, counted and answered."""

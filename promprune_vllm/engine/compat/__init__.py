@@ -1,0 +1,1 @@
+"""What this release needs of vLLM, and how its minors differ."""

@@ -1,0 +1,1 @@
+"""The worker's side: images are encoded and their tokens selected."""
