@@ -50,7 +50,7 @@ soak: setup ## an hour of mixed traffic: every answer compared, nothing may grow
 compatibility: ## the tests that touch vLLM with each minor, in .venv-compat; ARGS="--minors 0.31" for one of them
 	@$(PYTHON) deploy/environment/compatibility.py $(ARGS)
 
-vllm-tests: setup ## vLLM's own tests with the plugin and without: what differs, a quarter of an hour; ARGS="--only v1/core"
+vllm-tests: setup ## vLLM's own tests with the plugin and without: what differs, half an hour; ARGS="--only v1/core"
 	@$(PYTHON) deploy/environment/vllm_tests.py $(ARGS)
 
 audit: ## look up every locked package in the advisory databases (needs the internet)

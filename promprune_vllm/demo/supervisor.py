@@ -103,6 +103,7 @@ def _ended_with_us() -> Callable[[], None] | None:
     prctl, us = ctypes.CDLL(None).prctl, os.getpid()
 
     def ask() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the command is loaded, our handler would swallow it
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != us:  # killed before it was asked for
             os.kill(os.getpid(), signal.SIGTERM)

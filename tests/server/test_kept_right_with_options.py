@@ -7,6 +7,7 @@ tokens, a processor cache in shared memory and limits of the operator's on the p
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_a_turned_photo_has_the_tokens_of_the_upright_one(pair: Pair, orientatio
     straight, request = (body(each) for each in (saved(wide, "PNG"), turned(orientation, wide)))
     assert pair.ask(request).json()["choices"] == pair.ask(straight).json()["choices"]
     assert pruned(pair.ours, request)["choices"] == pruned(pair.ours, straight)["choices"]
+
+
+def test_the_encoder_cache_is_as_large_as_vllm_makes_it(pair: Pair) -> None:
+    """For a model that takes videos it holds the rows of the longest, however few an image has."""
+    post(pair.ours, f"{PREFIX}{CHAT}", body(picture(LARGE)))
+    reply = httpx.get(f"{pair.ours.url}{PREFIX}/v1/visual_tokens/caches", headers=KEY).raise_for_status().json()
+    (encoder,) = reply["encoder"]
+    log = pair.ours.log.read_text()
+    (said,) = re.findall(r"Encoder cache will be initialized with a budget of (\d+) tokens", log)
+    assert 0 < encoder["rows"] <= encoder["capacity_rows"] == int(said)
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["the path is left on", "the proxy takes it off"])

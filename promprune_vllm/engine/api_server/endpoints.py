@@ -139,11 +139,9 @@ class EngineBackend:
         """Return what the caches of images hold."""
         with refusing(None):
             self._require_pruning("tell")
-        capacity = self._encoder_rows
-        encoder = [
-            EncoderCache(images=images, rows=rows, capacity_rows=capacity)
-            for images, rows in await self._inspector.held()
-        ]
+        engines = await self._inspector.held()
+        capacity = self._inspector.capacity_rows
+        encoder = [EncoderCache(images=images, rows=rows, capacity_rows=capacity) for images, rows in engines]
         # vLLM shows its hits and misses, not what it holds.
         found = getattr(self._renderer.mm_processor_cache, "_cache", None)
         processor = None
@@ -203,12 +201,6 @@ class EngineBackend:
         if each is None:
             return None
         return CacheBytes(bytes_per_token=each, seen=seen * each, kept=kept * each, saved=(seen - kept) * each)
-
-    @cached_property
-    def _encoder_rows(self) -> int:
-        """How many rows vLLM lets an engine's encoder cache hold: at least those of one image."""
-        configured = int(self._renderer.config.scheduler_config.encoder_cache_size)
-        return max(configured, int(self._renderer.mm_processor.info.get_max_image_tokens()))
 
     @cached_property
     def _bytes_per_token(self) -> int | None:

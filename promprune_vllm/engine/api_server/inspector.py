@@ -43,7 +43,7 @@ class Inspector:
     """
 
     def __init__(self, engine_client: Any, state: Any) -> None:
-        self._engines = None if engine_client is None else engine_client.engine_core  # a render server has none
+        self._client = engine_client  # a render server has none
         self._state = state
 
     async def run(self, body: InspectRequest, request: Request) -> tuple[Told, Mapping[str, Any]] | Response:
@@ -71,6 +71,11 @@ class Inspector:
             raise HTTPException(501, _FROM_ELSEWHERE)
         return known, trace
 
+    @property
+    def capacity_rows(self) -> int:
+        """How many rows vLLM lets an engine's encoder cache hold: those of the largest image or video at least."""
+        return int(self._client.input_processor.mm_encoder_cache_size)
+
     async def held(self) -> list[tuple[int, int]]:
         """Return how many images each engine's encoder cache holds, and how many rows; of its first rank."""
         engines = await self._asked(HELD)
@@ -78,9 +83,11 @@ class Inspector:
 
     async def _asked(self, method: str, *arguments: object) -> Any:
         """Ask every worker: one list for each engine, in it one entry for each rank."""
-        if self._engines is None:
+        if self._client is None:
             raise HTTPException(501, "This server only renders prompts: it has no engine that could tell.")
-        return await older_minors.call_every_engine(self._engines, "collective_rpc", method, None, arguments, None)
+        return await older_minors.call_every_engine(
+            self._client.engine_core, "collective_rpc", method, None, arguments, None
+        )
 
     async def _recalled(self, identifiers: Sequence[str]) -> Mapping[str, Any]:
         engines = await self._asked(RECALL, list(identifiers))  # of each rank, one entry for each image
