@@ -27,7 +27,7 @@ SPEAKS = Reason("a feature", "a cause", "a change")
 
 
 def row(target: str, takes: tuple[str, ...] = (), **more: Any) -> Patch:
-    return Patch(target, "preemption:keep_mm_data", takes, Stage.PLUGIN, SPEAKS, **more)
+    return Patch(target, "vllm_fixes.preemption:keep_mm_data", takes, Stage.PLUGIN, SPEAKS, **more)
 
 
 def test_every_row_names_a_wrapper_of_its_own_and_says_why() -> None:
@@ -89,8 +89,8 @@ def test_installing_twice_wraps_once() -> None:
         if each.target in before and each.applies:
             assert wrappers[each.target].count(each.wrapper) == 1
     assert wrappers["vllm.v1.engine.async_llm:AsyncLLM.generate"] == (
-        "resending:send_again",
-        "prerendered:record_prompt",
+        "vllm_fixes.resending:send_again",
+        "api_server.rendered_features:record_prompt",
     )
 
 

@@ -7,6 +7,7 @@ tokens, a processor cache in shared memory and limits of the operator's on the p
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,9 +99,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     model = build_family_model("qwen2_5_vl", directory / "model")
     more = options(directory)
     serve = contextmanager(_serving)
+    # Of its own for each: where vLLM was imported before, both would inherit one.
+    memory = "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME"
     with (
-        serve(model, tmp_path_factory.mktemp("ours"), *more) as ours,
-        serve(model, tmp_path_factory.mktemp("theirs"), *more, VLLM_PLUGINS="") as stock,
+        serve(model, tmp_path_factory.mktemp("ours"), *more, **{memory: f"ours-{os.getpid()}"}) as ours,
+        serve(
+            model,
+            tmp_path_factory.mktemp("theirs"),
+            *more,
+            **{memory: f"theirs-{os.getpid()}", "VLLM_PLUGINS": ""},
+        ) as stock,
     ):
         yield Pair(ours, stock)
 
