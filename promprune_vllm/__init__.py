@@ -16,8 +16,8 @@ _HOME = {
     "VisionFeatures": "promprune_vllm.core.features",
     "get_method": "promprune_vllm.core.registry",
     "methods": "promprune_vllm.core.registry",
-    "select": "promprune_vllm.core.selection",
-    "select_many": "promprune_vllm.core.selection",
+    "select": "promprune_vllm.core.select",
+    "select_many": "promprune_vllm.core.select",
 }
 __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from promprune_vllm.core.policy import BudgetPolicy as BudgetPolicy
     from promprune_vllm.core.registry import get_method as get_method
     from promprune_vllm.core.registry import methods as methods
+    from promprune_vllm.core.select import select as select
+    from promprune_vllm.core.select import select_many as select_many
     from promprune_vllm.core.selection import Selection as Selection
-    from promprune_vllm.core.selection import select as select
-    from promprune_vllm.core.selection import select_many as select_many
 
 
 def __getattr__(name: str) -> Any:

@@ -171,10 +171,11 @@ def kernels(
     as_json: _JSON = False,
 ) -> None:
     """Time selecting tokens: ours, the plain float32 procedure, and on a CPU our float64 reference."""
+    from promprune_vllm.bench import kernel_cases
     from promprune_vllm.bench import kernels as measured
 
     try:
-        cases = measured.cases(case, large=large)
+        cases = kernel_cases.cases(case, large=large)
         measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json, device=device)
     except ValueError as error:
         typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)

@@ -18,7 +18,7 @@ from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.core.budget import Budget
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.core.selection import select
+from promprune_vllm.core.select import select
 from promprune_vllm.demo.images import made, photographs
 from promprune_vllm.demo.model import find_or_build_demo_model
 

@@ -5,75 +5,22 @@ All variants of a case run in turns in one process on the same synthetic feature
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from promprune_vllm.bench import machine, plain, spectra, workload
+from promprune_vllm.bench import kernels_cuda, machine, plain, spectra, workload
+from promprune_vllm.bench.kernel_cases import LARGE, Case, path
 from promprune_vllm.bench.kernels_report import show, show_cuda
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.demo.threads import torch_threads
 from promprune_vllm.kernels import cpu_cosines, cpu_gram, cpu_loops, cpu_ops, ops, torch_greedy, torch_ops
 
-LARGE = 4096
-"""Tokens from which everything is run once: minutes rather than milliseconds."""
 _NOTHING = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """``images`` images of N tokens of width D, K of each kept."""
-
-    images: int
-    n: int
-    d: int
-    keep: int
-
-    def __str__(self) -> str:
-        prefix = f"{self.images}x" if self.images > 1 else ""
-        return f"{prefix}{self.n}x{self.d}:{self.keep}"
-
-    @property
-    def needs(self) -> int:
-        """Bytes the float64 reference holds at most, about: features twice, and five N x N matrices."""
-        return 8 * (2 * self.n * self.d + 5 * self.n * self.n)
-
-
-STANDARD = (
-    *(Case(1, 576, 4096, keep) for keep in (32, 64, 128, 256, 512)),
-    Case(5, 576, 4096, 64),
-    *(Case(1, 1296, 3584, keep) for keep in (256, 512)),
-)
-
-
-def cases(wanted: Sequence[str] | None, *, large: bool) -> list[Case]:
-    """Return the cases to run.
-
-    Raises:
-        ValueError: A case of another form than NxD:K or IMAGESxNxD:K, or with K outside 1 ... N - 1.
-    """
-    if not wanted:
-        return [*STANDARD, *([Case(1, 16384, 3584, 512)] if large else [])]
-    found = []
-    for text in wanted:
-        shape, _, keep = text.partition(":")
-        try:
-            *more, n, d = (int(part) for part in shape.split("x"))
-            (images,) = more or [1]
-            case = Case(images, n, d, int(keep))
-        except ValueError:
-            raise ValueError(f"--case is NxD:K or IMAGESxNxD:K, such as 576x4096:64, not {text!r}") from None
-        if not 1 <= case.keep < case.n or min(case.images, case.d) < 1:
-            raise ValueError(f"--case {text}: K must be from 1 to N - 1, and every number at least 1")
-        found.append(case)
-    return found
 
 
 def run(
@@ -89,8 +36,6 @@ def run(
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, not {dtype!r}")
     if device == "cuda":
-        from promprune_vllm.bench import kernels_cuda
-
         found = kernels_cuda.run(wanted, repeats=repeats, dtype=kind)
         print(json.dumps(found, indent=2)) if as_json else show_cuda(found)
         return
@@ -200,16 +145,3 @@ def _entropies(family: str, n: int = 576, d: int = 4096, keep: int = 64) -> dict
             "most_tokens": max(apart),
         }
     return row
-
-
-@contextlib.contextmanager
-def path(name: str) -> Iterator[None]:
-    """Choose the path of the kernels for a while."""
-    before = os.environ.get(ops.VARIABLE)
-    os.environ[ops.VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(ops.VARIABLE)
-        if before is not None:
-            os.environ[ops.VARIABLE] = before

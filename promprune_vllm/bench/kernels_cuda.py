@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promprune_vllm.bench import kernels, machine, spectra, workload
+from promprune_vllm.bench import machine, spectra, workload
+from promprune_vllm.bench.kernel_cases import Case, path
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.kernels import ops
 
@@ -20,7 +21,7 @@ HEADS, WIDTH, MERGED = 16, 80, 4
 """Of Qwen2.5-VL's vision attention: patches are four times as many as its tokens."""
 
 
-def run(wanted: Sequence[kernels.Case], *, repeats: int, dtype: torch.dtype) -> dict[str, Any]:
+def run(wanted: Sequence[Case], *, repeats: int, dtype: torch.dtype) -> dict[str, Any]:
     """Measure every case.
 
     Raises:
@@ -42,7 +43,7 @@ def run(wanted: Sequence[kernels.Case], *, repeats: int, dtype: torch.dtype) -> 
     }
 
 
-def _measured(case: kernels.Case, repeats: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _measured(case: Case, repeats: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     images = workload.Images.drawn(case.images, case.n, case.d, dtype, device)
 
     def ours() -> list[Tensor]:
@@ -53,7 +54,7 @@ def _measured(case: kernels.Case, repeats: int, dtype: torch.dtype, device: torc
     def received() -> Tensor:
         return ops.received_attention(q, k, WIDTH**-0.5)
 
-    with kernels.path("reference"):
+    with path("reference"):
         expected = [set(tokens.tolist()) for tokens in ours()]
     kept = [set(tokens.tolist()) for tokens in ours()]
     torch.cuda.reset_peak_memory_stats()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promprune_vllm.bench import plain, spectra
 from promprune_vllm.core.features import VisionFeatures
-from promprune_vllm.core.selection import select_many
+from promprune_vllm.core.select import select_many
 from promprune_vllm.kernels import torch_ops
 
 TAU = 0.02

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from promprune_vllm import cli
-from promprune_vllm.bench import kernels, plain, spectra
+from promprune_vllm.bench import kernel_cases, kernels, plain, spectra
 from promprune_vllm.kernels import torch_greedy, torch_ops
 
 run = CliRunner().invoke
@@ -60,7 +60,7 @@ def test_says_what_memory_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernels.machine, "available_memory", lambda: 2**30)
     (row,) = [
         kernels._measured(case, 1, torch.float32, lambda _: 0.0)
-        for case in kernels.cases(["16384x3584:512"], large=False)
+        for case in kernel_cases.cases(["16384x3584:512"], large=False)
     ]
     assert row["skipped"] == "the reference needs about 11 GiB"
 

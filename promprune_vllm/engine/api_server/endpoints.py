@@ -21,10 +21,11 @@ from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server import http_fields, inspector
+from promprune_vllm.engine.api_server.admission import admit, served_name, why_not
 from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
+from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import Asked, read_from
-from promprune_vllm.engine.api_server.request_hooks import admit, refusing, served_name, why_not
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest

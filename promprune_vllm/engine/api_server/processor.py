@@ -34,8 +34,8 @@ from promprune_vllm.engine.api_server.pruning_plan import (
     shortened,
     split,
 )
+from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import Asked
-from promprune_vllm.engine.api_server.request_hooks import refusing
 from promprune_vllm.engine.compat import older_minors, versions
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT

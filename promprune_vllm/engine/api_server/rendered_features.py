@@ -15,6 +15,7 @@ from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_images
+from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import COUNTS, SUMMARY, TEXT
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.told import told
@@ -41,8 +42,6 @@ def record_prompt(original: Any) -> Any:
 
 def _adopt(prompt: dict[str, Any], model_config: Any) -> None:
     """Add the summary that our processor would have added, from the fields of the images."""
-    from promprune_vllm.engine.api_server.request_hooks import refusing
-
     items = prompt["mm_kwargs"].get("image")
     if not items:
         return  # a video, say, which this server has processed itself

@@ -9,8 +9,7 @@ vLLM's own gate against client-sent processor options runs in between and stays 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import Any
@@ -19,13 +18,13 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import families
+from promprune_vllm.engine.api_server.admission import admit, why_not
 from promprune_vllm.engine.api_server.pruning_plan import record_images
+from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import Asked, from_request
 from promprune_vllm.engine.compat import older_minors
 from promprune_vllm.engine.keys import OURS
-from promprune_vllm.errors import BudgetError, SettingsError
-from promprune_vllm.metrics.recorder import recorder
+from promprune_vllm.errors import SettingsError
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
@@ -181,48 +180,3 @@ def _carry_context(executor: Any) -> None:
         return submit(copy_context().run, function, *args, **kwargs)
 
     executor.submit = submit_in_context
-
-
-def admit(renderer: Any, asked: Asked) -> None:
-    """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
-    if not asked.explicit:
-        return
-    asked.ask()
-    if reason := why_not(renderer):
-        raise BudgetError(
-            f"{FIELD} cannot be honoured: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
-            "Leave the field out, or serve a model that can be.",
-            reason="unsupported",
-        )
-    renderer.mm_processor.check_method(asked.method)
-
-
-def why_not(renderer: Any) -> str | None:
-    """Return why nothing can be pruned for a renderer's model, or ``None`` when it can."""
-    from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
-
-    if renderer.mm_processor is None:
-        return "it takes no images"
-    reason = families.why_not(renderer.config)
-    if reason is None and not isinstance(renderer.mm_processor, PrunedProcessorMixin):
-        reason = "the server runs another implementation of it (--model-impl)"
-    return reason
-
-
-def served_name(model_config: Any) -> str:
-    """Return the name that clients know a model by; its path is not for them."""
-    names = model_config.served_model_name
-    return str(names) if isinstance(names, str) else str(names[0])
-
-
-@contextmanager
-def refusing(model_config: Any | None) -> Iterator[None]:
-    """Raise a refused budget again as vLLM's HTTP 400, and count it if a model is given."""
-    try:
-        yield
-    except BudgetError as error:
-        from vllm.exceptions import VLLMValidationError
-
-        if model_config is not None:
-            recorder(model_config.served_model_name).refused(error.reason)
-        raise VLLMValidationError(str(error), parameter=error.param) from error

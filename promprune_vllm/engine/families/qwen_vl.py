@@ -17,7 +17,7 @@ from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.positions import require_rows
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
-from promprune_vllm.engine.api_server.request_hooks import refusing
+from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import SUMMARY
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.encoder_sharding import Captured, Shares

@@ -11,7 +11,8 @@ from torch import Tensor
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import Selector
-from promprune_vllm.core.selection import Selection, select_many
+from promprune_vllm.core.select import select_many
+from promprune_vllm.core.selection import Selection
 
 Project = Callable[[Tensor], Tensor]
 

@@ -1,0 +1,42 @@
+"""Whether a server can honour what a request asks for: its model, its method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promprune_vllm.core.budget import FIELD
+from promprune_vllm.engine import families
+from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.errors import BudgetError
+
+
+def admit(renderer: Any, asked: Asked) -> None:
+    """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
+    if not asked.explicit:
+        return
+    asked.ask()
+    if reason := why_not(renderer):
+        raise BudgetError(
+            f"{FIELD} cannot be honoured: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
+            "Leave the field out, or serve a model that can be.",
+            reason="unsupported",
+        )
+    renderer.mm_processor.check_method(asked.method)
+
+
+def why_not(renderer: Any) -> str | None:
+    """Return why nothing can be pruned for a renderer's model, or ``None`` when it can."""
+    from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+
+    if renderer.mm_processor is None:
+        return "it takes no images"
+    reason = families.why_not(renderer.config)
+    if reason is None and not isinstance(renderer.mm_processor, PrunedProcessorMixin):
+        reason = "the server runs another implementation of it (--model-impl)"
+    return reason
+
+
+def served_name(model_config: Any) -> str:
+    """Return the name that clients know a model by; its path is not for them."""
+    names = model_config.served_model_name
+    return str(names) if isinstance(names, str) else str(names[0])

@@ -1,0 +1,23 @@
+"""A budget that cannot be honoured becomes vLLM's own HTTP 400."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from promprune_vllm.errors import BudgetError
+from promprune_vllm.metrics.recorder import recorder
+
+
+@contextmanager
+def refusing(model_config: Any | None) -> Iterator[None]:
+    """Raise a refused budget again as vLLM's HTTP 400, and count it if a model is given."""
+    try:
+        yield
+    except BudgetError as error:
+        from vllm.exceptions import VLLMValidationError
+
+        if model_config is not None:
+            recorder(model_config.served_model_name).refused(error.reason)
+        raise VLLMValidationError(str(error), parameter=error.param) from error
