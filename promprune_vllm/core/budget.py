@@ -105,7 +105,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class BudgetRequest:
     """What a request asks for all of its images.
 
     Args:
@@ -117,7 +117,7 @@ class Ask:
     total: int | None = None
 
     @classmethod
-    def parse(cls, value: object) -> Ask:
+    def parse(cls, value: object) -> BudgetRequest:
         """Read the value a client sent as ``visual_token_budget``.
 
         Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from promprune_vllm.core.budget import FIELD, Ask, Budget
+from promprune_vllm.core.budget import FIELD, Budget, BudgetRequest
 from promprune_vllm.errors import BudgetError
 
 OutOfRange = Literal["clamp", "refuse"]
@@ -85,7 +85,7 @@ class BudgetPolicy:
             return level == 1 and (self.default is None or self.default.share == 1)
         return asked.share == 1
 
-    def resolve_all(self, ask: Ask, sizes: Sequence[int], levels: Sequence[Fraction]) -> tuple[int, ...]:
+    def resolve_all(self, ask: BudgetRequest, sizes: Sequence[int], levels: Sequence[Fraction]) -> tuple[int, ...]:
         """Return how many tokens each image of a request keeps.
 
         Args:

@@ -87,7 +87,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.CONTAIN),
-        ("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls", "scheduler.failed_images:equip_scheduler"),
+        ("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls", "scheduler.failed_images:patch_scheduler"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.PREEMPTION),
@@ -159,11 +159,11 @@ PATCHES: tuple[Patch, ...] = (
         *(Stage.SCHEDULER, reasons.CONTAIN),
         (
             f"{_SCHEDULER}.update_from_output",
-            *("scheduler.failed_images:end_failed", "scheduler_output", "model_runner_output"),
+            *("scheduler.failed_images:end_failed_requests", "scheduler_output", "model_runner_output"),
         ),
         (
             f"{_SCHEDULER}.finish_requests",
-            *("scheduler.failed_images:note_gone", "request_ids", "finished_status"),
+            *("scheduler.failed_images:record_aborts", "request_ids", "finished_status"),
         ),
     ),
     *_rows(

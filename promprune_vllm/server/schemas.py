@@ -111,7 +111,7 @@ def field_schemas(allowed: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 AnyBudget = Annotated[Any, WithJsonSchema(budget_schema())]
-"""Whatever a client sent: ``Ask.parse`` says what is wrong with it better than pydantic could."""
+"""Any JSON; validated by ``BudgetRequest.parse``, whose errors say more than pydantic's."""
 
 
 class Strict(BaseModel):

@@ -12,7 +12,7 @@ import torch
 from promprune_vllm import Need, get_method, methods, select
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
-from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.engine.api_server.request_fields import PruningFields
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.engine import naming
@@ -337,7 +337,7 @@ def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
     items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
     inputs = SimpleNamespace(mm_data_items=items, prompt="")
     images = processor._images(inputs)
-    (plan,) = processor._plan(inputs, images, Asked(), {})
+    (plan,) = processor._plan(inputs, images, PruningFields(), {})
     assert (plan.seen, plan.kept) == (10, 10)
     with pytest.raises(BudgetError, match="image_embeds"):
-        processor._plan(inputs, images, Asked(budget=4), {})
+        processor._plan(inputs, images, PruningFields(budget=4), {})

@@ -42,7 +42,7 @@ def ask(engine: FamilyEngine, method: str, text: str | None = None, budget: int 
 def wanted(engine: FamilyEngine, method: str, text: str, budget: int = 25) -> torch.Tensor:
     """Rows of a method that was told the text by hand."""
     ids = torch.tensor(engine.llm.get_tokenizer().encode(text, add_special_tokens=False))
-    image = engine.encoded("landscape").told(engine.model.get_language_model().embed_input_ids(ids))
+    image = engine.encoded("landscape").with_text(engine.model.get_language_model().embed_input_ids(ids))
     selector = next(each for each in engine.model._methods if each.name == method)
     rows, _ = image.pruned(budget, selector, engine.model.project)
     return rows[:, : engine.llm.model_config.get_hidden_size()]

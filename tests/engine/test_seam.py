@@ -10,7 +10,7 @@ import pytest
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import families, plugin
 from promprune_vllm.engine.api_server import admission
-from promprune_vllm.engine.api_server.request_fields import Asked, read
+from promprune_vllm.engine.api_server.request_fields import PruningFields, read
 from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
@@ -155,16 +155,16 @@ def test_another_implementation_of_a_model_we_know_refuses_a_budget() -> None:
     server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
     with pytest.raises(BudgetError, match=r"M cannot be pruned, .*--model-impl"):
-        admission.admit(renderer, Asked(budget=64))
+        admission.admit(renderer, PruningFields(budget=64))
 
 
 def test_a_model_without_a_family_refuses_a_budget() -> None:
     server = _server("Qwen9ForConditionalGeneration", None)
     server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
-    admission.admit(renderer, Asked())
+    admission.admit(renderer, PruningFields())
     with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):
-        admission.admit(renderer, Asked(budget=64))
+        admission.admit(renderer, PruningFields(budget=64))
 
 
 @pytest.mark.parametrize(

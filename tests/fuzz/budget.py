@@ -41,7 +41,7 @@ def one(data: bytes) -> None:
 
 def _budget(value: object) -> None:
     try:
-        ask = budget.Ask.parse(value)
+        ask = budget.BudgetRequest.parse(value)
         kept = policy.BudgetPolicy().resolve_all(ask, SIZES, [Fraction(1)] * len(SIZES))
     except BudgetError as error:
         if len(str(error)) > _LONGEST_SENTENCE:
@@ -49,7 +49,7 @@ def _budget(value: object) -> None:
         return
     if not all(1 <= keep <= size for keep, size in zip(kept, SIZES, strict=True)):
         raise AssertionError(f"{value!r} keeps {kept} of {SIZES}")
-    if budget.Ask.parse(ask.printed()) != ask:
+    if budget.BudgetRequest.parse(ask.printed()) != ask:
         raise AssertionError(f"{value!r} is printed as {ask.printed()!r}, which is another budget")
 
 

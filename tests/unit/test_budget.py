@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promprune_vllm import Budget, BudgetPolicy
-from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, Ask
+from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, BudgetRequest
 from promprune_vllm.errors import BudgetError
 
 ONE = Fraction(1)
@@ -73,13 +73,13 @@ BAD: list[object] = [
 @pytest.mark.parametrize(("value", "kept"), GOOD, ids=[str(value) for value, _ in GOOD])
 def test_every_form_keeps_what_it_says(value: object, kept: tuple[int, int]) -> None:
     policy = BudgetPolicy(default=Budget(tokens=200))
-    assert policy.resolve_all(Ask.parse(value), (576, 100), (ONE, ONE)) == kept
+    assert policy.resolve_all(BudgetRequest.parse(value), (576, 100), (ONE, ONE)) == kept
 
 
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
 def test_every_bad_form_is_refused_with_value_and_limits(value: object) -> None:
     with pytest.raises(BudgetError) as refused:
-        Ask.parse(value)
+        BudgetRequest.parse(value)
     message = str(refused.value)
     assert refused.value.param == "visual_token_budget"
     assert re.search(r"visual_token_budget(\[\d\])? must be", message)
@@ -101,14 +101,14 @@ asks = st.one_of(
 
 @given(asks)
 def test_what_is_printed_is_read_as_the_same(value: object) -> None:
-    ask = Ask.parse(value)
-    assert Ask.parse(ask.printed()) == ask
-    assert Ask.parse(json.loads(json.dumps(ask.printed()))) == ask
+    ask = BudgetRequest.parse(value)
+    assert BudgetRequest.parse(ask.printed()) == ask
+    assert BudgetRequest.parse(json.loads(json.dumps(ask.printed()))) == ask
 
 
 @given(asks, st.lists(totals, min_size=1, max_size=5))
 def test_every_image_keeps_at_least_one_and_at_most_all(value: object, sizes: list[int]) -> None:
-    ask = Ask.parse(value)
+    ask = BudgetRequest.parse(value)
     try:
         kept = BudgetPolicy().resolve_all(ask, sizes, [ONE] * len(sizes))
     except BudgetError:
@@ -122,7 +122,7 @@ def test_every_image_keeps_at_least_one_and_at_most_all(value: object, sizes: li
 @given(st.lists(totals, min_size=1, max_size=5), st.integers(5, 9000), st.integers(0, 50))
 def test_a_larger_total_never_keeps_fewer(sizes: list[int], total: int, more: int) -> None:
     def kept(tokens: int) -> tuple[int, ...]:
-        return BudgetPolicy().resolve_all(Ask(total=tokens), sizes, [ONE] * len(sizes))
+        return BudgetPolicy().resolve_all(BudgetRequest(total=tokens), sizes, [ONE] * len(sizes))
 
     few, many = kept(total), kept(total + more)
     assert sum(few) <= sum(many)
@@ -143,7 +143,7 @@ def test_what_asks_for_more_keeps_no_less(one: object, other: object, total: int
 @pytest.mark.parametrize(("value", "images"), [([64], 2), ([64, 64], 1), ([64], 0), ({"total": 2}, 3)])
 def test_an_ask_that_does_not_fit_the_images_is_refused(value: object, images: int) -> None:
     with pytest.raises(BudgetError, match="image"):
-        Ask.parse(value).check_images(images)
+        BudgetRequest.parse(value).check_images(images)
 
 
 def test_a_value_too_deep_to_print_is_refused_like_any_other() -> None:
@@ -151,7 +151,7 @@ def test_a_value_too_deep_to_print_is_refused_like_any_other() -> None:
     for _ in range(10_000):
         deep = [deep]
     with pytest.raises(BudgetError, match="got a list"):
-        Ask.parse(deep)
+        BudgetRequest.parse(deep)
 
 
 def test_limits_clamp_or_refuse() -> None:

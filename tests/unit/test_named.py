@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, Budget
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Budget, BudgetRequest
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.named_images import Images, Known, Memory, Size, require_cached
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
-from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.engine.api_server.request_fields import PruningFields
 from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.errors import BudgetError
 
@@ -62,7 +62,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def decide(images: Images, budget: object = "auto", level: int = 1, *, looks: bool = False) -> list[Fraction]:
-    return images.decide(Ask.parse(budget), PLAIN, Fraction(1, level), looks=looks)
+    return images.decide(BudgetRequest.parse(budget), PLAIN, Fraction(1, level), looks=looks)
 
 
 def test_a_name_is_remembered_beside_its_cache_alone() -> None:
@@ -187,7 +187,7 @@ def test_an_image_keeps_all_where_the_policy_says_so(
 def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[Any], wanted: str) -> None:
     for value in values:
         with pytest.raises(BudgetError, match=wanted) as refused:
-            Asked.taken_from({option: value, "size": 1})[0].ask()
+            PruningFields.taken_from({option: value, "size": 1})[0].ask()
         assert str(refused.value).startswith(option)
         assert type(value).__name__ in str(refused.value) or option == FIELD
         assert refused.value.param == option
@@ -195,4 +195,4 @@ def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[
 
 def test_options_of_the_right_type_are_taken() -> None:
     given_options = {FIELD: 9, METHOD_FIELD: "x", TEXT_OPTION: "what?", DETAIL_OPTION: ["low"], "size": 1}
-    assert Asked.taken_from(given_options) == (Asked(9, "x", "what?", ("low",)), {"size": 1})
+    assert PruningFields.taken_from(given_options) == (PruningFields(9, "x", "what?", ("low",)), {"size": 1})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from promprune_vllm.core.budget import Ask, Budget
+from promprune_vllm.core.budget import Budget, BudgetRequest
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.positions import require_rows, table_rows
 from promprune_vllm.errors import BudgetError
@@ -39,13 +39,17 @@ BUDGETS = st.one_of(
 DECODED = st.one_of(st.just(0), st.integers(1, 6000))
 
 
-def asks(images: int) -> st.SearchStrategy[Ask]:
-    each = st.lists(BUDGETS, min_size=images, max_size=images).map(lambda budgets: Ask(each=tuple(budgets)))
-    return st.one_of(BUDGETS.map(lambda budget: Ask(each=budget)), each, st.integers(images, 9000).map(_in_total))
+def asks(images: int) -> st.SearchStrategy[BudgetRequest]:
+    each = st.lists(BUDGETS, min_size=images, max_size=images).map(
+        lambda budgets: BudgetRequest(each=tuple(budgets))
+    )
+    return st.one_of(
+        BUDGETS.map(lambda budget: BudgetRequest(each=budget)), each, st.integers(images, 9000).map(_in_total)
+    )
 
 
-def _in_total(tokens: int) -> Ask:
-    return Ask(total=tokens)
+def _in_total(tokens: int) -> BudgetRequest:
+    return BudgetRequest(total=tokens)
 
 
 def last_position(images: list[Image], kept: list[int], after: int, length: int) -> int:

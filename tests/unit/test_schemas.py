@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, MAX_IMAGES, Ask
+from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, MAX_IMAGES, BudgetRequest
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectRequest
 from promprune_vllm.server.openapi import add_fields, document
@@ -72,7 +72,7 @@ def test_the_schema_is_one() -> None:
 @example([1] * (MAX_IMAGES + 1))
 def test_the_schema_takes_what_the_parser_takes(value: object) -> None:
     try:
-        Ask.parse(value)
+        BudgetRequest.parse(value)
         parsed = True
     except BudgetError:
         parsed = False
@@ -94,7 +94,7 @@ def _beyond_json_schema(value: object) -> bool:
 def test_examples_are_valid(value: object) -> None:
     assert VALIDATOR.is_valid(value)
     if value is not None:  # which is no budget at all
-        Ask.parse(value)
+        BudgetRequest.parse(value)
 
 
 def test_a_value_matches_one_form_only() -> None:
@@ -104,11 +104,11 @@ def test_a_value_matches_one_form_only() -> None:
 
 def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
     chat, ask = {"properties": {"model": {}}}, {"properties": {"visual_token_budget": {}}}
-    schemas: dict[str, Any] = {"Chat": chat, "Ask": ask, "Text": {"properties": {}}, "Other": {}}
+    schemas: dict[str, Any] = {"Chat": chat, "BudgetRequest": ask, "Text": {"properties": {}}, "Other": {}}
     made: dict[str, Any] = {
         "paths": {
             "/v1/chat/completions": _posts("Chat", "Other"),
-            "/v1/visual_tokens/inspect": _posts("Ask"),
+            "/v1/visual_tokens/inspect": _posts("BudgetRequest"),
             "/detokenize": _posts("Text"),
             "/somebody/elses": _posts("Text"),
         },
@@ -116,7 +116,14 @@ def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
     }
     for _ in range(2):
         add_fields(made, field_schemas(["promprune", "random"]))
-        assert set(schemas) == {"Chat", "Ask", "Text", "Other", "visual_token_budget", "visual_token_method"}
+        assert set(schemas) == {
+            "Chat",
+            "BudgetRequest",
+            "Text",
+            "Other",
+            "visual_token_budget",
+            "visual_token_method",
+        }
         assert set(chat["properties"]) == {"model", "visual_token_budget", "visual_token_method"}
         assert ask["properties"]["visual_token_budget"] == {}, "what a route says itself stays"
         assert schemas["Text"]["properties"] == {}

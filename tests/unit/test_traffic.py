@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from promprune_vllm import cli
-from promprune_vllm.core.budget import Ask as Budgets
+from promprune_vllm.core.budget import BudgetRequest as Budgets
 from promprune_vllm.demo import sender
 from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, Picture, Sent, lines, plan, total
 from promprune_vllm.errors import BudgetError

@@ -6,11 +6,11 @@ from typing import Any
 
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import families
-from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.engine.api_server.request_fields import PruningFields
 from promprune_vllm.errors import BudgetError
 
 
-def admit(renderer: Any, asked: Asked) -> None:
+def admit(renderer: Any, asked: PruningFields) -> None:
     """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
     if not asked.explicit:
         return

@@ -25,7 +25,7 @@ from promprune_vllm.engine.api_server.admission import admit, served_name, why_n
 from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.api_server.request_fields import Asked, read_from
+from promprune_vllm.engine.api_server.request_fields import PruningFields, read_from
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
@@ -46,7 +46,7 @@ from promprune_vllm.server.schemas import (
     VisualTokens,
     field_schemas,
 )
-from promprune_vllm.server.told import VisualTokenHeaders
+from promprune_vllm.server.usage import VisualTokenHeaders
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -96,7 +96,7 @@ class EngineBackend:
         """
         with refusing(self._renderer.model_config):
             check_names(body)
-            admit(self._renderer, Asked(read_from(body, FIELD), read_from(body, METHOD_FIELD)))
+            admit(self._renderer, PruningFields(read_from(body, FIELD), read_from(body, METHOD_FIELD)))
 
     def state(self) -> VisualTokens:
         """Return what is in force."""
@@ -125,7 +125,7 @@ class EngineBackend:
 
     def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
         """Return what a request would keep; the errors are those of such a request."""
-        asked = Asked(budget=budget, details=self._honoured(details))
+        asked = PruningFields(budget=budget, details=self._honoured(details))
         with refusing(None):
             if details is not None and len(details) != len(sizes):
                 raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
@@ -167,7 +167,7 @@ class EngineBackend:
             model = served_name(self._renderer.model_config)
             raise BudgetError(f"Nothing to {verb}: {model} cannot be pruned, {reason}.", param="model")
 
-    def _count(self, sizes: Sequence[tuple[int, int]], asked: Asked) -> list[tuple[int, int]]:
+    def _count(self, sizes: Sequence[tuple[int, int]], asked: PruningFields) -> list[tuple[int, int]]:
         try:
             counts: list[tuple[int, int]] = self._renderer.mm_processor.count(_Sizes(sizes), asked)
         except BudgetError:

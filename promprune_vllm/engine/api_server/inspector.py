@@ -22,7 +22,7 @@ from promprune_vllm.engine.compat import older_minors
 from promprune_vllm.engine.keys import HELD, RECALL
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
-from promprune_vllm.server.told import Told, told
+from promprune_vllm.server.usage import ImageUsage, current_usage
 
 _GONE = (
     "The image's rows had left the engine's encoder cache before they could be looked at: the server is busy. "
@@ -46,7 +46,7 @@ class Inspector:
         self._client = engine_client  # a render server has none
         self._state = state
 
-    async def run(self, body: InspectRequest, request: Request) -> tuple[Told, Mapping[str, Any]] | Response:
+    async def run(self, body: InspectRequest, request: Request) -> tuple[ImageUsage, Mapping[str, Any]] | Response:
         """Have an image pruned.
 
         Returns:
@@ -63,7 +63,7 @@ class Inspector:
         reply = await handler.create_chat_completion(_chat(body), request)
         if isinstance(reply, ErrorResponse):
             return JSONResponse(reply.model_dump(), reply.error.code)
-        known = told()
+        known = current_usage()
         if known is None or len(known.identifiers) != 1:
             raise RuntimeError("a request with one image was told of without it")
         trace = await self._recalled(known.identifiers)
@@ -117,7 +117,7 @@ def _chat(body: InspectRequest) -> ChatCompletionRequest:
 
 
 def reply(
-    known: Told,
+    known: ImageUsage,
     trace: Mapping[str, Any],
     boxes: Callable[[int, int], Sequence[Box | None]],
     methods: Sequence[Method],

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, BudgetRequest, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server import image_complexity
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
@@ -130,7 +130,7 @@ class Images:
         """The uuid of every image that is named and known, by its place."""
         return {i: uuid for i, uuid in enumerate(self._uuids) if self._is_named(i) and self._known[i]}
 
-    def decide(self, ask: Ask, policy: BudgetPolicy, now: Fraction, *, looks: bool) -> list[Fraction]:
+    def decide(self, ask: BudgetRequest, policy: BudgetPolicy, now: Fraction, *, looks: bool) -> list[Fraction]:
         """Return the share of the default that ``"auto"`` keeps of each image.
 
         A named image has the share it had when it was sent: with another, nothing would be found in the cache.

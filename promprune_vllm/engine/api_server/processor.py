@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.config import Settings, environment
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Ask, shown
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, BudgetRequest, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import families, patches
@@ -35,7 +35,7 @@ from promprune_vllm.engine.api_server.pruning_plan import (
     split,
 )
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.api_server.request_fields import Asked
+from promprune_vllm.engine.api_server.request_fields import PruningFields
 from promprune_vllm.engine.compat import older_minors, versions
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT
@@ -115,11 +115,11 @@ class PrunedProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         with refusing(self.info.ctx.model_config):  # type: ignore[attr-defined]
-            asked, kwargs = Asked.taken_from(inputs.hf_processor_mm_kwargs)
+            asked, kwargs = PruningFields.taken_from(inputs.hf_processor_mm_kwargs)
             profiling = kwargs.pop(PROFILE, None) is _PROFILING
             images = self._images(inputs)
             prunes = not (profiling or self.refusal)
-            plans = self._plan(inputs, images, Asked() if profiling else asked, kwargs, prunes=prunes)
+            plans = self._plan(inputs, images, PruningFields() if profiling else asked, kwargs, prunes=prunes)
             named = images.named if isinstance(images, Images) else {}
             plan = Plan(plans, cached=(False,) * len(plans), named=named)
             planned = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
@@ -147,7 +147,7 @@ class PrunedProcessorMixin:
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, PROFILE: _PROFILING})
 
     def _plan(
-        self, inputs: Any, images: Any, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool = True
+        self, inputs: Any, images: Any, asked: PruningFields, kwargs: Mapping[str, object], *, prunes: bool = True
     ) -> tuple[ImagePlan, ...]:
         ask, method = asked.ask(), self._method_index(asked.method)
         if images is None:
@@ -169,7 +169,7 @@ class PrunedProcessorMixin:
             for (seen, kept), size in zip(counts, images.sizes, strict=True)
         )
 
-    def count(self, images: Any, asked: Asked) -> list[tuple[int, int]]:
+    def count(self, images: Any, asked: PruningFields) -> list[tuple[int, int]]:
         """Return tokens seen and kept of images of which only the sizes are known.
 
         Args:
@@ -186,7 +186,7 @@ class PrunedProcessorMixin:
         return kept
 
     def _counts(
-        self, images: Images, asked: Asked, kwargs: Mapping[str, object], *, prunes: bool
+        self, images: Images, asked: PruningFields, kwargs: Mapping[str, object], *, prunes: bool
     ) -> list[tuple[int, int]]:
         """Return tokens seen and kept; 1 and 1 of an image that keeps as many as vLLM's cache has of it."""
         counts = [
@@ -201,7 +201,9 @@ class PrunedProcessorMixin:
         self._check_kept(images, kept, kwargs)
         return kept
 
-    def _kept(self, counts: Sequence[int], ask: Ask, levels: Sequence[Fraction]) -> list[tuple[int, int]]:
+    def _kept(
+        self, counts: Sequence[int], ask: BudgetRequest, levels: Sequence[Fraction]
+    ) -> list[tuple[int, int]]:
         if self.refusal:
             return [(count, count) for count in counts]
         return list(zip(counts, self._policy.resolve_all(ask, counts, levels), strict=True))
@@ -230,7 +232,7 @@ class PrunedProcessorMixin:
             )
         return allowed.index(name)
 
-    def _text(self, inputs: Any, asked: Asked) -> tuple[int, ...]:
+    def _text(self, inputs: Any, asked: PruningFields) -> tuple[int, ...]:
         """Return the tokens of the user's text: as the request tells, else of the prompt without its markers."""
         tokenizer: Any = self.info.get_tokenizer()  # type: ignore[attr-defined]
         text = inputs.prompt if asked.text is None else asked.text

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
-from promprune_vllm.server.told import tell
+from promprune_vllm.server.usage import record_images
 
 MAX_TEXT_TOKENS = 256
 """The last so many of the user's text: a question, not a document."""
@@ -55,7 +55,7 @@ class Summary:
         images: One plan each, in order of appearance.
         cached: Which of them vLLM's processor cache already had. A prompt equals itself whether they were or not.
         method: What selects the tokens of images that lose any.
-        form: How the request wrote its budget (see ``Ask.form``), ``None`` if it did not send one.
+        form: How the request wrote its budget (see ``BudgetRequest.form``), ``None`` if it did not send one.
     """
 
     images: tuple[ImagePlan, ...]
@@ -71,15 +71,15 @@ def split(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
     return plan or Plan(), rest
 
 
-def record_images(prompt: Any) -> None:
-    """Have the reply to the request being handled tell of a processed prompt's images; each prompt counts once."""
+def record_prompt_images(prompt: Any) -> None:
+    """Add a processed prompt's images to the usage of the request being handled; each prompt counts once."""
     summary: Summary | None = prompt.get(SUMMARY)
     if summary is None or prompt.get(RECORDED):
         return
     prompt[RECORDED] = True
     images = summary.images
     counts = [(image.seen, image.kept) for image in images]
-    tell(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
+    record_images(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
 
 
 def shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:

@@ -12,7 +12,7 @@ from promprune_vllm.metrics.recorder import recorder
 
 @contextmanager
 def refusing(model_config: Any | None) -> Iterator[None]:
-    """Raise a refused budget again as vLLM's HTTP 400, and count it if a model is given."""
+    """Re-raise a refused budget as vLLM's HTTP 400; count it if a model is given."""
     try:
         yield
     except BudgetError as error:

@@ -14,11 +14,11 @@ import torch
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine.api_server import request_fields
-from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_images
+from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import COUNTS, SUMMARY, TEXT
 from promprune_vllm.errors import BudgetError
-from promprune_vllm.server.told import told
+from promprune_vllm.server.usage import current_usage
 
 _NEXT_STEP = (
     "Send the features as the render server made them, and give both servers the same PROMPRUNE_* settings."
@@ -32,9 +32,9 @@ def record_prompt(original: Any) -> Any:
         prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
         if isinstance(prompt, dict) and prompt.get("type") == "multimodal":
             # Where images are recorded already, a beam of this very request is on its way, without its summary.
-            if SUMMARY not in prompt and told() is None:
+            if SUMMARY not in prompt and current_usage() is None:
                 _adopt(prompt, self.model_config)
-            record_images(prompt)
+            record_prompt_images(prompt)
         return original(self, *args, **kwargs)
 
     return start

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, Ask, Budget, shown
+from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, Budget, BudgetRequest, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.errors import BudgetError
@@ -20,8 +20,8 @@ _IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The request's own words, unchecked.
+class PruningFields:
+    """Our fields of one request, not yet validated.
 
     Args:
         budget: Its ``visual_token_budget``.
@@ -47,7 +47,7 @@ class Asked:
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def taken_from(cls, kwargs: Mapping[str, object]) -> tuple[Asked, dict[str, object]]:
+    def taken_from(cls, kwargs: Mapping[str, object]) -> tuple[PruningFields, dict[str, object]]:
         """Split processor options into ours and the rest, which alone the Hugging Face processor may see.
 
         Raises:
@@ -66,11 +66,11 @@ class Asked:
         details = None if details is None else tuple(details)
         return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
 
-    def ask(self) -> Ask:
+    def ask(self) -> BudgetRequest:
         """Return the budget, checked; without one, the server's policy is asked for."""
-        return Ask() if self.budget is None else Ask.parse(self.budget)
+        return BudgetRequest() if self.budget is None else BudgetRequest.parse(self.budget)
 
-    def in_detail(self, ask: Ask, images: int, policy: BudgetPolicy) -> Ask:
+    def in_detail(self, ask: BudgetRequest, images: int, policy: BudgetPolicy) -> BudgetRequest:
         """Return the ask with OpenAI's ``detail`` in its place, where no budget was sent."""
         if self.budget is not None or self.details is None:
             return ask
@@ -80,7 +80,7 @@ class Asked:
             )
             return ask
         budgets = {"low": Budget(tokens=policy.low), "high": Budget.parse("full")}
-        return Ask(each=tuple(budgets.get(detail) for detail in self.details))
+        return BudgetRequest(each=tuple(budgets.get(detail) for detail in self.details))
 
 
 def read(request: Any, name: str) -> object:
@@ -122,7 +122,7 @@ def read_from(fields: Mapping[str, Any], name: str) -> object:
     return nested if top is None else top
 
 
-def from_request(request: Any, messages: object, *, honour_detail: bool) -> Asked:
+def from_request(request: Any, messages: object, *, honour_detail: bool) -> PruningFields:
     """Gather what a request says.
 
     Args:
@@ -133,7 +133,7 @@ def from_request(request: Any, messages: object, *, honour_detail: bool) -> Aske
     turns = messages if isinstance(messages, list) else []
     details = tuple(_details(turns)) if honour_detail else ()
     spoken = details if {"low", "high"} & set(details) else None
-    return Asked(read(request, FIELD), read(request, METHOD_FIELD), _last_words(turns), spoken)
+    return PruningFields(read(request, FIELD), read(request, METHOD_FIELD), _last_words(turns), spoken)
 
 
 def _wrong(name: str, wanted: str, value: object) -> BudgetError:

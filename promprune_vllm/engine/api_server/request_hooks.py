@@ -19,16 +19,16 @@ from PIL.Image import DecompressionBombError
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine.api_server.admission import admit, why_not
-from promprune_vllm.engine.api_server.pruning_plan import record_images
+from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.api_server.request_fields import Asked, from_request
+from promprune_vllm.engine.api_server.request_fields import PruningFields, from_request
 from promprune_vllm.engine.compat import older_minors
 from promprune_vllm.engine.keys import OURS
 from promprune_vllm.errors import SettingsError
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
-_asked: ContextVar[Asked | None] = ContextVar("visual_tokens_asked", default=None)
+_asked: ContextVar[PruningFields | None] = ContextVar("visual_tokens_asked", default=None)
 
 
 def read_request(original: Any) -> Any:
@@ -42,7 +42,7 @@ def read_request(original: Any) -> Any:
         finally:
             _asked.reset(token)
         for prompt in result[1] if isinstance(result, tuple) else result:
-            record_images(prompt)
+            record_prompt_images(prompt)
         return result
 
     return preprocess
@@ -58,7 +58,7 @@ def read_pooling_request(original: Any) -> Any:
     return init_context
 
 
-def _gathered(serving: Any, request: Any, messages: object) -> Asked:
+def _gathered(serving: Any, request: Any, messages: object) -> PruningFields:
     with refusing(serving.model_config):
         older_minors.refuse_smuggled(request)
         honour_detail = getattr(serving.renderer.mm_processor, "honours_detail", False)
@@ -99,7 +99,7 @@ def add_fields(original: Any) -> Any:
             prompt["mm_processor_kwargs"] = {**(prompt.get("mm_processor_kwargs") or {}), **added}
         # Prompts of an offline LLM come here too, with the options that their own process trusts.
         with refusing(self.model_config):
-            asked = Asked.taken_from(prompt.get("mm_processor_kwargs") or {})[0]
+            asked = PruningFields.taken_from(prompt.get("mm_processor_kwargs") or {})[0]
             admit(self, asked)
             if not prompt.get("multi_modal_data"):
                 asked.ask().check_images(0)
@@ -108,7 +108,7 @@ def add_fields(original: Any) -> Any:
     return process
 
 
-def _worth_adding(renderer: Any, asked: Asked, has_media: bool) -> dict[str, object]:
+def _worth_adding(renderer: Any, asked: PruningFields, has_media: bool) -> dict[str, object]:
     """Return what the processor is to be told: nothing where a request says nothing that matters to it."""
     from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 

@@ -7,7 +7,7 @@ from typing import Any
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.compat.patching import Stage
-from promprune_vllm.server.told import USAGE_FIELD, listening, told
+from promprune_vllm.server.usage import USAGE_FIELD, current_usage, recording
 
 
 def extend_replies(original: Any) -> Any:
@@ -43,7 +43,7 @@ def fill_in_usage(original: Any) -> Any:
     """Wrap the making of a usage. Validation does not come here: a usage read from JSON keeps what it says."""
 
     def init(self: Any, **data: Any) -> None:
-        known = told()
+        known = current_usage()
         if known is not None:
             data[USAGE_FIELD] = known.usage()
         original(self, **data)
@@ -55,7 +55,7 @@ def listen(original: Any) -> Any:
     """Wrap what answers one line of a batch: over HTTP, a middleware does this."""
 
     async def run_request(*args: Any, **kwargs: Any) -> Any:
-        with listening():
+        with recording():
             return await original(*args, **kwargs)
 
     return run_request

@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.promprune")
 _STEPS = 4  # more than are ever in flight at once: two
 
 
-def equip_scheduler(original: Any) -> Any:
+def patch_scheduler(original: Any) -> Any:
     """Wrap the choice of a scheduler's class.
 
     vLLM asks for it in the engine's process alone; to import it elsewhere would slow down every other one.
@@ -36,14 +36,14 @@ def equip_scheduler(original: Any) -> Any:
     return get_scheduler_cls
 
 
-def end_failed(original: Any) -> Any:
+def end_failed_requests(original: Any) -> Any:
     """Wrap the handling of a step's result."""
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         failed = frozenset(getattr(model_runner_output, FAILED, ()))
         ended = _end(self, failed) if failed else ()
         outputs = original(self, scheduler_output, model_runner_output)
-        _gone(self).append(set())
+        _aborted_in_flight(self).append(set())
         if ended:
             _add_errors(outputs, ended)
         return outputs
@@ -51,20 +51,20 @@ def end_failed(original: Any) -> Any:
     return update_from_output
 
 
-def note_gone(original: Any) -> Any:
+def record_aborts(original: Any) -> Any:
     """Wrap the end of requests from outside: an aborted one may have left blocks that a step in flight fills."""
 
     def finish_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
         finished = original(self, *args, **kwargs)
         for request in finished:
             if request.num_in_flight_tokens:
-                _gone(self)[-1].update(feature.identifier for feature in request.mm_features)
+                _aborted_in_flight(self)[-1].update(feature.identifier for feature in request.mm_features)
         return finished
 
     return finish_requests
 
 
-def _gone(scheduler: Any) -> deque[set[str]]:
+def _aborted_in_flight(scheduler: Any) -> deque[set[str]]:
     """Return the images of requests that ended in flight, by step."""
     gone: deque[set[str]] = scheduler.__dict__.setdefault(GONE, deque([set()], maxlen=_STEPS))
     return gone
@@ -82,7 +82,7 @@ def _end(scheduler: Any, failed: frozenset[str]) -> Sequence[Any]:
     scheduler.kv_cache_manager.evict_blocks(blocks)
     for identifier in failed:
         _forget(scheduler.encoder_cache_manager, identifier, scheduler.requests)
-    for images in _gone(scheduler):  # dealt with, the requests ended here among them
+    for images in _aborted_in_flight(scheduler):  # dealt with, the requests ended here among them
         images.difference_update(failed)
     ours = recorder(scheduler.vllm_config.model_config.served_model_name)
     for _ in ended:
@@ -120,7 +120,7 @@ def _blocks(scheduler: Any, requests: Iterable[Any], failed: frozenset[str]) -> 
     """
     pool = scheduler.kv_cache_manager.block_pool
     blocks: set[int] = set()
-    known = not any(failed & images for images in _gone(scheduler))
+    known = not any(failed & images for images in _aborted_in_flight(scheduler))
     for request in requests:
         groups = scheduler.kv_cache_manager.get_block_ids(request.request_id)
         offset = min(each.mm_position.offset for each in request.mm_features if each.identifier in failed)

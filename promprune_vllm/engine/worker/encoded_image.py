@@ -18,8 +18,8 @@ Project = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What is to become of one image.
+class PruneJob:
+    """How one image is pruned.
 
     Args:
         seen: Tokens before pruning.
@@ -68,7 +68,7 @@ class EncodedImage:
         places = torch.arange(features.tokens, device=rows.device)
         return cls(rows, (Group(features, places),), places[:0])
 
-    def told(self, text: Tensor) -> EncodedImage:
+    def with_text(self, text: Tensor) -> EncodedImage:
         """Return the image with the user's text, ``(M, D)`` embeddings, beside each group."""
         groups = [replace(group, features=replace(group.features, text=text)) for group in self.groups]
         return replace(self, groups=groups)

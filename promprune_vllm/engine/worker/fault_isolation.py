@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
 from promprune_vllm.engine.keys import FAILED, FILLER, PENDING_FAILED
-from promprune_vllm.engine.worker.encoded_image import EncodedImage, Job
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 
 logger = logging.getLogger("vllm.promprune")
 _T = TypeVar("_T")
@@ -27,10 +27,10 @@ _T = TypeVar("_T")
 class Model(Protocol):
     """What is asked of a ``PrunedModelMixin`` with its family."""
 
-    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[EncodedImage]:
+    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
         """Encode some of the images with all that their methods look at."""
 
-    def choose(self, image: EncodedImage, job: Job) -> Callable[[], Tensor]:
+    def choose(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
         """Select an image's tokens, and return what makes its rows of the selection."""
 
     def zeros(self, rows: int) -> Tensor:
@@ -73,7 +73,7 @@ def in_step() -> bool:
     return _step.get() is not None
 
 
-def embed(model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[Tensor]:
+def embed(model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[Tensor]:
     """Return the rows of some images, ``(kept, W)`` each.
 
     Outside a worker's step, in the memory profile for one, nobody would end the requests: exceptions pass.
@@ -91,7 +91,7 @@ def embed(model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[Job
 
 
 def _attempt(
-    step: Step, model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]
+    step: Step, model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]
 ) -> list[Tensor | None]:
     """Return the rows of some images, or ``None`` for those that fail."""
     what = f"Selecting {' + '.join(f'{job.kept} of {job.seen}' for job in jobs)} visual tokens"

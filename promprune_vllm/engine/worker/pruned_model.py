@@ -18,7 +18,7 @@ from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import COUNTS, TEXT
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
-from promprune_vllm.engine.worker.encoded_image import EncodedImage, Job
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 from promprune_vllm.engine.worker.selection_metrics import SelectionWatch
 from promprune_vllm.engine.worker.selection_trace import Trace
 from promprune_vllm.kernels import ops
@@ -79,25 +79,25 @@ class PrunedModelMixin:
             self._encoded(jobs[items])
         return outputs
 
-    def _encoded(self, jobs: Sequence[Job]) -> None:
+    def _encoded(self, jobs: Sequence[PruneJob]) -> None:
         # Outside a worker's step these are the memory profile's images, not a request's.
         if self._watch is not None and jobs and fault_isolation.in_step():
             self._watch.flush(sum(job.seen for job in jobs))
 
-    def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> Job:
+    def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> PruneJob:
         seen, kept, method = counts
         selector = self._methods[method]
         wants_text = kept < seen and texts is not None and Need.TEXT in selector.needs
-        return Job(seen, kept, selector, texts[image] if wants_text and texts is not None else None)
+        return PruneJob(seen, kept, selector, texts[image] if wants_text and texts is not None else None)
 
-    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[Job]) -> list[EncodedImage]:
+    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
         """Encode some of the images with all that their methods look at."""
         needs = Need.PROJECTED
         for job in jobs:
             needs |= job.method.needs
         images: list[EncodedImage] = self.capture(inputs, items, needs)  # type: ignore[attr-defined]
         return [
-            image if job.text is None else image.told(self.get_language_model().embed_input_ids(job.text))  # type: ignore[attr-defined]
+            image if job.text is None else image.with_text(self.get_language_model().embed_input_ids(job.text))  # type: ignore[attr-defined]
             for image, job in zip(images, jobs, strict=True)
         ]
 
@@ -109,7 +109,7 @@ class PrunedModelMixin:
         """Mark the kept rows of one image with their positions, where those do not follow from their order."""
         return rows
 
-    def choose(self, image: EncodedImage, job: Job) -> Callable[[], Tensor]:
+    def choose(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
         """Select an image's tokens, and return what makes its ``(kept, W)`` rows of the selection.
 
         Two steps, since only the second may communicate between ranks: see ``fault_isolation.Step``.
@@ -129,7 +129,7 @@ class PrunedModelMixin:
                 rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
                 placed = self.place(rows, image, places)
             if self._watch is not None and self._settings.inspector:
-                selection_trace.leave(placed, Trace.of(method, chosen, [choosing, assembling]))
+                selection_trace.attach_trace(placed, Trace.of(method, chosen, [choosing, assembling]))
             return placed
 
         return finish

@@ -85,8 +85,8 @@ class Trace:
         }
 
 
-def leave(rows: Tensor, trace: Trace) -> None:
-    """Let an image's rows carry its trace."""
+def attach_trace(rows: Tensor, trace: Trace) -> None:
+    """Attach an image's trace to its rows in the encoder cache."""
     setattr(rows, TRACE, trace)
 
 

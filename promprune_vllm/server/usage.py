@@ -1,4 +1,4 @@
-"""What a reply tells: how many visual tokens its images had, and how many were kept.
+"""What a reply says of its images: how many visual tokens they had, and how many were kept.
 
 The counts of a request are known deep inside its handling; a reply is made around it. They meet in a context
 variable that the middleware sets for each request.
@@ -21,7 +21,7 @@ USAGE_FIELD = "visual_tokens"
 
 
 @dataclass(slots=True)
-class Told:
+class ImageUsage:
     """What is known about one HTTP request's images, in order of appearance.
 
     Args:
@@ -50,37 +50,37 @@ class Told:
         return {"seen": self.seen, "kept": self.kept, "images": images}
 
 
-_told: ContextVar[Told | None] = ContextVar("visual_tokens_told", default=None)
+_usage: ContextVar[ImageUsage | None] = ContextVar("visual_token_usage", default=None)
 
 
-def tell(
+def record_images(
     images: Sequence[tuple[int, int]],
     identifiers: Sequence[str] = (),
     sizes: Sequence[tuple[int, int] | None] = (),
 ) -> None:
-    """Remember the images of the request being handled, see ``Told``; of nothing where nobody listens."""
-    told = _told.get()
-    if told is not None:
-        told.images.extend(images)
-        told.identifiers.extend(identifiers)
-        told.sizes.extend(sizes)
+    """Add images to the usage of the request being handled, see ``ImageUsage``; do nothing outside of one."""
+    current = _usage.get()
+    if current is not None:
+        current.images.extend(images)
+        current.identifiers.extend(identifiers)
+        current.sizes.extend(sizes)
 
 
-def told() -> Told | None:
+def current_usage() -> ImageUsage | None:
     """Return what is known of the request being handled, or ``None`` where it has no images."""
-    current = _told.get()
+    current = _usage.get()
     return current if current is not None and current.images else None
 
 
 @contextmanager
-def listening() -> Iterator[Told]:
-    """Remember the images of the request that is handled inside the block."""
-    current = Told()
-    token = _told.set(current)
+def recording() -> Iterator[ImageUsage]:
+    """Record the images of the request that is handled inside the block."""
+    current = ImageUsage()
+    token = _usage.set(current)
     try:
         yield current
     finally:
-        _told.reset(token)
+        _usage.reset(token)
 
 
 class VisualTokenHeaders:
@@ -94,7 +94,7 @@ class VisualTokenHeaders:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        with listening() as current:
+        with recording() as current:
 
             async def send_with_headers(message: Message) -> None:
                 if message["type"] == "http.response.start" and current.images:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from promprune_vllm.server.told import VisualTokenHeaders, tell, told
+from promprune_vllm.server.usage import VisualTokenHeaders, current_usage, record_images
 
 
 async def _reply(send: Any) -> None:
@@ -34,7 +34,7 @@ def _call(handle: Callable[[], Any], *, kind: str = "http") -> list[dict[str, An
 def test_a_reply_to_images_has_their_counts_in_its_headers() -> None:
     async def handle() -> None:
         # vLLM handles a request in a task of its own, which has a copy of the context.
-        await asyncio.create_task(_tell([(576, 64), (576, 576)]))
+        await asyncio.create_task(_record([(576, 64), (576, 576)]))
 
     start, end = _call(handle)
     assert start["headers"] == [
@@ -45,18 +45,18 @@ def test_a_reply_to_images_has_their_counts_in_its_headers() -> None:
     assert end == {"type": "http.response.body", "body": b"x"}
 
 
-async def _tell(images: list[tuple[int, int]]) -> None:
-    tell(images)
+async def _record(images: list[tuple[int, int]]) -> None:
+    record_images(images)
 
 
 def test_several_prompts_add_up() -> None:
     usages: list[Any] = []
 
     async def handle() -> None:
-        await _tell([(10, 4)])
-        await _tell([])
-        await _tell([(20, 20)])
-        current = told()
+        await _record([(10, 4)])
+        await _record([])
+        await _record([(20, 20)])
+        current = current_usage()
         assert current is not None
         usages.append(current.usage())
 
@@ -68,8 +68,8 @@ def test_several_prompts_add_up() -> None:
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 def test_without_images_a_reply_is_left_alone(kind: str) -> None:
     async def handle() -> None:
-        tell([])
-        assert told() is None
+        record_images([])
+        assert current_usage() is None
 
     start, _ = _call(handle, kind=kind)
     assert start["headers"] == [(b"a", b"b")]
@@ -80,7 +80,7 @@ def test_requests_at_the_same_time_do_not_mix() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         for _ in range(3):
-            tell([(100, scope["kept"])])
+            record_images([(100, scope["kept"])])
             await asyncio.sleep(0)
         await _reply(send)
 
@@ -100,15 +100,15 @@ def test_requests_at_the_same_time_do_not_mix() -> None:
 
 
 def test_telling_outside_of_a_request_does_nothing() -> None:
-    tell([(576, 64)])
-    assert told() is None
+    record_images([(576, 64)])
+    assert current_usage() is None
 
 
 def test_an_error_of_the_app_ends_the_request_and_its_telling() -> None:
     async def handle() -> None:
-        tell([(576, 64)])
+        record_images([(576, 64)])
         raise RuntimeError("no reply")
 
     with pytest.raises(RuntimeError, match="no reply"):
         _call(handle)
-    assert told() is None
+    assert current_usage() is None
