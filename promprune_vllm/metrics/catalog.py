@@ -35,7 +35,7 @@ class Metric:
 
     Args:
         name: As Prometheus shows it; counters end in ``_total``.
-        kind: ``counter``, ``histogram`` or ``gauge``, of which the last value set in any process is shown.
+        kind: ``counter``, ``histogram`` or ``gauge``, of which the lowest of all processes is shown.
         help: What it counts, for whoever reads ``/metrics``.
         labels: Keys of ``LABELS``.
         buckets: Upper bounds of a histogram, in the unit of the name.

@@ -150,7 +150,7 @@ def test_a_method_the_server_does_not_allow_gets_400(server: Server, value: Any)
     error = response.json()["error"]
     assert error["param"] == "visual_token_method"
     assert "must be one of promprune" in error["message"]
-    assert "--allow-methods" in error["message"]
+    assert "--visual-token-allow-methods" in error["message"]
 
 
 def test_null_is_no_budget(server: Server) -> None:

@@ -136,7 +136,7 @@ def test_overlays_from_the_command_line(server: Server, tmp_path: Path) -> None:
         assert drawn.width > drawn.height / 2 > 300  # two rows of two
     refused = select(server, photos[0], "--compare", "promprune,divprune")
     assert refused.exit_code == 1
-    assert "--allow-methods" in " ".join(refused.output.split())
+    assert "--visual-token-allow-methods" in " ".join(refused.output.split())
 
 
 def test_every_method_side_by_side(every_method: Server) -> None:

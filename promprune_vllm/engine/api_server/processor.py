@@ -226,7 +226,7 @@ class PrunedProcessorMixin:
         if not isinstance(name, str) or name not in allowed:
             raise BudgetError(
                 f"{METHOD_FIELD} must be one of {', '.join(allowed)}, got {shown(name)}. The server's "
-                "operator allows more with --allow-methods.",
+                "operator allows more with --visual-token-allow-methods.",
                 param=METHOD_FIELD,
                 reason="method",
             )
