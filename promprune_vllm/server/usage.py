@@ -10,13 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-SEEN_HEADER = "x-visual-tokens-seen"
-KEPT_HEADER = "x-visual-tokens-kept"
 USAGE_FIELD = "visual_tokens"
 
 
@@ -81,26 +76,3 @@ def recording() -> Iterator[ImageUsage]:
         yield current
     finally:
         _usage.reset(token)
-
-
-class VisualTokenHeaders:
-    """ASGI middleware: a reply to a request with images carries their counts in its headers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        with recording() as current:
-
-            async def send_with_headers(message: Message) -> None:
-                if message["type"] == "http.response.start" and current.images:
-                    counts = ((SEEN_HEADER, current.seen), (KEPT_HEADER, current.kept))
-                    extra = [(name.encode(), str(count).encode()) for name, count in counts]
-                    message = {**message, "headers": [*message.get("headers", ()), *extra]}
-                await send(message)
-
-            await self.app(scope, receive, send_with_headers)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server
-from promprune_vllm.server.usage import KEPT_HEADER, SEEN_HEADER
+from promprune_vllm.server.reply_headers import KEPT_HEADER, SEEN_HEADER
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import ask, body, image_url, noise, post, saved
 from tests.server.test_bad_images import ODD

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from promprune_vllm.demo.server import Server, is_healthy
-from promprune_vllm.server.usage import KEPT_HEADER, SEEN_HEADER
+from promprune_vllm.server.reply_headers import KEPT_HEADER, SEEN_HEADER
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import body, noise, post
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
-from promprune_vllm.server.usage import KEPT_HEADER, SEEN_HEADER
+from promprune_vllm.server.reply_headers import KEPT_HEADER, SEEN_HEADER
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.server.conftest import MODEL, body, image_url, post
 

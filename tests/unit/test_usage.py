@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from promprune_vllm.server.usage import VisualTokenHeaders, current_usage, record_images
+from promprune_vllm.server.reply_headers import VisualTokenHeaders
+from promprune_vllm.server.usage import current_usage, record_images
 
 
 async def _reply(send: Any) -> None:

@@ -32,6 +32,7 @@ from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
 from promprune_vllm.server.near_misses import check as check_names
 from promprune_vllm.server.openapi import document
 from promprune_vllm.server.page import page
+from promprune_vllm.server.reply_headers import VisualTokenHeaders
 from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
     Adaptation,
@@ -46,7 +47,6 @@ from promprune_vllm.server.schemas import (
     VisualTokens,
     field_schemas,
 )
-from promprune_vllm.server.usage import VisualTokenHeaders
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
