@@ -26,7 +26,7 @@ def end_on_signals() -> None:
     an exception already.
     """
     for number in _ENDING:
-        if signal.getsignal(number) == signal.SIG_DFL:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end)
 
 
