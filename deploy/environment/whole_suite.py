@@ -56,12 +56,12 @@ def main(options: Sequence[str]) -> int:
     for reader in readers:
         reader.join()
     failed = [name for name, process in processes.items() if process.wait()]
+    if failed:
+        print(f"Failed: the tests of {' and of '.join(failed)}.", file=sys.stderr)
     files = [str(ROOT / f".coverage.{name}") for name in processes]
     coverage = [sys.executable, "-m", "coverage"]
     subprocess.run([*coverage, "combine", *files], cwd=ROOT, check=True)
     uncovered = subprocess.run([*coverage, "report"], cwd=ROOT, check=False).returncode
-    if failed:
-        print(f"Failed: the tests of {' and of '.join(failed)}.", file=sys.stderr)
     return 1 if failed or uncovered else 0
 
 
