@@ -50,8 +50,8 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_ONLINE}.preprocess_chat", f"{_HOOKS}:read_request", "request"),
         (f"{_ONLINE}.preprocess_cmpl", f"{_HOOKS}:read_request", "request"),
         (f"{_POOLING}._init_ctx", f"{_HOOKS}:read_pooling_request", "io_processor", "request"),
-        (f"{_RENDERER}._process_singleton", f"{_HOOKS}:add_fields", "prompt"),
-        (f"{_RENDERER}._process_singleton_async", f"{_HOOKS}:add_fields", "prompt"),
+        (f"{_RENDERER}._process_singleton", f"{_HOOKS}:hand_over_request", "prompt"),
+        (f"{_RENDERER}._process_singleton_async", f"{_HOOKS}:hand_over_request", "prompt"),
         (f"{_RENDERER}.__init__", f"{_HOOKS}:equip_renderer", "config", "tokenizer"),
     ),
     *_rows(

@@ -140,7 +140,7 @@ class FamilyEngine(Engine):
         image = self.encoded(shape)
         if budget is None or budget >= len(image.rows):
             return image.rows, torch.arange(len(image.rows))
-        return image.pruned(budget, self.model._methods[0], self.model.project)
+        return image.select(budget, self.model._methods[0]).rows(self.model.project)
 
     def true_positions(self, prompt: Sequence[int], visuals: Sequence[Visual], later: int) -> torch.Tensor:
         """``(3, L + later)`` positions of a pruned prompt and what is generated, from the unpruned prompt.

@@ -225,9 +225,9 @@ def test_the_accounts_are_even_where_a_request_still_refers_to_the_image() -> No
 
 
 def test_the_second_runner_encodes_anew_what_is_filler() -> None:
-    step, model = fault_isolation.Step(1), SimpleNamespace(zeros=lambda rows: torch.zeros(rows, 4))
+    step = fault_isolation.Step(1)
     features = [SimpleNamespace(identifier=name) for name in ("bad", "good")]
-    rows = {"bad": step.fill(model, 3), "good": torch.ones(3, 4)}
+    rows = {"bad": step.fill(torch.zeros(3, 4)), "good": torch.ones(3, 4)}
     runner = SimpleNamespace(encoder_cache=SimpleNamespace(encoder_outputs=rows, mm_features={"r": features}))
     prepare = fault_isolation.drop_filler(lambda self, scheduled: sorted(self.encoder_cache.encoder_outputs))
     assert prepare(runner, {"r": [1]}) == ["bad", "good"]

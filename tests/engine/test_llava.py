@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 from promprune_vllm import Need, get_method, methods, select
 from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.demo import PHOTOS
-from promprune_vllm.engine.api_server.request_fields import PruningFields
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.engine import naming
@@ -162,6 +164,26 @@ def _keys(engine: Engine, prompt: dict[str, Any]) -> list[str]:
     return list(processed["mm_hashes"]["image"])
 
 
+def test_a_budget_is_parsed_once_and_the_program_may_send_its_object_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[object] = []
+    parse = BudgetRequest.parse
+
+    def counted(value: object) -> BudgetRequest:
+        parsed.append(value)
+        return parse(value)
+
+    monkeypatch.setattr(BudgetRequest, "parse", counted)
+    prompt = engine.prompt(("coffee", 40))
+    for budget in (40, 30):
+        prompt["mm_processor_kwargs"][FIELD] = budget
+        (output,) = engine.generate([prompt], tokens=1)
+        image = engine.llm.model_config.hf_config.image_token_index
+        assert list(output.prompt_token_ids).count(image) == budget
+    assert parsed == [40, 30]
+
+
 def test_cache_keys(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(budget: int | None, **more: Any) -> str:
         return _keys(engine, engine.prompt(("chelsea", budget), **more))[0]
@@ -174,7 +196,8 @@ def test_cache_keys(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(64, uuids=["mine"]) not in {"mine", key(64), key(63, uuids=["mine"])}
     assert key(None, uuids=[key(64)]) != key(64)
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
-    monkeypatch.setattr(processor, "_digests", [Settings(method="random").digest()])
+    other = replace(processor._methods, digests=(Settings(method="random").digest(),))
+    monkeypatch.setattr(processor, "_methods", other)
     assert key(64) not in pruned, "another method would be served from promprune's cache entry"
 
 
@@ -337,7 +360,7 @@ def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
     items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
     inputs = SimpleNamespace(mm_data_items=items, prompt="")
     images = processor._images(inputs)
-    (plan,) = processor._plan(inputs, images, PruningFields(), {})
-    assert (plan.seen, plan.kept) == (10, 10)
+    (plan,) = processor._plan(inputs, images, PruningRequest(), {})
+    assert (plan.total, plan.kept) == (10, 10)
     with pytest.raises(BudgetError, match="image_embeds"):
-        processor._plan(inputs, images, PruningFields(budget=4), {})
+        processor._plan(inputs, images, PruningRequest(BudgetRequest.parse(4), sent=True), {})

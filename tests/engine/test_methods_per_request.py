@@ -44,7 +44,7 @@ def wanted(engine: FamilyEngine, method: str, text: str, budget: int = 25) -> to
     ids = torch.tensor(engine.llm.get_tokenizer().encode(text, add_special_tokens=False))
     image = engine.encoded("landscape").with_text(engine.model.get_language_model().embed_input_ids(ids))
     selector = next(each for each in engine.model._methods if each.name == method)
-    rows, _ = image.pruned(budget, selector, engine.model.project)
+    rows, _ = image.select(budget, selector).rows(engine.model.project)
     return rows[:, : engine.llm.model_config.get_hidden_size()]
 
 
@@ -105,9 +105,9 @@ def test_the_last_turn_of_a_chat_is_the_users_text() -> None:
         },
         {"role": "assistant", "content": "so"},
     ]
-    asked = from_request(SimpleNamespace(), turns, honour_detail=True)
+    asked = from_request(SimpleNamespace(), turns, honor_detail=True)
     assert asked.text == "second\nthird"
     assert asked.details == ("low", "low")
-    plain = from_request(SimpleNamespace(), [{"role": "user", "content": "words"}], honour_detail=True)
+    plain = from_request(SimpleNamespace(), [{"role": "user", "content": "words"}], honor_detail=True)
     assert (plain.text, plain.details) == ("words", None)
-    assert from_request(SimpleNamespace(), ["a completion"], honour_detail=True).text is None
+    assert from_request(SimpleNamespace(), ["a completion"], honor_detail=True).text is None

@@ -14,12 +14,12 @@ from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import rotary_embedding as layers
 
-from promprune_vllm.core.budget import Budget
+from promprune_vllm.core.budget import Budget, BudgetRequest
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.demo.families import FAMILIES
 from promprune_vllm.demo.processing import IMAGE_ID
-from promprune_vllm.engine.api_server.request_fields import PruningFields
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
@@ -142,10 +142,10 @@ def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngi
     """The route ``/v1/visual_tokens/count`` knows sizes alone."""
     sizes = [SimpleNamespace(width=picture.width, height=picture.height) for picture in [bar(engine)] * 31]
     images = SimpleNamespace(get_count=lambda: len(sizes), get_image_size=sizes.__getitem__, sizes=sizes)
-    counts = _processor(engine).count(images, PruningFields(budget=10))
+    counts = _processor(engine).count(images, PruningRequest(BudgetRequest.parse(10), sent=True))
     assert counts == [(SIDE, 10)] * 31
     with pytest.raises(BudgetError, match="limit is 5120"):
-        _processor(engine).count(images, PruningFields(budget=1))
+        _processor(engine).count(images, PruningRequest(BudgetRequest.parse(1), sent=True))
 
 
 @pytest.mark.skipif(versions.before("0.32"), reason="tables have no factor yet")

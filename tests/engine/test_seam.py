@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.engine import families, plugin
 from promprune_vllm.engine.api_server import admission
-from promprune_vllm.engine.api_server.request_fields import PruningFields, read
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
+from promprune_vllm.engine.api_server.request_fields import read
 from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.families.contract import ModelFamily, ProcessorFamily
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.conftest import Engine
@@ -95,11 +99,11 @@ def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:
             getattr(owner, name)(renderer, _request(top=64))
 
 
-def test_families_say_why_not(engine: Engine) -> None:
+def test_families_give_the_reason_they_cannot_prune(engine: Engine) -> None:
     from transformers import LlavaConfig
 
-    assert families.why_not(engine.llm.llm_engine.vllm_config) is None
-    reason = families.why_not(_server("Qwen9ForConditionalGeneration", None))
+    assert families.unsupported_reason(engine.llm.llm_engine.vllm_config) is None
+    reason = families.unsupported_reason(_server("Qwen9ForConditionalGeneration", None))
     assert (
         reason == f"no model family for Qwen9ForConditionalGeneration (supported: {', '.join(families.FAMILIES)})"
     )
@@ -110,14 +114,14 @@ def test_families_say_why_not(engine: Engine) -> None:
         ({"vision_feature_select_strategy": "full"}, "feeds the CLS token"),
     ):
         for architecture in ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"):
-            assert said in (families.why_not(_server(architecture, LlavaConfig(**changed))) or "")
+            assert said in (families.unsupported_reason(_server(architecture, LlavaConfig(**changed))) or "")
 
 
 @pytest.mark.parametrize("architecture", families.FAMILIES)
 def test_adapters_on_the_tower_are_refused(architecture: str) -> None:
     server = _server(architecture, None)
     server.lora_config = SimpleNamespace(enable_tower_connector_lora=True)
-    assert "--enable-tower-connector-lora" in (families.why_not(server) or "")
+    assert "--enable-tower-connector-lora" in (families.unsupported_reason(server) or "")
 
 
 @pytest.mark.parametrize("architecture", [name for name in families.FAMILIES if name.startswith("Qwen")])
@@ -130,11 +134,11 @@ def test_adapters_on_the_tower_are_refused(architecture: str) -> None:
 )
 def test_what_mrope_families_refuse(architecture: str, part: str, change: dict[str, Any], said: str) -> None:
     server = _server(architecture, None)
-    assert families.why_not(server) is None
+    assert families.unsupported_reason(server) is None
     owner = server if part == "parallel_config" else server.model_config
     for name, value in change.items():
         setattr(getattr(owner, part), name, value)
-    assert said in (families.why_not(server) or "")
+    assert said in (families.unsupported_reason(server) or "")
 
 
 def _server(architecture: str, hf_config: Any) -> Any:
@@ -155,16 +159,16 @@ def test_another_implementation_of_a_model_we_know_refuses_a_budget() -> None:
     server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
     with pytest.raises(BudgetError, match=r"M cannot be pruned, .*--model-impl"):
-        admission.admit(renderer, PruningFields(budget=64))
+        admission.admit(renderer, PruningRequest(BudgetRequest.parse(64), sent=True))
 
 
 def test_a_model_without_a_family_refuses_a_budget() -> None:
     server = _server("Qwen9ForConditionalGeneration", None)
     server.model_config.served_model_name = "M"
     renderer = SimpleNamespace(mm_processor=object(), config=server, model_config=server.model_config)
-    admission.admit(renderer, PruningFields())
+    admission.admit(renderer, PruningRequest())
     with pytest.raises(BudgetError, match="M cannot be pruned, no model family for Qwen9"):
-        admission.admit(renderer, PruningFields(budget=64))
+        admission.admit(renderer, PruningRequest(BudgetRequest.parse(64), sent=True))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,7 @@ def test_a_model_without_a_family_refuses_a_budget() -> None:
     ],
 )
 def test_micro_batches(seen: list[int], limit: int, sizes: list[int]) -> None:
-    from promprune_vllm.engine.worker.pruned_model import micro_batches
+    from promprune_vllm.engine.worker.encode import micro_batches
 
     batches = list(micro_batches(seen, limit))
     assert [len(seen[batch]) for batch in batches] == sizes
@@ -197,3 +201,20 @@ def test_the_profile_run_is_not_pruned(engine: Engine, monkeypatch: pytest.Monke
     else:
         dummy = processor.get_dummy_mm_inputs({"image": 1})
     assert [place.length for place in dummy["mm_placeholders"]["image"]] == [576]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=lambda family: family.model)
+def test_every_family_implements_its_contract(family: families.Family) -> None:
+    """None of its members may be left to vLLM's class, nor to the contract, which does nothing."""
+    path, _, name = family.target.partition(":")
+    module = importlib.import_module(path)
+    (processor,) = (each for key, each in vars(module).items() if re.fullmatch(r"Pruned\w+Processor", key))
+    assert callable(module.unsupported_reason)
+    for contract, ours in ((ModelFamily, getattr(module, name)), (ProcessorFamily, processor)):
+        assert contract not in ours.__mro__, "it would answer before vLLM's class"
+        members = {each for each in (*vars(contract), *contract.__annotations__) if not each.startswith("_")}
+        assert members >= {"capture", "project"} or members >= {"image_tokens", "boxes", "supplies"}
+        for member in members:
+            definers = [each for each in ours.__mro__ if member in vars(each)]
+            assert definers, member
+            assert definers[0].__module__.startswith("promprune_vllm."), member

@@ -91,7 +91,7 @@ def test_every_budget_is_met_exactly_and_split_in_proportion(owners: list[int]) 
     sizes = [group.features.tokens for group in image.groups]
     visual = sum(sizes)
     for keep in range(1, len(owners) + 1):
-        rows, places = image.pruned(keep, Last(), project)
+        rows, places = image.select(keep, Last()).rows(project)
         assert rows.shape == (keep, D + EXTRA)
         assert places.dtype == torch.int64
         assert bool((places[1:] > places[:-1]).all())
@@ -108,7 +108,7 @@ def test_merged_rows_replace_the_projected_columns_and_nothing_else(owners: list
     image = made(owners)
     sizes = {group: owners.count(group) for group in set(owners)}
     for keep in range(1, len(owners) + 1):
-        rows, places = image.pruned(keep, Merging(space=space), project)
+        rows, places = image.select(keep, Merging(space=space)).rows(project)
         assert torch.equal(rows[:, D:], image.rows[places, D:])
         kept = [owners[place] for place in places.tolist()]
         for row, place, owner in zip(rows[:, :D], places.tolist(), kept, strict=True):
@@ -122,19 +122,19 @@ def test_merged_rows_replace_the_projected_columns_and_nothing_else(owners: list
 def test_a_method_is_asked_only_where_something_is_kept_and_something_dropped() -> None:
     image = made([0, 1, 1, 1, 1, 1, 1, 1, -1])
     method = Last()
-    image.pruned(1, method, project)  # nothing for the group of one token
+    image.select(1, method).rows(project)  # nothing for the group of one token
     assert method.asked == [(7, 1)]
     method.asked.clear()
-    _, places = image.pruned(8, method, project)
+    _, places = image.select(8, method).rows(project)
     assert method.asked == []  # every group is whole
     assert places.tolist() == list(range(8))
 
 
 def test_spare_rows_come_last_of_all_in_the_budget_and_in_place_in_the_prompt() -> None:
     image = made([0, 0, -1, 0, 0, -1])
-    assert image.pruned(4, Last(), project)[1].tolist() == [0, 1, 3, 4]
-    assert image.pruned(5, Last(), project)[1].tolist() == [0, 1, 2, 3, 4]
-    assert image.pruned(6, Last(), project)[1].tolist() == [0, 1, 2, 3, 4, 5]
+    assert image.select(4, Last()).rows(project)[1].tolist() == [0, 1, 3, 4]
+    assert image.select(5, Last()).rows(project)[1].tolist() == [0, 1, 2, 3, 4]
+    assert image.select(6, Last()).rows(project)[1].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_kept_rows_do_not_share_memory_with_the_image() -> None:
@@ -142,7 +142,7 @@ def test_kept_rows_do_not_share_memory_with_the_image() -> None:
         for method in (Last(), Merging()):
             image = made(owners)
             before = image.rows.clone()
-            rows, _ = image.pruned(keep, method, project)
+            rows, _ = image.select(keep, method).rows(project)
             assert rows.untyped_storage().nbytes() == rows.nbytes  # nothing else is held alive
             rows.fill_(-5)
             assert torch.equal(image.rows, before)
@@ -152,9 +152,9 @@ def test_a_whole_image_is_one_group_of_all_its_rows() -> None:
     features = VisionFeatures(projected=torch.randn(6, D), grid=(1, 2, 3))
     image = EncodedImage.whole(features.projected, features)
     (group,) = image.groups
-    assert group.places.tolist() == list(range(6))
+    assert group.positions.tolist() == list(range(6))
     assert group.features.grid == (1, 2, 3)
-    assert image.spare.tolist() == []
+    assert image.newlines.tolist() == []
 
 
 @pytest.mark.parametrize("name", ["uniform", "random", "divprune"])
@@ -162,6 +162,6 @@ def test_registered_methods_keep_exact_counts_in_interleaved_groups(name: str) -
     torch.manual_seed(0)
     image = made([0, 1, -1] * 8)
     for keep in range(1, 25):
-        rows, places = image.pruned(keep, get_method(name), project)
+        rows, places = image.select(keep, get_method(name)).rows(project)
         assert torch.equal(rows, image.rows[places])
         assert len(set(places.tolist())) == keep

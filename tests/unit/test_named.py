@@ -15,6 +15,7 @@ from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Budget, BudgetReques
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.named_images import Images, Known, Memory, Size, require_cached
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.request_fields import PruningFields
 from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.errors import BudgetError
@@ -61,8 +62,8 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), "navy")
 
 
-def decide(images: Images, budget: object = "auto", level: int = 1, *, looks: bool = False) -> list[Fraction]:
-    return images.decide(BudgetRequest.parse(budget), PLAIN, Fraction(1, level), looks=looks)
+def decide(images: Images, budget: object = "auto", level: int = 1, *, adapts: bool = False) -> list[Fraction]:
+    return images.decide(BudgetRequest.parse(budget), PLAIN, Fraction(1, level), adapts=adapts)
 
 
 def test_a_name_is_remembered_beside_its_cache_alone() -> None:
@@ -116,13 +117,13 @@ def test_a_level_is_remembered_with_the_size() -> None:
     first.remember([False])
     assert decide(Images(new, ["a"], cache), level=1) == [Fraction(1, 2)]
     looking = Images(plain, ["a"], cache)
-    (level,) = decide(looking, looks=True)
+    (level,) = decide(looking, adapts=True)
     assert level < 1
     looking.remember([True])
     explicit = Images(plain, ["a"], cache)
-    assert decide(explicit, 64, looks=True) == [1]
+    assert decide(explicit, 64, adapts=True) == [1]
     explicit.remember([True])
-    assert decide(Images(new, ["a"], cache), looks=True) == [level]
+    assert decide(Images(new, ["a"], cache), adapts=True) == [level]
 
 
 def test_content_that_nobody_looked_at_is_not_guessed() -> None:
@@ -130,9 +131,9 @@ def test_content_that_nobody_looked_at_is_not_guessed() -> None:
     Images(Items(picture(60, 60)), ["a"], cache).remember([False])
     by_name = Images(Items(None), ["a"], cache)
     assert decide(by_name) == [1]
-    assert decide(by_name, "full", looks=True) == [1]
+    assert decide(by_name, "full", adapts=True) == [1]
     with pytest.raises(BudgetError, match="Send the image itself once"):
-        decide(by_name, looks=True)
+        decide(by_name, adapts=True)
 
 
 @pytest.mark.parametrize("value", [64, "25%", {"total": 3}, [1]], ids=str)
@@ -156,7 +157,7 @@ def test_what_keeps_everything_is_what_the_cache_has() -> None:
     images = Images(Items(None, picture(9, 9)), ["a", "b"], Cache())
     decide(images)
     plans = (ImagePlan(1, 1), ImagePlan(5, 5, size=(9, 9)))
-    assert [(plan.seen, plan.kept) for plan in images.settled(plans, [7, 5])] == [(7, 7), (5, 5)]
+    assert [(plan.total, plan.kept) for plan in images.settled(plans, [7, 5])] == [(7, 7), (5, 5)]
     decide(Images(Items(picture(9, 9)), ["b"], Cache()), 64)
     limited = Images(Items(picture(9, 9)), ["b"], Cache())
     decide(limited, 64)
@@ -187,7 +188,7 @@ def test_an_image_keeps_all_where_the_policy_says_so(
 def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[Any], wanted: str) -> None:
     for value in values:
         with pytest.raises(BudgetError, match=wanted) as refused:
-            PruningFields.taken_from({option: value, "size": 1})[0].ask()
+            PruningRequest.taken_from({option: value, "size": 1})
         assert str(refused.value).startswith(option)
         assert type(value).__name__ in str(refused.value) or option == FIELD
         assert refused.value.param == option

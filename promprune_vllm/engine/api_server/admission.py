@@ -1,4 +1,4 @@
-"""Whether a server can honour what a request asks for: its model, its method."""
+"""Whether a server can honor what a request asks for: its model, its method."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ from typing import Any
 
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine import families
-from promprune_vllm.engine.api_server.request_fields import PruningFields
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.errors import BudgetError
 
 
-def admit(renderer: Any, asked: PruningFields) -> None:
-    """Raise ``BudgetError`` unless what was asked can be honoured for this renderer's model."""
-    if not asked.explicit:
+def admit(renderer: Any, request: PruningRequest) -> None:
+    """Raise ``BudgetError`` unless this renderer's model can honor the request."""
+    if not request.sent:
         return
-    asked.ask()
-    if reason := why_not(renderer):
+    if reason := unsupported_reason(renderer):
         raise BudgetError(
             f"{FIELD} cannot be honoured: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
             "Leave the field out, or serve a model that can be.",
             reason="unsupported",
         )
-    renderer.mm_processor.check_method(asked.method)
+    renderer.mm_processor.check_method(request.method)
 
 
-def why_not(renderer: Any) -> str | None:
+def unsupported_reason(renderer: Any) -> str | None:
     """Return why nothing can be pruned for a renderer's model, or ``None`` when it can."""
     from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 
     if renderer.mm_processor is None:
         return "it takes no images"
-    reason = families.why_not(renderer.config)
+    reason = families.unsupported_reason(renderer.config)
     if reason is None and not isinstance(renderer.mm_processor, PrunedProcessorMixin):
         reason = "the server runs another implementation of it (--model-impl)"
     return reason

@@ -21,9 +21,10 @@ from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server import http_fields, inspector
-from promprune_vllm.engine.api_server.admission import admit, served_name, why_not
+from promprune_vllm.engine.api_server.admission import admit, served_name, unsupported_reason
 from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, read_from
 from promprune_vllm.engine.compat import versions
@@ -96,13 +97,14 @@ class EngineBackend:
         """
         with refusing(self._renderer.model_config):
             check_names(body)
-            admit(self._renderer, PruningFields(read_from(body, FIELD), read_from(body, METHOD_FIELD)))
+            fields = PruningFields(read_from(body, FIELD), read_from(body, METHOD_FIELD))
+            admit(self._renderer, PruningRequest.parse(fields))
 
     def state(self) -> VisualTokens:
         """Return what is in force."""
         config = self._renderer.model_config
         family = families.family_of(config.architectures)
-        reason = why_not(self._renderer)
+        reason = unsupported_reason(self._renderer)
         methods = self._methods
         return VisualTokens(
             version=promprune_vllm.__version__,
@@ -125,13 +127,13 @@ class EngineBackend:
 
     def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
         """Return what a request would keep; the errors are those of such a request."""
-        asked = PruningFields(budget=budget, details=self._honoured(details))
         with refusing(None):
+            request = PruningRequest.parse(PruningFields(budget=budget, details=self._honored(details)))
             if details is not None and len(details) != len(sizes):
                 raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
-            admit(self._renderer, asked)
+            admit(self._renderer, request)
             self._require_pruning("count")
-            counts = self._count(sizes, asked)
+            counts = self._count(sizes, request)
         seen, kept = (sum(values) for values in zip(*counts, strict=True))
         images = [ImageCount(seen=before, kept=after) for before, after in counts]
         return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
@@ -163,20 +165,20 @@ class EngineBackend:
         return inspector.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
 
     def _require_pruning(self, verb: str) -> None:
-        if reason := why_not(self._renderer):
+        if reason := unsupported_reason(self._renderer):
             model = served_name(self._renderer.model_config)
             raise BudgetError(f"Nothing to {verb}: {model} cannot be pruned, {reason}.", param="model")
 
-    def _count(self, sizes: Sequence[tuple[int, int]], asked: PruningFields) -> list[tuple[int, int]]:
+    def _count(self, sizes: Sequence[tuple[int, int]], request: PruningRequest) -> list[tuple[int, int]]:
         try:
-            counts: list[tuple[int, int]] = self._renderer.mm_processor.count(_Sizes(sizes), asked)
+            counts: list[tuple[int, int]] = self._renderer.mm_processor.count(_Sizes(sizes), request)
         except BudgetError:
             raise
         except ValueError as error:  # such as sides in a proportion the model does not take
             raise BudgetError(f"The model takes no images of these sizes: {error}", param="images") from error
         return counts
 
-    def _honoured(self, details: Sequence[str] | None) -> tuple[str, ...] | None:
+    def _honored(self, details: Sequence[str] | None) -> tuple[str, ...] | None:
         return tuple(details) if details is not None and self._settings.detail else None
 
     def _limits(self) -> Limits:

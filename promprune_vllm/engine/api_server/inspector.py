@@ -129,7 +129,7 @@ def reply(
     assert size is not None  # it came as a picture
     groups = [_group(part) for part in trace.get("parts", ())]
     places = sorted(place for group in groups for place in group.kept) if groups else list(range(seen))
-    rows = sorted([*places, *trace.get("spare", ())])
+    rows = sorted([*places, *trace.get("newlines", ())])
     looks = boxes(*size)
     if len(looks) != seen or len(rows) != kept:
         raise RuntimeError(f"{len(looks)} places, {len(rows)} kept rows: {seen} and {kept} were counted")
@@ -153,7 +153,7 @@ def _group(part: Mapping[str, Any]) -> Group:
     report = part["report"]
     entropy = next((value for name, value in report.items() if name.endswith("_entropy")), None)
     return Group(
-        tokens=part["places"],
+        tokens=part["positions"],
         kept=part["kept"],
         salient=part["salient"],
         saliency=None if part["saliency"] is None else [float(f"{value:.6g}") for value in part["saliency"]],

@@ -130,40 +130,42 @@ class Images:
         """The uuid of every image that is named and known, by its place."""
         return {i: uuid for i, uuid in enumerate(self._uuids) if self._is_named(i) and self._known[i]}
 
-    def decide(self, ask: BudgetRequest, policy: BudgetPolicy, now: Fraction, *, looks: bool) -> list[Fraction]:
+    def decide(
+        self, budget: BudgetRequest, policy: BudgetPolicy, now: Fraction, *, adapts: bool
+    ) -> list[Fraction]:
         """Return the share of the default that ``"auto"`` keeps of each image.
 
         A named image has the share it had when it was sent: with another, nothing would be found in the cache.
 
         Args:
-            ask: What the request asks for.
+            budget: What the request asks for.
             policy: The server's.
             now: What the load allows.
-            looks: Whether an image's own content counts. The lower of the two holds: a plain image has already
+            adapts: Whether an image's own content counts. The lower of the two holds: a plain image has already
                 given its part.
 
         Raises:
             BudgetError: Nobody can say how many tokens a named image keeps.
         """
-        ask.check_images(self.get_count())
+        budget.check_images(self.get_count())
         found = []
         for i, size in enumerate(self.sizes):
             level: Fraction | None = now
-            if ask.total is None and ask.for_image(i) is None:
-                level = self._levels[i] = self._level(i, now, looks=looks)
-            self._limited[i] = ask.total is not None or not policy.keeps_all(ask.for_image(i), level)
+            if budget.total is None and budget.for_image(i) is None:
+                level = self._levels[i] = self._level(i, now, adapts=adapts)
+            self._limited[i] = budget.total is not None or not policy.keeps_all(budget.for_image(i), level)
             if (size is None or level is None) and self._limited[i]:
                 raise self._unknown(i)
             found.append(Fraction(1) if level is None else level)
         return found
 
-    def _level(self, index: int, now: Fraction, *, looks: bool) -> Fraction | None:
+    def _level(self, index: int, now: Fraction, *, adapts: bool) -> Fraction | None:
         known = self._known[index]
         if not self._is_named(index):
-            return min(now, image_complexity.level(self._items.get(index))) if looks else now
+            return min(now, image_complexity.level(self._items.get(index))) if adapts else now
         if known is not None and known.level is not None:
             return known.level
-        return None if looks else now
+        return None if adapts else now
 
     def _unknown(self, index: int) -> BudgetError:
         if self._memory is None:
@@ -187,10 +189,10 @@ class Images:
             if length != plan.kept and self._limited[i]:
                 raise BudgetError(
                     f"uuid {shown(self._uuids[i])} was given to two images: the one in the cache has {length} "
-                    f"tokens, and {FIELD} was applied to one of {plan.seen}. Give every image a uuid of its own.",
+                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give every image a uuid of its own.",
                     reason="unsupported",
                 )
-            found.append(plan if length == plan.kept else replace(plan, seen=length, kept=length))
+            found.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
         return tuple(found)
 
     def remember(self, cached: Sequence[bool]) -> None:
@@ -219,7 +221,7 @@ def require_cached(plan: Plan, keys: Sequence[str], cache: Any) -> None:
     for i, uuid in plan.named.items():
         if not cache.is_cached([keys[i]])[0]:
             image = plan.images[i]
-            tokens = f"{image.kept} of its {image.seen} tokens"
+            tokens = f"{image.kept} of its {image.total} tokens"
             raise _missed(i, f"With {tokens}, uuid {shown(uuid)} is not in the cache, or not any more. {_ONCE}")
 
 

@@ -61,9 +61,9 @@ def _count(input_processor: Any, engine_input: dict[str, Any]) -> None:
         ours.outcome("full" if engine_input["type"] == "multimodal" else "text")
         return
     after = len(engine_input["prompt_token_ids"])
-    before = after + sum(image.seen - image.kept for image in summary.images)
+    before = after + sum(image.total - image.kept for image in summary.images)
     counts = [
-        (image.seen, image.kept, cached) for image, cached in zip(summary.images, summary.cached, strict=True)
+        (image.total, image.kept, cached) for image, cached in zip(summary.images, summary.cached, strict=True)
     ]
     ours.prompt(summary.method, counts, _savings(input_processor).of(before, after))
     if summary.form is not None:

@@ -18,14 +18,14 @@ class ImagePlan:
     """What happens to one image: visual tokens before and after pruning, and what selects them.
 
     Args:
-        seen: Tokens before pruning.
+        total: Tokens before pruning.
         kept: Tokens after.
         method: Index among the allowed methods.
         text: Tokens of the user's text, where the method looks at it.
         size: Width and height in pixels; ``None`` of an image that came encoded, or that is named and not known.
     """
 
-    seen: int
+    total: int
     kept: int
     method: int = 0
     text: tuple[int, ...] = ()
@@ -78,7 +78,7 @@ def record_prompt_images(prompt: Any) -> None:
         return
     prompt[RECORDED] = True
     images = summary.images
-    counts = [(image.seen, image.kept) for image in images]
+    counts = [(image.total, image.kept) for image in images]
     record_images(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
 
 
@@ -89,9 +89,9 @@ def shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
     def replacement(index: int) -> list[int]:
         placeholder: list[int] = original(index)
         image = plan[index]
-        if len(placeholder) != image.seen:
+        if len(placeholder) != image.total:
             raise RuntimeError(
-                f"vLLM makes a placeholder of {len(placeholder)} tokens where {image.seen} were counted"
+                f"vLLM makes a placeholder of {len(placeholder)} tokens where {image.total} were counted"
             )
         return placeholder[: image.kept]
 

@@ -55,7 +55,7 @@ def _adopt(prompt: dict[str, Any], model_config: Any) -> None:
         images = tuple(
             _plan(item, place.length, settings, vocabulary) for item, place in zip(items, places, strict=True)
         )
-    method = settings.allowed[next((image.method for image in images if image.kept < image.seen), 0)]
+    method = settings.allowed[next((image.method for image in images if image.kept < image.total), 0)]
     prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, Budget, BudgetRequest, shown
-from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, shown
 from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.near_misses import XARGS
 
-logger = logging.getLogger("vllm.promprune")
 _http_fields: ContextVar[Mapping[str, Any] | None] = ContextVar("visual_token_http_fields", default=None)
 _IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 
@@ -66,22 +63,6 @@ class PruningFields:
         details = None if details is None else tuple(details)
         return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
 
-    def ask(self) -> BudgetRequest:
-        """Return the budget, checked; without one, the server's policy is asked for."""
-        return BudgetRequest() if self.budget is None else BudgetRequest.parse(self.budget)
-
-    def in_detail(self, ask: BudgetRequest, images: int, policy: BudgetPolicy) -> BudgetRequest:
-        """Return the ask with OpenAI's ``detail`` in its place, where no budget was sent."""
-        if self.budget is not None or self.details is None:
-            return ask
-        if len(self.details) != images:
-            logger.warning(
-                "A request with %d details has %d images: none was honoured.", len(self.details), images
-            )
-            return ask
-        budgets = {"low": Budget(tokens=policy.low), "high": Budget.parse("full")}
-        return BudgetRequest(each=tuple(budgets.get(detail) for detail in self.details))
-
 
 def read(request: Any, name: str) -> object:
     """Return a field of a request, unchecked: at its top level or in ``vllm_xargs``.
@@ -122,16 +103,16 @@ def read_from(fields: Mapping[str, Any], name: str) -> object:
     return nested if top is None else top
 
 
-def from_request(request: Any, messages: object, *, honour_detail: bool) -> PruningFields:
+def from_request(request: Any, messages: object, *, honor_detail: bool) -> PruningFields:
     """Gather what a request says.
 
     Args:
         request: As one of vLLM's protocols parsed it.
         messages: Its chat, if it is one.
-        honour_detail: Whether ``detail`` of images counts.
+        honor_detail: Whether ``detail`` of images counts.
     """
     turns = messages if isinstance(messages, list) else []
-    details = tuple(_details(turns)) if honour_detail else ()
+    details = tuple(_details(turns)) if honor_detail else ()
     spoken = details if {"low", "high"} & set(details) else None
     return PruningFields(read(request, FIELD), read(request, METHOD_FIELD), _last_words(turns), spoken)
 

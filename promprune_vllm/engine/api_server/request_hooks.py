@@ -1,4 +1,4 @@
-"""``visual_token_budget`` of a request: read, checked, and the only thing let through.
+"""``visual_token_budget`` of a request: read, validated once, and handed to the processor.
 
 Over HTTP, ``http_fields`` has read the fields from the body. The entry points of chats, completions and pooling
 requests are wrapped to gather what else matters of a request, its text and OpenAI's ``detail``; and the one step
@@ -18,17 +18,18 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine.api_server.admission import admit, why_not
+from promprune_vllm.engine.api_server.admission import admit, unsupported_reason
 from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, from_request
 from promprune_vllm.engine.compat import older_minors
-from promprune_vllm.engine.keys import OURS
+from promprune_vllm.engine.keys import OURS, REQUEST
 from promprune_vllm.errors import SettingsError
 
 # Below vLLM's logger, so that its format and level apply to ours.
 logger = logging.getLogger("vllm.promprune")
-_asked: ContextVar[PruningFields | None] = ContextVar("visual_tokens_asked", default=None)
+_fields: ContextVar[PruningFields | None] = ContextVar("visual_token_fields", default=None)
 
 
 def read_request(original: Any) -> Any:
@@ -36,11 +37,11 @@ def read_request(original: Any) -> Any:
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
-        token = _asked.set(_gathered(self, request, messages))
+        token = _fields.set(_gathered(self, request, messages))
         try:
             result = await original(self, request, *args, **kwargs)
         finally:
-            _asked.reset(token)
+            _fields.reset(token)
         for prompt in result[1] if isinstance(result, tuple) else result:
             record_prompt_images(prompt)
         return result
@@ -52,7 +53,7 @@ def read_pooling_request(original: Any) -> Any:
     """Wrap the entry point of pooling requests, each of which is a task of its own."""
 
     async def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        _asked.set(_gathered(self, request, getattr(request, "messages", None)))
+        _fields.set(_gathered(self, request, getattr(request, "messages", None)))
         return await original(self, io_processor, request, *args, **kwargs)
 
     return init_context
@@ -61,8 +62,8 @@ def read_pooling_request(original: Any) -> Any:
 def _gathered(serving: Any, request: Any, messages: object) -> PruningFields:
     with refusing(serving.model_config):
         older_minors.refuse_smuggled(request)
-        honour_detail = getattr(serving.renderer.mm_processor, "honours_detail", False)
-        return from_request(request, messages, honour_detail=honour_detail)
+        honor_detail = getattr(serving.renderer.mm_processor, "honors_detail", False)
+        return from_request(request, messages, honor_detail=honor_detail)
 
 
 def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
@@ -88,36 +89,41 @@ refuse_bombs = _as_client_error(DecompressionBombError)
 """Wrap the loader of images: Pillow's limit strikes before vLLM's equal one, with what becomes an HTTP 500."""
 
 
-def add_fields(original: Any) -> Any:
-    """Wrap the step, plain or async, that makes an engine's input of a prompt: check what was asked and add it."""
+def hand_over_request(original: Any) -> Any:
+    """Wrap the step, plain or async, that makes an engine's input of a prompt: validate the fields, hand them on.
+
+    This is the one place where a budget is parsed, of an HTTP request and of an offline program alike.
+    """
 
     def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
-        # Some routes pass none of the wrapped entry points.
-        asked = _asked.get() or from_request(None, None, honour_detail=False)
-        added = _worth_adding(self, asked, bool(prompt.get("multi_modal_data")))
-        if added:
-            prompt["mm_processor_kwargs"] = {**(prompt.get("mm_processor_kwargs") or {}), **added}
-        # Prompts of an offline LLM come here too, with the options that their own process trusts.
+        # Some routes call none of the wrapped entry points.
+        fields = _fields.get() or from_request(None, None, honor_detail=False)
+        has_media = bool(prompt.get("multi_modal_data"))
+        options = {**(prompt.get("mm_processor_kwargs") or {}), **_useful(self, fields, has_media).as_kwargs()}
         with refusing(self.model_config):
-            asked = PruningFields.taken_from(prompt.get("mm_processor_kwargs") or {})[0]
-            admit(self, asked)
-            if not prompt.get("multi_modal_data"):
-                asked.ask().check_images(0)
+            request, rest = PruningRequest.taken_from(options)
+            admit(self, request)
+            if not has_media:
+                request.budget.check_images(0)
+        if has_media and _prunes(self) and request != PruningRequest():
+            # A copy: an offline program may send its own object again, with another budget.
+            prompt = {**prompt, "mm_processor_kwargs": {**rest, REQUEST: request}}
         return original(self, prompt, **kwargs)
 
     return process
 
 
-def _worth_adding(renderer: Any, asked: PruningFields, has_media: bool) -> dict[str, object]:
-    """Return what the processor is to be told: nothing where a request says nothing that matters to it."""
+def _useful(renderer: Any, fields: PruningFields, has_media: bool) -> PruningFields:
+    """Return the fields without the text and the details that this renderer has no use for."""
+    if not (_prunes(renderer) and has_media):
+        return replace(fields, text=None, details=None)
+    return fields if renderer.mm_processor.reads_text else replace(fields, text=None)
+
+
+def _prunes(renderer: Any) -> bool:
     from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 
-    listens = isinstance(renderer.mm_processor, PrunedProcessorMixin) and has_media
-    if not listens:
-        asked = replace(asked, text=None, details=None)
-    elif not renderer.mm_processor.reads_text:
-        asked = replace(asked, text=None)
-    return asked.as_kwargs()
+    return isinstance(renderer.mm_processor, PrunedProcessorMixin)
 
 
 def refuse_harmony(original: Any) -> Any:
@@ -125,7 +131,7 @@ def refuse_harmony(original: Any) -> Any:
 
     def harmony(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         with refusing(self.model_config):
-            admit(self.renderer, from_request(request, None, honour_detail=False))
+            admit(self.renderer, PruningRequest.parse(from_request(request, None, honor_detail=False)))
         return original(self, request, *args, **kwargs)
 
     return harmony
@@ -140,7 +146,7 @@ def equip_renderer(original: Any) -> Any:
         if self.mm_processor is None:
             return
         _refuse_engine_options(self.model_config)
-        reason = why_not(self)
+        reason = unsupported_reason(self)
         for processor in older_minors.processors(self) if reason else ():
             processor.refusal = reason
 
@@ -150,7 +156,7 @@ def equip_renderer(original: Any) -> Any:
 def announce(renderer: Any) -> None:
     """Say in one line of the log whether a renderer's model can be pruned."""
     settings = Settings.from_environment()
-    if reason := why_not(renderer):
+    if reason := unsupported_reason(renderer):
         model = renderer.model_config.model
         logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", model, reason, FIELD)
     elif settings.budget is None and not settings.detail:

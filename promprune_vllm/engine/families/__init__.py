@@ -128,7 +128,7 @@ def calibration(model_config: Any) -> Calibration:
     return {**family, **own}
 
 
-def why_not(vllm_config: Any) -> str | None:
+def unsupported_reason(vllm_config: Any) -> str | None:
     """Return why visual tokens cannot be pruned under a ``VllmConfig``, or ``None`` when they can."""
     architectures = vllm_config.model_config.architectures
     found = family_of(architectures)
@@ -143,7 +143,7 @@ def why_not(vllm_config: Any) -> str | None:
             "every patch"
         )
     module = importlib.import_module(found.target.partition(":")[0])
-    reason: str | None = module.why_not(vllm_config)
+    reason: str | None = module.unsupported_reason(vllm_config)
     return reason
 
 

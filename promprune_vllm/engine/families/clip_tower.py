@@ -15,7 +15,7 @@ from promprune_vllm.engine.worker.tower_hooks import clip_attention, inputs_of
 SUPPLIES = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 
 
-def why_not(hf_config: Any) -> str | None:
+def unsupported_tower(hf_config: Any) -> str | None:
     """Return why a LLaVA's tokens cannot be pruned, or ``None``."""
     if not isinstance(hf_config.vision_config, CLIPVisionConfig):
         return f"its vision tower is {hf_config.vision_config.model_type}, which has no CLS token (only CLIP has)"

@@ -26,17 +26,18 @@ from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 versions.require_names(model_names.LLAVA_NAMES)
 
 
-def why_not(vllm_config: VllmConfig) -> str | None:
+def unsupported_reason(vllm_config: VllmConfig) -> str | None:
     """Return why this LLaVA cannot be pruned, or ``None``."""
-    return clip_tower.why_not(vllm_config.model_config.hf_config)
+    return clip_tower.unsupported_tower(vllm_config.model_config.hf_config)
 
 
-class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcessor):  # type: ignore[misc]
+class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcessor):
     """Placeholders of K tokens."""
 
     supplies = clip_tower.SUPPLIES
 
-    def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
+    def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
+        """Return how many visual tokens vLLM makes of an image."""
         return int(self.info.get_max_image_tokens())  # every image is resized to one size
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
@@ -49,7 +50,7 @@ class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcess
 
 def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiModalProcessor:
     """Return our processor, or vLLM's own for a LLaVA that cannot be pruned."""
-    if clip_tower.why_not(info.get_hf_config()):
+    if clip_tower.unsupported_tower(info.get_hf_config()):
         return upstream._build_llava_or_pixtral_hf_processor(info, dummy_inputs, **options)
     return PrunedLlavaProcessor(info, dummy_inputs, **options)
 
@@ -59,7 +60,7 @@ def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiMo
     info=upstream._build_llava_or_pixtral_hf_info,
     dummy_inputs=upstream.LlavaDummyInputsBuilder,
 )
-class PrunedLlava(PrunedModelMixin, clip_tower.ClipTowerMixin, upstream.LlavaForConditionalGeneration):  # type: ignore[misc]
+class PrunedLlava(PrunedModelMixin, clip_tower.ClipTowerMixin, upstream.LlavaForConditionalGeneration):
     """LLaVA-1.5 whose ``embed_multimodal`` returns K rows per image."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:

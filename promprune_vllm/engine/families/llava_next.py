@@ -31,17 +31,18 @@ from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 versions.require_names(model_names.LLAVA_NEXT_NAMES)
 
 
-def why_not(vllm_config: VllmConfig) -> str | None:
+def unsupported_reason(vllm_config: VllmConfig) -> str | None:
     """Return why this LLaVA-NeXT cannot be pruned, or ``None``."""
-    return clip_tower.why_not(vllm_config.model_config.hf_config)
+    return clip_tower.unsupported_tower(vllm_config.model_config.hf_config)
 
 
-class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiModalProcessor):  # type: ignore[misc]
+class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiModalProcessor):
     """Placeholders of K tokens."""
 
     supplies = clip_tower.SUPPLIES
 
-    def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
+    def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
+        """Return how many visual tokens vLLM makes of an image."""
         size = images.get_image_size(index)
         return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
 
@@ -61,7 +62,7 @@ class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiMo
 
 def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiModalProcessor:
     """Return our processor, or vLLM's own for a LLaVA-NeXT that cannot be pruned."""
-    ours = clip_tower.why_not(info.get_hf_config()) is None
+    ours = clip_tower.unsupported_tower(info.get_hf_config()) is None
     processor = PrunedLlavaNextProcessor if ours else llava_next.LlavaNextMultiModalProcessor
     return processor(info, dummy_inputs, **options)
 
@@ -69,7 +70,7 @@ def build_processor(info: Any, dummy_inputs: Any, **options: Any) -> BaseMultiMo
 @MULTIMODAL_REGISTRY.register_processor(
     build_processor, info=llava_next.LlavaNextProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.LlavaNextForConditionalGeneration):  # type: ignore[misc]
+class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.LlavaNextForConditionalGeneration):
     """LLaVA-NeXT whose ``embed_multimodal`` returns K rows per image."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
@@ -100,8 +101,9 @@ class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.Ll
         groups = [_merged(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
         if self._settings.tiles == "base":
             # Settings admit this for PromPrune alone, which has an entropy.
-            entropy = self._methods[0].entropy_of(tiles[0])  # type: ignore[attr-defined]
-            groups = [Group(replace(group.features, entropy=entropy), group.places) for group in groups]
+            method: Any = self._methods[0]
+            entropy = method.entropy_of(tiles[0])
+            groups = [Group(replace(group.features, entropy=entropy), group.positions) for group in groups]
         return EncodedImage(rows, groups, _where(source < 0, rows.device))
 
 

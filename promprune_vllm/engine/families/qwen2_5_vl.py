@@ -8,13 +8,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
-from promprune_vllm.engine.worker.mrope import why_not
+from promprune_vllm.engine.worker.mrope import unsupported_reason
 
-__all__ = ["PrunedQwen2_5_VL", "why_not"]
+__all__ = ["PrunedQwen2_5_VL", "unsupported_reason"]
 versions.require_names(model_names.QWEN2_5_VL_NAMES)
 
 
-class PrunedQwen2_5_VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
+class PrunedQwen2_5_VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2_5_VLMultiModalProcessor):
     """Placeholders of K tokens."""
 
 
@@ -23,7 +23,7 @@ class PrunedQwen2_5_VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2_5_VLMul
     info=upstream.Qwen2_5_VLProcessingInfo,
     dummy_inputs=upstream.Qwen2_5_VLDummyInputsBuilder,
 )
-class PrunedQwen2_5_VL(PrunedQwenMixin, upstream.Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+class PrunedQwen2_5_VL(PrunedQwenMixin, upstream.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose ``embed_multimodal`` returns K rows per image."""
 
     def saliency_block(self) -> int:

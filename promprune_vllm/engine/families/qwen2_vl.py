@@ -7,13 +7,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
-from promprune_vllm.engine.worker.mrope import why_not
+from promprune_vllm.engine.worker.mrope import unsupported_reason
 
-__all__ = ["PrunedQwen2VL", "why_not"]
+__all__ = ["PrunedQwen2VL", "unsupported_reason"]
 versions.require_names(model_names.QWEN2_VL_NAMES)
 
 
-class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModalProcessor):  # type: ignore[misc]
+class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModalProcessor):
     """Placeholders of K tokens."""
 
 
@@ -22,5 +22,5 @@ class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModa
     info=upstream.Qwen2VLProcessingInfo,
     dummy_inputs=upstream.Qwen2VLDummyInputsBuilder,
 )
-class PrunedQwen2VL(PrunedQwenMixin, upstream.Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+class PrunedQwen2VL(PrunedQwenMixin, upstream.Qwen2VLForConditionalGeneration):
     """Qwen2-VL whose ``embed_multimodal`` returns K rows per image."""

@@ -13,13 +13,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
-from promprune_vllm.engine.worker.mrope import why_not
+from promprune_vllm.engine.worker.mrope import unsupported_reason
 
-__all__ = ["PrunedQwen3VL", "why_not"]
+__all__ = ["PrunedQwen3VL", "unsupported_reason"]
 versions.require_names(model_names.QWEN3_VL_NAMES)
 
 
-class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModalProcessor):  # type: ignore[misc]
+class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModalProcessor):
     """Placeholders of K tokens."""
 
 
@@ -28,7 +28,7 @@ class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModa
     info=upstream.Qwen3VLProcessingInfo,
     dummy_inputs=upstream.Qwen3VLDummyInputsBuilder,
 )
-class PrunedQwen3VL(PrunedQwenMixin, upstream.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+class PrunedQwen3VL(PrunedQwenMixin, upstream.Qwen3VLForConditionalGeneration):
     """Qwen3-VL whose ``embed_multimodal`` returns K rows per image."""
 
     def merger_norm(self) -> Any:

@@ -35,9 +35,9 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         result = super().apply(inputs, timing_ctx)
         summary, places = result.get(SUMMARY), result["mm_placeholders"].get("image")
-        if not summary or summary.images[-1].kept == summary.images[-1].seen:
+        if not summary or summary.images[-1].kept == summary.images[-1].total:
             return result
-        with refusing(self.info.ctx.model_config):  # type: ignore[attr-defined]
+        with refusing(self.info.ctx.model_config):
             # What comes behind an image starts behind its last row and column, which may have been dropped.
             if places[-1].offset + places[-1].length == len(result["prompt_token_ids"]):
                 raise BudgetError(
@@ -47,7 +47,7 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 )
         return result
 
-    def _check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+    def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
         """Refuse images whose positions could run past the model's table of them."""
         if any(kept < seen for seen, kept in counts):
             # An image of unknown size keeps every token, and takes at most as many positions.
@@ -55,10 +55,11 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
                 (max(self._grid(size.width, size.height, kwargs)) if size else kept, kept)
                 for size, (_, kept) in zip(images.sizes, counts, strict=True)
             ]
-            require_rows(taken, self.info.ctx.model_config.max_model_len)  # type: ignore[attr-defined]
+            require_rows(taken, self.info.ctx.model_config.max_model_len)
 
-    def _image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
-        info: Any = self.info  # type: ignore[attr-defined]
+    def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
+        """Return how many visual tokens vLLM makes of an image."""
+        info: Any = self.info
         size = images.get_image_size(index)
         return int(
             info.get_num_image_tokens(
@@ -76,7 +77,7 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
 
     def _grid(self, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
         """Return rows and columns of an image's tokens."""
-        info: Any = self.info  # type: ignore[attr-defined]
+        info: Any = self.info
         resized, _ = info._get_vision_info(
             image_width=width,
             image_height=height,
@@ -87,8 +88,9 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
         side = config.patch_size * config.spatial_merge_size
         return resized.height // side, resized.width // side
 
-    def _embedded_tokens(self, images: Any, index: int) -> int:
-        merge: int = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
+    def embedded_tokens(self, images: Any, index: int) -> int:
+        """Return how many tokens an image has that was sent as ``image_embeds``."""
+        merge: int = self.info.get_hf_config().vision_config.spatial_merge_size
         return int(images.get(index)["image_grid_thw"].prod()) // merge**2
 
 
@@ -119,9 +121,9 @@ class PrunedQwenMixin(MRopePrunedMixin):
         self, pixels: Tensor, grids: Tensor, counts: Sequence[int], needs: Need
     ) -> tuple[Sequence[Tensor], Captured]:
         """Return the rows of each image, and what was captured of its patches on the way."""
-        shares = Shares(counts, sharded=self.use_data_parallel)  # type: ignore[attr-defined]
+        shares = Shares(counts, sharded=self.use_data_parallel)
         own = [counts[i] for i in shares.own]
-        attention = self.visual.blocks[self.saliency_block()].attn  # type: ignore[attr-defined]
+        attention = self.visual.blocks[self.saliency_block()].attn
         with patch_attention(attention, needs, own) as captured, inputs_of(self.merger_norm()) as merged:
             rows = self.embed_unpruned(pixel_values=pixels, image_grid_thw=grids)
         if Need.ENCODER in needs and own:
@@ -134,11 +136,11 @@ class PrunedQwenMixin(MRopePrunedMixin):
 
     def merger_norm(self) -> Any:
         """Return the module whose input is the merger's: the merger itself may be compiled, and deaf to hooks."""
-        return self.visual.merger.ln_q  # type: ignore[attr-defined]
+        return self.visual.merger.ln_q
 
     def projected_width(self) -> int:
         """Width D of a visual token."""
-        return int(self.visual.out_hidden_size)  # type: ignore[attr-defined]
+        return int(self.visual.out_hidden_size)
 
     def in_raster_order(self, values: Tensor, grid: list[int]) -> Tensor:  # noqa: ARG002
         """Bring ``(N, ...)`` values of an image from the tower's order of tokens into raster order."""
@@ -146,13 +148,13 @@ class PrunedQwenMixin(MRopePrunedMixin):
 
     def project(self, rows: Tensor) -> Tensor:
         """Merge ``(K, 4 * Dv)`` patches, four side by side, into ``(K, D)`` tokens."""
-        tower: Any = self.visual  # type: ignore[attr-defined]
+        tower: Any = self.visual
         patches = rows.reshape(len(rows) * tower.spatial_merge_size**2, -1)
         projected: Tensor = tower.merger(patches)
         return projected
 
     def _image(self, rows: Tensor, grid: list[int], captured: Mapping[str, Tensor]) -> EncodedImage:
-        merge: int = self.visual.spatial_merge_size  # type: ignore[attr-defined]
+        merge: int = self.visual.spatial_merge_size
         found = {}
         for name, values in captured.items():
             patches = values.reshape(-1, merge**2, *values.shape[1:])  # of each token

@@ -141,7 +141,7 @@ def loaded(model: str, arguments: Sequence[str]) -> Iterator[Any]:
         config = engine_arguments.create_engine_config()
     except (OSError, ValueError) as error:
         raise CalibrationError(f"vLLM cannot load {model}: {error}") from error
-    if (reason := families.why_not(config)) is not None:
+    if (reason := families.unsupported_reason(config)) is not None:
         raise UnsupportedModelError(f"The visual tokens of {model} cannot be pruned: {reason}.")
     llm = LLM.from_engine_args(engine_arguments)
     try:

@@ -1,8 +1,8 @@
-"""The worker's side of a failed image: it must fail its own requests, and nothing else.
+"""The worker's side of a failed image: it fails its own requests and nothing else.
 
-An exception that left the model would end the engine, and every request in it. So where an image's rows cannot
-be had, zeros take their place until the end of the step, and the step's result names the image. In the
-scheduler's process ``failed_images`` ends its requests before any of their tokens leaves, and clears the caches.
+An exception that leaves the model ends the engine and every request in it. So where an image cannot be encoded or
+pruned, zeros take its place until the end of the step, and the step's result names the image. In the scheduler's
+process ``failed_images`` ends its requests before any of their tokens is sent, and clears the caches.
 """
 
 from __future__ import annotations
@@ -18,47 +18,33 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
 from promprune_vllm.engine.keys import FAILED, FILLER, PENDING_FAILED
-from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
+from promprune_vllm.engine.worker.encoded_image import PruneJob
 
 logger = logging.getLogger("vllm.promprune")
 _T = TypeVar("_T")
 
 
-class Model(Protocol):
-    """What is asked of a ``PrunedModelMixin`` with its family."""
-
-    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
-        """Encode some of the images with all that their methods look at."""
-
-    def choose(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
-        """Select an image's tokens, and return what makes its rows of the selection."""
-
-    def zeros(self, rows: int) -> Tensor:
-        """Return as many rows of zeros, as wide as the model's own."""
-
-
 class Step:
-    """One step of the worker: what was filled in, and who must agree to that.
+    """One step of the worker: which images failed, and which ranks must agree on that.
 
-    With tensor parallelism an exception may come up on one rank alone. Choosing communicates nothing, so there
-    the ranks agree afterwards on what failed. Encoding and projecting do: ranks that part ways in there would
+    With tensor parallelism an exception may be raised on one rank alone. Selecting does not communicate, so the
+    ranks agree afterwards on what failed. Encoding and projecting do communicate: ranks that part ways there would
     add up tensors of different images, so an exception ends the engine, as it does without us.
     """
 
     def __init__(self, ranks: int) -> None:
         self.filler: list[Tensor] = []
-        self.alone = ranks == 1
+        self.single_rank = ranks == 1
 
-    def fill(self, model: Model, rows: int) -> Tensor:
-        """Return what stands in for an image's rows until its requests are ended."""
-        filler = model.zeros(rows)
-        setattr(filler, FILLER, True)
-        self.filler.append(filler)
-        return filler
+    def fill(self, zeros: Tensor) -> Tensor:
+        """Mark zeros as those that replace an image until its requests are ended."""
+        setattr(zeros, FILLER, True)
+        self.filler.append(zeros)
+        return zeros
 
     def agreed(self, results: Sequence[_T | None]) -> list[_T | None]:
         """Return the results that all ranks have."""
-        if self.alone:
+        if self.single_rank:
             return list(results)
         failed = torch.tensor([result is None for result in results], dtype=torch.int32, device="cpu")
         torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
@@ -69,73 +55,100 @@ _step: ContextVar[Step | None] = ContextVar("promprune_step", default=None)
 
 
 def in_step() -> bool:
-    """Whether a worker's step is under way: else an encoder call is the memory profile's, or a test's."""
+    """Whether a worker's step is under way. Otherwise an encoder call is the profiling run's, or a test's."""
     return _step.get() is not None
 
 
-def embed(model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[Tensor]:
-    """Return the rows of some images, ``(kept, W)`` each.
+class Guard(Protocol):
+    """Runs the parts of an attempt to encode images: what happens to an exception is its decision."""
 
-    Outside a worker's step, in the memory profile for one, nobody would end the requests: exceptions pass.
-    """
-    step = _step.get()
-    if step is None:
-        images = model.encoded(inputs, items, jobs)
-        return [_finished(model.choose(image, job), job.kept) for image, job in zip(images, jobs, strict=True)]
-    rows = _attempt(step, model, inputs, items, jobs)
-    for i, job in enumerate(jobs if len(jobs) > 1 else ()):
-        if rows[i] is None:  # once more, with the memory for itself, and not for a neighbour's sake
-            at = items.start + i
-            (rows[i],) = _attempt(step, model, inputs, slice(at, at + 1), [job])
-    return [step.fill(model, job.kept) if image is None else image for image, job in zip(rows, jobs, strict=True)]
+    def together(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
+        """Call a function in which ranks communicate. ``None``: it failed."""
+
+    def alone(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
+        """Call a function in which they do not. ``None``: it failed on this rank."""
+
+    def agreed(self, results: Sequence[_T | None]) -> list[_T | None]:
+        """Return the results that all ranks have."""
 
 
-def _attempt(
-    step: Step, model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]
-) -> list[Tensor | None]:
-    """Return the rows of some images, or ``None`` for those that fail."""
-    what = f"Selecting {' + '.join(f'{job.kept} of {job.seen}' for job in jobs)} visual tokens"
-    methods = ", ".join(sorted({job.method.name for job in jobs}))
+class _NoGuard:
+    """Lets every exception pass: outside a step nobody would end the requests."""
 
-    def guarded(contain: bool, function: Callable[..., _T], *arguments: Any) -> _T | None:
+    def together(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
+        return function(*arguments)
+
+    alone = together
+
+    def agreed(self, results: Sequence[_T | None]) -> list[_T | None]:
+        return list(results)
+
+
+class _StepGuard:
+    """Logs what fails for the given images and returns ``None`` for it."""
+
+    def __init__(self, step: Step, jobs: Sequence[PruneJob]) -> None:
+        self._step, self._jobs = step, jobs
+
+    def together(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
+        return self.alone(function, *arguments) if self._step.single_rank else function(*arguments)
+
+    def alone(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
         try:
             return function(*arguments)
         except torch.AcceleratorError:  # the device's state is lost, with everybody's KV cache
             raise
         except Exception as error:
-            if not contain:
-                raise
-            _log(what, methods, error, last=len(jobs) == 1)
-        # Left without the exception, whose traceback would keep every tensor of the attempt.
+            _log(self._jobs, error)
+        # Return outside the handler: the exception's traceback would keep every tensor of the attempt alive.
         return None
 
-    images = guarded(step.alone, model.encoded, inputs, items, jobs)
-    if images is None:
-        return [None for _ in jobs]
-    chosen = step.agreed([guarded(True, model.choose, *pair) for pair in zip(images, jobs, strict=True)])
+    def agreed(self, results: Sequence[_T | None]) -> list[_T | None]:
+        return self._step.agreed(results)
+
+
+Attempt = Callable[[slice, Sequence[PruneJob], Guard], list[Tensor | None]]
+"""Encodes some images under a guard: ``(kept, W)`` embeddings each, ``None`` for those that fail."""
+
+
+def contain(
+    attempt: Attempt, items: slice, jobs: Sequence[PruneJob], zeros: Callable[[int], Tensor]
+) -> list[Tensor]:
+    """Return the embeddings of some images, with zeros in place of those that fail.
+
+    Args:
+        attempt: Encodes them.
+        items: Which images of the batch.
+        jobs: One per image.
+        zeros: Makes ``(rows, W)`` zeros.
+
+    Raises:
+        Exception: Whatever the attempt raises, outside a worker's step (the profiling run, for one).
+    """
+    step = _step.get()
+    if step is None:
+        return [rows for rows in attempt(items, jobs, _NoGuard()) if rows is not None]
+    embeddings = attempt(items, jobs, _StepGuard(step, jobs))
+    for i, job in enumerate(jobs if len(jobs) > 1 else ()):
+        if embeddings[i] is None:  # again, with the memory for itself, and not because of another image
+            at = items.start + i
+            (embeddings[i],) = attempt(slice(at, at + 1), [job], _StepGuard(step, [job]))
     return [
-        None if finish is None else guarded(step.alone, _finished, finish, job.kept)
-        for finish, job in zip(chosen, jobs, strict=True)
+        step.fill(zeros(job.kept)) if rows is None else rows for rows, job in zip(embeddings, jobs, strict=True)
     ]
 
 
-def _finished(finish: Callable[[], Tensor], kept: int) -> Tensor:
-    rows = finish()
-    if rows.ndim != 2 or rows.shape[0] != kept:
-        raise RuntimeError(f"{tuple(rows.shape)} rows were made where the placeholder has {kept}")
-    return rows
-
-
-def _log(what: str, method: str, error: Exception, *, last: bool) -> None:
-    if not last:
+def _log(jobs: Sequence[PruneJob], error: Exception) -> None:
+    what = f"Selecting {' + '.join(f'{job.kept} of {job.total}' for job in jobs)} visual tokens"
+    if len(jobs) > 1:
         logger.warning("%s failed (%s: %s). Trying image by image.", what, type(error).__name__, error)
         return
     logger.exception(
-        "%s with method %r failed. Requests with this image end with an error (HTTP 500); the others, and the "
-        "server, go on. Out of memory: start with a lower --gpu-memory-utilization, or send smaller images. "
+        "%s with method %r failed. Requests with this image end with an error (HTTP 500); other requests and the "
+        "server continue. Out of memory: start with a lower --gpu-memory-utilization, or send smaller images. "
         "Anything else is a bug of the method: please report it with the traceback.",
         what,
-        method,
+        jobs[0].method.name,
     )
 
 

@@ -39,7 +39,7 @@ _UNMOVED = -1.0  # in every channel: the position is already right
 versions.require_names(model_names.MROPE_NAMES)
 
 
-def why_not(vllm_config: VllmConfig) -> str | None:
+def unsupported_reason(vllm_config: VllmConfig) -> str | None:
     """Return why images cannot be pruned under these settings of the server, or ``None``."""
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         return "with --pipeline-parallel-size only the first stage would learn the positions of kept tokens"
@@ -85,7 +85,7 @@ def encode_cells(rows: Tensor, cells: Tensor, width: int) -> Tensor:
 
     Args:
         rows: ``(K, W)`` embeddings.
-        cells: ``(K,)`` int64, places in raster order.
+        cells: ``(K,)`` int64, indices of cells in raster order.
         width: Of the grid.
 
     Returns:
@@ -108,7 +108,7 @@ class MRopePrunedMixin(PrunedModelMixin):
     supports_multimodal_pruning = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        self._prunes = families.why_not(vllm_config) is None
+        self._prunes = families.unsupported_reason(vllm_config) is None
         if self._prunes:
             _keep_the_encoder_plain(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -123,17 +123,17 @@ class MRopePrunedMixin(PrunedModelMixin):
             return embeddings
         return [torch.cat([rows, rows.new_full((len(rows), CHANNELS), _UNMOVED)], dim=1) for rows in embeddings]
 
-    def place(self, rows: Tensor, image: EncodedImage, places: Tensor) -> Tensor:
+    def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:
         """Append the channels to the kept rows of one image."""
         (group,) = image.groups
-        return encode_cells(rows, places, group.features.grid[2])
+        return encode_cells(rows, positions, group.features.grid[2])
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Return the positions ``(3, L)`` of a prompt and what to add to an index to get a later one.
 
         Kept tokens of a pruned image all get the position of its first cell, until the encoder has run.
         """
-        upstream = super().get_mrope_input_positions  # type: ignore[misc]
+        upstream = super().get_mrope_input_positions
         spans = [span for feature in mm_features if (span := self._span(feature)) is not None]
         if not spans:
             positions, delta = upstream(input_tokens, mm_features)
@@ -163,9 +163,10 @@ class MRopePrunedMixin(PrunedModelMixin):
         nothing: then it costs nothing.
         """
         if not self._prunes:
-            return super().recompute_mrope_positions(  # type: ignore[misc, no-any-return]
+            upstream: tuple[Sequence[Tensor], Tensor, int] = super().recompute_mrope_positions(
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
             )
+            return upstream
         bare, digits = self._split_channels(multimodal_embeddings)
         positions = mrope_positions
         if digits:
@@ -175,14 +176,14 @@ class MRopePrunedMixin(PrunedModelMixin):
         return bare, positions, delta
 
     def _split_channels(self, embeddings: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        width = self.visual.out_hidden_size  # type: ignore[attr-defined]
+        width = self.visual.out_hidden_size
         # Prompts sent as embeddings come this way too, as they are.
         digits = [rows[:, width:] for rows in embeddings if rows.shape[1] == width + CHANNELS]
         return [rows[:, :width] for rows in embeddings], digits
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
         ids = torch.as_tensor(input_ids[start:], device=positions.device)
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config
         media = (ids == config.image_token_id) | (ids == config.video_token_id)
         columns = media.nonzero().flatten()[: len(digits)] + start  # (R,)
         row, column = (cell.to(positions.device) for cell in decode_cells(digits))
@@ -197,13 +198,13 @@ class MRopePrunedMixin(PrunedModelMixin):
         """Return the span of an image, or ``None`` for one that is not pruned and for anything else."""
         if feature.modality != "image":
             return None
-        merge = self.visual.spatial_merge_size  # type: ignore[attr-defined]
+        merge = self.visual.spatial_merge_size
         full = int(feature.data["image_grid_thw"].data.prod()) // merge**2
         place = feature.mm_position
         return Span(place.offset, place.length, full) if place.length < full else None
 
 
-class _PruningMultiModalConfig(MultiModalConfig):  # type: ignore[misc]
+class _PruningMultiModalConfig(MultiModalConfig):
     """Tells vLLM's runners to call ``recompute_mrope_positions``; no pruning of videos is implied."""
 
     def is_multimodal_pruning_enabled(self) -> bool:

@@ -1,10 +1,10 @@
-"""The worker's side: encode, select, hand over K rows per image."""
+"""What goes before vLLM's model class: ``embed_multimodal`` returns K rows per image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from promprune_vllm.core.features import Need
 from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.compat.patching import Stage
+from promprune_vllm.engine.families.contract import ModelFamily, UpstreamModel
 from promprune_vllm.engine.keys import COUNTS, TEXT
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
+from promprune_vllm.engine.worker.encode import embed_images
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 from promprune_vllm.engine.worker.selection_metrics import SelectionWatch
 from promprune_vllm.engine.worker.selection_trace import Trace
@@ -26,15 +28,20 @@ from promprune_vllm.metrics.recorder import recorder
 
 versions.require_names(versions.RESULT_NAMES)
 
+if TYPE_CHECKING:
 
-class PrunedModelMixin:
-    """Goes before vLLM's model class in a family's bases.
+    class _Bases(ModelFamily, UpstreamModel):
+        pass
 
-    A family defines ``capture(inputs, items, needs)`` and, where it supplies ``ENCODER``, ``project(rows)``.
-    """
+else:
+    _Bases = object  # see families.contract
+
+
+class PrunedModelMixin(_Bases):
+    """Goes before vLLM's model class in a family's bases; the family implements ``ModelFamily``."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._settings = Settings.from_environment()
         calibration = families.calibration(vllm_config.model_config)
         self._methods = [self._settings.selector(calibration, method) for method in self._settings.allowed]
@@ -50,13 +57,13 @@ class PrunedModelMixin:
 
     def embed_unpruned(self, **inputs: Any) -> Any:
         """Encode as vLLM does: every token of every image."""
-        outputs = super().embed_multimodal(**inputs)  # type: ignore[misc]
-        if outputs is not None and len(outputs):  # the memory profile comes by here before any request
+        outputs = super().embed_multimodal(**inputs)
+        if outputs is not None and len(outputs):  # vLLM's profiling run calls this before any request
             self._no_rows = outputs[0].new_empty((0, outputs[0].shape[-1]))
         return outputs
 
     def zeros(self, rows: int) -> Tensor:
-        """Return as many rows of zeros as wide as those of ``embed_multimodal``."""
+        """Return ``(rows, W)`` zeros, as wide as the rows of ``embed_multimodal``."""
         (zeros,) = self.with_positions([self._no_rows.new_zeros((rows, self._no_rows.shape[1]))])
         return cast(Tensor, zeros)
 
@@ -64,94 +71,81 @@ class PrunedModelMixin:
         """Encode a batch of images and return the rows that enter the language model, K of N per image.
 
         Args:
-            inputs: vLLM's inputs, plus ``(B, 3)`` counts (tokens seen, kept, index of the method) and the text
-                from our processor; without them, or where nothing is pruned, this is vLLM's own method.
+            inputs: vLLM's inputs, plus ``(B, 3)`` counts (total tokens, kept tokens, index of the method) and the
+                text from our processor. Without them, or where nothing is pruned, this is vLLM's own method.
         """
         counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT, None)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
-        if all(job.seen == job.kept for job in jobs):
+        if all(job.total == job.kept for job in jobs):
             embeddings = self.with_positions(self.embed_unpruned(**inputs))
-            self._encoded(jobs)
+            self.batch_done(jobs)
             return embeddings
-        outputs: list[Tensor] = []
-        for items in micro_batches([job.seen for job in jobs], self._encoder_tokens):
-            outputs += fault_isolation.embed(self, inputs, items, jobs[items])
-            self._encoded(jobs[items])
-        return outputs
+        return embed_images(self, inputs, jobs, self._encoder_tokens)
 
-    def _encoded(self, jobs: Sequence[PruneJob]) -> None:
-        # Outside a worker's step these are the memory profile's images, not a request's.
+    def batch_done(self, jobs: Sequence[PruneJob]) -> None:
+        """Update the metrics after one call of the encoder, unless its images are those of the profiling run."""
         if self._watch is not None and jobs and fault_isolation.in_step():
-            self._watch.flush(sum(job.seen for job in jobs))
+            self._watch.flush(sum(job.total for job in jobs))
 
     def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> PruneJob:
-        seen, kept, method = counts
+        total, kept, method = counts
         selector = self._methods[method]
-        wants_text = kept < seen and texts is not None and Need.TEXT in selector.needs
-        return PruneJob(seen, kept, selector, texts[image] if wants_text and texts is not None else None)
+        wants_text = kept < total and texts is not None and Need.TEXT in selector.needs
+        return PruneJob(total, kept, selector, texts[image] if wants_text and texts is not None else None)
 
-    def encoded(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
-        """Encode some of the images with all that their methods look at."""
+    def encode(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
+        """Encode some of the images and capture the features that their methods use."""
         needs = Need.PROJECTED
         for job in jobs:
             needs |= job.method.needs
-        images: list[EncodedImage] = self.capture(inputs, items, needs)  # type: ignore[attr-defined]
         return [
-            image if job.text is None else image.with_text(self.get_language_model().embed_input_ids(job.text))  # type: ignore[attr-defined]
-            for image, job in zip(images, jobs, strict=True)
+            image if job.text is None else image.with_text(self.get_language_model().embed_input_ids(job.text))
+            for image, job in zip(self.capture(inputs, items, needs), jobs, strict=True)
         ]
 
     def with_positions(self, embeddings: Any) -> Any:
         """Mark unpruned embeddings with their positions, where the model's positions do not follow from order."""
         return embeddings
 
-    def place(self, rows: Tensor, image: EncodedImage, places: Tensor) -> Tensor:  # noqa: ARG002
-        """Mark the kept rows of one image with their positions, where those do not follow from their order."""
+    def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:  # noqa: ARG002
+        """Mark the kept rows of one image with their positions, where those do not follow from their order.
+
+        Args:
+            rows: ``(K, W)``.
+            image: Where they are from.
+            positions: ``(K,)`` int64, which of the image's N tokens they are.
+        """
         return rows
 
-    def choose(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
-        """Select an image's tokens, and return what makes its ``(kept, W)`` rows of the selection.
+    def select(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
+        """Select an image's tokens, and return a function that assembles their ``(kept, W)`` rows.
 
         Two steps, since only the second may communicate between ranks: see ``fault_isolation.Step``.
         """
-        if len(image.rows) != job.seen:
-            raise RuntimeError(f"the encoder gave {len(image.rows)} tokens where the processor counted {job.seen}")
-        if job.kept == job.seen:
+        if len(image.rows) != job.total:
+            raise RuntimeError(
+                f"the encoder gave {len(image.rows)} tokens where the processor counted {job.total}"
+            )
+        if job.kept == job.total:
             return lambda: cast(Tensor, self.with_positions([image.rows])[0])
         method = job.method.name
-        with self._timing(method, "choose") as choosing:
-            chosen = image.choose(job.kept, job.method)
+        with self._timing(method, "choose") as selecting:
+            selected = image.select(job.kept, job.method)
         if self._watch is not None:
-            self._watch.chosen(method, chosen)
+            self._watch.selected(method, selected)
 
-        def finish() -> Tensor:
+        def assemble() -> Tensor:
             with self._timing(method, "assemble") as assembling:
-                rows, places = chosen.rows(self.project)  # type: ignore[attr-defined]
-                placed = self.place(rows, image, places)
+                rows, positions = selected.rows(self.project)
+                marked = self.mark_kept(rows, image, positions)
             if self._watch is not None and self._settings.inspector:
-                selection_trace.attach_trace(placed, Trace.of(method, chosen, [choosing, assembling]))
-            return placed
+                selection_trace.attach_trace(marked, Trace.of(method, selected, [selecting, assembling]))
+            return marked
 
-        return finish
+        return assemble
 
     def _timing(self, method: str, stage: str) -> AbstractContextManager[list[Any]]:
         return nullcontext([]) if self._watch is None else self._watch.timing(method, stage)
-
-
-def micro_batches(seen: Sequence[int], limit: int) -> Iterator[slice]:
-    """Split a batch so that no encoder call sees more than ``limit`` UNPRUNED tokens (or one image).
-
-    vLLM's scheduler charges an image what it keeps, so a step may bring many more images than the memory
-    profile of the encoder allowed for.
-    """
-    start, tokens = 0, 0
-    for i, count in enumerate(seen):
-        if i > start and tokens + count > limit:
-            yield slice(start, i)
-            start, tokens = i, 0
-        tokens += count
-    if start < len(seen):
-        yield slice(start, len(seen))
 
 
 def _is_first_rank() -> bool:

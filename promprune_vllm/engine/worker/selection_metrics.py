@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promprune_vllm.engine.worker.encoded_image import Chosen
+from promprune_vllm.engine.worker.encoded_image import SelectedTokens
 from promprune_vllm.metrics.recorder import Recorder
 
 
@@ -41,9 +41,9 @@ class SelectionWatch:
         marks.append(self._mark())
         self._times.append((method, stage, *marks))
 
-    def chosen(self, method: str, chosen: Chosen) -> None:
+    def selected(self, method: str, selected: SelectedTokens) -> None:
         """Note what a method reports of an image's selections."""
-        for _, selection in chosen.parts:
+        for _, selection in selected.parts:
             report = selection.report
             if "spectral_entropy" in report:
                 self._reports.append((method, "entropy", report["spectral_entropy"]))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from promprune_vllm.engine.keys import TRACE
-from promprune_vllm.engine.worker.encoded_image import Chosen
+from promprune_vllm.engine.worker.encoded_image import SelectedTokens
 from promprune_vllm.engine.worker.fault_isolation import cached_rows
 from promprune_vllm.engine.worker.selection_metrics import seconds
 from promprune_vllm.kernels.ops import descending_order
@@ -24,13 +24,13 @@ class Part:
     """A group of tokens that was selected from on its own statistics.
 
     Args:
-        places: ``(n,)`` int64, which rows of the image its tokens are.
+        positions: ``(n,)`` int64, which rows of the image its tokens are.
         indices: ``(k,)`` int64, which of its tokens were kept.
         saliency: ``(n,)``, where the method looked at it.
         report: What the method tells of itself.
     """
 
-    places: Tensor
+    positions: Tensor
     indices: Tensor
     saliency: Tensor | None
     report: Mapping[str, Tensor]
@@ -40,10 +40,10 @@ class Part:
         report = {name: value.item() for name, value in self.report.items()}
         salient: list[int] | None = None
         if self.saliency is not None and "saliency_tokens" in report:
-            salient = self.places[descending_order(self.saliency)[: int(report["saliency_tokens"])]].tolist()
+            salient = self.positions[descending_order(self.saliency)[: int(report["saliency_tokens"])]].tolist()
         return {
-            "places": self.places.tolist(),
-            "kept": self.places[self.indices].tolist(),
+            "positions": self.positions.tolist(),
+            "kept": self.positions[self.indices].tolist(),
             "salient": salient,
             "saliency": None if self.saliency is None else self.saliency.double().tolist(),
             "report": report,
@@ -57,30 +57,30 @@ class Trace:
     Args:
         method: Its name.
         parts: The groups that kept any.
-        spare: ``(s,)`` int64, rows of no group that were kept.
+        newlines: ``(s,)`` int64, newline rows that were kept.
         marks: When choosing began and ended, then gathering the rows.
     """
 
     method: str
     parts: tuple[Part, ...]
-    spare: Tensor
+    newlines: Tensor
     marks: Sequence[Sequence[Any]]
 
     @classmethod
-    def of(cls, method: str, chosen: Chosen, marks: Sequence[Sequence[Any]]) -> Trace:
+    def of(cls, method: str, selected: SelectedTokens, marks: Sequence[Sequence[Any]]) -> Trace:
         """Remember a selection, but none of the features it was made from."""
         parts = tuple(
-            Part(group.places, selection.indices, group.features.saliency, selection.report)
-            for group, selection in chosen.parts
+            Part(group.positions, selection.indices, group.features.saliency, selection.report)
+            for group, selection in selected.parts
         )
-        return cls(method, parts, chosen.spare, marks)
+        return cls(method, parts, selected.newlines, marks)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain numbers; waits for the device."""
         return {
             "method": self.method,
             "parts": [part.as_json() for part in self.parts],
-            "spare": self.spare.tolist(),
+            "newlines": self.newlines.tolist(),
             "seconds": sum(seconds(start, end) for start, end in self.marks),
         }
 

@@ -1,0 +1,98 @@
+"""The methods that requests to this server may choose, with the options in force for its model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from promprune_vllm.config import Settings, environment
+from promprune_vllm.core.budget import METHOD_FIELD, shown
+from promprune_vllm.core.features import Need
+from promprune_vllm.core.registry import Selector, methods
+from promprune_vllm.engine import families
+from promprune_vllm.errors import BudgetError, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedMethods:
+    """The settings of this process with the methods that they allow.
+
+    Args:
+        settings: The server's.
+        selectors: One per name in ``settings.allowed``; the first is the default.
+        digests: One per method: identifies it with its options in cache keys.
+    """
+
+    settings: Settings
+    selectors: tuple[Selector, ...]
+    digests: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model_config: Any) -> AllowedMethods:
+        """Return the methods for a model, with what was calibrated for it.
+
+        Args:
+            model_config: vLLM's ``ModelConfig``.
+        """
+        calibration = families.calibration(model_config)
+        calibrated = json.dumps({name: dict(options) for name, options in calibration.items()}, sort_keys=True)
+        return _configured(environment(), calibrated)
+
+    def index(self, name: object) -> int:
+        """Return the index of a method by its name, ``None`` for the default.
+
+        Raises:
+            BudgetError: It is not allowed, or not a name.
+        """
+        allowed = self.settings.allowed
+        if name is None:
+            return 0
+        if not isinstance(name, str) or name not in allowed:
+            raise BudgetError(
+                f"{METHOD_FIELD} must be one of {', '.join(allowed)}, got {shown(name)}. The server's "
+                "operator allows more with --visual-token-allow-methods.",
+                param=METHOD_FIELD,
+                reason="method",
+            )
+        return allowed.index(name)
+
+    def needs_text(self) -> bool:
+        """Whether any of the methods uses the user's text."""
+        return any(Need.TEXT in method.needs for method in self.selectors)
+
+    def require_supplied(self, supplied: Need, architecture: str) -> None:
+        """Raise ``SettingsError`` unless a model can capture all that the methods need.
+
+        Args:
+            supplied: Features that can be captured.
+            architecture: The model's name, for the message.
+        """
+        for method in self.selectors:
+            missing = method.needs & ~supplied
+            if missing:
+                names = ", ".join(need.name or "" for need in missing)
+                able = [name for name, each in methods().items() if not each.needs & ~supplied]
+                raise SettingsError(
+                    f"Method {method.name!r} needs {names}, which cannot be captured from {architecture}. "
+                    f"Methods for this model: {', '.join(able)}."
+                )
+
+
+@functools.lru_cache(maxsize=8)
+def _configured(_: tuple[tuple[str, str], ...], calibrated: str) -> AllowedMethods:
+    """Return the methods of an environment.
+
+    Args:
+        calibrated: Of ``families.calibration``, as JSON, which is hashable.
+
+    vLLM makes a processor for every request with an image, so none of this may be repeated each time.
+    """
+    settings = Settings.from_environment()
+    calibration = json.loads(calibrated)
+    return AllowedMethods(
+        settings,
+        tuple(settings.selector(calibration, method) for method in settings.allowed),
+        tuple(settings.digest(calibration, method) for method in settings.allowed),
+    )

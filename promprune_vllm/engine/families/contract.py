@@ -1,0 +1,119 @@
+"""The contract of a model family: what it implements, and what it may rely on from vLLM.
+
+A family is two classes, each a mixin of ours in front of a class of vLLM's:
+
+- a processor: ``class PrunedX(PrunedProcessorMixin, upstream.XProcessor)`` implements ``ProcessorFamily``;
+- a model: ``class PrunedX(PrunedModelMixin, upstream.X)`` implements ``ModelFamily``.
+
+The mixins inherit from these classes for the type checker only. At run time a class between a mixin and vLLM's
+class would answer in place of vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from promprune_vllm.core.features import Need
+    from promprune_vllm.core.geometry import Box
+    from promprune_vllm.engine.worker.encoded_image import EncodedImage
+
+
+class ProcessorFamily(Protocol):
+    """What a family's processor knows about its model, in the API server."""
+
+    supplies: ClassVar[Need]
+    """Features the family's model can capture for a method. Every family also has the text."""
+
+    def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
+        """Return how many visual tokens vLLM makes of an image.
+
+        Args:
+            images: Answers ``get_image_size(index)``.
+            index: Which image.
+            kwargs: The request's processor options, without ours.
+        """
+
+    def embedded_tokens(self, images: Any, index: int) -> int:
+        """Return how many visual tokens an image has that was sent as ``image_embeds``."""
+
+    def boxes(self, width: int, height: int) -> list[Box | None]:
+        """Return the pixel box of each visual token of an image; ``None`` for a token that shows nothing of it."""
+
+    def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+        """Raise ``BudgetError`` where the model cannot keep so few tokens of these images.
+
+        Args:
+            images: Answers ``get_image_size(index)`` and ``sizes``.
+            counts: Tokens before and after pruning, per image.
+            kwargs: The request's processor options, without ours.
+        """
+
+
+class ModelFamily(Protocol):
+    """What a family's model does, in the worker."""
+
+    def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
+        """Encode some of the images and return the features that a method may use.
+
+        Args:
+            inputs: vLLM's inputs of ``embed_multimodal`` for a batch of B images.
+            items: Which of the B images.
+            needs: Features to capture.
+        """
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Project ``(K, Dv)`` rows that a method merged before the projector, to ``(K, D)`` embeddings."""
+
+
+class UpstreamProcessor:
+    """vLLM's ``BaseMultiModalProcessor``, as far as the mixin uses it."""
+
+    info: Any
+
+    def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None: ...
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Process one prompt."""
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the inputs of the profiling run."""
+
+    def _get_mm_hashes(self, inputs: Any) -> Any: ...
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any: ...
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any: ...
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any: ...
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any: ...
+
+
+class UpstreamModel:
+    """vLLM's model class, as far as the mixins use it."""
+
+    config: Any
+    visual: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+    use_data_parallel: bool
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None: ...
+
+    def embed_multimodal(self, **inputs: Any) -> Any:
+        """Encode a batch of images."""
+
+    def get_language_model(self) -> Any:
+        """Return the language model."""
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> Any:
+        """Return the M-RoPE positions of a prompt."""
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Any, num_computed_tokens: int
+    ) -> Any:
+        """Correct M-RoPE positions from embeddings."""
