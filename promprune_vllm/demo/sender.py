@@ -191,8 +191,8 @@ def _data_url(picture: Picture) -> str:
     if picture.box is not None:
         width, height = image.size
         left, top, side = picture.box
-        cut = (left * width, top * height, (left + side) * width, (top + side) * height)
-        image = image.crop(tuple(round(edge) for edge in cut))  # type: ignore[arg-type]
+        right, bottom = (left + side) * width, (top + side) * height
+        image = image.crop((round(left * width), round(top * height), round(right), round(bottom)))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

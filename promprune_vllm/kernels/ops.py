@@ -112,7 +112,8 @@ def cosines(groups: Sequence[Tensor]) -> Cosines:
     """Return the cosines of one of the ``batches``, shared by everything that is asked of them."""
     name, path, _ = _path(groups[0].device)
     if name == "Triton":
-        return path.Cosines(groups)  # type: ignore[no-any-return]
+        shared: Cosines = path.Cosines(groups)
+        return shared
     (group,) = groups
     if name == "numba":
         from promprune_vllm.kernels import cpu_cosines
@@ -123,28 +124,33 @@ def cosines(groups: Sequence[Tensor]) -> Cosines:
 
 def cosine_gram(features: Tensor) -> Tensor:
     """See ``torch_ops.cosine_gram``."""
-    return _on(features.device).cosine_gram(features)  # type: ignore[no-any-return]
+    result: Tensor = _on(features.device).cosine_gram(features)
+    return result
 
 
 def spectral_entropy(features: Tensor) -> Tensor:
     """See ``torch_ops.spectral_entropy``."""
-    return _on(features.device).spectral_entropy(features)  # type: ignore[no-any-return]
+    result: Tensor = _on(features.device).spectral_entropy(features)
+    return result
 
 
 def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
     """See ``torch_greedy.greedy_dpp``."""
     path = _on(gram.device)
-    return (torch_greedy if path is torch_ops else path).greedy_dpp(gram, order, given, keep, quality)  # type: ignore[no-any-return]
+    result: Tensor = (torch_greedy if path is torch_ops else path).greedy_dpp(gram, order, given, keep, quality)
+    return result
 
 
 def max_min_select(gram: Tensor, keep: int) -> Tensor:
     """See ``torch_ops.max_min_select``."""
-    return _on(gram.device).max_min_select(gram, keep)  # type: ignore[no-any-return]
+    result: Tensor = _on(gram.device).max_min_select(gram, keep)
+    return result
 
 
 def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """See ``torch_ops.received_attention``."""
-    return _on(queries.device).received_attention(queries, keys, scale)  # type: ignore[no-any-return]
+    result: Tensor = _on(queries.device).received_attention(queries, keys, scale)
+    return result
 
 
 def in_force(device: torch.device) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from promprune_vllm.errors import IncompatibleVllmError
 
@@ -154,10 +155,10 @@ def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
     for path, parameters in in_this_minor(names).items():
         module, _, name = path.partition(":")
         try:
-            target: object = importlib.import_module(module)
+            target: Any = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
-            found = inspect.signature(target).parameters  # type: ignore[arg-type]
+            found = inspect.signature(target).parameters
         except (ImportError, AttributeError) as error:
             raise IncompatibleVllmError(
                 f"promprune-vllm relies on {path}, which this vLLM lacks ({error}). {_CURE}"
