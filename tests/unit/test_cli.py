@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from promprune_vllm import __version__, cli, patches_table, serve_options
+from promprune_vllm import __version__, cli, patches_table
+from promprune_vllm.commands import serve_options, vllm_cli
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.next_steps import next_steps
@@ -94,7 +95,7 @@ def test_vllms_version_is_found_under_either_name(installed: str) -> None:
 
 def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    monkeypatch.setattr(vllm_cli, "run", handed.append)
     for variable in ("PROMPRUNE_METHOD", "PROMPRUNE_METHOD_OPTIONS", "PROMPRUNE_TILES"):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
@@ -110,7 +111,7 @@ def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("words", [["bench", "serve", "--help"], ["run-batch", "-i", "in"], ["--version"], []])
 def test_every_command_of_vllms_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     handed: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    monkeypatch.setattr(vllm_cli, "run", handed.append)
     result = run(cli.app, ["vllm", *words])
     assert result.exit_code == 0, result.output
     assert handed == [words]
@@ -122,7 +123,7 @@ def test_every_command_of_vllms_is_handed_on_as_it_is(monkeypatch: pytest.Monkey
 def test_serve_refuses_tiles_that_cannot_be_honoured(
     monkeypatch: pytest.MonkeyPatch, tiles: str, complaint: str
 ) -> None:
-    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("the server was started"))
+    monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("the server was started"))
     monkeypatch.setenv("PROMPRUNE_METHOD", "random")
     monkeypatch.setenv("PROMPRUNE_TILES", "")  # put back after the test
     result = run(cli.app, ["serve", "MODEL", "--visual-token-tiles", tiles])
@@ -132,7 +133,7 @@ def test_serve_refuses_tiles_that_cannot_be_honoured(
 
 def test_serve_help_shows_our_options_before_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    monkeypatch.setattr(vllm_cli, "run", handed.append)
     shown = run(cli.app, ["serve", "--help"])
     assert "--visual-token-method-options JSON" in shown.output
     assert f"--visual-token-tiles {{{','.join(get_args(Tiles))}}}" in shown.output
@@ -173,7 +174,7 @@ def test_the_documents_explain_every_option_as_the_help_does() -> None:
 
 
 def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("started"))
+    monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("started"))
     for name in Settings.model_fields:
         monkeypatch.setenv(serve_options.variable(name), "")
         monkeypatch.delenv(serve_options.variable(name))
@@ -199,7 +200,7 @@ def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: 
 def test_serve_refuses_settings_that_contradict_each_other(
     monkeypatch: pytest.MonkeyPatch, options: list[str], complaint: str
 ) -> None:
-    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("started"))
+    monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("started"))
     for name in ("budget", "min", "max", "low", "out_of_range", "allow_methods"):
         monkeypatch.setenv(serve_options.variable(name), "")  # so that what the command sets is taken back
         monkeypatch.delenv(serve_options.variable(name))

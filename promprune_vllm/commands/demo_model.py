@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from promprune_vllm.commands.failures import fail
 from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 
 # What bytes as tokens and heads of 32 suit: a short context, exact sums, blocks the CPU's attention takes.
@@ -56,11 +57,11 @@ def demo_model(
     asked = {"--family": family, "--train": train, "--score": score, "--draw": draw}
     chosen = [name for name, on in asked.items() if on]
     if len(chosen) > 1:
-        _fail(f"{' and '.join(chosen)} do not go together.")
+        fail(f"{' and '.join(chosen)} do not go together.")
     if (family or train or draw) and out is None:
-        _fail(f"{chosen[0]} needs --out DIR.")
+        fail(f"{chosen[0]} needs --out DIR.")
     if device not in ("cpu", "cuda"):
-        _fail(f"--device is cpu or cuda, not {device}.")
+        fail(f"--device is cpu or cuda, not {device}.")
     if family and out:
         _write_random(family, out, seed)
     elif train and out:
@@ -70,7 +71,7 @@ def demo_model(
     elif score:
         _score(out or TRAINED, scenes, as_json=as_json)
     elif not SCORES.is_file():
-        _fail("This package has no trained demo model yet: promprune demo-model --train --out DIR makes one.")
+        fail("This package has no trained demo model yet: promprune demo-model --train --out DIR makes one.")
     else:
         typer.echo(TRAINED)
         typer.echo(f"Its card: {CARD}\nPer cent right on held-out scenes, all 576 tokens:", err=True)
@@ -83,7 +84,7 @@ def _write_random(family: str, out: Path, seed: int) -> None:
     try:
         directory = build_family_model(family, out, seed=seed)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     typer.echo(directory)
     # On stderr, so that MODEL=$(promprune demo-model ...) is the directory alone.
     typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {_TINY_OPTIONS}", err=True)
@@ -103,9 +104,9 @@ def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) ->
         )
         trainer.train(check)
     except (ValueError, ModuleNotFoundError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
+        fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
     typer.echo(export(trainer.model, out / "model"))
     typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(out / 'model'))}", err=True)
 
@@ -122,7 +123,7 @@ def _draw(out: Path, scenes: int) -> None:
 
 def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
     if not (directory / "config.json").is_file():
-        _fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
+        fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
     from promprune_vllm.demo.training.scoring import held_out_scenes, load, score
 
     model, held_out = load(directory), held_out_scenes(scenes, scenes)
@@ -139,8 +140,3 @@ def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
 def _show(scores: dict[str, float]) -> None:
     for name, value in scores.items():
         typer.echo(f"  {value:7.3f}  {name}" if value <= 1 else f"  {value:5.1f} %  {name}", err=True)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"promprune: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(code=2)
