@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from promprune_vllm.commands.failures import fail
+from promprune_vllm.commands.checkout import import_from_checkout
+
+if TYPE_CHECKING:
+    from promprune_vllm.core.registry import Selector
 
 
 def methods(
@@ -15,18 +19,38 @@ def methods(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the methods that can select tokens, with what they need and their defaults."""
-    from promprune_vllm.methods_table import describe, markdown
-
     if as_markdown:
-        try:
-            typer.echo(markdown())
-        except FileNotFoundError as error:
-            fail(f"--markdown needs a checkout of the repository: {error}")
-        return
-    rows = describe()
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
+        typer.echo(import_from_checkout("deploy.documents.methods", "--markdown").markdown())
+    elif as_json:
+        typer.echo(json.dumps(describe(), indent=2))
+    else:
+        _show(describe())
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every method as plain data: name, paper, summary, needs, whether it merges, and its default options."""
+    from promprune_vllm.core.registry import methods as registered
+    from promprune_vllm.core.registry import options_of
+
+    return [
+        {
+            "name": name,
+            "paper": method.paper,
+            "summary": _summary(method),
+            "needs": [need.name.lower() for need in method.needs if need.name],
+            "merges": method.merges,
+            "options": options_of(method()),
+        }
+        for name, method in registered().items()
+    ]
+
+
+def _summary(method: type[Selector]) -> str:
+    """First line of a method's docstring: what it does."""
+    return (inspect.getdoc(method) or "").partition("\n")[0]
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -32,10 +32,10 @@ OURS_ALLOWED = {
     "kernels": {"kernels"},
     "metrics": {"metrics", "errors"},
     "engine": {"core", "engine", "kernels", "server", "config", "metrics", "errors"},
-    "server": {"server", "core", "config", "markdown", "metrics", "errors"},
+    "server": {"server", "core", "config", "metrics", "errors"},
     "demo": {"demo", "core", "errors"},
     "bench": {"bench", "core", "demo", "engine", "errors", "kernels"},
-    "evaluation": {"evaluation", "core", "demo", "errors", "bench"},
+    "evaluation": {"evaluation", "core", "demo", "errors", "bench", "markdown"},
     "overlay": {"overlay", "core", "errors"},
     "planning": {"planning", "core", "errors"},
 }
