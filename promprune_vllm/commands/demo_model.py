@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
+from promprune_vllm.commands.checkout import import_from_checkout
 from promprune_vllm.commands.failures import fail
 from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 
@@ -91,24 +93,22 @@ def _write_random(family: str, out: Path, seed: int) -> None:
 
 
 def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) -> None:
-    from promprune_vllm.demo.training.export import export
-    from promprune_vllm.demo.training.scoring import check
-    from promprune_vllm.demo.training.trainer import CHECKPOINT, LOG, Trainer
-
-    if fresh:
-        for name in (CHECKPOINT, LOG):
-            (out / name).unlink(missing_ok=True)
+    training = _training("--train")
     try:
-        trainer = Trainer(
-            out, minutes=minutes, device=device, seed=seed, tell=lambda text: typer.echo(text, err=True)
+        model = training.train(
+            out,
+            minutes=minutes,
+            device=device,
+            seed=seed,
+            fresh=fresh,
+            tell=lambda text: typer.echo(text, err=True),
         )
-        trainer.train(check)
     except (ValueError, ModuleNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
-    typer.echo(export(trainer.model, out / "model"))
-    typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(out / 'model'))}", err=True)
+    typer.echo(model)
+    typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(model))}", err=True)
 
 
 def _draw(out: Path, scenes: int) -> None:
@@ -124,11 +124,7 @@ def _draw(out: Path, scenes: int) -> None:
 def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
     if not (directory / "config.json").is_file():
         fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
-    from promprune_vllm.demo.training.scoring import held_out_scenes, load, score
-
-    model, held_out = load(directory), held_out_scenes(scenes, scenes)
-    ways = {"full": {}, "random 64": {"keep": 64}, "uniform 64": {"keep": 64, "sampler": "uniform"}}
-    scores = {way: score(model, held_out, **options) for way, options in ways.items()}  # type: ignore[arg-type]
+    scores = _training("--score").score(directory, scenes)
     if as_json:
         typer.echo(json.dumps({"scenes of each kind": scenes} | scores, indent=2))
         return
@@ -140,3 +136,8 @@ def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
 def _show(scores: dict[str, float]) -> None:
     for name, value in scores.items():
         typer.echo(f"  {value:7.3f}  {name}" if value <= 1 else f"  {value:5.1f} %  {name}", err=True)
+
+
+def _training(option: str) -> ModuleType:
+    """Import the training, which is not part of the package."""
+    return import_from_checkout("deploy.training.run", f"demo-model {option}")

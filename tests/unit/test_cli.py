@@ -152,11 +152,23 @@ def test_the_table_of_the_documents_is_printed(name: str) -> None:
     assert run(cli.app, [name, "--markdown"]).output.rstrip("\n") == table(name)
 
 
-def test_without_a_checkout_a_command_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        ("methods --markdown", "deploy/documents"),
+        ("demo-model --train", "deploy/training"),
+        ("demo-model --score", "deploy/training"),
+    ],
+)
+def test_without_a_checkout_a_command_says_what_it_needs(
+    command: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkout, "ROOT", tmp_path)
-    refused = run(cli.app, ["methods", "--markdown"])
+    where = ["--out", str(tmp_path)] if "--train" in command else []
+    refused = run(cli.app, [*command.split(), *where])
     assert refused.exit_code == 2
-    assert "--markdown needs deploy/documents, which is in a checkout of the repository" in refused.stderr
+    assert f"`promprune {command}` needs {folder}, which is in a checkout of the repository" in refused.stderr
+    assert f"`.venv/bin/promprune {command}`" in refused.stderr
 
 
 def test_the_help_explains_every_option() -> None:
