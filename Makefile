@@ -20,7 +20,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test eval eval-at-64 soak compatibility vllm-tests audit lint check dist lock clean
+.PHONY: help setup tools demo test docs eval eval-at-64 soak compatibility vllm-tests audit lint check dist lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -37,6 +37,9 @@ demo: setup ## start the demo; ARGS="--once --json" for one run with machine-rea
 test: tools ## run the whole test suite and hold it to its coverage; with ARGS for pytest, what they select, without that
 	@$(SETUP) --triton --lmms
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) --randomly-seed=$(SEED) $(ARGS)
+
+docs: setup ## write the generated tables of README.md and docs/ from the code; prints the pages that changed
+	@$(BIN)/python -m deploy.documents
 
 eval: setup ## measure what pruning costs: every method and budget, 35 minutes on two cores; goes on if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)

@@ -1,4 +1,4 @@
-"""Tables in Markdown: those of the documentation, as the command line prints them."""
+"""Tables in Markdown, for the command line, reports and the documentation."""
 
 from __future__ import annotations
 

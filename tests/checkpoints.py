@@ -17,8 +17,8 @@ SIGLIP = DemoModelSpec(vision="siglip", image_px=56, hidden=64, heads=2, mlp=128
 
 def exported(directory: Path) -> Path:
     """What the training writes, before its first step."""
-    from promprune_vllm.demo.training.architecture import new_model
-    from promprune_vllm.demo.training.export import export
+    from deploy.training.architecture import new_model
+    from deploy.training.export import export
 
     return export(new_model(0)[0], directory)
 

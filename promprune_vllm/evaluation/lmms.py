@@ -25,7 +25,7 @@ from promprune_vllm.evaluation.forwarding import Tally, forwarding
 from promprune_vllm.evaluation.published import BENCHMARKS, REPORTED
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.target import Target
-from promprune_vllm.evaluation.text import rendered
+from promprune_vllm.markdown import table as markdown_table
 
 NOT_MEASURED = "*not measured here*"
 _KNOWN = {benchmark.task: benchmark for benchmark in BENCHMARKS}
@@ -125,7 +125,7 @@ def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_KNOWN)) -> str:
                 f"the paper's, {reported.source}",
             ]
         )
-    return rendered(head, lines)
+    return markdown_table(head, lines)
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.report import ALL_TOKENS, BEST_SPLIT, CONTROLS, SUBJECT, Report
 from promprune_vllm.evaluation.statistics import Comparison, Estimate
+from promprune_vllm.markdown import table as markdown_table
 
 _NOTE = (
     "± is one standard error, clustered by image. Methods were asked differently much, on questions that begin "
@@ -34,7 +34,7 @@ def markdown(report: Report) -> str:
 def macro_table(report: Report) -> str:
     """Return macro accuracies, a row per method and a column per budget."""
     head = ["method", *report.budgets]
-    return rendered(head, _macro_rows(report))
+    return markdown_table(head, _macro_rows(report))
 
 
 def lost_table(report: Report) -> str:
@@ -45,7 +45,7 @@ def lost_table(report: Report) -> str:
         questions = max((cell.macro.questions for cell in report.cells if cell.method == method), default=0)
         cells = [points(lost[budget].difference, "+.1f") if budget in lost else "-" for budget in report.budgets]
         rows.append([_named(method), f"{questions:,}", *cells])
-    return rendered(["method", "questions", *report.budgets], rows)
+    return markdown_table(["method", "questions", *report.budgets], rows)
 
 
 def pairs_table(report: Report, method: str = SUBJECT) -> str:
@@ -61,7 +61,7 @@ def pairs_table(report: Report, method: str = SUBJECT) -> str:
             for name in against
         ]
         rows.append([budget, *cells])
-    return rendered(["budget", *against], rows)
+    return markdown_table(["budget", *against], rows)
 
 
 def tasks_table(report: Report, budget: str) -> str:
@@ -72,7 +72,7 @@ def tasks_table(report: Report, budget: str) -> str:
         if cell is not None:
             each = [points(cell.tasks[task]) if task in cell.tasks else "-" for task in report.tasks]
             rows.append([_named(method), *each, points(cell.macro)])
-    return rendered(["method", *report.tasks, "macro"], rows)
+    return markdown_table(["method", *report.tasks, "macro"], rows)
 
 
 def asked(report: Report) -> str:
@@ -129,10 +129,3 @@ def _difference(comparison: Comparison, named: str) -> str:
     p = "p < 0.001" if comparison.p_value < 0.001 else f"p = {comparison.p_value:.2g}"
     interval = "" if math.isnan(low) else f" ({low:+.1f} … {high:+.1f})"
     return f"{d:+.1f}{interval}, {p}{named and f'; {named}'}"
-
-
-def rendered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown, without a newline at its end."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """What ``visual_token_budget`` does on every route of vLLM's HTTP servers, and in every offline entry point.
 
-Documents and tests read this table; nothing at run time does. A test walks the OpenAPI document of each kind of
+The servers' API document, docs/requests.md and tests read it. A test walks the OpenAPI document of each kind of
 server and fails on a route that is not here.
 """
 
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
-
-from promprune_vllm.markdown import table
 
 Effect = Literal["obeys", "refuses", "no image"]
 
@@ -110,15 +108,3 @@ OFFLINE: Mapping[str, Route] = MappingProxyType(
     }
 )
 """Entry point -> what a budget does there, and how it is passed."""
-
-
-def markdown() -> str:
-    """Render the tables of docs/requests.md."""
-    routes = [(f"`{path}`", route.effect, route.note) for path, route in POST_ROUTES.items() if _is_shown(route)]
-    offline = [(f"`{name}`", route.effect, route.note) for name, route in OFFLINE.items()]
-    tables = (("route", routes), ("offline", offline))
-    return "\n\n".join(table((what, "effect of a budget", ""), rows) for what, rows in tables)
-
-
-def _is_shown(route: Route) -> bool:
-    return route is not _NO_IMAGE

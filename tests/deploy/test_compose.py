@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from promprune_vllm import __version__
+from promprune_vllm.commands.serve_options import variable
 from promprune_vllm.config import Settings
-from promprune_vllm.serve_options import variable
 from tests.deploy.conftest import API_KEY
 from tests.deploy.docker_engine import EngineError, run
 from tests.deploy.images import DEPLOY, ROOT

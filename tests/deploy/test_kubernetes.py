@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from promprune_vllm import __version__
+from promprune_vllm.commands.serve_options import variable
 from promprune_vllm.config import Settings
-from promprune_vllm.serve_options import variable
 from tests.deploy.docker_engine import run
 from tests.deploy.images import DEPLOY
 

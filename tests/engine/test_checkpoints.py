@@ -13,6 +13,7 @@ import pytest
 import promprune_vllm
 from promprune_vllm.demo.trained import TRAINED
 from tests.checkpoints import CHECKPOINTS, WRITERS, with_unnamed_ids
+from tests.documents import ROOT
 
 WORDS = (
     "<unused",
@@ -62,8 +63,9 @@ def test_an_unused_token_does_not_show_in_answers(name: str, tmp_path: Path) -> 
 
 
 def test_no_checkpoint_is_written_that_is_not_looked_at_here() -> None:
-    root = Path(promprune_vllm.__file__).parent
-    found = {name for file in root.rglob("*.py") for name in _writers(ast.parse(file.read_text()))}
+    package = Path(promprune_vllm.__file__).parent
+    files = [*package.rglob("*.py"), *(ROOT / "deploy" / "training").rglob("*.py")]
+    found = {name for file in files for name in _writers(ast.parse(file.read_text()))}
     assert found == set(WRITERS)
     assert sorted(name for names in WRITERS.values() for name in names) == sorted(CHECKPOINTS)
 
@@ -81,7 +83,7 @@ def _writers(tree: ast.Module) -> Iterator[str]:
 
 
 def test_the_shipped_tokenizer_is_the_one_that_the_training_writes(tmp_path: Path) -> None:
-    from promprune_vllm.demo.training import tokenizer
+    from deploy.training import tokenizer
 
     tokenizer.processor().save_pretrained(tmp_path)
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

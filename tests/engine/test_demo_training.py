@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from promprune_vllm.demo.scenes import KINDS, Scene, make_scene
-from promprune_vllm.demo.scenes.record import COLOURS, PATCH
-from promprune_vllm.demo.training import schedule, tokenizer
-from promprune_vllm.demo.training.architecture import begin_projector, new_model, sin_cos_positions
-from promprune_vllm.demo.training.data import PATCHES, Pool, as_tensors, pair_texts, subset
-from promprune_vllm.demo.training.forward import normalised, read, see
-from promprune_vllm.demo.training.losses import gaze_loss, place_loss
-from promprune_vllm.demo.training.optimiser import Muon
-from promprune_vllm.demo.training.samples import (
+from deploy.training import schedule, tokenizer
+from deploy.training.architecture import begin_projector, new_model, sin_cos_positions
+from deploy.training.data import PATCHES, Pool, as_tensors, pair_texts, subset
+from deploy.training.forward import normalised, read, see
+from deploy.training.losses import gaze_loss, place_loss
+from deploy.training.optimiser import Muon
+from deploy.training.samples import (
     EDGE,
     LABELS,
     NAMES,
@@ -30,7 +28,9 @@ from promprune_vllm.demo.training.samples import (
     subjects,
     token_ids,
 )
-from promprune_vllm.demo.training.scoring import MACRO, SALIENCY, score
+from deploy.training.scoring import MACRO, SALIENCY, score
+from promprune_vllm.demo.scenes import KINDS, Scene, make_scene
+from promprune_vllm.demo.scenes.record import COLOURS, PATCH
 
 # Scenes that had been used -> share right of (shape, digit) in the run that the recipe was written with; 2 cores.
 LEARNT = {4256: (0.42, 0.19), 8576: (0.51, 0.27), 16512: (0.62, 0.39), 24096: (0.80, 0.52), 32288: (0.90, 0.73)}
@@ -187,7 +187,7 @@ def test_a_score_has_every_task(model: Any) -> None:
 
 
 def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
-    from promprune_vllm.demo.training import trainer
+    from deploy.training import trainer
 
     told: list[str] = []
 
@@ -328,7 +328,7 @@ def test_muon_moves_as_torchs_does() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ten_minutes_of_training_begin_like_the_run_the_recipe_is_from(tmp_path: Path) -> None:
-    from promprune_vllm.demo.training.trainer import LOG, Trainer
+    from deploy.training.trainer import LOG, Trainer
 
     Trainer(tmp_path, minutes=240, device="cpu", seed=0, tell=print).train(limit_s=600)
     last = json.loads((tmp_path / LOG).read_text().splitlines()[-1])

@@ -19,7 +19,7 @@ MAX_BYTES = 7_000_000
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from promprune_vllm.demo.training.scoring import load
+    from deploy.training.scoring import load
 
     return load(TRAINED)
 
@@ -64,7 +64,7 @@ def test_the_files_are_small_and_the_card_tells_the_scores() -> None:
 
 
 def test_a_slice_of_held_out_scenes_is_answered_as_the_card_says(model: Any) -> None:
-    from promprune_vllm.demo.training.scoring import MACRO, SALIENCY, held_out_scenes, score
+    from deploy.training.scoring import MACRO, SALIENCY, held_out_scenes, score
 
     told = json.loads(SCORES.read_text())
     scenes = held_out_scenes(40, 30, first_seed=SLICE)

@@ -17,9 +17,9 @@ from torch import Tensor
 from promprune_vllm import VisionFeatures, select
 from promprune_vllm.kernels.ops import cosine_gram, in_force
 from promprune_vllm.methods.cdpruner import conditional_dpp, text_relevance
-from promprune_vllm.methods_table import AGREEMENT
 from tests.golden import recipe
 
+AGREEMENT = recipe.HERE / "agreement.json"
 INCOMPARABLE = "cannot compare: this numpy draws another stream than the one the golden inputs came from"
 
 

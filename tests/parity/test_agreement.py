@@ -6,14 +6,15 @@ import json
 
 import pytest
 
+from deploy.documents.methods import AGREEMENT, UNSERVABLE, markdown
 from promprune_vllm import methods
-from promprune_vllm.methods_table import AGREEMENT, UNSERVABLE, markdown
 from tests.golden import measure, recipe
 
-RECORDED = json.loads(AGREEMENT.read_text(encoding="utf-8"))
+RECORDED = json.loads(measure.AGREEMENT.read_text(encoding="utf-8"))
 
 
 def test_every_golden_file_is_measured() -> None:
+    assert measure.AGREEMENT == AGREEMENT
     files = {path.stem for path in recipe.HERE.glob("*.npz")}
     assert files == set(measure.COMPARISONS) == set(RECORDED)
     assert files <= set(methods())

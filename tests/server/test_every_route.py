@@ -63,7 +63,7 @@ def pooling(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @contextmanager
 def process(arguments: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """vLLM's command line with the plugin, ended with the block."""
-    code = "import sys; from promprune_vllm.cli import _run_vllm; _run_vllm(sys.argv[1:])"
+    code = "import sys; from promprune_vllm.commands.vllm_cli import run; run(sys.argv[1:])"
     with log.open("wb") as output:
         running = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],

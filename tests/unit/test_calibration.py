@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from promprune_vllm import cli, get_method
-from promprune_vllm.calibration_table import option, show
+from promprune_vllm.commands.calibration_table import option, show
 from promprune_vllm.config import Settings
 from promprune_vllm.core.calibration import (
     SHARES,

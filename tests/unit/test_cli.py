@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from promprune_vllm import __version__, cli, patches_table, serve_options
+from promprune_vllm import __version__, cli
+from promprune_vllm.commands import checkout, serve_options, vllm_cli
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.next_steps import next_steps
@@ -26,7 +27,6 @@ from promprune_vllm.demo.scenes import Question
 from promprune_vllm.engine.api_server import command_line
 from promprune_vllm.engine.families import FAMILIES
 from promprune_vllm.metrics.catalog import CATALOG, LABELS
-from promprune_vllm.server import route_table
 from tests.documents import table
 
 run = CliRunner().invoke
@@ -94,7 +94,7 @@ def test_vllms_version_is_found_under_either_name(installed: str) -> None:
 
 def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    monkeypatch.setattr(vllm_cli, "run", handed.append)
     for variable in ("PROMPRUNE_METHOD", "PROMPRUNE_METHOD_OPTIONS", "PROMPRUNE_TILES"):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
@@ -110,7 +110,7 @@ def test_serve_hands_everything_else_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("words", [["bench", "serve", "--help"], ["run-batch", "-i", "in"], ["--version"], []])
 def test_every_command_of_vllms_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     handed: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    monkeypatch.setattr(vllm_cli, "run", handed.append)
     result = run(cli.app, ["vllm", *words])
     assert result.exit_code == 0, result.output
     assert handed == [words]
@@ -122,7 +122,7 @@ def test_every_command_of_vllms_is_handed_on_as_it_is(monkeypatch: pytest.Monkey
 def test_serve_refuses_tiles_that_cannot_be_honoured(
     monkeypatch: pytest.MonkeyPatch, tiles: str, complaint: str
 ) -> None:
-    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("the server was started"))
+    monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("the server was started"))
     monkeypatch.setenv("PROMPRUNE_METHOD", "random")
     monkeypatch.setenv("PROMPRUNE_TILES", "")  # put back after the test
     result = run(cli.app, ["serve", "MODEL", "--visual-token-tiles", tiles])
@@ -132,7 +132,7 @@ def test_serve_refuses_tiles_that_cannot_be_honoured(
 
 def test_serve_help_shows_our_options_before_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run_vllm", handed.append)
+    monkeypatch.setattr(vllm_cli, "run", handed.append)
     shown = run(cli.app, ["serve", "--help"])
     assert "--visual-token-method-options JSON" in shown.output
     assert f"--visual-token-tiles {{{','.join(get_args(Tiles))}}}" in shown.output
@@ -148,24 +148,30 @@ def test_a_bad_setting_ends_with_one_clear_line(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["methods", "families", "metrics"])
-def test_the_documents_show_the_generated_table(name: str) -> None:
-    assert table(name) == run(cli.app, [name, "--markdown"]).output.rstrip("\n"), (
-        f"run `promprune {name} --markdown` and put its output between the two marks"
-    )
+def test_the_table_of_the_documents_is_printed(name: str) -> None:
+    assert run(cli.app, [name, "--markdown"]).output.rstrip("\n") == table(name)
 
 
-def test_the_documents_show_what_a_budget_does_on_every_route() -> None:
-    assert table("routes") == route_table.markdown(), "put server.route_table.markdown() between the two marks"
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        ("methods --markdown", "deploy/documents"),
+        ("demo-model --train", "deploy/training"),
+        ("demo-model --score", "deploy/training"),
+    ],
+)
+def test_without_a_checkout_a_command_says_what_it_needs(
+    command: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    where = ["--out", str(tmp_path)] if "--train" in command else []
+    refused = run(cli.app, [*command.split(), *where])
+    assert refused.exit_code == 2
+    assert f"`promprune {command}` needs {folder}, which is in a checkout of the repository" in refused.stderr
+    assert f"`.venv/bin/promprune {command}`" in refused.stderr
 
 
-def test_the_documents_show_every_patch() -> None:
-    assert table("patches") == patches_table.markdown(), "put patches_table.markdown() between the two marks"
-    assert table("reasons") == patches_table.reasons_markdown(), "put reasons_markdown() between the two marks"
-    assert table("writes") == patches_table.writes_markdown(), "put writes_markdown() between the two marks"
-
-
-def test_the_documents_explain_every_option_as_the_help_does() -> None:
-    assert table("options") == serve_options.markdown(), "put serve_options.markdown() between the two marks"
+def test_the_help_explains_every_option() -> None:
     help_text = " ".join(serve_options.help_text().split())
     for name in Settings.model_fields:
         assert serve_options.variable(name) in help_text
@@ -173,7 +179,7 @@ def test_the_documents_explain_every_option_as_the_help_does() -> None:
 
 
 def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("started"))
+    monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("started"))
     for name in Settings.model_fields:
         monkeypatch.setenv(serve_options.variable(name), "")
         monkeypatch.delenv(serve_options.variable(name))
@@ -199,7 +205,7 @@ def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: 
 def test_serve_refuses_settings_that_contradict_each_other(
     monkeypatch: pytest.MonkeyPatch, options: list[str], complaint: str
 ) -> None:
-    monkeypatch.setattr(cli, "_run_vllm", lambda _: pytest.fail("started"))
+    monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("started"))
     for name in ("budget", "min", "max", "low", "out_of_range", "allow_methods"):
         monkeypatch.setenv(serve_options.variable(name), "")  # so that what the command sets is taken back
         monkeypatch.delenv(serve_options.variable(name))
@@ -229,8 +235,8 @@ def test_a_calibration_says_where_it_comes_from() -> None:
 
 def test_tables_are_printed_without_vllm() -> None:
     code = (
-        "import sys; from promprune_vllm import families_table, metrics_table; "
-        "families_table.markdown(); metrics_table.markdown(); print(*sys.modules)"
+        "import sys; from promprune_vllm.commands import families, metrics; "
+        "families.markdown(); metrics.markdown(); print(*sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "vllm" not in result.stdout.split()

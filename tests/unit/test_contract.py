@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select, select_many
+from promprune_vllm.commands.methods import describe
 from promprune_vllm.core.registry import option_names
 from promprune_vllm.errors import SettingsError
-from promprune_vllm.methods_table import describe
 
 METHODS = list(methods())
 KINDS = ["random", "constant", "duplicate", "rank1", "huge", "zero rows", "all zero", "tied saliency"]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from deploy.documents.blocks import BLOCKS, write
+from deploy.documents.blocks import PAGES as BUILT
 from promprune_vllm.cli import app
 from promprune_vllm.demo.trained import TRAINED
-from tests.documents import BLOCK, PAGES, README, ROOT, example
+from tests.documents import BLOCK, PAGES, README, ROOT, example, table, text
 
 TEXTS = {".md", ".py", ".sh", ".yaml", ".yml", ".html", ".js", ".example", ".cpu", ".cuda"}
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -26,6 +28,29 @@ def test_every_test_that_the_security_notes_name_exists() -> None:
     }
     assert len(named) > 15
     assert named - there == set()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_generated_tables_are_up_to_date(name: str) -> None:
+    assert table(name) == BLOCKS[name](), "run `make docs`"
+
+
+def test_every_table_between_marks_is_written_by_something() -> None:
+    closed = set(re.findall(r"^<!-- /([\w-]+) -->$", text(), flags=re.MULTILINE))
+    by_others = {"eval", "compatibility", "vllm-versions"}  # the text beside the figures; `make compatibility`
+    assert closed == BLOCKS.keys() | by_others
+
+
+def test_building_the_documents_mends_what_is_out_of_date(tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(page, tmp_path)) for page in BUILT]
+    assert write(copies) == []
+    (metrics,) = [page for page in copies if page.name == "metrics.md"]
+    right = metrics.read_text()
+    metrics.write_text(right.replace("| label | says |", "| label | said |"))
+    assert write(copies) == [metrics]
+    assert metrics.read_text() == right
+    with pytest.raises(ValueError, match="there 2 times, not once"):
+        write([*copies, Path(shutil.copy(metrics, tmp_path / "twice.md"))])
 
 
 def test_the_readme_is_short() -> None:

@@ -19,7 +19,6 @@ from promprune_vllm.evaluation import lmms
 from promprune_vllm.evaluation.asking import Way
 from promprune_vllm.evaluation.forwarding import forwarding
 from promprune_vllm.evaluation.target import look
-from tests.documents import table
 from tests.unit.evaluated import reply, server
 
 STAND_IN = """
@@ -141,10 +140,6 @@ def test_without_figures_the_table_says_so_beside_the_papers() -> None:
     assert all(line.count("*not measured here*") == 7 for line in ours)
     theirs = [line for line in lines[2:] if line not in ours]
     assert all("the paper's, arXiv 2603." in line for line in theirs)
-
-
-def test_the_documents_show_that_table() -> None:
-    assert table("lmms") == lmms.table([]), "put promprune_vllm.evaluation.lmms.table([]) between the two marks"
 
 
 def test_an_unknown_task_is_read_by_its_first_metric() -> None:

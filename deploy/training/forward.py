@@ -10,9 +10,9 @@ from torch.nn import functional
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from deploy.training import tokenizer
 from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes.record import PATCH
-from promprune_vllm.demo.training import tokenizer
 
 # What some heads of the first three layers are told to do. Words that name a thing look at the word before them
 # ("red" meets "star"), then at the patches of what they name; then the place of the answer looks at those words.
@@ -70,7 +70,7 @@ def see(tower: Any, chosen: Tensor, indices: Tensor) -> Tensor:
 
 def prefix_tokens(images: int) -> list[list[int]]:
     """The tokens before each image of a prompt, as the chat template writes them."""
-    from promprune_vllm.demo.training.samples import token_ids
+    from deploy.training.samples import token_ids
 
     if images == 1:
         return [list(PREFIX)]

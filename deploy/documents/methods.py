@@ -1,19 +1,18 @@
-"""The registry as the command line and the README show it."""
+"""The methods, as the README shows them, with how often they agree with the authors' own code."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.core.registry import Selector, methods, options_of
+from promprune_vllm.commands.methods import describe
 from promprune_vllm.markdown import table
 
-AGREEMENT = Path(__file__).parents[1] / "tests" / "golden" / "agreement.json"
-"""Written by ``python -m tests.golden.measure`` in a checkout; an installed package does not carry it."""
+AGREEMENT = Path(__file__).parents[2] / "tests" / "golden" / "agreement.json"
+"""Written by ``python -m tests.golden.measure``."""
 
 UNSERVABLE = {
     "fastv": (
@@ -33,32 +32,8 @@ _COLUMNS = ("method", "paper", "needs", "what it does", "merges or drops", "gold
 _ABSENT = "-"
 
 
-def describe() -> list[dict[str, Any]]:
-    """Every method as plain data: name, paper, summary, needs, whether it merges, and its default options."""
-    return [
-        {
-            "name": name,
-            "paper": method.paper,
-            "summary": summary(method),
-            "needs": [need.name.lower() for need in method.needs if need.name],
-            "merges": method.merges,
-            "options": options_of(method()),
-        }
-        for name, method in methods().items()
-    ]
-
-
-def summary(method: type[Selector]) -> str:
-    """First line of a method's docstring: what it does."""
-    return (inspect.getdoc(method) or "").partition("\n")[0]
-
-
 def markdown() -> str:
-    """Render the README's table of methods.
-
-    Raises:
-        FileNotFoundError: Outside a checkout, where the measured agreement is not at hand.
-    """
+    """Render the table."""
     measured: Mapping[str, Any] = json.loads(AGREEMENT.read_text(encoding="utf-8"))
     rows = [
         (

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deploy.training.samples import NAMES, Sample, pack, sample
 from promprune_vllm.demo.scenes import Question, make_scene
 from promprune_vllm.demo.scenes.record import GRID
-from promprune_vllm.demo.training.samples import NAMES, Sample, pack, sample
 
 PATCHES = GRID * GRID
 CONCENTRATED_SHARE = 0.3

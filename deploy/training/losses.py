@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deploy.training.forward import NEVER
+from deploy.training.samples import EDGE, LABELS, NONE, TASK_IDS
 from promprune_vllm.demo.scenes.record import GRID
-from promprune_vllm.demo.training.forward import NEVER
-from promprune_vllm.demo.training.samples import EDGE, LABELS, NONE, TASK_IDS
 
 _CLASSES = LABELS[:4]
 _WEIGHTS = {

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from promprune_vllm.commands.failures import failing
 from promprune_vllm.core.budget import from_text
 from promprune_vllm.errors import InspectError
 
@@ -49,15 +50,12 @@ def select(
 
     settings = _settings(budget, budgets, method, compare)
     err = Console(stderr=True)
-    try:
+    with failing(status=1):
         rows = _looked(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
         if out is not None or not as_json:
             target = out or images[0].with_suffix(".overlay.png")
             _write(rows, target, columns)
             err.print(f"Wrote {target}.", highlight=False)
-    except InspectError as error:
-        typer.secho(f"promprune: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
 
 
 def _settings(

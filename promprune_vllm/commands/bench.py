@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from promprune_vllm.commands.failures import fail, failing
 
 bench = typer.Typer(
     name="bench",
@@ -16,8 +16,6 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
-
-
 _URL = Annotated[str | None, typer.Option("--url", help="A running server, such as http://host:8000.")]
 _MODEL = Annotated[
     Path | None, typer.Option("--model", help="Checkpoint to serve without --url. Default: the demo model.")
@@ -74,7 +72,7 @@ def serving(
     flights = concurrency or ([32] if adaptive else [4, 16])
     loads = [Load(each, requests, output_tokens=output_tokens, image_px=image_px) for each in flights]
     budgets = [_budget(each) for each in budget or (["full"] if adaptive else ["full", "256", "64"])]
-    with _failing(), measuring.a_server(url, model, kv_blocks, adaptive=adaptive, err=err) as address:
+    with failing(), measuring.a_server(url, model, kv_blocks, adaptive=adaptive, err=err) as address:
         if adaptive:
             document = measuring.compare_adaptive(address, budgets[0], loads[0], rounds, err)
         else:
@@ -90,7 +88,7 @@ def content(
     """Compare budgets that follow an image's content with fixed ones of the same mean, without any answers."""
     from promprune_vllm.bench import content as measuring
 
-    with _failing():
+    with failing():
         document = measuring.measure(method)
     _show(document, None if as_json else measuring.table(document))
 
@@ -116,10 +114,9 @@ def prefill(
     from promprune_vllm.bench import prefill as measuring
 
     if device not in ("cpu", "cuda"):
-        typer.secho(f"promprune: --device is cpu or cuda, not {device!r}.", err=True, fg=typer.colors.RED)
-        raise typer.Exit(code=2)
+        fail(f"--device is cpu or cuda, not {device!r}.")
     err = Console(stderr=True)
-    with _failing(), err.status("") as status:
+    with failing(), err.status("") as status:
         document = measuring.measure(
             model or list(measuring.CASES), device=device, layers=layers, repeats=repeats, tell=status.update
         )
@@ -145,7 +142,7 @@ def soak(
     from promprune_vllm.bench.soak_server import a_server
 
     err = Console(stderr=True)
-    with _failing(), err.status("") as status, a_server(url, model, status.update) as (address, process):
+    with failing(), err.status("") as status, a_server(url, model, status.update) as (address, process):
         wanted = soaking.Soak(requests, minutes, concurrency, distinct, seed=seed)
         document = soaking.run(address, wanted, process, status.update)
     _show(document, None if as_json else soaking.table(document))
@@ -178,8 +175,7 @@ def kernels(
         cases = kernel_cases.cases(case, large=large)
         measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json, device=device)
     except ValueError as error:
-        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(code=2) from error
+        fail(str(error))
 
 
 def _budget(text: str) -> object:
@@ -191,18 +187,6 @@ def _budget(text: str) -> object:
     except ValueError:
         return text
     return value
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """End with one clear line where something of ours fails."""
-    from promprune_vllm.errors import PromPruneError
-
-    try:
-        yield
-    except PromPruneError as error:
-        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(code=2) from error
 
 
 def _show(document: dict[str, Any], table: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from promprune_vllm.errors import PromPruneError
+from promprune_vllm.commands.failures import failing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,18 +92,18 @@ def evaluate(
 
     err, where = Console(stderr=True), _Where(url, model, api_key, out)
     try:
-        asked = wanted(tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url))
-        if lmms:
-            _drive_lmms(where, asked, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
-            return
-        if plots:
-            from promprune_vllm.evaluation.plots import require
+        with failing():
+            asked = wanted(
+                tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url)
+            )
+            if lmms:
+                _drive_lmms(where, asked, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
+                return
+            if plots:
+                from promprune_vllm.evaluation.plots import require
 
-            require()
-        _show(_report(where, None if report_only else asked, err), out, err, plots=plots, as_json=as_json)
-    except PromPruneError as error:
-        typer.secho(f"promprune: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(code=2) from error
+                require()
+            _show(_report(where, None if report_only else asked, err), out, err, plots=plots, as_json=as_json)
     except KeyboardInterrupt:
         typer.secho(f"promprune: interrupted; the same command goes on with {out}.", err=True)
         raise typer.Exit(code=130) from None

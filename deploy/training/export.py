@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deploy.training import tokenizer
 from promprune_vllm.demo.model import checkpoint_name, save_checkpoint
-from promprune_vllm.demo.training import tokenizer
 
 
 def export(model: Any, directory: Path) -> Path:

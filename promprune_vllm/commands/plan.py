@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from promprune_vllm.commands.failures import failing
 from promprune_vllm.errors import PlanError
 from promprune_vllm.markdown import table as markdown
 from promprune_vllm.planning.capacity import GIB, GPUS, Gpu, Row, Server, Traffic, kv_memory
@@ -72,16 +73,13 @@ def plan(
     as_markdown: _MARKDOWN = False,
 ) -> None:
     """Work out what budgets are worth on a GPU from a model's config.json: KV cache, chats at once, images/s."""
-    try:
+    with failing(status=1):
         chosen = _gpu(gpu, gpu_memory, tflops)
         server = Server(chosen, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
         traffic = Traffic(_size(image), images, text_tokens, answer_tokens)
         facts = read(model)
         rows = rows_of(facts, server, traffic, [_budget(text) for text in budgets.split(",") if text.strip()])
         memory = kv_memory(facts, server)
-    except PlanError as error:
-        typer.secho(f"promprune: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(_document(facts, server, traffic, memory, rows), indent=2))
     elif as_markdown:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.training import tokenizer
 from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes import TASKS, Question, Scene
 from promprune_vllm.demo.scenes.questions import shown
 from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PLURALS, SHAPES, Thing
-from promprune_vllm.demo.training import tokenizer
 
 TEXT_TOKENS = 176  # of all questions of a scene together; what does not fit is not asked
 NONE = -1  # no label

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploy.training import schedule
+from deploy.training.architecture import Heads, begin_projector, new_model
+from deploy.training.data import Pool, pair_texts, subset
+from deploy.training.forward import look, normalised, read, see
+from deploy.training.losses import answer_loss, gaze_loss, patch_loss, place_loss
+from deploy.training.optimiser import Optimiser
+from deploy.training.samples import LABELS, TASK_IDS
+from deploy.training.schedule import Stage
 from promprune_vllm.demo.threads import torch_threads
-from promprune_vllm.demo.training import schedule
-from promprune_vllm.demo.training.architecture import Heads, begin_projector, new_model
-from promprune_vllm.demo.training.data import Pool, pair_texts, subset
-from promprune_vllm.demo.training.forward import look, normalised, read, see
-from promprune_vllm.demo.training.losses import answer_loss, gaze_loss, patch_loss, place_loss
-from promprune_vllm.demo.training.optimiser import Optimiser
-from promprune_vllm.demo.training.samples import LABELS, TASK_IDS
-from promprune_vllm.demo.training.schedule import Stage
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from deploy.training import tokenizer
 from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, SHAPES
-from promprune_vllm.demo.training import tokenizer
 
 VISION_HIDDEN, HIDDEN = 128, 192
 _POSITION_SCALE = 0.6

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploy.training.data import PATCHES, as_tensors
+from deploy.training.forward import normalised, read, see
+from deploy.training.samples import TASK_IDS, sample
 from promprune_vllm.demo.scenes import TASKS, Scene, make_scene
-from promprune_vllm.demo.training.data import PATCHES, as_tensors
-from promprune_vllm.demo.training.forward import normalised, read, see
-from promprune_vllm.demo.training.samples import TASK_IDS, sample
 
 MACRO, SALIENCY = "macro", "saliency AUC"
 SALIENCY_DIGITS = "saliency AUC, of plates the digits"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, NoReturn
+from types import ModuleType
+from typing import Annotated
 
 import typer
 
+from promprune_vllm.commands.checkout import import_from_checkout
+from promprune_vllm.commands.failures import fail
 from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 
 # What bytes as tokens and heads of 32 suit: a short context, exact sums, blocks the CPU's attention takes.
@@ -56,11 +59,11 @@ def demo_model(
     asked = {"--family": family, "--train": train, "--score": score, "--draw": draw}
     chosen = [name for name, on in asked.items() if on]
     if len(chosen) > 1:
-        _fail(f"{' and '.join(chosen)} do not go together.")
+        fail(f"{' and '.join(chosen)} do not go together.")
     if (family or train or draw) and out is None:
-        _fail(f"{chosen[0]} needs --out DIR.")
+        fail(f"{chosen[0]} needs --out DIR.")
     if device not in ("cpu", "cuda"):
-        _fail(f"--device is cpu or cuda, not {device}.")
+        fail(f"--device is cpu or cuda, not {device}.")
     if family and out:
         _write_random(family, out, seed)
     elif train and out:
@@ -70,7 +73,7 @@ def demo_model(
     elif score:
         _score(out or TRAINED, scenes, as_json=as_json)
     elif not SCORES.is_file():
-        _fail("This package has no trained demo model yet: promprune demo-model --train --out DIR makes one.")
+        fail("This package has no trained demo model yet: promprune demo-model --train --out DIR makes one.")
     else:
         typer.echo(TRAINED)
         typer.echo(f"Its card: {CARD}\nPer cent right on held-out scenes, all 576 tokens:", err=True)
@@ -83,31 +86,29 @@ def _write_random(family: str, out: Path, seed: int) -> None:
     try:
         directory = build_family_model(family, out, seed=seed)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     typer.echo(directory)
     # On stderr, so that MODEL=$(promprune demo-model ...) is the directory alone.
     typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {_TINY_OPTIONS}", err=True)
 
 
 def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) -> None:
-    from promprune_vllm.demo.training.export import export
-    from promprune_vllm.demo.training.scoring import check
-    from promprune_vllm.demo.training.trainer import CHECKPOINT, LOG, Trainer
-
-    if fresh:
-        for name in (CHECKPOINT, LOG):
-            (out / name).unlink(missing_ok=True)
+    training = _training("--train")
     try:
-        trainer = Trainer(
-            out, minutes=minutes, device=device, seed=seed, tell=lambda text: typer.echo(text, err=True)
+        model = training.train(
+            out,
+            minutes=minutes,
+            device=device,
+            seed=seed,
+            fresh=fresh,
+            tell=lambda text: typer.echo(text, err=True),
         )
-        trainer.train(check)
     except (ValueError, ModuleNotFoundError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
-    typer.echo(export(trainer.model, out / "model"))
-    typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(out / 'model'))}", err=True)
+        fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
+    typer.echo(model)
+    typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(model))}", err=True)
 
 
 def _draw(out: Path, scenes: int) -> None:
@@ -122,12 +123,8 @@ def _draw(out: Path, scenes: int) -> None:
 
 def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
     if not (directory / "config.json").is_file():
-        _fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
-    from promprune_vllm.demo.training.scoring import held_out_scenes, load, score
-
-    model, held_out = load(directory), held_out_scenes(scenes, scenes)
-    ways = {"full": {}, "random 64": {"keep": 64}, "uniform 64": {"keep": 64, "sampler": "uniform"}}
-    scores = {way: score(model, held_out, **options) for way, options in ways.items()}  # type: ignore[arg-type]
+        fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
+    scores = _training("--score").score(directory, scenes)
     if as_json:
         typer.echo(json.dumps({"scenes of each kind": scenes} | scores, indent=2))
         return
@@ -141,6 +138,6 @@ def _show(scores: dict[str, float]) -> None:
         typer.echo(f"  {value:7.3f}  {name}" if value <= 1 else f"  {value:5.1f} %  {name}", err=True)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"promprune: {message}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(code=2)
+def _training(option: str) -> ModuleType:
+    """Import the training, which is not part of the package."""
+    return import_from_checkout("deploy.training.run", f"demo-model {option}")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pydantic.fields import FieldInfo
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
-from promprune_vllm.markdown import table
 
 _ALIASES = {"allow_methods": ("--allow-methods",), "inspector": ("--inspector",)}
 _METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME"}
@@ -40,18 +39,16 @@ def help_text() -> str:
     return _parser().format_help()
 
 
-def markdown() -> str:
-    """Render the table of options in docs/server.md."""
-    rows = [
-        (f"`{FLAG}{name.replace('_', '-')}`", f"`{variable(name)}`", _explained(field))
-        for name, field in Settings.model_fields.items()
-    ]
-    return table(("option of `promprune serve`", "variable", "what it does"), rows)
-
-
 def variable(name: str) -> str:
     """Return the environment variable of a setting."""
     return f"{PREFIX}{name.upper()}"
+
+
+def explanation(field: FieldInfo) -> str:
+    """Return what a setting does and its default, as help and documents say it."""
+    told = "default" in str(field.description) or field.default_factory is not None
+    default = "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
+    return f"{field.description}{default}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("PromPrune options")
     for name, field in Settings.model_fields.items():
         flags = (FLAG + name.replace("_", "-"), *_ALIASES.get(name, ()))
-        explained = f"{_explained(field)}. Also {variable(name)}.".replace("%", "%%")
+        explained = f"{explanation(field)}. Also {variable(name)}.".replace("%", "%%")
         if field.annotation is bool:
             switch = argparse.BooleanOptionalAction
             group.add_argument(*flags, dest=name, action=switch, default=None, help=explained)
@@ -77,12 +74,6 @@ def _parser() -> argparse.ArgumentParser:
             group.add_argument(*flags, dest=name, metavar=metavar, help=explained)
     group.add_argument("--dry-run", action="store_true", help="print the settings in force and exit.")
     return parser
-
-
-def _explained(field: FieldInfo) -> str:
-    told = "default" in str(field.description) or field.default_factory is not None
-    default = "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
-    return f"{field.description}{default}"
 
 
 def _is_choice(annotation: object) -> bool:

@@ -1,0 +1,8 @@
+"""``python -m deploy.documents`` writes every generated table into its page, and names the pages it changed."""
+
+from __future__ import annotations
+
+from deploy.documents.blocks import PAGES, ROOT, write
+
+for page in write(PAGES):
+    print(page.relative_to(ROOT))

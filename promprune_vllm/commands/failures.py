@@ -1,0 +1,31 @@
+"""How a command ends that cannot do its work: one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+from promprune_vllm.errors import PromPruneError
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print one line on stderr and exit.
+
+    Args:
+        message: What is wrong, and what to do about it.
+        status: Exit status of the process.
+    """
+    typer.secho(f"promprune: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(code=status)
+
+
+@contextmanager
+def failing(status: int = 2) -> Iterator[None]:
+    """Turn an error of ours inside the block into one line on stderr and an exit status."""
+    try:
+        yield
+    except PromPruneError as error:
+        fail(str(error), status)

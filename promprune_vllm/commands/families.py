@@ -1,0 +1,88 @@
+"""``promprune families``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from promprune_vllm.markdown import table
+
+if TYPE_CHECKING:
+    from promprune_vllm.engine.families import Family
+
+_COLUMNS = ("architecture", "model", "saliency", "positions", "refused", "calibration of `promprune`")
+
+
+def families(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+) -> None:
+    """List the model families whose visual tokens can be pruned, and what is refused."""
+    if as_markdown:
+        typer.echo(markdown())
+    elif as_json:
+        typer.echo(json.dumps(describe(), indent=2))
+    else:
+        _show(describe())
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every family as plain data; ``mu`` is the one in force, ``mu_source`` where it comes from."""
+    from promprune_vllm.engine.families import FAMILIES
+
+    return [
+        {
+            "architecture": architecture,
+            "model": family.model,
+            "saliency": family.saliency,
+            "positions": family.positions,
+            "refused": family.refused,
+            "mu": _mu(family),
+            "mu_source": family.calibrated,
+        }
+        for architecture, family in FAMILIES.items()
+    ]
+
+
+def markdown() -> str:
+    """Render the README's table of families."""
+    rows = [
+        (
+            f"`{row['architecture']}`",
+            row["model"],
+            row["saliency"],
+            row["positions"],
+            row["refused"],
+            _calibration(row),
+        )
+        for row in describe()
+    ]
+    return table(_COLUMNS, rows)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """Print the families one below the other: side by side, their sentences would be columns of single words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(f"[bold]{row['model']}", row["architecture"])
+        for name in ("saliency", "positions", "refused"):
+            grid.add_row(f"  {name}", row[name])
+        grid.add_row("  promprune", _calibration(row))
+    Console().print(grid, highlight=False)
+
+
+def _calibration(row: dict[str, Any]) -> str:
+    """Say which ``mu`` a row of ``describe`` has, and where it comes from."""
+    return f"mu {row['mu']} ({row['mu_source']})"
+
+
+def _mu(family: Family) -> float:
+    from promprune_vllm.core.registry import get_method, options_of
+
+    options = options_of(get_method("promprune", **family.calibration.get("promprune", {})))
+    return float(options["mu"])

@@ -1,0 +1,65 @@
+"""``promprune methods``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from promprune_vllm.commands.checkout import import_from_checkout
+
+if TYPE_CHECKING:
+    from promprune_vllm.core.registry import Selector
+
+
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+) -> None:
+    """List the methods that can select tokens, with what they need and their defaults."""
+    if as_markdown:
+        typer.echo(import_from_checkout("deploy.documents.methods", "methods --markdown").markdown())
+    elif as_json:
+        typer.echo(json.dumps(describe(), indent=2))
+    else:
+        _show(describe())
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every method as plain data: name, paper, summary, needs, whether it merges, and its default options."""
+    from promprune_vllm.core.registry import methods as registered
+    from promprune_vllm.core.registry import options_of
+
+    return [
+        {
+            "name": name,
+            "paper": method.paper,
+            "summary": _summary(method),
+            "needs": [need.name.lower() for need in method.needs if need.name],
+            "merges": method.merges,
+            "options": options_of(method()),
+        }
+        for name, method in registered().items()
+    ]
+
+
+def _summary(method: type[Selector]) -> str:
+    """First line of a method's docstring: what it does."""
+    return (inspect.getdoc(method) or "").partition("\n")[0]
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "method", "paper", "needs", "tokens", "options (defaults)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for row in rows:
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        merging = "merged" if row["merges"] else "dropped"
+        table.add_row(row["name"], row["paper"], "\n".join(row["needs"]), merging, options)
+    Console().print(table)
