@@ -29,7 +29,7 @@ def test_every_test_that_the_security_notes_name_exists() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.read_text().splitlines()) <= 250
+    assert len(README.read_text().splitlines()) <= 150
 
 
 def test_the_readmes_losses_are_those_of_the_evaluation() -> None:
