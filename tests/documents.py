@@ -10,28 +10,28 @@ README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
 
 BLOCK = re.compile(r"(?:<!-- (run|from|needs): (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-"""A block of code: what its mark says and of what, the language, the code."""
+"""A block of code: the kind of its mark, the mark's value, the language, the code."""
 
 
 def text() -> str:
-    """All of them, one after the other."""
+    """The text of all pages, one after the other."""
     return "\n".join(page.read_text() for page in PAGES)
 
 
 def example(name: str) -> str:
-    """The code block behind ``<!-- run: name -->``, of whichever page."""
+    """The code block after ``<!-- run: name -->``, on any page."""
     found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", text(), flags=re.DOTALL)
     assert found, f"no page has an example {name}"
     return found.group(1)
 
 
 def examples(page: Path) -> list[str]:
-    """The names of a page's examples that are run, from top to bottom."""
+    """The names of a page's examples that tests run, from top to bottom."""
     return [value for mark, value, *_ in BLOCK.findall(page.read_text()) if mark == "run"]
 
 
 def table(name: str) -> str:
-    """What stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    """The text between ``<!-- name -->`` and ``<!-- /name -->``, which one page has."""
     found = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text(), flags=re.DOTALL)
     assert len(found) == 1, f"{len(found)} pages have a table {name}"
     return str(found[0])
