@@ -228,8 +228,7 @@ def greedy_dpp(  # noqa: PLR0917  # as the loop inside, which takes no keyword-o
     acc[order[:given]] = np.inf
     bits = acc.view(f"i{acc.itemsize}")
     factors = np.zeros((-(-(keep - given) // 8) * 8, n), gram.dtype)
-    grown: Any = _grow(gram, order, given, keep, quality, known, margin, acc, bits, factors)
-    return grown
+    return _grow(gram, order, given, keep, quality, known, margin, acc, bits, factors)  # type: ignore[no-any-return]
 
 
 @_compiled
