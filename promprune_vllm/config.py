@@ -107,8 +107,8 @@ class Settings(Switch):
     )
     tiles: Tiles = Field(
         default="own",
-        description="how to prune an image split into tiles: each tile by its own statistics (own, as in the paper), "
-        "each by the entropy of the base image (base), or all in one selection (merged)",
+        description="how to prune an image split into tiles: each tile by its own statistics (own, as in the "
+        "paper), each by the entropy of the base image (base), or all in one selection (merged)",
     )
 
     @field_validator("allow_methods", mode="before")
