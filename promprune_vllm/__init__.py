@@ -1,6 +1,6 @@
-"""promprune-vllm: keep only the K most useful visual tokens of each image, K chosen per request.
+"""promprune-vllm: keep only the K most useful visual tokens of each image, with K set per request.
 
-The library: ``select(VisionFeatures(...), keep, method="promprune").indices``. The vLLM plugin registers
+As a library: ``select(VisionFeatures(...), keep, method="promprune").indices``. The vLLM plugin registers
 itself through the entry point ``vllm.general_plugins`` and is not imported from here.
 """
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULE_BY_NAME = {
     "Budget": "promprune_vllm.core.budget",
     "BudgetPolicy": "promprune_vllm.core.policy",
     "Need": "promprune_vllm.core.features",
@@ -19,7 +19,7 @@ _HOME = {
     "select": "promprune_vllm.core.select",
     "select_many": "promprune_vllm.core.select",
 }
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_MODULE_BY_NAME), "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from promprune_vllm.core.budget import Budget as Budget
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `promprune --help` and vLLM's plugin discovery do not pay for what they do not use.
-    if name not in _HOME:
+    # Lazy imports keep `promprune --help` and vLLM's plugin discovery fast.
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE_BY_NAME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULE_BY_NAME])

@@ -1,4 +1,4 @@
-"""``python -m promprune_vllm`` is ``promprune``."""
+"""``python -m promprune_vllm`` runs the command ``promprune``."""
 
 from promprune_vllm.cli import main
 

@@ -1,7 +1,7 @@
-"""The server's settings: one frozen object, read from ``PROMPRUNE_*`` variables.
+"""The server's settings: one frozen object, read from ``PROMPRUNE_*`` environment variables.
 
-Variables, because vLLM starts several processes and all of them inherit the environment; the command line
-writes the same variables.
+Environment variables, because vLLM starts several processes and all of them inherit the environment. The
+command line sets the same variables.
 """
 
 from __future__ import annotations
@@ -30,77 +30,85 @@ Calibration = Mapping[str, Mapping[str, Any]]
 
 
 def environment() -> tuple[tuple[str, str], ...]:
-    """Return the variables that settings are read from, as they are now."""
+    """Return the ``PROMPRUNE_*`` variables that are set now, with their values."""
     return tuple((name, value) for name, value in os.environ.items() if name.upper().startswith(PREFIX))
 
 
 class Switch(BaseSettings):
-    """Whether the plugin does anything. Read alone, so that no other variable can keep it from being off."""
+    """The plugin's on/off switch. Read on its own, so that an invalid setting cannot prevent switching it off."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     enabled: bool = Field(
-        default=True, description="the plugin as a whole; false leaves vLLM as it is without the plugin"
+        default=True, description="enable the plugin; if false, vLLM runs as if it were not installed"
     )
 
 
 def is_enabled() -> bool:
-    """Return whether ``PROMPRUNE_ENABLED`` leaves the plugin on.
+    """Return whether the plugin is enabled: true unless ``PROMPRUNE_ENABLED`` says otherwise.
 
     Raises:
-        SettingsError: It is neither true nor false.
+        SettingsError: The variable is neither true nor false.
     """
     try:
         return Switch().enabled
     except ValidationError as error:
-        (wrong,) = error.errors()
-        raise SettingsError(f"{PREFIX}ENABLED must be true or false, got {wrong['input']!r}.") from error
+        (details,) = error.errors()
+        raise SettingsError(f"{PREFIX}ENABLED must be true or false, got {details['input']!r}.") from error
 
 
 class Settings(Switch):
-    """What the operator chose. Descriptions are those of ``promprune serve --help``."""
+    """All settings. The descriptions are the help of ``promprune serve``."""
 
     budget: str | None = Field(
         default=None,
-        description='kept per image where a request asks for nothing: tokens, "25%" or "full" (default: full)',
+        description='tokens kept per image if a request sets no budget: a number, "25%" or "full" (default: full)',
     )
-    min: int = Field(default=1, description="an image never keeps fewer tokens")
-    max: int | None = Field(default=None, description="nor more (default: no limit)")
-    low: int = Field(default=64, description='tokens kept of an image with "detail": "low"')
+    min: int = Field(default=1, description="minimum tokens kept per image")
+    max: int | None = Field(default=None, description="maximum tokens kept per image (default: no limit)")
+    low: int = Field(
+        default=64, description='tokens kept per image sent with "detail": "low", if --visual-token-detail is set'
+    )
     out_of_range: OutOfRange = Field(
-        default="clamp", description="a budget outside the limits is moved to the limit, or gets HTTP 400"
+        default="clamp",
+        description="clamp a budget below min or above max to that limit, or refuse it with HTTP 400",
     )
     detail: bool = Field(
         default=False,
-        description="honour OpenAI's image_url.detail: low, high (every token) or auto; a budget comes first",
+        description="honor OpenAI's image_url.detail (low, high: all tokens, or auto); a budget overrides it",
     )
     adapt_to_load: bool = Field(
-        default=False, description='under load, "auto" and requests that ask for nothing keep less, step by step'
+        default=False,
+        description='keep fewer tokens under load, in steps, for "auto" and for requests without a budget',
     )
     adapt_to_content: bool = Field(
-        default=False, description='"auto" and requests that ask for nothing keep less of a plain image'
+        default=False, description='keep fewer tokens of plain images for "auto" and for requests without a budget'
     )
-    floor: int = Field(default=64, description="tokens that adapting always leaves")
+    floor: int = Field(
+        default=64, description="adapting to load or content keeps at least this many tokens per image"
+    )
     method: str = Field(default="promprune", description="method that selects tokens; see `promprune methods`")
     method_options: dict[str, Any] = Field(
-        default_factory=dict, description="its options as JSON, such as '{\"mu\": 0.42}'"
+        default_factory=dict, description="options of --visual-token-method as JSON, such as '{\"mu\": 0.42}'"
     )
     allow_methods: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="further methods a request may choose as visual_token_method, with commas between"
+        default=(), description="more methods that requests may set as visual_token_method, separated by commas"
     )
     kernels: Literal["fast", "reference"] = Field(
-        default="fast", description="selection by the fast kernels of the device, or by the float64 reference"
+        default="fast", description="select tokens with the device's fast kernels or with the float64 reference"
     )
     endpoints: bool = Field(
-        default=True, description="the routes under /v1/visual_tokens, and the inspector's; headers and usage stay"
+        default=True,
+        description="serve /v1/visual_tokens and the inspector; if off, replies still have headers and usage",
     )
     inspector: bool = Field(
-        default=True, description="the page /promprune and POST /v1/visual_tokens/inspect, which show what is kept"
+        default=True,
+        description="serve the page /promprune and POST /v1/visual_tokens/inspect, which show kept tokens",
     )
     tiles: Tiles = Field(
         default="own",
-        description="how an image of tiles is pruned: each on its own statistics (as in the paper), each by the "
-        "entropy of the base image, or all merged into one selection",
+        description="how to prune an image split into tiles: each tile by its own statistics (own, as in the "
+        "paper), each by the entropy of the base image (base), or all in one selection (merged)",
     )
 
     @field_validator("allow_methods", mode="before")
@@ -115,8 +123,8 @@ class Settings(Switch):
         """Read and check the settings.
 
         Raises:
-            SettingsError: A value of the wrong form, limits that contradict each other, an unknown method, or an
-                option it refuses.
+            SettingsError: A value is malformed, limits contradict each other, a method is unknown or refuses an
+                option.
         """
         from pydantic_settings import SettingsError as UnreadableValue
 
@@ -140,11 +148,11 @@ class Settings(Switch):
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        """Every method a request may choose, the configured one first. Its index travels with each image."""
+        """Methods that requests may choose, the configured one first. Each image carries its method's index."""
         return tuple(dict.fromkeys((self.method, *self.allow_methods)))
 
     def policy(self) -> BudgetPolicy:
-        """Return the limits and defaults of budgets."""
+        """Return the limits and defaults for budgets."""
         try:
             return BudgetPolicy(
                 default=None if self.budget is None else _budget(self.budget),
@@ -155,14 +163,14 @@ class Settings(Switch):
                 floor=self.floor,
             )
         except BudgetError as error:
-            raise SettingsError(f"The {PREFIX}* limits cannot be honoured: {error}") from error
+            raise SettingsError(f"The {PREFIX}* limits cannot be honored: {error}") from error
 
     def selector(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> Selector:
         """Return a method with its options set.
 
         Args:
-            calibration: Method -> options measured for one model family; the operator's own come first.
-            method: The configured one by default. Others run with their defaults.
+            calibration: Method -> options measured for one model family; the operator's options override them.
+            method: The configured method if left out. Other methods run with their default options.
         """
         from promprune_vllm.core.registry import get_method
 
@@ -171,10 +179,10 @@ class Settings(Switch):
         return get_method(name, **{**calibration.get(name, {}), **own})
 
     def digest(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> str:
-        """Identify everything that decides *which* tokens are kept, defaults and calibration included.
+        """Hash everything that decides *which* tokens are kept, including defaults and calibration.
 
-        It is part of every pruned image's cache key, so that a cache shared between servers, or kept over a
-        restart with other options, never serves tokens selected another way.
+        The hash is part of every pruned image's cache key. A cache shared between servers, or kept across a
+        restart with different options, therefore never serves tokens that were selected differently.
         """
         from promprune_vllm.core.registry import options_of
 
@@ -186,8 +194,8 @@ class Settings(Switch):
 
 
 def _budget(text: str) -> Budget:
-    """Read a server's default budget."""
+    """Parse the server's default budget."""
     budget = Budget.parse(from_text(text))
     if budget is None:
-        raise BudgetError('"auto" is what asks for the default: it cannot be the default itself.')
+        raise BudgetError('"auto" means the default, so it cannot be the default itself.')
     return budget

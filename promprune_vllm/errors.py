@@ -1,19 +1,19 @@
 """Every error this package raises on purpose.
 
     PromPruneError
-    ├── BudgetError              a budget that cannot be honoured: HTTP 400
-    ├── SettingsError            a server setting that cannot be honoured: no start
+    ├── BudgetError              a budget that cannot be honored: HTTP 400
+    ├── SettingsError            a server setting that cannot be honored: the server does not start
     │   └── UnknownMethodError
     ├── UnsupportedModelError    a model whose visual tokens we cannot prune
-    ├── IncompatibleVllmError    a vLLM this release was not written for
+    ├── IncompatibleVllmError    a vLLM version this release does not support
     ├── CalibrationError         no images to calibrate with, or a model vLLM cannot load
-    ├── BenchError               a measurement that could not be made
-    ├── PlanError                a model or a GPU that no plan can be made for
-    ├── EvaluationError          questions that could not be asked, or answers that do not belong together
-    ├── InspectError             an image that a server cannot be asked about, or a picture that cannot be drawn
-    └── DemoError                the demo's own server did not start or did not stay
+    ├── BenchError               a measurement failed
+    ├── PlanError                a model or GPU that `promprune plan` cannot handle
+    ├── EvaluationError          an evaluation could not send its questions, or its results cannot be combined
+    ├── InspectError             an image could not be inspected on a server, or its picture could not be drawn
+    └── DemoError                the demo's server did not start or stopped early
 
-A message carries the value found, the limit, and what to do next.
+Messages give the value received, the limit, and the next step.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from __future__ import annotations
 from typing import Literal
 
 BudgetReason = Literal["invalid", "limits", "images", "method", "unsupported", "field"]
-"""Not a budget; outside the server's limits; no fit for the number of images; a method that is not allowed; a
-model or an image that cannot be pruned; a field misspelled or in the wrong place."""
+"""In order: not a budget; outside the server's limits; does not match the number of images; method not allowed;
+model or image cannot be pruned; field misspelled or in the wrong place."""
 
 
 class PromPruneError(Exception):
-    """Base of every error raised on purpose by promprune-vllm."""
+    """Base class of every error promprune-vllm raises on purpose."""
 
 
 class BudgetError(PromPruneError, ValueError):
-    """A budget that cannot be honoured.
+    """A budget that cannot be honored.
 
     Args:
         message: What is wrong, with the value, the limits and the next step.
-        param: The request field it came from, as OpenAI's error form names it.
-        reason: What it is counted as.
+        param: The request field at fault: ``param`` in OpenAI's error object.
+        reason: Label of the refusal in the metrics.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BudgetError(PromPruneError, ValueError):
 
 
 class SettingsError(PromPruneError, ValueError):
-    """A setting of the server or of a method that cannot be honoured."""
+    """A setting of the server or an option of a method that cannot be honored."""
 
 
 class UnknownMethodError(SettingsError):
@@ -59,7 +59,7 @@ class UnsupportedModelError(PromPruneError):
 
 
 class IncompatibleVllmError(PromPruneError, RuntimeError):
-    """A vLLM whose private names are not the ones this release relies on."""
+    """A vLLM version without the private names this release relies on."""
 
 
 class CalibrationError(PromPruneError):
@@ -67,20 +67,20 @@ class CalibrationError(PromPruneError):
 
 
 class InspectError(PromPruneError):
-    """An image that a server cannot be asked about, or a picture that cannot be drawn."""
+    """An image could not be inspected on a server, or its picture could not be drawn."""
 
 
 class DemoError(PromPruneError):
-    """The server of the demo did not start, or ended."""
+    """The demo's server did not start or stopped early."""
 
 
 class BenchError(PromPruneError):
-    """A measurement that could not be made."""
+    """A measurement failed."""
 
 
 class PlanError(PromPruneError):
-    """A model or a GPU that no plan can be made for."""
+    """A model or GPU that ``promprune plan`` cannot handle."""
 
 
 class EvaluationError(PromPruneError):
-    """Questions that could not be asked, or answers that do not belong together."""
+    """An evaluation could not send its questions, or its results cannot be combined."""

@@ -1,4 +1,4 @@
-"""Tables in Markdown, for the command line, reports and the documentation."""
+"""Markdown tables for the command line, reports and the documentation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Render a table in GitHub's Markdown, without a newline at its end."""
+    """Render a table in GitHub's Markdown, without a trailing newline."""
     return "\n".join(_line(cells) for cells in (columns, ("---",) * len(columns), *rows))
 
 

@@ -1,1 +1,1 @@
-"""The library: budgets, features, selections and the registry of methods. Knows torch, not vLLM."""
+"""The library: budgets, features, selections and the registry of methods. Uses torch, never vLLM."""

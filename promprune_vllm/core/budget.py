@@ -1,6 +1,6 @@
-"""What a request asks for: how many visual tokens its images keep, as clients say it.
+"""The budget of a request: how many visual tokens its images keep, parsed from what the client sent.
 
-Nothing here looks at pixels or features, so the placeholder in the prompt, the scheduler, the KV blocks
+Nothing here depends on pixels or features, so the placeholder in the prompt, the scheduler, the KV blocks
 and the encoder's output always agree on the count.
 """
 
@@ -16,33 +16,33 @@ from promprune_vllm.errors import BudgetError
 FIELD = "visual_token_budget"
 METHOD_FIELD = "visual_token_method"
 MAX_BUDGET_TOKENS = 1_000_000
-"""Largest number of tokens a request may ask for; far above any image, far below any overflow."""
+"""Largest token count a request may send; far above any image, far below any overflow."""
 MAX_IMAGES = 1024
-"""Longest list of budgets."""
+"""Longest list of budgets a request may send."""
 
 AUTO = "auto"
 FULL = "full"
 _PERCENT = re.compile(r"(\d{1,3})(\.\d{1,9})?%", re.ASCII)
 _NUMBER = re.compile(r"(0|[1-9]\d{0,6})(\.\d{1,9})?", re.ASCII)
-_TOKENS = f"an integer from 1 to {MAX_BUDGET_TOKENS} where it counts tokens"
+_TOKENS = f"an integer from 1 to {MAX_BUDGET_TOKENS} if it is a number of tokens"
 _NEXT_STEP = (
     f'Send tokens per image (1 to {MAX_BUDGET_TOKENS}), a share of them (0.25 or "25%"), "full", "auto", a list '
-    'of these with one entry per image, {"total": tokens} for all images together, or leave the field out.'
+    'of these with one entry per image, {"total": tokens} for all images together, or omit the field.'
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one image may keep: a number of tokens or a share of the image's tokens.
+    """The budget of one image: a number of tokens or a share of the image's tokens.
 
-    Where a budget may be ``None``, that is ``"auto"``: the server's policy decides.
+    Wherever a budget may be ``None``, that means ``"auto"``: the server's policy decides.
 
     Args:
         tokens: Visual tokens to keep, 1 to ``MAX_BUDGET_TOKENS``.
-        share: Share of the image's tokens to keep, above 0 and at most 1, which is ``"full"``.
+        share: Share of the image's tokens to keep, above 0 and at most 1; 1 is ``"full"``.
 
     Raises:
-        BudgetError: Unless exactly one of the two is given and within its limits.
+        BudgetError: Not exactly one of the two is given, or it is outside its limits.
     """
 
     tokens: int | None = None
@@ -52,31 +52,31 @@ class Budget:
         if (self.tokens is None) == (self.share is None):
             raise BudgetError("A budget is either a number of tokens or a share of them: give exactly one.")
         if self.tokens is not None and not 1 <= self.tokens <= MAX_BUDGET_TOKENS:
-            raise _refused(self.tokens, _TOKENS)
+            raise _error(self.tokens, _TOKENS)
         if self.share is not None and not 0 < self.share <= 1:
-            raise _refused(self.printed(), "above 0 and at most 100% where it is a share")
+            raise _error(self.printed(), "above 0 and at most 100% if it is a share")
 
     @classmethod
     def parse(cls, value: object, name: str = FIELD) -> Budget | None:
-        """Read what a client sent for one image.
+        """Parse what a client sent for one image.
 
         Args:
-            name: What the message calls it.
-            value: What JSON decoding gave: tokens as an integer, a share as a number between 0 and 1, a percentage
-                such as ``"25%"``, ``"full"`` or ``"auto"``. ``64.0`` and ``"64"`` are 64, and ``"0.25"`` is 0.25:
-                protobuf gateways send every number as a double, and forms send text. ``true``, ``1.5`` and
+            value: The decoded JSON value: tokens as an integer, a share as a number between 0 and 1, a percentage
+                such as ``"25%"``, ``"full"`` or ``"auto"``. ``64.0`` and ``"64"`` mean 64, and ``"0.25"`` means
+                0.25: protobuf gateways send every number as a double, and forms send text. ``true``, ``1.5`` and
                 ``" 64"`` are refused.
+            name: Name of the field in error messages.
 
         Returns:
-            ``None`` for ``"auto"``.
+            The budget; ``None`` for ``"auto"``.
 
         Raises:
-            BudgetError: With the value, the limits and the next step.
+            BudgetError: The value is not a budget. The message gives the value, the limits and the next step.
         """
         number = _number(value)
         if isinstance(number, int):
             if not 1 <= number <= MAX_BUDGET_TOKENS:
-                raise _refused(value, _TOKENS, name)  # as it was sent
+                raise _error(value, _TOKENS, name)  # shows the value as it was sent
             return cls(tokens=number)
         if number is not None and 0 < number < 1:
             return cls(share=number)
@@ -87,17 +87,17 @@ class Budget:
                 return cls(share=Fraction(1))
             if _PERCENT.fullmatch(value) and 0 < (percent := Fraction(value[:-1])) <= 100:
                 return cls(share=percent / 100)
-        raise _refused(value, 'tokens, a share, "full" or "auto"', name)
+        raise _error(value, 'tokens, a share, "full" or "auto"', name)
 
     def printed(self) -> int | float | str:
-        """Return the JSON value that ``parse`` reads as this budget."""
+        """Return the JSON value that ``parse`` turns into this budget."""
         if self.tokens is not None:
             return self.tokens
         assert self.share is not None
         return FULL if self.share == 1 else float(self.share)
 
     def of(self, total: int) -> int:
-        """Return how many of an image's ``total`` tokens this asks for; may be more than there are."""
+        """Return the number of tokens to keep of an image with ``total`` tokens; may exceed ``total``."""
         if self.tokens is not None:
             return self.tokens
         assert self.share is not None
@@ -106,11 +106,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
-    """What a request asks for all of its images.
+    """The budget of a request, for all of its images.
 
     Args:
-        each: One budget for every image, or a tuple with one per image in order of appearance.
-        total: Tokens for all images together, in place of ``each``.
+        each: One budget that applies to every image, or a tuple with one per image in order of appearance.
+        total: Tokens for all images together, instead of ``each``.
     """
 
     each: Budget | tuple[Budget | None, ...] | None = None
@@ -118,26 +118,26 @@ class BudgetRequest:
 
     @classmethod
     def parse(cls, value: object) -> BudgetRequest:
-        """Read the value a client sent as ``visual_token_budget``.
+        """Parse the value a client sent as ``visual_token_budget``.
 
         Raises:
-            BudgetError: With the value, the limits and the next step.
+            BudgetError: The value is not a budget. The message gives the value, the limits and the next step.
         """
         if isinstance(value, list | tuple):
             if not 1 <= len(value) <= MAX_IMAGES:
-                raise _refused(value, f"a list of 1 to {MAX_IMAGES} entries, one per image")
+                raise _error(value, f"a list of 1 to {MAX_IMAGES} entries, one per image")
             return cls(each=tuple(Budget.parse(entry, f"{FIELD}[{i}]") for i, entry in enumerate(value)))
         if isinstance(value, dict):
             total = _number(value.get("total"))
             if set(value) != {"total"} or not isinstance(total, int):
-                raise _refused(value, '{"total": tokens} where it is an object')
+                raise _error(value, '{"total": tokens} if it is an object')
             if not 1 <= total <= MAX_BUDGET_TOKENS:
-                raise _refused(value, f"a total from 1 to {MAX_BUDGET_TOKENS} tokens")
+                raise _error(value, f"a total from 1 to {MAX_BUDGET_TOKENS} tokens")
             return cls(total=total)
         return cls(each=Budget.parse(value))
 
     def printed(self) -> object:
-        """Return the JSON value that ``parse`` reads as this."""
+        """Return the JSON value that ``parse`` turns into this request."""
         if self.total is not None:
             return {"total": self.total}
         if isinstance(self.each, tuple):
@@ -145,24 +145,24 @@ class BudgetRequest:
         return AUTO if self.each is None else self.each.printed()
 
     def check_images(self, images: int) -> None:
-        """Raise ``BudgetError`` unless this can be meant for so many images."""
+        """Raise ``BudgetError`` if this does not fit the number of images."""
         if isinstance(self.each, tuple) and len(self.each) != images:
             raise BudgetError(
                 f"{FIELD} has {len(self.each)} entries, but the prompt has {images} image(s). Send one entry per "
-                "image in order of appearance, or one value for all. In a batch of conversations, and where texts "
-                "are scored, a list counts the images of each prompt.",
+                "image in order of appearance, or one value for all. In batched chat and scoring requests, the "
+                "list must match the images of each prompt.",
                 reason="images",
             )
         if self.total is not None and images > self.total:
             raise BudgetError(
-                f"{FIELD} asks for {self.total} tokens in total and the request has {images} images: each keeps "
-                f"at least one token, so send a total of {images} or more.",
+                f"{FIELD} has a total of {self.total} tokens, but the request has {images} images and each keeps "
+                f"at least one token. Send a total of {images} or more.",
                 reason="images",
             )
 
     @property
     def form(self) -> str:
-        """What kind of value this was written as: tokens, share, full, auto, list or total."""
+        """The kind of value the client sent: tokens, share, full, auto, list or total."""
         if self.total is not None:
             return "total"
         if isinstance(self.each, tuple):
@@ -174,16 +174,16 @@ class BudgetRequest:
         return FULL if self.each.share == 1 else "share"
 
     def for_image(self, index: int) -> Budget | None:
-        """Return the budget of one image; a total has none."""
+        """Return the budget of one image; ``None`` for ``"auto"``. A total has no budget per image."""
         return self.each[index] if isinstance(self.each, tuple) else self.each
 
 
 def _number(value: object) -> int | Fraction | None:
-    """Return the number that a client wrote as a number or as text, exactly; ``None`` if it is not one."""
+    """Return the exact number that a client sent as a number or as text; ``None`` if it is not a number."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, float) and isfinite(value):
-        number = Fraction(repr(value))  # the decimal that was sent, not its binary neighbor
+        number = Fraction(repr(value))  # the decimal that was sent, not the nearest binary fraction
     elif isinstance(value, str) and _NUMBER.fullmatch(value):
         number = Fraction(value)
     else:
@@ -192,10 +192,10 @@ def _number(value: object) -> int | Fraction | None:
 
 
 def from_text(text: str) -> object:
-    """Return the value that a command line or a variable means: there, ``"64"`` is a number.
+    """Return the value of a command-line option or an environment variable, where ``"64"`` is a number.
 
     Args:
-        text: Tokens, a share, or a word. What is no number comes back as it is, for ``Budget.parse`` to judge.
+        text: Tokens, a share, or a word. Anything but a number is returned unchanged; ``Budget.parse`` checks it.
     """
     for number in (int, float):
         try:
@@ -205,17 +205,17 @@ def from_text(text: str) -> object:
     return text
 
 
-def _refused(value: object, wanted: str, name: str = FIELD) -> BudgetError:
-    return BudgetError(f"{name} must be {wanted}, got {shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
+def _error(value: object, requirement: str, name: str = FIELD) -> BudgetError:
+    return BudgetError(f"{name} must be {requirement}, got {shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Return a value as a message may show it: a client's input can be of any size."""
+    """Return a value as error messages show it, shortened: a client's input can be of any size."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # integers inside too long to print, or lists in lists in lists
+    except (ValueError, RecursionError):  # an integer inside is too long to print, or lists are nested too deep
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "…"
 

@@ -1,4 +1,4 @@
-"""What the entropies of many images say about PromPrune's ``mu``."""
+"""Suggests PromPrune's ``mu`` from the spectral entropies of many images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 SATURATION = 3.0
-"""In units of ``tau``: farther from ``mu``, one of the two stages gets over 95 % of the budget."""
+"""Distance from ``mu``, in units of ``tau``, beyond which one of the two stages gets over 95 % of the budget."""
 SHARES = MappingProxyType(
     {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 )
@@ -17,13 +17,13 @@ SHARES = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class MeasuredImage:
-    """One image as the served model's encoder saw it.
+    """One image, measured with the served model's encoder.
 
     Args:
-        file: Its name.
-        tokens: Its tokens before pruning.
+        file: File name.
+        tokens: Visual tokens before pruning.
         entropies: H of each group a method selects from: one, or one per tile.
-        folder: Where it lay, where there were several.
+        folder: Its folder, if several were measured.
     """
 
     file: str
@@ -42,15 +42,15 @@ class SkippedImage:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """The entropies of some directories' images under the settings of a server.
+    """The entropies of the images of one or more folders, under the settings of a server.
 
     Args:
-        model: As it was named.
-        images: At least one.
-        skipped: What could not be measured.
-        options: PromPrune's options in force, the family's calibration included.
+        model: Name of the model as the operator gave it.
+        images: The measured images, at least one.
+        skipped: Files that could not be measured.
+        options: PromPrune's effective options, including the family's calibration.
         chosen: The options the operator set.
-        tiles: How an image that is cut into tiles is pruned.
+        tiles: How images split into tiles are pruned.
     """
 
     model: str
@@ -62,46 +62,46 @@ class CalibrationReport:
 
     @property
     def entropies(self) -> list[float]:
-        """H of every group of every image, from the smallest."""
+        """H of every group of every image, in ascending order."""
         return sorted(entropy for image in self.images for entropy in image.entropies)
 
     @property
     def median(self) -> float:
-        """The median of H: half of what a method selects from is more spread out than this."""
+        """The median of H over all groups."""
         return round(quantile(self.entropies, 0.5), 4)
 
     @property
     def medians(self) -> dict[str, float]:
-        """The median of each folder's H, from the lowest."""
+        """The median of H in each folder, in ascending order."""
         folders: dict[str, list[float]] = {}
         for image in self.images:
             folders.setdefault(image.folder, []).extend(image.entropies)
-        found = {name: round(quantile(sorted(values), 0.5), 4) for name, values in folders.items()}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        by_folder = {name: round(quantile(sorted(values), 0.5), 4) for name, values in folders.items()}
+        return dict(sorted(by_folder.items(), key=lambda item: item[1]))
 
     @property
     def mu(self) -> float:
-        """The suggestion: the midpoint between the folders with the lowest and the highest median, or the median.
+        """The suggested ``mu``: midway between the lowest and the highest folder median, or the only median.
 
-        The median of a mixture depends on how many images of each kind are in it; the midpoint does not.
+        The median of a mixture depends on how many images of each kind it has; the midpoint does not.
         """
         medians = [*self.medians.values()]
         return round((medians[0] + medians[-1]) / 2, 4) if len(medians) > 1 else self.median
 
     def saturated(self, mu: float) -> float:
-        """Return the share of groups whose split hardly depends on H any more, for a given ``mu``."""
-        far = SATURATION * float(self.options["tau"])
+        """Return the share of groups so far from ``mu`` that their split hardly depends on H."""
+        distance = SATURATION * float(self.options["tau"])
         entropies = self.entropies
-        return sum(abs(entropy - mu) > far for entropy in entropies) / len(entropies)
+        return sum(abs(entropy - mu) > distance for entropy in entropies) / len(entropies)
 
     def method_options(self) -> dict[str, Any]:
-        """Return the options a server should be started with: the operator's own, with the new ``mu``."""
+        """Return the options to start a server with: the operator's own, with the new ``mu``."""
         return {**self.chosen, "mu": self.mu}
 
     def as_document(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return the whole report, ready for JSON."""
         tokens, entropies = sorted(image.tokens for image in self.images), self.entropies
-        in_force = float(self.options["mu"])
+        current_mu = float(self.options["mu"])
         return {
             "model": self.model,
             "mu": self.mu,
@@ -113,7 +113,7 @@ class CalibrationReport:
             "groups": len(entropies),
             "tokens": {name: quantile(tokens, SHARES[name]) for name in ("min", "median", "max")},
             "entropy": {name: quantile(entropies, share) for name, share in SHARES.items()},
-            "saturated_share": {"mu": self.saturated(self.mu), "mu_in_force": self.saturated(in_force)},
+            "saturated_share": {"mu": self.saturated(self.mu), "mu_in_force": self.saturated(current_mu)},
             "images": [
                 {
                     **({"folder": image.folder} if image.folder else {}),
@@ -128,17 +128,17 @@ class CalibrationReport:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Return a quantile of increasing values, between two of them in proportion."""
-    place = share * (len(ordered) - 1)
-    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return below + (above - below) * (place - math.floor(place))
+    """Return a quantile of values in ascending order, by linear interpolation."""
+    position = share * (len(ordered) - 1)
+    below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
+    return below + (above - below) * (position - math.floor(position))
 
 
 def histogram(values: Sequence[float], bins: int) -> list[tuple[float, int]]:
     """Count values in bins of equal width from the smallest to the largest.
 
     Returns:
-        The lower edge and the count of each bin; a single bin when the values do not differ.
+        The lower edge and the count of each bin; a single bin if all values are equal.
     """
     low, high = min(values), max(values)
     if high == low:

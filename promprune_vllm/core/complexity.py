@@ -1,8 +1,8 @@
-"""How much there is to see in an image, from its pixels alone: cheap, deterministic, before any encoder.
+"""How complex an image is, from its pixels alone: cheap, deterministic, before any encoder.
 
-An image is looked at as 24 x 24 cells, about the patches of a vision tower. A cell says something where its
-brightness varies: text, texture, edges. The share of such cells is the complexity. Pixels are sampled, never
-averaged: averaging would turn a page of small print into plain grey.
+The image is divided into 24 x 24 cells, about the patches of a vision tower. A cell is busy if its brightness
+varies: text, texture, edges. The share of busy cells is the complexity. Pixels are sampled, never averaged:
+averaging would turn a page of small print into plain gray.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ SAMPLES = 8
 SIDE = CELLS * SAMPLES
 """Pixels per side of the sampled image."""
 BUSY_STD = 6.0
-"""Standard deviation of brightness (0 to 255) above which a cell says something: above the noise of a JPEG's
-plain areas (about 2) and of most sensors (3 to 5)."""
+"""Standard deviation of brightness (0 to 255) above which a cell is busy: above the noise of a JPEG's plain
+areas (about 2) and of most sensors (3 to 5)."""
 STEPS = ((Fraction(1, 2), Fraction(1)), (Fraction(1, 4), Fraction(1, 2)), (Fraction(1, 16), Fraction(1, 4)))
-"""(share of busy cells from which it holds, level); below the last, 1/8."""
+"""(smallest share of busy cells, level); below the last share, the level is 1/8."""
 _PLAIN = Fraction(1, 8)
 
 
 def busy_share(gray: torch.Tensor) -> Fraction:
-    """Return the share of cells that say something.
+    """Return the share of busy cells.
 
     Args:
         gray: ``(SIDE, SIDE)`` uint8, the brightness of the image's sampled pixels.
@@ -39,5 +39,5 @@ def busy_share(gray: torch.Tensor) -> Fraction:
 
 
 def content_level(busy: Fraction) -> Fraction:
-    """Return the share of the default that an image with so many busy cells keeps."""
+    """Return the share of the default that an image keeps, given its share of busy cells."""
     return next((level for share, level in STEPS if busy >= share), _PLAIN)

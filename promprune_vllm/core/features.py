@@ -1,4 +1,4 @@
-"""What a method may look at: the visual tokens of one group, with whatever the host could capture."""
+"""The input of a method: the visual tokens of one group, with what was captured in the vision tower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Need(Flag):
-    """What a method asks the host to capture. ``PROJECTED`` is always there."""
+    """What a method needs captured, by field of ``VisionFeatures``. ``PROJECTED`` is always there."""
 
     PROJECTED = auto()
     ENCODER = auto()
@@ -27,15 +27,15 @@ class VisionFeatures:
     Args:
         projected: ``(N, D)`` tokens after the projector or merger, as the language model would get them.
         grid: ``(t, h, w)`` with ``t * h * w == N``; tokens are in raster order.
-        saliency: ``(N,)`` attention each token gets: from CLS (mean over heads), or the mean over all queries
-            where the tower has no CLS token. Not normalised.
+        saliency: ``(N,)`` attention each token receives: from CLS (mean over heads), or the mean over all
+            queries if the tower has no CLS token. Not normalized.
         encoder: ``(N, Dv)`` tokens before the projector.
         keys: ``(N, Dk)`` attention keys of the layer that saliency comes from.
         text: ``(M, D)`` language-model embeddings of the user's text, for prompt-aware methods.
-        entropy: 0-d, the entropy of a larger view of the same image, to be used in place of this group's own.
+        entropy: 0-d entropy of a larger view of the same image, used instead of this group's own.
 
     Raises:
-        ValueError: When shapes contradict each other.
+        ValueError: The shapes contradict each other.
     """
 
     projected: Tensor
@@ -75,7 +75,7 @@ class VisionFeatures:
 
     @property
     def has(self) -> Need:
-        """Everything this group carries."""
+        """The features that are present."""
         present = Need.PROJECTED
         for need, value in (
             (Need.ENCODER, self.encoder),
@@ -88,26 +88,26 @@ class VisionFeatures:
         return present
 
     def take(self, rows: Tensor, grid: tuple[int, int, int]) -> VisionFeatures:
-        """Return the features of some tokens.
+        """Return the features of a subset of the tokens.
 
         Args:
-            rows: ``(m,)`` int64, which of the N, strictly increasing.
-            grid: Of the m tokens.
+            rows: ``(m,)`` int64 indices of the tokens, strictly increasing.
+            grid: Grid of the m tokens.
         """
         rows = rows.to(self.projected.device)
-        chosen = {name: value[rows] for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
-        return replace(self, grid=grid, **chosen)
+        subset = {name: value[rows] for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
+        return replace(self, grid=grid, **subset)
 
     @classmethod
     def join(cls, groups: Sequence[VisionFeatures]) -> VisionFeatures:
-        """Return the tokens of several groups one after the other, as a single line."""
+        """Concatenate the tokens of several groups into one group whose grid is a single row."""
         first = groups[0]
-        together = {
+        concatenated = {
             name: torch.cat([getattr(group, name) for group in groups])
             for name in _PER_TOKEN
             if getattr(first, name) is not None
         }
-        return replace(first, grid=(1, 1, sum(group.tokens for group in groups)), **together)
+        return replace(first, grid=(1, 1, sum(group.tokens for group in groups)), **concatenated)
 
 
 _PER_TOKEN = ("projected", "saliency", "encoder", "keys")

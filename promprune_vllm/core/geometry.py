@@ -1,15 +1,15 @@
-"""Where on an image its visual tokens look: rectangles in the image's own pixels."""
+"""Pixel box of each visual token, in the pixels of the image as it was sent."""
 
 from __future__ import annotations
 
 import math
 
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom edge in pixels of the image as it was sent."""
+"""Left, top, right and bottom edges, in pixels of the image as it was sent."""
 
 
 def grid(rows: int, columns: int, area: Box) -> list[Box]:
-    """Divide an area evenly; row by row."""
+    """Divide an area into a grid of equal boxes, listed row by row."""
     left, top, right, bottom = area
     across = [left + (right - left) * column / columns for column in range(columns + 1)]
     down = [top + (bottom - top) * row / rows for row in range(rows + 1)]
@@ -21,9 +21,9 @@ def grid(rows: int, columns: int, area: Box) -> list[Box]:
 
 
 def centre_crop(width: int, height: int, *, shortest: int, crop: int) -> Box:
-    """What is left of an image whose shorter side becomes ``shortest`` and of which ``crop`` x ``crop`` is cut.
+    """Return the area left by resizing the shorter side to ``shortest`` and center-cropping ``crop`` x ``crop``.
 
-    A crop larger than the resized image shows black around it: the area then reaches beyond the image.
+    A crop larger than the resized image has a black border: the area then extends beyond the image.
     """
     side = crop * min(width, height) / shortest
     left, top = (width - side) / 2, (height - side) / 2
@@ -31,29 +31,29 @@ def centre_crop(width: int, height: int, *, shortest: int, crop: int) -> Box:
 
 
 def padded(width: int, height: int, canvas: tuple[int, int]) -> Box:
-    """Where a canvas lies that an image was put in the middle of, as large as fits: in pixels of the image.
+    """Return the area of a canvas that an image is centered in, as large as fits: in pixels of the image.
 
     Args:
-        width, height: Of the image.
-        canvas: Width and height, with the black bars around the image.
+        width, height: Size of the image.
+        canvas: Width and height, including the black bars around the image.
     """
     across, down = canvas[0] / width, canvas[1] / height
     if across < down:
-        shown = (canvas[0], min(math.ceil(height * across), canvas[1]))
+        fitted = (canvas[0], min(math.ceil(height * across), canvas[1]))
     else:
-        shown = (min(math.ceil(width * down), canvas[0]), canvas[1])
-    left, top = (canvas[0] - shown[0]) // 2, (canvas[1] - shown[1]) // 2
-    scale = (width / shown[0], height / shown[1])
+        fitted = (min(math.ceil(width * down), canvas[0]), canvas[1])
+    left, top = (canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2
+    scale = (width / fitted[0], height / fitted[1])
     return (-left * scale[0], -top * scale[1], (canvas[0] - left) * scale[0], (canvas[1] - top) * scale[1])
 
 
 def rounded(box: Box) -> Box:
-    """Return a rectangle to a hundredth of a pixel."""
+    """Return a box rounded to a hundredth of a pixel."""
     left, top, right, bottom = (round(edge, 2) for edge in box)
     return (left, top, right, bottom)
 
 
 def clipped(box: Box, width: int, height: int) -> Box:
-    """Return the part of a rectangle that lies on the image."""
+    """Return the part of a box that lies on the image."""
     left, top, right, bottom = box
     return (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))

@@ -1,8 +1,8 @@
-"""How far the positions of a prompt with M-RoPE run ahead of its tokens, and where that is too far.
+"""M-RoPE positions of a prompt can run ahead of its tokens: checks that they stay within the rotary table.
 
-A pruned image takes as many positions as it took unpruned, one for each step along its longer side, however few of
-its tokens are kept; what follows goes on behind them. The model looks every position up in a table, and one past
-the table's end would end the engine. All of this follows from sizes, so it is known before anything is encoded.
+A pruned image uses as many positions as unpruned, one for each step along its longer side, however few tokens it
+keeps; the text after it continues from there. The model looks every position up in a table, and a position past
+the table's end would kill the engine. This depends on sizes only, so it is checked before anything is encoded.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from promprune_vllm.core.budget import FIELD
 from promprune_vllm.errors import BudgetError
 
 ROWS_PER_TOKEN = 4
-"""Rows of the table for each token of ``max_model_len``. vLLM takes four, too, where positions outrun tokens."""
+"""Table rows per token of ``max_model_len``. vLLM also uses four where positions can outrun tokens."""
 
 Taken = tuple[int, int]
-"""An image's longer side, in tokens of its unpruned grid, and the tokens that it keeps."""
+"""An image's longer side, in tokens of its unpruned grid, and the number of tokens it keeps."""
 
 
 def table_rows(max_model_len: int) -> int:
-    """Return how many positions a model that prunes can look up: those from 0 up to this number."""
+    """Return the number of positions, counted from 0, that a pruned model can look up."""
     return ROWS_PER_TOKEN * max_model_len
 
 
 def require_rows(images: Sequence[Taken], max_model_len: int) -> None:
-    """Refuse images with which a position could lie past the table, at the latest when the context is full.
+    """Refuse images with which a position could pass the end of the table before the context is full.
 
-    Text takes one position a token. So after ``max_model_len`` tokens, of the prompt and generated, the next
-    position is ``max_model_len`` plus what the images took beyond the tokens they keep.
+    Each text token uses one position. So after ``max_model_len`` tokens, prompt and generated, the next position
+    is ``max_model_len`` plus the positions the images use beyond the tokens they keep.
 
     Args:
-        images: Of one prompt, all of them; one that keeps every token takes no more positions than tokens.
-        max_model_len: Tokens that a request may have in all.
+        images: All images of one prompt. An image that keeps every token uses no more positions than tokens.
+        max_model_len: Maximum tokens of a request, prompt and generated.
 
     Raises:
-        BudgetError: With the positions, the limit and the next step.
+        BudgetError: A position could pass the end. The message gives the positions, the limit and the next step.
     """
     taken, kept = (sum(column) for column in zip(*images, strict=True)) if images else (0, 0)
     needed, rows = max_model_len + taken - kept, table_rows(max_model_len)
     if needed > rows:
         raise BudgetError(
-            f"{FIELD} leaves {kept} tokens of {len(images)} image(s) that still take {taken} positions: with "
+            f"{FIELD} keeps {kept} tokens of {len(images)} image(s) that still use {taken} positions: with "
             f"--max-model-len {max_model_len} the positions could reach {needed}, and the limit is {rows} "
-            f"({ROWS_PER_TOKEN} for each token). Keep more tokens of each image, or send fewer or smaller images.",
+            f"({ROWS_PER_TOKEN} per token). Keep more tokens of each image, or send fewer or smaller images.",
             reason="limits",
         )

@@ -1,4 +1,4 @@
-"""The one list of methods. Knows no method: each file in ``methods/`` registers its own."""
+"""The registry of methods. Each file in ``methods/`` registers its own; nothing here names one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from promprune_vllm.errors import SettingsError, UnknownMethodError
 class Selector(Protocol):
     """A method: a frozen dataclass whose fields are the paper's symbols, with the paper's defaults.
 
-    ``merges`` says whether its selections carry ``rows``, merged out of several tokens, or only drop tokens;
-    a method that does not say it drops.
+    ``merges`` tells whether its selections carry ``rows``, merged from several tokens, or only drop tokens. It
+    may be left out if the method drops.
 
-    A method that gains by choosing from several groups at once adds ``select_many(groups, keeps)``, a list of what
-    ``select`` returns for each; the others are asked group by group.
+    A method that is faster on several groups at once adds ``select_many(groups, keeps)``, which returns what
+    ``select`` would for each group. For other methods, ``select`` is called group by group.
     """
 
     name: ClassVar[str]
@@ -32,7 +32,7 @@ class Selector(Protocol):
     merges: ClassVar[bool]
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
-        """Choose ``keep`` of N tokens. May assume ``1 <= keep < N`` and that every need is there."""
+        """Choose ``keep`` of N tokens. May assume ``1 <= keep < N`` and that the features meet ``needs``."""
 
 
 _S = TypeVar("_S", bound=type)
@@ -42,9 +42,9 @@ _METHODS: dict[str, type] = {}
 def register(cls: _S) -> _S:
     """Class decorator: add a method to the registry under its ``name``."""
     name = cls.name  # type: ignore[attr-defined]
-    taken = _METHODS.get(name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"two methods are named {name!r}: {taken} and {cls}")
+    other = _METHODS.get(name)
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"two methods are named {name!r}: {other} and {cls}")
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"method {name!r} must be a frozen dataclass: its fields are its options")
     if not hasattr(cls, "merges"):
@@ -54,7 +54,7 @@ def register(cls: _S) -> _S:
 
 
 def methods() -> MappingProxyType[str, type[Selector]]:
-    """Every registered method by name, in alphabetical order."""
+    """Return every registered method by name, in alphabetical order."""
     _load()
     return MappingProxyType(dict(sorted(_METHODS.items())))
 
@@ -64,18 +64,18 @@ def get_method(name: str, **options: Any) -> Selector:
 
     Args:
         name: A key of ``methods()``.
-        options: Fields of the method; what is left out keeps the paper's default.
+        options: Fields of the method; options left out keep the paper's default.
 
     Raises:
-        UnknownMethodError: No such method; the message names the nearest one.
-        SettingsError: An option the method does not have, or a value it refuses.
+        UnknownMethodError: There is no such method; the message suggests the closest name.
+        SettingsError: The method does not have an option, or refuses its value.
     """
-    known = methods()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownMethodError(f"There is no method {name!r}.{hint} Known: {', '.join(known)}.")
-    fields = option_names(known[name])
+    registered = methods()
+    if name not in registered:
+        close = difflib.get_close_matches(name, registered, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownMethodError(f"There is no method {name!r}.{hint} Known: {', '.join(registered)}.")
+    fields = option_names(registered[name])
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise SettingsError(
@@ -83,24 +83,24 @@ def get_method(name: str, **options: Any) -> Selector:
             f"Its options: {', '.join(fields) or 'none'}."
         )
     try:
-        return known[name](**options)
+        return registered[name](**options)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"Method {name!r} refuses {options!r}: {error}") from error
 
 
 def option_names(method: type[Selector] | Selector) -> tuple[str, ...]:
-    """Names of a method's options."""
+    """Return the names of a method's options."""
     return tuple(field.name for field in dataclasses.fields(method))  # type: ignore[arg-type]
 
 
 def options_of(method: Selector) -> dict[str, Any]:
-    """Every option of a method with the value in force."""
+    """Return every option of a method with its current value."""
     return {name: getattr(method, name) for name in option_names(method)}
 
 
 @functools.cache
 def _load() -> None:
-    """Import every module of ``promprune_vllm.methods``, once, so that adding a file is adding a method."""
+    """Import every module of ``promprune_vllm.methods``, once: adding a file adds a method."""
     load: Callable[[str], object] = importlib.import_module
     package = importlib.import_module("promprune_vllm.methods")
     for module in pkgutil.iter_modules(package.__path__):

@@ -1,4 +1,4 @@
-"""Selecting by the name of a method: the one place that owns the edges and has every outcome checked."""
+"""Selection by the name of a method: handles the edge cases, and checks every selection."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from promprune_vllm.errors import BudgetError, SettingsError
 
 
 def select(features: VisionFeatures, keep: int, method: str | Selector = "promprune", **options: Any) -> Selection:
-    """Choose which ``keep`` of an image's N visual tokens stay.
+    """Choose which ``keep`` of an image's N visual tokens are kept.
 
     Args:
-        features: The tokens of one group, ``(N, D)`` and what else the method needs.
+        features: The tokens of one group, ``(N, D)``, and whatever else the method needs.
         keep: Tokens to keep, at least 1; ``keep >= N`` keeps all.
-        method: A name of ``methods()``, or a method with its options set.
+        method: A name from ``methods()``, or a method with its options set.
         options: Options of the named method.
 
     Returns:
@@ -37,41 +37,41 @@ def select(features: VisionFeatures, keep: int, method: str | Selector = "prompr
 def select_many(
     groups: Sequence[VisionFeatures], keeps: Sequence[int], method: str | Selector = "promprune", **options: Any
 ) -> list[Selection]:
-    """Choose from several groups, such as the crops of one image: each as ``select`` does.
+    """Select from several groups, such as the crops of one image: each as ``select`` does.
 
-    A method that can takes groups of one shape in the same launches on an accelerator.
+    Methods that support it process groups of one shape in the same kernel launches.
 
     Args:
-        groups: Each with what the method needs.
+        groups: The groups, each with what the method needs.
         keeps: How many tokens to keep of each.
         method, options: See ``select``.
 
     Raises:
-        As ``select``; ``ValueError`` also if there are not as many ``keeps`` as groups.
+        As ``select``; ``ValueError`` also if ``keeps`` and ``groups`` differ in length.
     """
     if len(groups) != len(keeps):
-        raise ValueError(f"{len(groups)} groups need as many numbers of tokens to keep, not {len(keeps)}")
+        raise ValueError(f"{len(groups)} groups need one number of tokens to keep each, got {len(keeps)}")
     counts = [_count(keep) for keep in keeps]
     selector = _resolve(method, options)
-    found: dict[int, Selection] = {}
+    selections: dict[int, Selection] = {}
     pruned: list[int] = []
     for number, (features, keep) in enumerate(zip(groups, counts, strict=True)):
         if keep >= features.tokens:
-            found[number] = Selection(torch.arange(features.tokens, device=features.projected.device))
+            selections[number] = Selection(torch.arange(features.tokens, device=features.projected.device))
         elif missing := selector.needs & ~features.has:
             raise ValueError(
-                f"Method {selector.name!r} needs {missing.name} and the features do not carry it. "
+                f"Method {selector.name!r} needs {missing.name}, which the features do not have. "
                 "Pass it in VisionFeatures, or choose another method."
             )
         else:
             pruned.append(number)
-    asked = [groups[i] for i in pruned], [counts[i] for i in pruned]
-    at_once = getattr(selector, "select_many", None)
-    chosen = at_once(*asked) if at_once else map(selector.select, *asked)
-    for number, selection in zip(pruned, chosen, strict=True):
+    arguments = [groups[i] for i in pruned], [counts[i] for i in pruned]
+    batched = getattr(selector, "select_many", None)
+    results = batched(*arguments) if batched else map(selector.select, *arguments)
+    for number, selection in zip(pruned, results, strict=True):
         check_selection(selection, groups[number], counts[number], selector.name)
-        found[number] = selection
-    return [found[number] for number in range(len(groups))]
+        selections[number] = selection
+    return [selections[number] for number in range(len(groups))]
 
 
 def _count(keep: SupportsIndex) -> int:
@@ -84,5 +84,5 @@ def _resolve(method: str | Selector, options: Mapping[str, Any]) -> Selector:
     if isinstance(method, str):
         return get_method(method, **options)
     if options:
-        raise SettingsError("Options belong to a method given by name; this one is already set up.")
+        raise SettingsError("Options can only be given with a method's name; this method is already set up.")
     return method

@@ -213,7 +213,7 @@ def greedy_dpp(  # noqa: PLR0917  # as the loop inside, which takes no keyword-o
         given: The first so many of ``order`` are in the set, at most ``keep``.
         keep: Size of the set.
         quality: ``(N,)``, or empty for none.
-        known: New tokens whose choice is already settled, in their order; may be empty.
+        known: New tokens whose choice is already quantized, in their order; may be empty.
         margin: See ``least``.
 
     Returns:

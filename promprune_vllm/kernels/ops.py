@@ -25,7 +25,7 @@ from promprune_vllm.kernels.torch_ops import (
     finite_rows,
     merge_rows,
     min_max,
-    settled,
+    quantized,
     share_entropy,
     token_keys,
 )
@@ -49,8 +49,8 @@ __all__ = [
     "max_min_select",
     "merge_rows",
     "min_max",
+    "quantized",
     "received_attention",
-    "settled",
     "share_entropy",
     "spectral_entropy",
     "token_keys",

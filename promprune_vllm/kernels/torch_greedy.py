@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from promprune_vllm.kernels.torch_ops import settled
+from promprune_vllm.kernels.torch_ops import quantized
 
 EXHAUSTED = 1e-5
 """Residual volume (squared distance, in units of the token's norm) below which a token adds nothing."""
@@ -171,7 +171,7 @@ class _Growing:
         Returns:
             The token, ``(1,)`` int64, and whether the rule chose it, ``(1,)`` bool.
         """
-        steps = settled(cost).masked_fill(~self._open | self.is_given, torch.inf)
+        steps = quantized(cost).masked_fill(~self._open | self.is_given, torch.inf)
         least = steps.argmin(dim=0, keepdim=True)
         following = self._rank.masked_fill(~self._open, self._total).argmin(dim=0, keepdim=True)
         chosen = (steps.index_select(0, least) < torch.inf) & (self._given <= t)

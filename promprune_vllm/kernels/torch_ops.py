@@ -34,7 +34,7 @@ def cross_cosine(features: Tensor, others: Tensor) -> Tensor:
     return unit_rows(features) @ unit_rows(others).T
 
 
-def settled(values: Tensor) -> Tensor:
+def quantized(values: Tensor) -> Tensor:
     """Cosines or distances in whole steps of 2**-32, ``float64``, so that equal ones compare equal.
 
     The last bits of a float64 sum depend on the order of the columns and on the matrix product's tiling; a
@@ -58,7 +58,7 @@ def max_min_select(gram: Tensor, keep: int) -> Tensor:
         ``(keep,)`` int64, in the order they were chosen.
     """
     n = gram.shape[0]
-    distance = settled(1 - gram)
+    distance = quantized(1 - gram)
     itself = torch.eye(n, dtype=torch.bool, device=gram.device)
     room = distance.masked_fill(itself, torch.inf).amin(dim=0)  # (N,) to the nearest other token
     closest = torch.full_like(room, torch.inf)  # (N,) to the nearest chosen token; -inf for the chosen ones

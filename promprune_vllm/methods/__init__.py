@@ -1,4 +1,4 @@
-"""One published method, one file. A file that registers a selector here is found by every reader."""
+"""One file per published method. A file that registers a selector here makes it available everywhere."""
 
 import sys
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from types import ModuleType
 
 
 class _Methods(ModuleType):
-    # Importing this folder binds its name on the parent package, where `methods()` is public API. Being
-    # callable, the module serves as both, in whatever order the two are imported.
+    # Importing this package sets `promprune_vllm.methods`, where `methods()` is public API. A callable module
+    # serves as both, whichever is imported first.
     def __call__(self) -> Mapping[str, type]:
         from promprune_vllm.core.registry import methods
 

@@ -1,7 +1,7 @@
-"""Controls every method has to beat: ``random`` and ``uniform``.
+"""Controls that every method must beat: ``random`` and ``uniform``.
 
 Random selection is a strong baseline: UniPruneBench (arXiv 2511.02650) reports that it beats most published
-methods on LLaVA-1.5-7B at 66.7 % and 77.8 % pruned. It is shown wherever methods are compared.
+methods on LLaVA-1.5-7B with 66.7 % and 77.8 % of the tokens pruned. Every comparison of methods includes it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from promprune_vllm.kernels.ops import token_keys
 @register
 @dataclass(frozen=True, slots=True)
 class Random:
-    """Uniformly without replacement, seeded by the image's content so that caches stay valid.
+    """Random tokens, drawn uniformly and seeded by the image's content so that caches stay valid.
 
     Args:
-        seed: Another seed draws another set for the same image.
+        seed: A different seed draws a different set for the same image.
     """
 
     name: ClassVar[str] = "random"
@@ -42,7 +42,7 @@ class Random:
 @register
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Evenly spaced in raster order, whatever the content: token ``floor((i + 1/2) N / K)`` for each i."""
+    """Evenly spaced tokens in raster order, regardless of content: token ``floor((i + 1/2) N / K)`` for each i."""
 
     name: ClassVar[str] = "uniform"
     needs: ClassVar[Need] = Need.PROJECTED

@@ -1,13 +1,13 @@
-"""FasterVLM: the tokens CLS attends to most.
+"""FasterVLM: the tokens that CLS attends to most.
 
 Paper: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1 (version 2
-of the entry is VisPruner). Read against the authors' code (Theia-4869/FasterVLM f5d5f12037).
+of this arXiv entry is VisPruner). Checked against the authors' code (Theia-4869/FasterVLM f5d5f12037).
 
 1. ``a_i``: attention from CLS to patch i in the layer that feeds the projector, mean over heads.
-2. Keep the K largest, in raster order.
+2. Keep the K tokens with the largest ``a_i``, in raster order.
 
-Deviation: equal attention goes to the lowest index, in float32; the reference leaves it open, in float16.
-The same set as PromPrune with ``kr_min = kr_max = 1``.
+Deviation: attention is compared in float32 and ties go to the lowest index. The reference compares in float16 and
+leaves ties undefined. Selects the same tokens as PromPrune with ``kr_min = kr_max = 1``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ class FasterVLM:
     merges: ClassVar[bool] = False
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
-        """Keep the ``keep`` tokens of largest saliency."""
+        """Keep the ``keep`` tokens with the largest saliency."""
         assert features.saliency is not None
         return Selection(descending_order(features.saliency)[:keep].sort().values)

@@ -1,15 +1,15 @@
 """PromPrune: spectral entropy splits the budget between salient and covering tokens.
 
 Paper: "Balancing Saliency and Coverage: Semantic Prominence-Aware Budgeting for Visual Token Compression in
-VLMs", arXiv 2603.14892. Read against the authors' code (jayaylee/PromPrune 289ad46b47), which centres and
-row-normalises the features before the spectrum; the paper's Eq. 2-3 do neither. We follow the code, because
+VLMs", arXiv 2603.14892. Checked against the authors' code (jayaylee/PromPrune 289ad46b47), which centers and
+row-normalizes the features before the spectrum; the paper's Eq. 2-3 do neither. We follow the code, because
 ``mu = 0.42`` was tuned with it.
 
-1. Entropy: eigenvalues of the centred cosine Gram, normalised by ln min(N, D).
+1. Entropy H: from the eigenvalues of the centered cosine Gram, normalized by ln min(N, D).
 2. Split: ``k_sal = round(K * (kr_min + (kr_max - kr_min) * (1 - sigmoid((H - mu) / tau))))``. A spread-out
    image (high entropy) gets covering tokens, a concentrated one salient tokens. The paper's other two measures
-   of H are options: the entropy of the features' norms and that of the attention, each over ln N. ``mu`` and
-   ``tau`` are calibrated for the spectral one alone; the others need their own.
+   of H are options: the entropy of the features' norms and of the attention, each normalized by ln N. ``mu`` and
+   ``tau`` are calibrated for the spectral entropy only; the others need their own.
 3. Salient tokens: the ``k_sal`` with the most CLS attention.
 4. Covering tokens: greedy MAP of a DPP over the rest, seeded by the token least similar to the salient ones. The
    paper's two alternatives are options: farthest-point sampling, with the same seed, and facility location.
@@ -17,15 +17,17 @@ row-normalises the features before the spectrum; the paper's Eq. 2-3 do neither.
 Deviations, each where the reference is undefined or decided by rounding:
 * Stage 2 tracks the explained volume from exactly 0 (see ``greedy_dpp``); the reference's argmax over
   ``1 - e**2`` is decided by float32 noise in its first steps. The two agree wherever the reference in float64
-  is determined. Everything is decided in float64; fast paths take the entropy in float32 (``exact_entropy``).
-* No token is ever chosen twice; when the volume is exhausted, the rest is filled by saliency. The reference
-  repeats tokens there.
-* Tokens that do not differ at all have H = 1 without an eigen-solve; the reference crashes or returns noise.
+  is determined. All choices are made in float64; fast paths compute the entropy in float32 (see
+  ``exact_entropy``).
+* No token is ever chosen twice; once the volume is exhausted, the rest is filled by saliency. The reference
+  repeats tokens in that case.
+* Identical tokens have H = 1 without an eigen-solve; the reference crashes or returns noise.
 * A token whose features are zero or not finite is a zero row: it adds nothing to any spectrum, covers nothing,
-  and stage 2 takes it only in the fill. A saliency of NaN ranks last; one that is negative or not finite, and a
-  norm that is not finite, counts as 0 in the entropies.
-* Saliency ties go to the lowest index, in float32. The reference leaves them open, in float16.
-* Kept tokens stay in raster order. The reference hands them over as salient ++ covering.
+  and stage 2 takes it only to fill up. NaN saliency ranks last. In the entropies, a saliency that is negative or
+  not finite and a norm that is not finite count as 0.
+* Saliency is compared in float32 and ties go to the lowest index. The reference compares in float16 and leaves
+  ties undefined.
+* Kept tokens stay in raster order. The reference returns the salient tokens, then the covering ones.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ Coverage = Literal["dpp", "fps", "facility_location"]
 @register
 @dataclass(frozen=True, slots=True)
 class PromPrune:
-    """Salient and covering tokens, in a proportion the image itself decides.
+    """Salient and covering tokens, in a proportion that depends on the image.
 
     Args:
         mu: Entropy at which the budget is split evenly (0.42: the authors' calibration for CLIP towers).
@@ -69,8 +71,9 @@ class PromPrune:
         kr_max: Largest salient share of the budget.
         entropy: What H measures: ``spectral``, ``feature_norm`` or ``attention``.
         coverage: How stage 2 covers the rest: ``dpp``, ``fps`` or ``facility_location``.
-        exact_entropy: Take the spectral entropy from float64 eigenvalues on every device. The fast paths are right
-            to 1e-5, which seldom moves one token of the budget; on CUDA the exact solver makes the host wait.
+        exact_entropy: Compute the spectral entropy from float64 eigenvalues on every device. The fast paths are
+            accurate to 1e-5, which rarely moves one token of the budget; on CUDA the exact solver makes the host
+            wait.
         fps_from_salient: Farthest-point sampling keeps away from the salient tokens at every step; by default
             they only seed it. Needs ``coverage="fps"``.
     """
@@ -91,9 +94,9 @@ class PromPrune:
 
     def __post_init__(self) -> None:
         if not 0 <= self.kr_min <= self.kr_max <= 1:
-            raise ValueError(f"0 <= kr_min <= kr_max <= 1 is needed, got {self.kr_min} and {self.kr_max}")
+            raise ValueError(f"kr must satisfy 0 <= kr_min <= kr_max <= 1, got {self.kr_min} and {self.kr_max}")
         if not (math.isfinite(self.mu) and math.isfinite(self.tau) and self.tau > 0):
-            raise ValueError(f"mu must be finite and tau finite and above 0, got {self.mu} and {self.tau}")
+            raise ValueError(f"mu must be finite, and tau finite and above 0, got {self.mu} and {self.tau}")
         if self.entropy not in get_args(Entropy):
             raise ValueError(f"entropy must be one of {', '.join(get_args(Entropy))}, got {self.entropy!r}")
         if self.coverage not in get_args(Coverage):
@@ -110,57 +113,58 @@ class PromPrune:
             )
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
-        """Keep ``keep`` tokens; reports ``saliency_tokens`` and, by its name, the entropy used."""
-        return self._selected([features], [keep])[0]
+        """Keep ``keep`` tokens; reports ``saliency_tokens`` and the entropy by name, as ``spectral_entropy``."""
+        return self._select_batch([features], [keep])[0]
 
     def select_many(self, groups: Sequence[VisionFeatures], keeps: Sequence[int]) -> list[Selection]:
-        """Do for each group as ``select`` does: the same tokens, in fewer launches on CUDA."""
-        found: dict[int, Selection] = {}
+        """Select from each group as ``select`` does: the same tokens, with fewer launches on CUDA."""
+        selections: dict[int, Selection] = {}
         for batch in batches([group.projected for group in groups]):
-            found |= zip(batch, self._selected([groups[i] for i in batch], [keeps[i] for i in batch]), strict=True)
-        return [found[i] for i in range(len(groups))]
+            results = self._select_batch([groups[i] for i in batch], [keeps[i] for i in batch])
+            selections |= zip(batch, results, strict=True)
+        return [selections[i] for i in range(len(groups))]
 
     def entropy_of(self, features: VisionFeatures) -> Tensor:
-        """Return H of a group, 0-d float64 in [0, 1]: what decides how its budget is split."""
+        """Return H of a group, 0-d float64 in [0, 1], which decides how its budget is split."""
         return self._entropies([features], cosines([features.projected]))[0]
 
-    def _selected(self, groups: Sequence[VisionFeatures], keeps: Sequence[int]) -> list[Selection]:
-        similar = cosines([group.projected for group in groups])  # one Gram for the entropy and the coverage
-        entropies = self._entropies(groups, similar)
-        salient = [self._salient(entropy, keep) for entropy, keep in zip(entropies, keeps, strict=True)]
+    def _select_batch(self, groups: Sequence[VisionFeatures], keeps: Sequence[int]) -> list[Selection]:
+        similarity = cosines([group.projected for group in groups])  # one Gram for the entropy and the coverage
+        entropies = self._entropies(groups, similarity)
+        salient = [self._salient_count(entropy, keep) for entropy, keep in zip(entropies, keeps, strict=True)]
         orders = [descending_order(group.saliency) for group in groups if group.saliency is not None]  # (N,) each
-        picks = self._cover(similar, orders, salient, keeps)
+        picks = self._cover(similarity, orders, salient, keeps)
         return [
             Selection(tokens.sort().values, report={f"{self.entropy}_entropy": entropy, "saliency_tokens": count})
             for tokens, entropy, count in zip(picks, entropies, salient, strict=True)
         ]
 
-    def _salient(self, entropy: Tensor, keep: int) -> Tensor:
+    def _salient_count(self, entropy: Tensor, keep: int) -> Tensor:
         z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
         share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
-        return (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, as the reference
+        return (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, like the reference
 
-    def _entropies(self, groups: Sequence[VisionFeatures], similar: Cosines) -> list[Tensor]:
-        known = [group.entropy for group in groups if group.entropy is not None]
-        if len(known) == len(groups):
-            return known
+    def _entropies(self, groups: Sequence[VisionFeatures], similarity: Cosines) -> list[Tensor]:
+        preset = [group.entropy for group in groups if group.entropy is not None]
+        if len(preset) == len(groups):
+            return preset
         if self.entropy == "spectral":
-            found = similar.entropies(exact=self.exact_entropy)
+            entropies = similarity.entropies(exact=self.exact_entropy)
         elif self.entropy == "feature_norm":
-            found = [share_entropy(group.projected.double().norm(dim=1)) for group in groups]
+            entropies = [share_entropy(group.projected.double().norm(dim=1)) for group in groups]
         else:
-            found = [share_entropy(group.saliency) for group in groups if group.saliency is not None]
+            entropies = [share_entropy(group.saliency) for group in groups if group.saliency is not None]
         return [
             computed if group.entropy is None else group.entropy
-            for group, computed in zip(groups, found, strict=True)
+            for group, computed in zip(groups, entropies, strict=True)
         ]
 
     def _cover(
-        self, similar: Cosines, orders: Sequence[Tensor], salient: Sequence[Tensor], keeps: Sequence[int]
+        self, similarity: Cosines, orders: Sequence[Tensor], salient: Sequence[Tensor], keeps: Sequence[int]
     ) -> list[Tensor]:
         if self.coverage == "dpp":
-            return similar.greedy_dpp(orders, salient, keeps)
+            return similarity.greedy_dpp(orders, salient, keeps)
         cover = facility_location
         if self.coverage == "fps":
             cover = partial(farthest_points, from_given=self.fps_from_salient)
-        return [cover(*each) for each in zip(similar.matrices(), orders, salient, keeps, strict=True)]
+        return [cover(*each) for each in zip(similarity.matrices(), orders, salient, keeps, strict=True)]

@@ -1,8 +1,8 @@
-"""Fixed splits of the budget between salient and covering tokens: what PromPrune's adaptive split has to beat.
+"""Fixed splits of the budget between salient and covering tokens: what PromPrune's adaptive split must beat.
 
-The paper's own ablation (arXiv 2603.14892, Table 4) holds the salient share fixed: the same two stages, with the
-share taken from no entropy. These are ``promprune`` with ``kr_min = kr_max``, under names of their own so that a
-request can choose one. All salient is ``fastervlm``.
+The paper's own ablation (arXiv 2603.14892, Table 4) uses the same two stages with a fixed salient share, whatever
+the entropy. These methods are ``promprune`` with ``kr_min = kr_max``, under their own names so that a request can
+choose one. A share of 100 % is ``fastervlm``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ class _Split:
     percent: ClassVar[int]
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
-        """Keep the most attended tokens to that share of ``keep``, and cover the rest of the image."""
+        """Keep the most attended tokens for ``percent`` of ``keep``, and covering tokens for the rest."""
         share = self.percent / 100
-        none = torch.zeros(
-            (), dtype=torch.float64, device=features.projected.device
-        )  # spares looking at the spectrum
-        chosen = PromPrune(kr_min=share, kr_max=share).select(replace(features, entropy=none), keep)
-        return Selection(chosen.indices, report={"saliency_tokens": chosen.report["saliency_tokens"]})
+        # A preset entropy avoids computing the spectrum; with a fixed share its value does not matter.
+        entropy = torch.zeros((), dtype=torch.float64, device=features.projected.device)
+        selection = PromPrune(kr_min=share, kr_max=share).select(replace(features, entropy=entropy), keep)
+        return Selection(selection.indices, report={"saliency_tokens": selection.report["saliency_tokens"]})
 
 
 @register
 @dataclass(frozen=True, slots=True)
 class Split0(_Split):
-    """PromPrune's second stage alone: every token covers."""
+    """PromPrune's second stage alone: covering tokens only."""
 
     name: ClassVar[str] = "split-0"
     percent: ClassVar[int] = 0
@@ -46,7 +45,7 @@ class Split0(_Split):
 @register
 @dataclass(frozen=True, slots=True)
 class Split25(_Split):
-    """PromPrune with a quarter of the budget salient, whatever the image."""
+    """PromPrune with a quarter of the budget for salient tokens, whatever the image."""
 
     name: ClassVar[str] = "split-25"
     percent: ClassVar[int] = 25
@@ -55,7 +54,7 @@ class Split25(_Split):
 @register
 @dataclass(frozen=True, slots=True)
 class Split50(_Split):
-    """PromPrune with half of the budget salient, whatever the image."""
+    """PromPrune with half of the budget for salient tokens, whatever the image."""
 
     name: ClassVar[str] = "split-50"
     percent: ClassVar[int] = 50
@@ -64,7 +63,7 @@ class Split50(_Split):
 @register
 @dataclass(frozen=True, slots=True)
 class Split75(_Split):
-    """PromPrune with three quarters of the budget salient, whatever the image."""
+    """PromPrune with three quarters of the budget for salient tokens, whatever the image."""
 
     name: ClassVar[str] = "split-75"
     percent: ClassVar[int] = 75

@@ -1,1 +1,1 @@
-"""Metrics: the catalogue of what exists, and the one writer."""
+"""Metrics: the catalog of all metrics, and the only code that writes them."""

@@ -1,4 +1,4 @@
-"""Every metric: name, type, labels, buckets, help. The one source for code, documents, dashboards and tests."""
+"""Every metric: name, type, labels, buckets, help. Code, documents, dashboards and tests all read this list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from promprune_vllm.errors import BudgetReason
 
 UNPRUNED = "none"
-"""Value of the label ``method`` for images that keep every token: nothing selects from them."""
+"""Value of the label ``method`` for images that keep every token: no method runs on them."""
 OUTCOMES = ("pruned", "full", "text", "refused", "failed")
 REASONS: tuple[str, ...] = get_args(BudgetReason)
 FORMS = ("tokens", "share", "full", "auto", "list", "total")
@@ -18,15 +18,15 @@ STAGES = ("choose", "assemble")
 LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model_name": ("the name the model is served under, as in vLLM's own series", ()),
     "method": (f"a method the server allows; `{UNPRUNED}` for images that keep every token", ()),
-    "outcome": ("what became of a prompt", OUTCOMES),
+    "outcome": ("how the prompt was handled", OUTCOMES),
     "reason": ("why a budget was refused", REASONS),
-    "form": ("how a budget was written", FORMS),
-    "stage": ("part of a selection", STAGES),
+    "form": ("what kind of budget was sent", FORMS),
+    "stage": ("stage of a selection", STAGES),
     "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
-    "version": ("of promprune-vllm", ()),
-    "vllm_version": ("of vLLM", ()),
+    "version": ("version of promprune-vllm", ()),
+    "vllm_version": ("version of vLLM", ()),
 }
-"""Label -> what it says, and every value it can take; none where the server's settings decide."""
+"""Label -> its meaning, and every value it can take; no values if they depend on the server's settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Metric:
     """One metric family.
 
     Args:
-        name: As Prometheus shows it; counters end in ``_total``.
-        kind: ``counter``, ``histogram`` or ``gauge``, of which the lowest of all processes is shown.
-        help: What it counts, for whoever reads ``/metrics``.
-        labels: Keys of ``LABELS``.
-        buckets: Upper bounds of a histogram, in the unit of the name.
-        unpruned: Whether ``method`` takes the value ``none`` as well.
+        name: Name in Prometheus; counters end in ``_total``.
+        kind: ``counter``, ``histogram`` or ``gauge``. A gauge shows the lowest value of all processes.
+        help: What it measures, as shown in ``/metrics``.
+        labels: Label names, keys of ``LABELS``.
+        buckets: Upper bounds of a histogram's buckets, in the unit of its name.
+        unpruned: Whether the label ``method`` can also be ``none``.
         derived: Whether it is shown only for models whose sizes are known.
     """
 
@@ -52,10 +52,10 @@ class Metric:
     derived: bool = False
 
     def series(self, model_name: str, methods: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """Yield the label values of every series a server of one model can show; of ``build_info``, none."""
+        """Yield the label values of every series that a server of one model can have; none for ``build_info``."""
         if "version" in self.labels:
             return
-        values = {name: known for name, (_, known) in LABELS.items()}
+        values = {name: possible for name, (_, possible) in LABELS.items()}
         values["model_name"] = (model_name,)
         values["method"] = (*methods, UNPRUNED) if self.unpruned else tuple(methods)
         yield from product(*(values[label] for label in self.labels))
@@ -64,35 +64,35 @@ class Metric:
 _BY_METHOD = ("model_name", "method")
 _TOKENS = tuple(float(n) for n in (16, 32, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 2048, 4096, 8192, 16384))
 _SHARES = tuple(i / 20 for i in range(1, 21))
-_ONCE = "Counted once per prompt, when the engine takes it, whether its images are cached or not."
+_ONCE = "Counted once per prompt, when the engine accepts it, whether its images are cached or not."
 
 REQUESTS = Metric(
     "promprune_requests_total",
     "counter",
     "Prompts by outcome: pruned (at least one image lost tokens), full (images kept every token), "
-    "text (no image), refused (a visual token budget that cannot be honoured); and once more as failed if "
-    "selecting the tokens of its images went wrong.",
+    "text (no image), refused (a visual token budget that cannot be honored). A prompt is counted again as failed "
+    "if selecting the tokens of its images failed.",
     labels=("model_name", "outcome"),
 )
 REFUSED = Metric(
     "promprune_refused_requests_total",
     "counter",
-    "Requests refused with HTTP 400 by reason: invalid (not a budget), limits (outside the server's), images "
-    "(does not fit the number of images), method (not allowed), unsupported (model or image cannot be pruned), "
-    "field (misspelled, or in the wrong place).",
+    "Requests refused with HTTP 400 by reason: invalid (not a budget), limits (outside the server's limits), "
+    "images (does not match the number of images), method (not allowed), unsupported (model or image cannot be "
+    "pruned), field (misspelled, or in the wrong place).",
     labels=("model_name", "reason"),
 )
 BUDGETS = Metric(
     "promprune_budgets_total",
     "counter",
-    "Prompts with images whose request carried a visual token budget, by the form it was written in.",
+    "Prompts with images whose request sent a visual token budget, by the kind of budget.",
     labels=("model_name", "form"),
 )
 IMAGES = Metric(
     "promprune_images_total",
     "counter",
-    "Images by the method that prunes them, and by whether vLLM's processor cache already had the image under the "
-    f"same setting. {_ONCE}",
+    "Images by the method that prunes them, and by whether vLLM's processor cache already held the image with the "
+    f"same settings. {_ONCE}",
     labels=(*_BY_METHOD, "cached"),
     unpruned=True,
 )
@@ -113,30 +113,30 @@ TOKENS_KEPT = Metric(
 TOKENS_SAVED = Metric(
     "promprune_visual_tokens_saved_total",
     "counter",
-    f"Visual tokens of images that never enter the language model: seen less kept. {_ONCE}",
+    f"Visual tokens of images that never enter the language model: seen minus kept. {_ONCE}",
     labels=_BY_METHOD,
 )
 KV_BYTES_SAVED = Metric(
     "promprune_kv_cache_saved_bytes_total",
     "counter",
-    "Bytes of KV cache that prompts do not fill because of pruning, over all layers and ranks: whole blocks of "
-    f"the unpruned prompt less whole blocks of the pruned one, as if no block were shared. {_ONCE}",
+    "Bytes of KV cache that prompts do not use because of pruning, over all layers and ranks: whole blocks of "
+    f"the unpruned prompt minus whole blocks of the pruned one, as if no block were shared. {_ONCE}",
     labels=_BY_METHOD,
     derived=True,
 )
 FLOPS_AVOIDED = Metric(
     "promprune_prefill_flops_avoided_total",
     "counter",
-    "Floating-point operations of the language model's prefill that pruning avoids: F(unpruned) less F(pruned) "
-    "tokens, F(n) = 2 n (weights of all decoder layers) + 2 n (n + 1) layers x heads x head size, as if no prefix "
-    f"were cached. {_ONCE}",
+    "Floating-point operations of the language model's prefill that pruning avoids: F(unpruned tokens) minus "
+    "F(pruned tokens), F(n) = 2 n (weights of all decoder layers) + 2 n (n + 1) layers x heads x head size, as if "
+    f"no prefix were cached. {_ONCE}",
     labels=_BY_METHOD,
     derived=True,
 )
 IMAGE_KEPT_TOKENS = Metric(
     "promprune_image_kept_tokens",
     "histogram",
-    f"Visual tokens that one image keeps. {_ONCE}",
+    f"Visual tokens kept per image. {_ONCE}",
     labels=_BY_METHOD,
     buckets=_TOKENS,
     unpruned=True,
@@ -145,7 +145,7 @@ SELECTION_SECONDS = Metric(
     "promprune_selection_seconds",
     "histogram",
     "Time to choose the tokens of one image (stage choose), and to gather or merge their rows (stage assemble); "
-    "once per encoded image: one that is in the encoder cache is not selected again.",
+    "once per encoded image. Images in the encoder cache are not selected again.",
     labels=(*_BY_METHOD, "stage"),
     # From a fused kernel (50 us) to a 16k-token image on a CPU (1 s).
     buckets=(5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0),
@@ -153,36 +153,36 @@ SELECTION_SECONDS = Metric(
 SPECTRAL_ENTROPY = Metric(
     "promprune_spectral_entropy",
     "histogram",
-    "Spectral entropy of an image's tokens, 0 (all alike) to 1 (nothing alike); for methods that use it, once per "
-    "selection: an encoded image, or each of its tiles.",
+    "Spectral entropy of an image's tokens, 0 (all alike) to 1 (all different), for methods that use it. Observed "
+    "once per selection: per encoded image, or per tile.",
     labels=_BY_METHOD,
     buckets=_SHARES,
 )
 SALIENCY_SHARE = Metric(
     "promprune_saliency_share",
     "histogram",
-    "Share of the kept tokens that were chosen for their saliency, the others for what they cover; for methods "
-    "that split the budget so, once per selection: an encoded image, or each of its tiles.",
+    "Share of the kept tokens chosen for saliency rather than coverage, for methods that split the budget this "
+    "way. Observed once per selection: per encoded image, or per tile.",
     labels=_BY_METHOD,
     buckets=_SHARES,
 )
 ENCODER_BATCH_TOKENS = Metric(
     "promprune_encoder_batch_tokens",
     "histogram",
-    "Unpruned visual tokens in one call of the vision encoder: a step's images are encoded in micro-batches that "
-    "the encoder's memory was profiled for.",
+    "Unpruned visual tokens per call of the vision encoder: a step's images are encoded in micro-batches of at "
+    "most the size that the encoder's memory was profiled for.",
     buckets=(256.0, 576.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0),
 )
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
-    "Share of the default that images keep at the moment where nothing else is asked; below 1 under load. "
-    "Of several API servers, the lowest.",
+    "Share of the default budget that images currently keep if their request sets no budget; below 1 under load. "
+    "With several API servers, the lowest.",
 )
 BUILD_INFO = Metric(
     "promprune_build_info",
     "gauge",
-    "Always 1; its labels say what runs.",
+    "Always 1; the labels show the method and the versions that run.",
     labels=("model_name", "method", "version", "vllm_version"),
 )
 

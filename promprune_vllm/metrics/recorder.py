@@ -1,8 +1,8 @@
 """The only writer of metrics.
 
-vLLM runs the API server and the workers in processes of their own, and each writes here. Values live in mmap
-files of one directory, which the server's ``/metrics`` reads: vLLM's own directory where it made one (several
-API servers), otherwise a private one beside vLLM's registry. vLLM's own series are the same with and without us.
+vLLM runs the API server and the workers in separate processes, and each writes its values to mmap files in one
+directory, which the server's ``/metrics`` reads. It is vLLM's own directory if vLLM made one (several API
+servers), otherwise a private one next to vLLM's registry. vLLM's own series are the same with and without us.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
 _OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _FILE_BYTES = 1 << 20
-"""Of each of a process's three files: all series of all methods fill half of it, so they never grow."""
+"""Size of each of a process's three files. All series of all methods fill half of it, so files never grow."""
 
 
 def prepare_directory() -> None:
-    """Make the private directory, once, in a server's first process; the processes it spawns inherit it.
+    """Create the private directory, once, in a server's first process; the processes it spawns inherit it.
 
-    A process that was not spawned by multiprocessing is a first one: a server started from a program that has
-    the plugin loaded inherits that program's variable, and must not write into its directory.
+    Any process not spawned by multiprocessing is a first process: a server started from a program that has the
+    plugin loaded inherits that program's variable, and must not write into its directory.
     """
-    if DIRECTORY_VARIABLE in os.environ and (_made_here() or multiprocessing.parent_process() is not None):
+    if DIRECTORY_VARIABLE in os.environ and (_owns_directory() or multiprocessing.parent_process() is not None):
         return
     directory = tempfile.mkdtemp(prefix="promprune-metrics-")
     os.environ[DIRECTORY_VARIABLE] = directory
@@ -44,7 +44,7 @@ def prepare_directory() -> None:
     atexit.register(_remove, directory, os.getpid())
 
 
-def _made_here() -> bool:
+def _owns_directory() -> bool:
     return os.environ.get(_OWNER_VARIABLE) == str(os.getpid())
 
 
@@ -54,19 +54,19 @@ def _remove(directory: str, owner: int) -> None:
 
 
 def expose(model_name: str, methods: Sequence[str], versions: tuple[str, str], *, derived: bool) -> None:
-    """Make this process's ``/metrics`` show what every process wrote, every series before its first event.
+    """Make this process's ``/metrics`` show the values of all processes, and every series before its first event.
 
     Args:
-        model_name: What the model is served as.
-        methods: Those the server allows, the default first.
-        versions: Of promprune-vllm and of vLLM.
-        derived: Whether bytes and operations saved can be told for this model; else they are not shown, for a
-            zero would say that there were none.
+        model_name: Name the model is served under.
+        methods: The methods the server allows, the default first.
+        versions: Versions of promprune-vllm and of vLLM.
+        derived: Whether the bytes and operations saved are known for this model. If not, these metrics are left
+            out, since zeros would mean that nothing was saved.
     """
-    ours = recorder(model_name)
-    ours.create([metric for metric in CATALOG if derived or not metric.derived], methods)
-    ours.level(Fraction(1))
-    ours.build(methods[0], *versions)
+    writer = recorder(model_name)
+    writer.create([metric for metric in CATALOG if derived or not metric.derived], methods)
+    writer.level(Fraction(1))
+    writer.build(methods[0], *versions)
     if VLLM_VARIABLE not in os.environ:
         _attach(os.environ[DIRECTORY_VARIABLE])
 
@@ -80,14 +80,14 @@ def recorder(model_name: str) -> Recorder:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """What a prompt's pruning saves; see the catalogue for what exactly is meant."""
+    """What pruning saves for one prompt; the catalog defines both exactly."""
 
     kv_bytes: int
     flops: int
 
 
 class Recorder:
-    """Counts into the files of one directory, for one model."""
+    """Writes the metrics of one model to the files of one directory."""
 
     def __init__(self, directory: str, model_name: str) -> None:
         self._directory = directory
@@ -98,7 +98,7 @@ class Recorder:
             self._families = {metric.name: _family(metric) for metric in CATALOG}
 
     def create(self, metrics: Sequence[Metric], methods: Sequence[str]) -> None:
-        """Show every series of these metrics at zero; but no gauge, which shows the lowest any process set."""
+        """Create every series of these metrics at zero. Not gauges: they show the lowest value of any process."""
         for metric in metrics:
             if metric.kind == "gauge":
                 continue
@@ -109,39 +109,40 @@ class Recorder:
         """Count a prompt with images.
 
         Args:
-            method: What selects the tokens of images that lose any.
-            images: Of each image, visual tokens seen and kept, and whether it came from the processor cache.
-            saving: What pruning saves, where that is known.
+            method: The method that prunes those of the images that lose tokens.
+            images: For each image, its tokens before pruning, the tokens kept, and whether it came from the
+                processor cache.
+            saving: What pruning saves, if known.
         """
-        for seen, kept, cached in images:
-            by = method if kept < seen else catalog.UNPRUNED
-            self._at(catalog.IMAGES, by, str(cached).lower()).inc()
-            self._at(catalog.TOKENS_SEEN, by).inc(seen)
-            self._at(catalog.TOKENS_KEPT, by).inc(kept)
-            self._at(catalog.IMAGE_KEPT_TOKENS, by).observe(kept)
-            if kept < seen:
-                self._at(catalog.TOKENS_SAVED, by).inc(seen - kept)
-        pruned = any(kept < seen for seen, kept, _ in images)
+        for total, kept, cached in images:
+            label = method if kept < total else catalog.UNPRUNED
+            self._at(catalog.IMAGES, label, str(cached).lower()).inc()
+            self._at(catalog.TOKENS_SEEN, label).inc(total)
+            self._at(catalog.TOKENS_KEPT, label).inc(kept)
+            self._at(catalog.IMAGE_KEPT_TOKENS, label).observe(kept)
+            if kept < total:
+                self._at(catalog.TOKENS_SAVED, label).inc(total - kept)
+        pruned = any(kept < total for total, kept, _ in images)
         if saving is not None and pruned:
             self._at(catalog.KV_BYTES_SAVED, method).inc(saving.kv_bytes)
             self._at(catalog.FLOPS_AVOIDED, method).inc(saving.flops)
         self.outcome("pruned" if pruned else "full")
 
     def outcome(self, outcome: str) -> None:
-        """Count a prompt by what became of it, one of ``OUTCOMES``."""
+        """Count a prompt by its outcome, one of ``OUTCOMES``."""
         self._at(catalog.REQUESTS, outcome).inc()
 
     def refused(self, reason: str) -> None:
-        """Count a refused request, for one of ``REASONS``."""
+        """Count a refused request by reason, one of ``REASONS``."""
         self.outcome("refused")
         self._at(catalog.REFUSED, reason).inc()
 
     def budget(self, form: str) -> None:
-        """Count a budget that came with images, in one of ``FORMS``."""
+        """Count a budget sent with images by its kind, one of ``FORMS``."""
         self._at(catalog.BUDGETS, form).inc()
 
     def selection(self, method: str, stage: str, seconds: float) -> None:
-        """Observe the time that one of ``STAGES`` took for one image."""
+        """Observe how long one of ``STAGES`` took for one image."""
         self._at(catalog.SELECTION_SECONDS, method, stage).observe(seconds)
 
     def entropy(self, method: str, value: float) -> None:
@@ -149,47 +150,47 @@ class Recorder:
         self._at(catalog.SPECTRAL_ENTROPY, method).observe(value)
 
     def saliency_share(self, method: str, value: float) -> None:
-        """Observe the share of salient tokens in one selection, 0 to 1."""
+        """Observe the share of salient tokens of one selection, 0 to 1."""
         self._at(catalog.SALIENCY_SHARE, method).observe(value)
 
     def encoder_batch(self, tokens: int) -> None:
-        """Observe the unpruned tokens of one call of the vision encoder."""
+        """Observe the number of unpruned tokens in one call of the vision encoder."""
         self._at(catalog.ENCODER_BATCH_TOKENS).observe(tokens)
 
     def level(self, level: Fraction) -> None:
-        """Show the share of the default that images keep from now on."""
+        """Set the share of the default that images keep from now on."""
         self._at(catalog.POLICY_LEVEL).set(float(level))
 
     def build(self, method: str, version: str, vllm_version: str) -> None:
-        """Show what runs: the default method, and the versions of promprune-vllm and of vLLM."""
+        """Set the build info: the default method, and the versions of promprune-vllm and of vLLM."""
         self._at(catalog.BUILD_INFO, method, version, vllm_version).set(1)
 
     @contextmanager
     def _mapping(self) -> Iterator[None]:
-        """While open, prometheus_client creates its values as ours.
+        """Make prometheus_client create its values in our files while this context is open.
 
-        It decides that once per process when imported, from the environment; vLLM has imported it by the time a
-        plugin runs. The two module-level names used are checked by a test.
+        prometheus_client decides where values live once per process, on import, from the environment; vLLM has
+        imported it by the time a plugin runs. A test checks the two module-level names used here.
         """
         from prometheus_client import values
 
-        before = values.ValueClass, os.environ.get(VLLM_VARIABLE)
+        previous_class, previous_directory = values.ValueClass, os.environ.get(VLLM_VARIABLE)
         values.ValueClass = self._values
         os.environ[VLLM_VARIABLE] = self._directory
         try:
             yield
         finally:
-            values.ValueClass = before[0]
-            if before[1] is None:
+            values.ValueClass = previous_class
+            if previous_directory is None:
                 del os.environ[VLLM_VARIABLE]
             else:
-                os.environ[VLLM_VARIABLE] = before[1]
+                os.environ[VLLM_VARIABLE] = previous_directory
 
     def _at(self, metric: Metric, *values: str) -> Any:
-        """Return a series of this model, by the values of its other labels."""
+        """Return a series of this model by the values of its labels other than the model."""
         key = (metric.name, *values)
         if key not in self._series:
-            with self._mapping():  # a new series could not find the directory by itself
+            with self._mapping():  # without it, a new series would not be written to the directory
                 self._series[key] = self._families[metric.name].labels(self._model_name, *values)
         return self._series[key]
 
@@ -219,12 +220,12 @@ def _family(metric: Metric) -> Any:
 
 @cache
 def _mapped_values(directory: str, pid: int) -> Any:
-    """Return prometheus_client's class of values in mmap files, with files of our own in ``directory``.
+    """Return prometheus_client's class for values in mmap files, with separate files in ``directory`` for us.
 
-    The files get their room on the disk at once: to write into a mapped page for which a disk has no room left
-    kills the process, without an error that anybody could catch. They have names of their own because in vLLM's
-    directory its values lie in files by process too, and two writers of one file overwrite each other. For that
-    reason, too, there is one class for a directory.
+    The files are allocated in full at once: writing to a mapped page that no longer fits on the disk kills the
+    process, with no error to catch. The files have their own names because vLLM's files in its directory are also
+    named by process, and two writers of one file overwrite each other. There is one class per directory for the
+    same reason.
 
     Raises:
         SettingsError: The directory cannot be written to.
@@ -238,8 +239,8 @@ def _mapped_values(directory: str, pid: int) -> Any:
                 os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
         except OSError as error:
             raise SettingsError(
-                f"Metrics cannot be kept in {directory} ({error.strerror}): make room there, or name another "
-                "place with TMPDIR."
+                f"Metrics cannot be kept in {directory} ({error.strerror}): free some space there, or set TMPDIR "
+                "to another directory."
             ) from error
     return values.MultiProcessValue(lambda: _name(pid))  # type: ignore[no-untyped-call]
 

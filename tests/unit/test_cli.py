@@ -175,7 +175,7 @@ def test_the_help_explains_every_option() -> None:
     help_text = " ".join(serve_options.help_text().split())
     for name in Settings.model_fields:
         assert serve_options.variable(name) in help_text
-    assert 'kept per image where a request asks for nothing: tokens, "25%" or "full"' in help_text
+    assert 'tokens kept per image if a request sets no budget: a number, "25%" or "full"' in help_text
 
 
 def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ def test_names_what_it_misses(method: str, need: Need) -> None:
     assert need.name
     lacking = changed(draw((1, 4, 5)), **{need.name.lower(): None})
     if need in methods()[method].needs:
-        with pytest.raises(ValueError, match=rf"'{method}' needs {need.name} and"):
+        with pytest.raises(ValueError, match=rf"'{method}' needs {need.name}, which"):
             select(lacking, 6, method)
     else:
         assert same(select(lacking, 6, method), select(draw((1, 4, 5)), 6, method))

@@ -115,7 +115,7 @@ def test_several_groups_are_refused_as_one_is() -> None:
     group = features()
     with pytest.raises(BudgetError, match="keep must be a positive integer, got 0"):
         select_many([group, group], [3, 0])
-    with pytest.raises(ValueError, match="2 groups need as many numbers of tokens to keep, not 1"):
+    with pytest.raises(ValueError, match="2 groups need one number of tokens to keep each, got 1"):
         select_many([group, group], [3])
     assert select_many([], []) == []
 
