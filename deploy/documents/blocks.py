@@ -8,13 +8,14 @@ from pathlib import Path
 
 from deploy.documents import methods, options, patches, routes
 from promprune_vllm.commands import families, metrics
+from promprune_vllm.commands.methods import describe
 from promprune_vllm.evaluation import lmms
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
-    "methods": methods.markdown,
+    "methods": lambda: methods.markdown(describe()),
     "families": families.markdown,
     "metrics": metrics.markdown,
     "options": options.markdown,

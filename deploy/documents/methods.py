@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.commands.methods import describe
 from promprune_vllm.markdown import table
 
 AGREEMENT = Path(__file__).parents[2] / "tests" / "golden" / "agreement.json"
@@ -32,8 +31,12 @@ _COLUMNS = ("method", "paper", "needs", "what it does", "merges or drops", "gold
 _ABSENT = "-"
 
 
-def markdown() -> str:
-    """Render the table."""
+def markdown(methods: Iterable[Mapping[str, Any]]) -> str:
+    """Render the table.
+
+    Args:
+        methods: What ``promprune methods --json`` prints.
+    """
     measured: Mapping[str, Any] = json.loads(AGREEMENT.read_text(encoding="utf-8"))
     rows = [
         (
@@ -44,7 +47,7 @@ def markdown() -> str:
             "merges" if row["merges"] else "drops",
             _agreement(measured.get(row["name"])),
         )
-        for row in describe()
+        for row in methods
     ]
     rows += [(name, _linked(paper), _ABSENT, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()]
     return table(_COLUMNS, rows)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from promprune_vllm.bench.load import LEVEL, Load, Result, metrics, run
 from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.client import base_url
 from promprune_vllm.core.budget import AUTO
 from promprune_vllm.demo.model import find_or_build_demo_model
 from promprune_vllm.demo.server import one_worker, serving
@@ -117,7 +118,7 @@ def a_server(
         err: Told what is being done.
     """
     if url is not None:
-        yield url.rstrip("/")
+        yield base_url(url)
         return
     import torch
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from promprune_vllm.client import base_url
 from promprune_vllm.demo.model import find_or_build_demo_model
 from promprune_vllm.demo.server import is_healthy, log_end, one_worker, serving
 from promprune_vllm.errors import BenchError
@@ -39,7 +40,7 @@ def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -
         tell: Told what is being done.
     """
     if url is not None:
-        yield url.rstrip("/"), None
+        yield base_url(url), None
         return
     tell("Starting a server with little of everything …")
     options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1", **_GIVEN_BACK})

@@ -20,7 +20,8 @@ def methods(
 ) -> None:
     """List the methods that can select tokens, with what they need and their defaults."""
     if as_markdown:
-        typer.echo(import_from_checkout("deploy.documents.methods", "methods --markdown").markdown())
+        table = import_from_checkout("deploy.documents.methods", "methods --markdown")
+        typer.echo(table.markdown(describe()))
     elif as_json:
         typer.echo(json.dumps(describe(), indent=2))
     else:

@@ -16,6 +16,7 @@ import httpx
 from PIL import Image
 from rich.table import Table
 
+from promprune_vllm.client import authorization, base_url, counted_tokens
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.demo import images
 from promprune_vllm.demo.traffic import Ask, Line, Picture, Sent, lines, plan, total
@@ -23,7 +24,6 @@ from promprune_vllm.errors import DemoError
 
 _LONGEST_SIDE_PX = 448
 _TIMEOUT_SECONDS = 300
-_SEEN, _KEPT = "x-visual-tokens-seen", "x-visual-tokens-kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,6 @@ class Report:
             kind, *numbers = asdict(row).values()
             table.add_row(kind, *(f"{number:,}" if number else "" for number in numbers))
         return table
-
-
-def base_url(url: str) -> str:
-    """Return a server's address without the ``/v1`` that OpenAI's clients want behind it."""
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def send(url: str, traffic: Traffic, api_key: str | None = None) -> Report:
@@ -130,7 +125,7 @@ def _taken(asks: Iterator[Ask], guard: threading.Lock, over: threading.Event) ->
 def _other_methods(url: str, key: str) -> list[str]:
     """Return the methods a request may name beside the server's own; makes sure that it is a server of ours."""
     try:
-        reply = httpx.get(f"{url}/v1/visual_tokens", headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        reply = httpx.get(f"{url}/v1/visual_tokens", headers=authorization(key), timeout=30)
     except httpx.TransportError as error:
         raise DemoError(f"No server answers at {url}: {error}.") from error
     if reply.status_code == httpx.codes.UNAUTHORIZED:
@@ -177,7 +172,7 @@ def _answered(client: Any, model: str, ask: Ask) -> Sent:
                 if ask.abort and chunk.choices and chunk.choices[0].delta.content:
                     outcome = "aborted"
                     break  # closes the connection, as a user does who has read enough
-    return Sent(ask.kind, outcome, int(reply.headers.get(_SEEN, 0)), int(reply.headers.get(_KEPT, 0)))
+    return Sent(ask.kind, outcome, *counted_tokens(reply.headers))
 
 
 def _content(ask: Ask) -> list[dict[str, Any]]:

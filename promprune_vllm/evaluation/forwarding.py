@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from promprune_vllm.client import counted_tokens
 from promprune_vllm.evaluation.target import Target, trusted
 
 CHAT = "/v1/chat/completions"
@@ -48,8 +49,9 @@ class Tally:
                 self.last_refusal = f"status {reply.status_code}: {reply.text[:500]}"
                 return
             self.answered += 1
-            self.seen += int(reply.headers.get("x-visual-tokens-seen", 0))
-            self.kept += int(reply.headers.get("x-visual-tokens-kept", 0))
+            seen, kept = counted_tokens(reply.headers)
+            self.seen += seen
+            self.kept += kept
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from promprune_vllm.client import authorization, base_url
 from promprune_vllm.errors import EvaluationError
 
 STATE_PATH = "/v1/visual_tokens"
@@ -35,7 +36,7 @@ class Target:
     @property
     def headers(self) -> dict[str, str]:
         """What every request carries."""
-        return _headers(self.api_key)
+        return authorization(self.api_key)
 
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
@@ -73,12 +74,12 @@ def look(url: str, model: str | None = None, api_key: str | None = None) -> Targ
     Raises:
         EvaluationError: Nobody answers, the plugin is not there, or the model is not served or cannot be pruned.
     """
-    url = url.rstrip("/").removesuffix("/v1")
+    url = base_url(url)
     none = (
         f"{url} serves without promprune-vllm: it has no {STATE_PATH}. "
         "Install the plugin beside its vLLM and start it again, for example with `promprune serve`."
     )
-    with httpx.Client(headers=_headers(api_key), timeout=_TIMEOUT_SECONDS, verify=trusted()) as client:
+    with httpx.Client(headers=authorization(api_key), timeout=_TIMEOUT_SECONDS, verify=trusted()) as client:
         state = _get(client, url, STATE_PATH, missing=none)
         served = [each["id"] for each in _get(client, url, "/v1/models")["data"]]
     if model is not None and model not in served:
@@ -113,7 +114,3 @@ def _get(client: httpx.Client, url: str, path: str, missing: str | None = None) 
     raise EvaluationError(
         missing or f"{url}{path} answers with status {reply.status_code}: is it an OpenAI server?"
     )
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import httpx
 
+from promprune_vllm.client import authorization, base_url
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.errors import InspectError
 
@@ -26,9 +27,8 @@ class Inspecting:
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT_SECONDS)
+        self.url = base_url(url)
+        self._client = httpx.Client(base_url=self.url, headers=authorization(api_key), timeout=_TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
         return self

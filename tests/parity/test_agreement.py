@@ -8,6 +8,7 @@ import pytest
 
 from deploy.documents.methods import AGREEMENT, UNSERVABLE, markdown
 from promprune_vllm import methods
+from promprune_vllm.commands.methods import describe
 from tests.golden import measure, recipe
 
 RECORDED = json.loads(measure.AGREEMENT.read_text(encoding="utf-8"))
@@ -30,6 +31,6 @@ def test_the_file_is_up_to_date(method: str) -> None:
 
 
 def test_the_table_has_a_line_for_every_method_and_six_cells_in_each() -> None:
-    lines = markdown().splitlines()
+    lines = markdown(describe()).splitlines()
     assert [line.split(" | ")[0].strip("| `") for line in lines[2:]] == [*methods(), *UNSERVABLE]
     assert {len(line.strip("| ").split(" | ")) for line in lines} == {6}

@@ -153,10 +153,14 @@ def test_the_sdist_is_enough_to_build_and_to_test(released: Path) -> None:
     assert missing == set()
 
 
-def test_the_command_line_works_without_a_checkout(beside_vllm: Path) -> None:
+def test_the_command_line_works_without_a_checkout(beside_vllm: Path, tmp_path: Path) -> None:
     promprune = beside_vllm / "promprune"
     assert run(promprune, "--version").strip() == f"promprune-vllm {promprune_vllm.__version__}"
     assert {"promprune", "random"} <= {row["name"] for row in json.loads(run(promprune, "methods", "--json"))}
+    train = [str(promprune), "demo-model", "--train", "--out", str(tmp_path)]
+    refused = subprocess.run(train, cwd="/", env=_outside(), capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "needs deploy/training, which is in a checkout of the repository" in refused.stderr
 
 
 def test_a_plain_vllm_server_prunes(plain_server: str) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 from typer.testing import CliRunner
 
-from promprune_vllm import cli
+from promprune_vllm import cli, client
 from promprune_vllm.core.budget import BudgetRequest as Budgets
 from promprune_vllm.demo import sender
 from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, Picture, Sent, lines, plan, total
@@ -80,7 +80,7 @@ def test_every_picture_of_the_pool_is_a_small_jpeg() -> None:
 
 @pytest.mark.parametrize("given", ["http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/"])
 def test_a_url_may_be_the_one_of_openais_clients(given: str) -> None:
-    assert sender.base_url(given) == "http://h:8000"
+    assert client.base_url(given) == "http://h:8000"
 
 
 def test_mistakes_on_the_command_line_are_one_clear_line() -> None:

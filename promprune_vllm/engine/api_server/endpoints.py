@@ -89,16 +89,21 @@ class EngineBackend:
         self._inspector = inspector
         self._settings = Settings.from_environment()
 
-    def check_fields(self, body: Mapping[str, Any]) -> None:
-        """Refuse fields of ours that are misspelled, misplaced, no budget, or cannot be honoured.
+    def check_fields(self, body: Mapping[str, Any]) -> Mapping[str, object]:
+        """Return our fields of a request, the budget parsed.
 
         Args:
             body: The decoded JSON of a request to any of vLLM's routes.
+
+        Raises:
+            VLLMValidationError: HTTP 400: a field is misspelled, misplaced or invalid, or cannot be honored.
         """
         with refusing(self._renderer.model_config):
             check_names(body)
-            fields = PruningFields(read_from(body, FIELD), read_from(body, METHOD_FIELD))
-            admit(self._renderer, PruningRequest.parse(fields))
+            budget, method = read_from(body, FIELD), read_from(body, METHOD_FIELD)
+            request = PruningRequest.parse(PruningFields(budget, method))
+            admit(self._renderer, request)
+        return {FIELD: None if budget is None else request.budget, METHOD_FIELD: method}
 
     def state(self) -> VisualTokens:
         """Return what is in force."""

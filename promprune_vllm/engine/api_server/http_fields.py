@@ -33,8 +33,7 @@ def attach(app: FastAPI) -> None:
 async def _read(request: Request) -> None:
     body = await _decoded(request)
     if isinstance(body, Mapping):
-        request_fields.remember(body)
-        request.app.state.visual_tokens.check_fields(body)
+        request_fields.remember(request.app.state.visual_tokens.check_fields(body))
 
 
 async def _decoded(request: Request) -> object:

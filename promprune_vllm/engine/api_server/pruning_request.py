@@ -35,12 +35,14 @@ class PruningRequest:
 
     @classmethod
     def parse(cls, fields: PruningFields) -> PruningRequest:
-        """Validate a request's raw fields.
+        """Validate a request's fields, unless the budget was parsed already.
 
         Raises:
             BudgetError: The budget is not one.
         """
-        budget = BudgetRequest() if fields.budget is None else BudgetRequest.parse(fields.budget)
+        budget = fields.budget
+        if not isinstance(budget, BudgetRequest):
+            budget = BudgetRequest() if budget is None else BudgetRequest.parse(budget)
         return cls(budget, fields.explicit, fields.method, fields.text, fields.details)
 
     @classmethod

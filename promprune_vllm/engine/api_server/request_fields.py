@@ -21,7 +21,7 @@ class PruningFields:
     """Our fields of one request, not yet validated.
 
     Args:
-        budget: Its ``visual_token_budget``.
+        budget: Its ``visual_token_budget``; over HTTP a ``BudgetRequest``, parsed when the body was read.
         method: Its ``visual_token_method``.
         text: What the user wrote in the last turn; for methods that look at it.
         details: OpenAI's ``detail`` of each image, where the operator lets it count.
@@ -78,13 +78,13 @@ def read(request: Any, name: str) -> object:
     return read_from(fields, name)
 
 
-def remember(body: Mapping[str, Any]) -> None:
-    """Remember our fields of the HTTP request that is being handled.
+def remember(fields: Mapping[str, object]) -> None:
+    """Remember our fields of the HTTP request that is being handled, before a schema of vLLM's can drop them.
 
     Args:
-        body: Its decoded JSON, before a schema of vLLM's could drop anything.
+        fields: By name; the budget is parsed already.
     """
-    _http_fields.set({name: body[name] for name in (FIELD, METHOD_FIELD, XARGS) if name in body})
+    _http_fields.set(fields)
 
 
 def read_from(fields: Mapping[str, Any], name: str) -> object:

@@ -92,7 +92,7 @@ refuse_bombs = _as_client_error(DecompressionBombError)
 def hand_over_request(original: Any) -> Any:
     """Wrap the step, plain or async, that makes an engine's input of a prompt: validate the fields, hand them on.
 
-    This is the one place where a budget is parsed, of an HTTP request and of an offline program alike.
+    An offline program's budget is parsed here; an HTTP request's was parsed when its body was read.
     """
 
     def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
