@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from promprune_vllm.engine.compat.patching import Patch, Reason
-from promprune_vllm.engine.keys import WRITES
+from promprune_vllm.engine.keys import WRITTEN_ATTRIBUTES
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.markdown import table
 
@@ -26,7 +26,7 @@ def reasons_markdown() -> str:
 
 def writes_markdown() -> str:
     """Render which attributes of other programs' objects are set."""
-    return table(("attribute", "why it is set"), ((f"`{name}`", why) for name, why in WRITES.items()))
+    return table(("attribute", "why it is set"), ((f"`{name}`", why) for name, why in WRITTEN_ATTRIBUTES.items()))
 
 
 def _reasons() -> Iterator[tuple[str, ...]]:

@@ -70,7 +70,7 @@ def calibrate(
     files = [(directory, file) for directory in directories for file in image_files(directory, limit)]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with _stdout_kept_clean():
+    with _stdout_to_stderr():
         tell(f"Loading {model} …")
         with loaded(model, arguments) as llm:
             images: list[MeasuredImage] = []
@@ -207,7 +207,7 @@ def _entropies(model: Any, image: Any) -> tuple[float, ...]:
 
 
 @contextmanager
-def _stdout_kept_clean() -> Iterator[None]:
+def _stdout_to_stderr() -> Iterator[None]:
     """Send to standard error what libraries, also those not in Python, write to standard output."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
-from promprune_vllm.engine.keys import FAILED, FILLER, PENDING_FAILED
+from promprune_vllm.engine.keys import FAILED_IMAGES, FILLER, PENDING_FAILED_IMAGES
 from promprune_vllm.engine.worker.encoded_image import PruneJob
 
 logger = logging.getLogger("vllm.promprune")
@@ -152,7 +152,7 @@ def _log(jobs: Sequence[PruneJob], error: Exception) -> None:
     )
 
 
-def containable(config: Any) -> bool:
+def can_contain(config: Any) -> bool:
     """Whether filler can be taken back everywhere it would get to.
 
     Pipeline and context parallelism have the result made by another rank than the one that encodes; connectors
@@ -173,7 +173,7 @@ def contain_step(original: Any) -> Any:
     """Wrap a step of the worker: contain what fails in it, and find out which images those were."""
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not containable(self.vllm_config):
+        if not can_contain(self.vllm_config):
             return original(self, *args, **kwargs)
         step = Step(self.vllm_config.parallel_config.tensor_parallel_size)
         token = _step.set(step)
@@ -182,7 +182,7 @@ def contain_step(original: Any) -> Any:
         finally:
             _step.reset(token)
         if step.filler:
-            setattr(self, PENDING_FAILED, _identifiers(cached_rows(self), step.filler))
+            setattr(self, PENDING_FAILED_IMAGES, _identifiers(cached_rows(self), step.filler))
         return output if output is None else _report(self, output)
 
     return execute_model
@@ -231,8 +231,8 @@ def _identifiers(rows: Mapping[str, Tensor], filler: Sequence[Tensor]) -> tuple[
 
 def _report(runner: Any, output: Any) -> Any:
     """Put what failed into the step's result."""
-    failed = getattr(runner, PENDING_FAILED, ())
-    setattr(runner, PENDING_FAILED, ())
+    failed = getattr(runner, PENDING_FAILED_IMAGES, ())
+    setattr(runner, PENDING_FAILED_IMAGES, ())
     if not failed:
         return output
     from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -246,5 +246,5 @@ def _report(runner: Any, output: Any) -> Any:
 
 def _marked(output: Any, failed: tuple[str, ...]) -> Any:
     marked = copy.copy(output)  # vLLM's empty result is one object for all steps
-    setattr(marked, FAILED, failed)
+    setattr(marked, FAILED_IMAGES, failed)
     return marked

@@ -17,11 +17,11 @@ from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelFamily, UpstreamModel
-from promprune_vllm.engine.keys import COUNTS, TEXT
+from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
 from promprune_vllm.engine.worker.encode import embed_images
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
-from promprune_vllm.engine.worker.selection_metrics import SelectionWatch
+from promprune_vllm.engine.worker.selection_metrics import SelectionMetrics
 from promprune_vllm.engine.worker.selection_trace import Trace
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
@@ -47,7 +47,7 @@ class PrunedModelMixin(_Bases):
         self._methods = [self._settings.selector(calibration, method) for method in self._settings.allowed]
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         model, device = vllm_config.model_config, vllm_config.device_config.device
-        self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
+        self._watch = SelectionMetrics(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         patches.install(Stage.WORKER)
         patches.install(Stage.WORKER_V2 if vllm_config.use_v2_model_runner else Stage.WORKER_V1)
@@ -74,7 +74,7 @@ class PrunedModelMixin(_Bases):
             inputs: vLLM's inputs, plus ``(B, 3)`` counts (total tokens, kept tokens, index of the method) and the
                 text from our processor. Without them, or where nothing is pruned, this is vLLM's own method.
         """
-        counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT, None)
+        counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT_TOKENS, None)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
         if all(job.total == job.kept for job in jobs):
             embeddings = self.with_positions(self.embed_unpruned(**inputs))

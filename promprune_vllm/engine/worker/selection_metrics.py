@@ -18,7 +18,7 @@ from promprune_vllm.engine.worker.encoded_image import SelectedTokens
 from promprune_vllm.metrics.recorder import Recorder
 
 
-class SelectionWatch:
+class SelectionMetrics:
     """Observes the selections of one worker.
 
     Args:

@@ -90,12 +90,12 @@ def attach_trace(rows: Tensor, trace: Trace) -> None:
     setattr(rows, TRACE, trace)
 
 
-def add_recall(_: None) -> Any:
+def add_selection_traces(_: None) -> Any:
     """Return the method that tells the traces of images."""
     return _recall
 
 
-def add_held(_: None) -> Any:
+def add_encoder_cache_size(_: None) -> Any:
     """Return the method that tells how much is held."""
     return _held
 
