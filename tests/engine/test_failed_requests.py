@@ -242,10 +242,10 @@ def test_a_result_that_arrives_later_is_marked_when_it_does() -> None:
             return EMPTY_MODEL_RUNNER_OUTPUT
 
     runner = SimpleNamespace(_promprune_failed_images=("image",))
-    output = fault_isolation._report(runner, Later()).get_output()
+    output = fault_isolation._add_failed(runner, Later()).get_output()
     assert getattr(output, keys.FAILED_IMAGES) == ("image",)
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, keys.FAILED_IMAGES), "every step would report it"
-    assert not hasattr(fault_isolation._report(runner, Later()).get_output(), keys.FAILED_IMAGES)
+    assert not hasattr(fault_isolation._add_failed(runner, Later()).get_output(), keys.FAILED_IMAGES)
 
 
 def test_where_zeros_could_not_be_taken_back_the_exception_passes(engine: Engine) -> None:

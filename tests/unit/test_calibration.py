@@ -138,7 +138,7 @@ def test_what_libraries_write_does_not_reach_standard_output(capfd: pytest.Captu
     ("directory", "method", "complaint"),
     [
         ("nowhere", "promprune", "There is no directory"),
-        ("empty", "promprune", "is named like an image"),
+        ("empty", "promprune", "has the extension of an image"),
         ("empty", "random", "Only method 'promprune' has a mu to calibrate"),
         ("empty", "nothing", "There is no method 'nothing'"),
     ],

@@ -75,7 +75,7 @@ NAMES = Reason(
 )
 SEED = Reason(
     "a seed with a prompt of several steps does not end the engine on a CPU",
-    "vLLM discards random numbers by resetting the generator's offset, and CPU generators have none.",
+    "vLLM takes back unused random numbers by moving the generator's offset, and CPU generators have none.",
     _FIXED,
 )
 MROPE = Reason(
