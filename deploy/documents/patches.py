@@ -1,32 +1,32 @@
-"""What is patched of vLLM, and what is set on its objects, as the documentation shows it."""
+"""Renders for the documentation which functions of vLLM are patched, and which attributes are set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from promprune_vllm.engine.compat.patching import Patch, Reason
-from promprune_vllm.engine.keys import WRITES
+from promprune_vllm.engine.keys import WRITTEN_ATTRIBUTES
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.markdown import table
 
 
 def markdown() -> str:
     """Render every patch, in the order in which a request meets the processes."""
-    columns = ("patched", "where", "for", "by")
+    columns = ("patched function", "installed in", "feature", "wrapper")
     return table(
         columns, ((_target(each), each.stage.value, each.reason.feature, _file(each)) for each in PATCHES)
     )
 
 
 def reasons_markdown() -> str:
-    """Render why vLLM is patched, and which change of vLLM's would let us delete how many rows."""
-    columns = ("for", "why it takes a patch", "what would let us delete it", "rows")
+    """Render why vLLM is patched, which change in vLLM would make that unnecessary, and for how many rows."""
+    columns = ("feature", "why it needs a patch", "what would make the patch unnecessary", "rows")
     return table(columns, _reasons())
 
 
 def writes_markdown() -> str:
     """Render which attributes of other programs' objects are set."""
-    return table(("attribute", "why it is set"), ((f"`{name}`", why) for name, why in WRITES.items()))
+    return table(("attribute", "why it is set"), ((f"`{name}`", why) for name, why in WRITTEN_ATTRIBUTES.items()))
 
 
 def _reasons() -> Iterator[tuple[str, ...]]:

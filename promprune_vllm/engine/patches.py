@@ -1,8 +1,7 @@
-"""Every function of vLLM's that is replaced, wrapped or added: one row each.
+"""Every function of vLLM that we replace, wrap or add: one row each.
 
-``install`` is the only place where rows come into force, and ``patching.wrap`` takes nothing but a row, so the
-list is complete. The rows of a stage are installed from top to bottom; where two have one target, the lower goes
-around the upper.
+Only ``install`` applies rows, and ``patching.wrap`` takes only a row, so the list is complete. The rows of a stage
+are installed from top to bottom; if two rows have the same target, the lower one wraps the upper one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 from promprune_vllm.engine.compat import reasons
 from promprune_vllm.engine.compat.patching import Patch, Reason, Stage, wrap
-from promprune_vllm.engine.keys import HELD, RECALL
+from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, TRACES_METHOD
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
@@ -27,19 +26,19 @@ _V2 = "vllm.v1.worker.gpu"
 _ENTRY = "vllm.entrypoints"
 _RESPONSES = f"{_ENTRY}.openai.responses.serving:OpenAIServingResponses"
 _POOLING = f"{_ENTRY}.pooling.base.serving:PoolingBaseServing"
-_INIT_OURS = "api_server.app_hooks:init_ours"
+_INIT_ENDPOINTS = "api_server.app_hooks:init_endpoints"
 _INIT_STATE = "app_state:init_endpoint_plugins_state"
 _MEDIA = "vllm.multimodal.media"
 _ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
 _STRIP = "vllm.v1.core.sched.output:strip_covered_mm_data"
 _SPACES = "vllm.tokenizers.detokenizer_utils:_restore_leading_spaces"
 _PRUNING_FLAG = "vllm.v1.worker.cpu_model_runner:CPUModelRunner.is_multimodal_pruning_enabled"
-_HOOKS, _FILL_IN = "api_server.request_hooks", "api_server.usage_fields:fill_in_usage"
+_HOOKS, _FILL_USAGE = "api_server.request_hooks", "api_server.usage_fields:fill_in_usage"
 _MONITOR, _ISOLATION, _MINORS = "api_server.load_monitor", "worker.fault_isolation", "compat.older_minors"
 
 
 def _rows(stage: Stage, reason: Reason, *rows: tuple[str, ...], **limits: Any) -> Iterator[Patch]:
-    """Return patches of one stage and reason, each given as target, wrapper and the parameters relied on."""
+    """Yield patches of one stage and reason; each row is a target, a wrapper and the parameters it relies on."""
     for target, wrapper, *takes in rows:
         yield Patch(target, wrapper, tuple(takes), stage, reason, **limits)
 
@@ -50,9 +49,9 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_ONLINE}.preprocess_chat", f"{_HOOKS}:read_request", "request"),
         (f"{_ONLINE}.preprocess_cmpl", f"{_HOOKS}:read_request", "request"),
         (f"{_POOLING}._init_ctx", f"{_HOOKS}:read_pooling_request", "io_processor", "request"),
-        (f"{_RENDERER}._process_singleton", f"{_HOOKS}:hand_over_request", "prompt"),
-        (f"{_RENDERER}._process_singleton_async", f"{_HOOKS}:hand_over_request", "prompt"),
-        (f"{_RENDERER}.__init__", f"{_HOOKS}:equip_renderer", "config", "tokenizer"),
+        (f"{_RENDERER}._process_singleton", f"{_HOOKS}:attach_request", "prompt"),
+        (f"{_RENDERER}._process_singleton_async", f"{_HOOKS}:attach_request", "prompt"),
+        (f"{_RENDERER}.__init__", f"{_HOOKS}:prepare_renderer", "config", "tokenizer"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.HARMONY),
@@ -77,8 +76,13 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.CLIENT_ERROR),
-        (f"{_MEDIA}.connector:MediaConnector._load_file_url", f"{_HOOKS}:refuse_files", "url_spec", "media_io"),
-        (f"{_MEDIA}.image:ImageMediaIO.load_bytes", f"{_HOOKS}:refuse_bombs", "data"),
+        (
+            f"{_MEDIA}.connector:MediaConnector._load_file_url",
+            f"{_HOOKS}:convert_file_errors",
+            "url_spec",
+            "media_io",
+        ),
+        (f"{_MEDIA}.image:ImageMediaIO.load_bytes", f"{_HOOKS}:convert_bomb_errors", "data"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.COUNT),
@@ -99,7 +103,13 @@ PATCHES: tuple[Patch, ...] = (
             f"{_RENDERER}._process_singleton_async",
             *("vllm_fixes.resending:remember_prompt", "prompt", "skip_mm_cache"),
         ),
-        (f"{_ASYNC}.generate", "vllm_fixes.resending:send_again", "prompt", "sampling_params", "request_id"),
+        (
+            f"{_ASYNC}.generate",
+            "vllm_fixes.resending:resend_on_cache_miss",
+            "prompt",
+            "sampling_params",
+            "request_id",
+        ),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.FEATURES),
@@ -108,24 +118,29 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.USAGE),
-        (f"{_ONLINE}.__init__", "api_server.usage_fields:extend_replies", "model_config", "renderer"),
+        (f"{_ONLINE}.__init__", "api_server.usage_fields:prepare_usage_types", "model_config", "renderer"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.NAMES),
-        (_SPACES, "vllm_fixes.token_names:allow_nameless", "raw_token", "token_str", "marker"),
+        (_SPACES, "vllm_fixes.token_names:allow_unnamed_tokens", "raw_token", "token_str", "marker"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.ROUTES),
-        # The servers' own names for vLLM's functions: whoever else calls these gets vLLM's answer.
-        (f"{_LAUNCH}.app:attach_endpoint_plugins", "api_server.app_hooks:attach_ours", "app", "supported_tasks"),
+        # Patched where the servers import them, so other callers still get vLLM's functions.
+        (
+            f"{_LAUNCH}.app:attach_endpoint_plugins",
+            "api_server.app_hooks:attach_endpoints",
+            "app",
+            "supported_tasks",
+        ),
         (
             f"{_LAUNCH}.api_server.{_INIT_STATE}",
-            "api_server.app_hooks:init_ours",
+            _INIT_ENDPOINTS,
             "engine_client",
             "state",
             "args",
         ),
-        (f"{_LAUNCH}.render.{_INIT_STATE}", "api_server.app_hooks:init_ours", "engine_client", "state", "args"),
+        (f"{_LAUNCH}.render.{_INIT_STATE}", _INIT_ENDPOINTS, "engine_client", "state", "args"),
     ),
     *_rows(
         *(Stage.LOAD, reasons.LOAD),
@@ -133,26 +148,27 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_ENGINE}.__init__", f"{_MONITOR}:require_statistics", "vllm_config", "log_stats"),
         (
             "vllm.v1.metrics.loggers:StatLoggerManager.record",
-            *(f"{_MONITOR}:listen", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+            *(f"{_MONITOR}:record_statistics", "scheduler_stats", "iteration_stats"),
+            *("mm_cache_stats", "engine_idx"),
         ),
     ),
     *_rows(
         *(Stage.REPLIES, reasons.USAGE),
-        (f"{_ENTRY}.serve.engine.protocol:UsageInfo.__init__", _FILL_IN),
-        (f"{_ENTRY}.openai.responses.protocol:ResponseUsage.__init__", _FILL_IN),
-        (f"{_ENTRY}.anthropic.protocol:AnthropicUsage.__init__", _FILL_IN),
-        (f"{_ENTRY}.pooling.scoring.protocol:RerankUsage.__init__", _FILL_IN),
+        (f"{_ENTRY}.serve.engine.protocol:UsageInfo.__init__", _FILL_USAGE),
+        (f"{_ENTRY}.openai.responses.protocol:ResponseUsage.__init__", _FILL_USAGE),
+        (f"{_ENTRY}.anthropic.protocol:AnthropicUsage.__init__", _FILL_USAGE),
+        (f"{_ENTRY}.pooling.scoring.protocol:RerankUsage.__init__", _FILL_USAGE),
     ),
     *_rows(
         *(Stage.REPLIES, reasons.USAGE),
-        (f"{_ENTRY}.generate.structured_decisions.protocol:DecisionUsage.__init__", _FILL_IN),
+        (f"{_ENTRY}.generate.structured_decisions.protocol:DecisionUsage.__init__", _FILL_USAGE),
         presence="installed",
     ),
     *_rows(
         *(Stage.REPLIES, reasons.BATCH),
-        # The module of `vllm run-batch`, in vLLM 0.32 and before.
-        (f"{_LAUNCH}.run_batch:run_request", "api_server.usage_fields:listen"),
-        (f"{_ENTRY}.openai.run_batch:run_request", "api_server.usage_fields:listen"),
+        # The module of `vllm run-batch`: in vLLM 0.32, then in older minors.
+        (f"{_LAUNCH}.run_batch:run_request", "api_server.usage_fields:record_batch_line"),
+        (f"{_ENTRY}.openai.run_batch:run_request", "api_server.usage_fields:record_batch_line"),
         presence="loaded",
     ),
     *_rows(
@@ -182,8 +198,8 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.WORKER, reasons.INSPECT),
-        (f"{_WORKER}.{HELD}", "worker.selection_trace:add_held"),
-        (f"{_WORKER}.{RECALL}", "worker.selection_trace:add_recall"),
+        (f"{_WORKER}.{CACHE_SIZE_METHOD}", "worker.selection_trace:add_encoder_cache_size"),
+        (f"{_WORKER}.{TRACES_METHOD}", "worker.selection_trace:add_selection_traces"),
         adds=True,
     ),
     *_rows(
@@ -201,10 +217,10 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.PROCESSOR, reasons.KEY),
-        (f"{_PROCESSOR}._cached_apply_hf_processor", f"{_MINORS}:ask_for_hashes", "inputs", "timing_ctx"),
+        (f"{_PROCESSOR}._cached_apply_hf_processor", f"{_MINORS}:use_processor_hashes", "inputs", "timing_ctx"),
         (
             f"{_PROCESSOR}._get_cache_missing_items",
-            *(f"{_MINORS}:ask_for_options", "cache", "mm_data_items", "mm_hashes"),
+            *(f"{_MINORS}:use_processor_options", "cache", "mm_data_items", "mm_hashes"),
         ),
         before="0.32",
     ),
@@ -216,7 +232,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.PROCESSOR, reasons.PROFILE),
-        (f"{_PROCESSOR}.__init__", f"{_MINORS}:make_dummies", "info", "dummy_inputs", "cache"),
+        (f"{_PROCESSOR}.__init__", f"{_MINORS}:redirect_dummy_inputs", "info", "dummy_inputs", "cache"),
         before="0.31",
     ),
     *_rows(
@@ -227,10 +243,10 @@ PATCHES: tuple[Patch, ...] = (
 
 
 def install(stage: Stage) -> None:
-    """Apply the rows of a stage that this vLLM has. Idempotent.
+    """Apply the rows of a stage that exist in this vLLM. Idempotent.
 
     Raises:
-        IncompatibleVllmError: A target is not as its row says; then none of the stage's rows is applied.
+        IncompatibleVllmError: A target does not match its row. Then no row of the stage is applied.
     """
     patches = [patch for patch in PATCHES if patch.stage is stage and patch.applies]
     for patch in patches:

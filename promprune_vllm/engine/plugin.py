@@ -1,19 +1,19 @@
-"""The entry point ``vllm.general_plugins``. vLLM calls it in every process it starts, possibly twice."""
+"""The entry point for ``vllm.general_plugins``. vLLM calls it in every process it starts, sometimes twice."""
 
 from __future__ import annotations
 
 import logging
 
-# Below vLLM's logger, so that its format and level apply to ours.
+# A child of vLLM's logger, so that vLLM's format and level apply.
 logger = logging.getLogger("vllm.promprune")
 
 
 def register() -> None:
-    """Install the plugin, unless ``PROMPRUNE_ENABLED=false`` switches it off.
+    """Install the plugin, unless ``PROMPRUNE_ENABLED=false``.
 
     Raises:
-        IncompatibleVllmError: As ``install``.
-        SettingsError: As ``install``, or the switch is neither true nor false.
+        IncompatibleVllmError: See ``install``.
+        SettingsError: See ``install``; also if ``PROMPRUNE_ENABLED`` is neither true nor false.
     """
     from promprune_vllm.config import PREFIX, is_enabled
 
@@ -27,8 +27,8 @@ def install() -> None:
     """Register the model families and patch what every process needs. Idempotent.
 
     Raises:
-        IncompatibleVllmError: This vLLM is not one the release was written for.
-        SettingsError: A ``PROMPRUNE_*`` variable cannot be honoured.
+        IncompatibleVllmError: This release does not support the installed vLLM.
+        SettingsError: A ``PROMPRUNE_*`` variable has an invalid value.
     """
     from promprune_vllm.config import Settings
     from promprune_vllm.engine import families, patches

@@ -17,7 +17,7 @@ from promprune_vllm import Need
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
-from promprune_vllm.engine.keys import RECALL
+from promprune_vllm.engine.keys import TRACES_METHOD
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from tests.engine.conftest import Engine
 
@@ -128,7 +128,7 @@ class FamilyEngine(Engine):
 
     def told(self) -> list[dict[str, Any] | None]:
         """What the worker tells of the images in its encoder cache."""
-        (told,) = self.core.model_executor.collective_rpc(RECALL, args=(list(self.runner.encoder_cache),))
+        (told,) = self.core.model_executor.collective_rpc(TRACES_METHOD, args=(list(self.runner.encoder_cache),))
         return list(told)
 
     def tokens(self, shape: str) -> int:

@@ -108,7 +108,7 @@ def check_another_image_is_never_served(engine: Engine, make: Make, other: Make)
     assert refusal(engine, named(sent(make, uuids=("new",)))) == VLLM_SAYS  # as vLLM alone
     for budget in (7, "25%", {"total": 9}, [5]):
         said = refusal(engine, named(sent(make, budget, uuids=("new",))))
-        assert "Nothing is known of uuid 'new'" in said
+        assert "does not know enough about uuid 'new'" in said
         assert "Send the image itself once" in said
     first = answer(engine, prompt)
     for budget in (None, "full", 8, "25%", {"total": 9}):

@@ -42,14 +42,14 @@ class Attached(FamilyEngine):
     @torch.inference_mode()
     def encoded(self, shape: str) -> EncodedImage:
         image = super().encoded(shape)
-        calibration_run._take(self.model)  # the test's own look is not to be measured
+        calibration_run._pop_measured(self.model)  # drop what the test itself encoded
         return image
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attached]:
     model = build_family_model(request.param, tmp_path_factory.mktemp("models") / request.param)
-    with calibration_run.loaded(str(model), OPTIONS) as llm:
+    with calibration_run.load_model(str(model), OPTIONS) as llm:
         yield Attached(request.param, llm)
 
 
@@ -72,7 +72,7 @@ def entropy(features: torch.Tensor) -> float:
 
 
 def command(engine: Attached, monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str) -> Result:
-    monkeypatch.setattr(calibration_run, "loaded", lambda *_: nullcontext(engine.llm))
+    monkeypatch.setattr(calibration_run, "load_model", lambda *_: nullcontext(engine.llm))
     return CliRunner().invoke(cli.app, ["calibrate", "MODEL", "--images", str(directory), *arguments])
 
 

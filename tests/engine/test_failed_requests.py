@@ -62,7 +62,7 @@ class Flight:
             sampled_token_ids=[[7] if name in step.samples else [] for name in names],
         )
         if failed:
-            setattr(output, keys.FAILED, failed)
+            setattr(output, keys.FAILED_IMAGES, failed)
         for outputs in self.scheduler.update_from_output(step, output).values():
             for each in outputs.outputs:
                 self.tokens.setdefault(each.request_id, []).extend(each.new_token_ids)
@@ -215,12 +215,12 @@ def test_the_accounts_are_even_where_a_request_still_refers_to_the_image() -> No
     request = SimpleNamespace(request_id="r", mm_features=[feature], get_num_encoder_embeds=lambda _: 30)
     assert manager.can_allocate(request, 0, 100, 0)
     manager.allocate(request, 0)
-    failed_images._forget(manager, "image", {"r": request})
+    failed_images._evict_rows(manager, "image", {"r": request})
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
     assert manager.get_freed_mm_hashes() == ["image"]
     manager.free(request)
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
-    failed_images._forget(manager, "image", {"r": request})
+    failed_images._evict_rows(manager, "image", {"r": request})
     assert (manager.num_free_slots, manager.num_freeable_slots) == (100, 100)
 
 
@@ -241,20 +241,20 @@ def test_a_result_that_arrives_later_is_marked_when_it_does() -> None:
         def get_output(self) -> Any:
             return EMPTY_MODEL_RUNNER_OUTPUT
 
-    runner = SimpleNamespace(_promprune_failed=("image",))
-    output = fault_isolation._report(runner, Later()).get_output()
-    assert getattr(output, keys.FAILED) == ("image",)
-    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, keys.FAILED), "every step would report it"
-    assert not hasattr(fault_isolation._report(runner, Later()).get_output(), keys.FAILED)
+    runner = SimpleNamespace(_promprune_failed_images=("image",))
+    output = fault_isolation._add_failed(runner, Later()).get_output()
+    assert getattr(output, keys.FAILED_IMAGES) == ("image",)
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, keys.FAILED_IMAGES), "every step would report it"
+    assert not hasattr(fault_isolation._add_failed(runner, Later()).get_output(), keys.FAILED_IMAGES)
 
 
 def test_where_zeros_could_not_be_taken_back_the_exception_passes(engine: Engine) -> None:
     config = engine.runner.vllm_config
-    assert fault_isolation.containable(config)
+    assert fault_isolation.can_contain(config)
     for name, value in (("kv_transfer_config", object()), ("ec_transfer_config", object())):
         other = copy(config)
         object.__setattr__(other, name, value)
-        assert not fault_isolation.containable(other)
+        assert not fault_isolation.can_contain(other)
     for name, change in (
         ("parallel_config", {"pipeline_parallel_size": 2, "prefill_context_parallel_size": 1}),
         ("parallel_config", {"pipeline_parallel_size": 1, "prefill_context_parallel_size": 2}),
@@ -264,7 +264,7 @@ def test_where_zeros_could_not_be_taken_back_the_exception_passes(engine: Engine
     ):
         other = copy(config)
         object.__setattr__(other, name, SimpleNamespace(**change))
-        assert not fault_isolation.containable(other)
+        assert not fault_isolation.can_contain(other)
 
 
 def test_an_image_nobody_can_find_again_is_never_answered() -> None:

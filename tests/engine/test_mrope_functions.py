@@ -22,7 +22,7 @@ def test_columns_are_those_of_the_unpruned_prompt(images: list[tuple[int, int, i
     unpruned = 0
     for text, kept, dropped in images:
         truth += range(unpruned, unpruned + text)
-        spans.append(Span(offset=len(truth), kept=kept, full=kept + dropped))
+        spans.append(Span(offset=len(truth), kept=kept, total=kept + dropped))
         truth += range(unpruned + text, unpruned + text + kept)  # the first ones stand for those kept
         unpruned += text + kept + dropped
     truth += range(unpruned, unpruned + after)

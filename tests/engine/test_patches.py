@@ -89,7 +89,7 @@ def test_installing_twice_wraps_once() -> None:
         if each.target in before and each.applies:
             assert wrappers[each.target].count(each.wrapper) == 1
     assert wrappers["vllm.v1.engine.async_llm:AsyncLLM.generate"] == (
-        "vllm_fixes.resending:send_again",
+        "vllm_fixes.resending:resend_on_cache_miss",
         "api_server.rendered_features:record_prompt",
     )
 

@@ -13,7 +13,7 @@ from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.engine import families, plugin
 from promprune_vllm.engine.api_server import admission
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
-from promprune_vllm.engine.api_server.request_fields import read
+from promprune_vllm.engine.api_server.request_fields import read_field
 from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.families.contract import ModelFamily, ProcessorFamily
 from promprune_vllm.engine.patches import PATCHES
@@ -70,13 +70,13 @@ def _request(top: Any = None, nested: Any = None) -> Any:
 
 
 def test_reading_the_field() -> None:
-    assert read(_request(), FIELD) is None
-    assert read(_request(top=64), FIELD) == 64
-    assert read(_request(nested=64), FIELD) == 64
-    assert read(_request(64, 64), FIELD) == 64
-    assert read(SimpleNamespace(), FIELD) is None
+    assert read_field(_request(), FIELD) is None
+    assert read_field(_request(top=64), FIELD) == 64
+    assert read_field(_request(nested=64), FIELD) == 64
+    assert read_field(_request(64, 64), FIELD) == 64
+    assert read_field(SimpleNamespace(), FIELD) is None
     with pytest.raises(BudgetError, match="send it once"):
-        read(_request(64, 65), FIELD)
+        read_field(_request(64, 65), FIELD)
 
 
 def test_gpt_oss_requests_are_refused_on_their_own_path() -> None:

@@ -116,7 +116,7 @@ def test_a_plain_image_keeps_less_unless_a_budget_is_sent(looking_server: Server
     assert kept(by_uuid) == kept(named(by_uuid)) == VISUAL_TOKENS // 8
     unseen = sent("not looked at", saved(plain, "PNG"), visual_token_budget="full")
     assert kept(unseen) == kept(named(unseen)) == VISUAL_TOKENS
-    assert "Nothing is known" in refusal(server, named({**unseen, "visual_token_budget": "auto"}))
+    assert "does not know enough" in refusal(server, named({**unseen, "visual_token_budget": "auto"}))
 
 
 def test_a_server_that_does_not_adapt_shows_the_full_default(server: Server) -> None:

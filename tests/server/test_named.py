@@ -85,7 +85,7 @@ def test_it_is_served_with_the_budget_it_was_sent_with(server: Server, budget: A
 def test_another_budget_gets_one_sentence(server: Server) -> None:
     for budget in (64, "25%", [8], {"total": 9}, "auto"):
         if budget != "auto":  # which keeps everything here, as without a budget
-            assert "Nothing is known" in refusal(server, named(sent("never seen", visual_token_budget=budget)))
+            assert "does not know enough" in refusal(server, named(sent("never seen", visual_token_budget=budget)))
     request = sent("another", visual_token_budget=64)
     answer(server, request)
     again = answer(server, request)
@@ -102,7 +102,7 @@ def test_tokenize_has_images_of_its_own(server: Server) -> None:
     request = sent("count me", visual_token_budget=64)
     answer(server, request)
     asked = {name: request[name] for name in ("model", "messages", "visual_token_budget")}
-    assert "Nothing is known of uuid 'count me'" in refusal(server, named(asked), "/tokenize")
+    assert "does not know enough about uuid 'count me'" in refusal(server, named(asked), "/tokenize")
     counts = [post(server, "/tokenize", each).json()["count"] for each in (asked, named(asked))]
     assert counts[0] == counts[1]
 

@@ -147,11 +147,11 @@ def test_features_outside_the_limits_are_refused(monkeypatch: pytest.MonkeyPatch
     import torch
 
     from promprune_vllm.config import Settings
-    from promprune_vllm.engine.api_server.rendered_features import _plan
+    from promprune_vllm.engine.api_server.rendered_features import _checked_plan
     from promprune_vllm.engine.keys import COUNTS
 
     pruned, whole = ({COUNTS: SimpleNamespace(data=torch.tensor([16, kept, 0]))} for kept in (7, 16))
     monkeypatch.setenv("PROMPRUNE_MIN", "1000000")
-    assert _plan(whole, 16, Settings(), 300).kept == 16
+    assert _checked_plan(whole, 16, Settings(), 300).kept == 16
     with pytest.raises(BudgetError, match="7 of 16 tokens are outside this server's limits"):
-        _plan(pruned, 7, Settings(), 300)
+        _checked_plan(pruned, 7, Settings(), 300)

@@ -120,16 +120,16 @@ def test_api_servers_share_what_the_engines_say(tmp_path: Path, monkeypatch: pyt
     load = pytest.importorskip("promprune_vllm.engine.api_server.load_monitor")
     monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(tmp_path))
     clock = Clock()
-    heard, silent = (load.LoadWatch(tmp_path / "load", "m", clock=clock) for _ in range(2))
+    heard, silent = (load.LoadMonitor(tmp_path / "load", "m", clock=clock) for _ in range(2))
 
     def pass_time(seconds: float) -> None:
         for _ in range(int(seconds / TICK)):
             clock.now += TICK
-            heard.read()
-            silent.read()
+            heard.update_level()
+            silent.update_level()
 
-    heard.tell(0, CALM)
-    heard.tell(1, PRESSURE)
+    heard.record_load(0, CALM)
+    heard.record_load(1, PRESSURE)
     pass_time(3)
     assert heard.level == silent.level == LEVELS[-1]
     pass_time(60)

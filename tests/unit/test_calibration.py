@@ -29,7 +29,7 @@ from promprune_vllm.core.calibration import (
 )
 from promprune_vllm.demo import photo_path
 from promprune_vllm.engine import families
-from promprune_vllm.engine.worker.calibration_run import _stdout_kept_clean, image_files
+from promprune_vllm.engine.worker.calibration_run import _stdout_to_stderr, image_files
 from promprune_vllm.errors import SettingsError
 
 OPTIONS = {"mu": 0.42, "tau": 0.02, "entropy": "spectral"}
@@ -128,7 +128,7 @@ def test_image_files_are_told_by_their_names_and_a_limit_spreads_over_them(tmp_p
 
 def test_what_libraries_write_does_not_reach_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
     os.write(1, b"before ")
-    with _stdout_kept_clean():
+    with _stdout_to_stderr():
         os.write(1, b"a library")
     os.write(1, b"after")
     assert tuple(capfd.readouterr()) == ("before after", "a library")
@@ -138,7 +138,7 @@ def test_what_libraries_write_does_not_reach_standard_output(capfd: pytest.Captu
     ("directory", "method", "complaint"),
     [
         ("nowhere", "promprune", "There is no directory"),
-        ("empty", "promprune", "is named like an image"),
+        ("empty", "promprune", "has the extension of an image"),
         ("empty", "random", "Only method 'promprune' has a mu to calibrate"),
         ("empty", "nothing", "There is no method 'nothing'"),
     ],

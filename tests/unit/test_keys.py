@@ -16,7 +16,7 @@ NAMES = {name: value for name, value in vars(keys).items() if name.isupper() and
 def test_every_key_says_that_it_is_ours() -> None:
     assert all(re.match("_*promprune_|visual_token_", value) for value in NAMES.values())
     processor_options = {keys.TEXT_OPTION, keys.DETAIL_OPTION, keys.PLAN, keys.PROFILE, FIELD, METHOD_FIELD}
-    assert all(option.startswith(keys.OURS) for option in processor_options)
+    assert all(option.startswith(keys.OPTION_PREFIXES) for option in processor_options)
 
 
 def test_no_other_file_spells_one_out() -> None:
@@ -39,7 +39,7 @@ def test_no_file_sets_an_attribute_by_a_key_of_its_own() -> None:
         for name in setting.findall(path.read_text())
         if name not in NAMES
     }
-    # The first three are attributes of vLLM's own, in keys.WRITES; the last is where a patch comes into force.
+    # The first three are vLLM's own attributes, listed in keys.WRITTEN_ATTRIBUTES; the last one applies a patch.
     assert found == {
         'fault_isolation.py: "get_output"',
         "mrope.py: option",

@@ -101,12 +101,12 @@ class OlderProcessor:
     _get_mm_hashes = older_minors._get_mm_hashes
     _get_cache_missing_processor_kwargs = older_minors._get_cache_missing_processor_kwargs
 
-    @older_minors.ask_for_options
+    @older_minors.use_processor_options
     def _get_cache_missing_items(self, cache: set[str], mm_data_items: list[str], mm_hashes: Any) -> Any:
         hits = [key in cache for key in mm_hashes["image"]]
         return {"image": hits}, [item for item, hit in zip(mm_data_items, hits, strict=True) if not hit]
 
-    @older_minors.ask_for_hashes
+    @older_minors.use_processor_hashes
     def _cached_apply_hf_processor(self, inputs: Inputs, timing_ctx: set[str]) -> Any:
         hashes = inputs.get_mm_hashes(self.info.model_id, algorithm="a")
         hits, missing = self._get_cache_missing_items(
@@ -162,11 +162,11 @@ def test_every_engine_is_called_and_every_processor_found() -> None:
 @pytest.mark.usefixtures("older")
 def test_options_of_ours_are_refused_where_vllm_has_no_gate() -> None:
     for fine in (None, {}, {"size": 9}):
-        older_minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs=fine))
-    older_minors.refuse_smuggled(SimpleNamespace())
+        older_minors.refuse_our_options(SimpleNamespace(mm_processor_kwargs=fine))
+    older_minors.refuse_our_options(SimpleNamespace())
     for key in (FIELD, METHOD_FIELD, TEXT_OPTION, DETAIL_OPTION, PLAN):
-        with pytest.raises(BudgetError, match=f"{key} in mm_processor_kwargs is not looked at") as refused:
-            older_minors.refuse_smuggled(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
+        with pytest.raises(BudgetError, match=f"{key} is not allowed in mm_processor_kwargs") as refused:
+            older_minors.refuse_our_options(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
         assert refused.value.param == "mm_processor_kwargs"
 
 
@@ -180,7 +180,7 @@ def test_the_newest_has_its_own_way() -> None:
     assert older_minors.processors(SimpleNamespace(mm_processor=1)) == [1]
     assert older_minors.processor_cache(SimpleNamespace(), SimpleNamespace(cache="the prompt's")) == "the prompt's"
     manager = SimpleNamespace(num_embeds_by_hash={"image": 30})
-    assert older_minors.take_rows(manager, "image", {}) == 30
+    assert older_minors.pop_row_count(manager, "image", {}) == 30
     assert manager.num_embeds_by_hash == {}
 
 
@@ -189,9 +189,9 @@ def test_rows_of_an_image_are_found_where_nobody_wrote_them_down() -> None:
     features = [SimpleNamespace(identifier="other"), SimpleNamespace(identifier="image")]
     request = SimpleNamespace(mm_features=features, get_num_encoder_embeds=lambda i: [7, 30][i])
     used = SimpleNamespace(freeable={}, cached={"image": {"r"}})
-    assert older_minors.take_rows(used, "image", {"r": request}) == 30
+    assert older_minors.pop_row_count(used, "image", {"r": request}) == 30
     unused = SimpleNamespace(freeable={"image": 31}, cached={"image": set()})
-    assert older_minors.take_rows(unused, "image", {}) == 31
+    assert older_minors.pop_row_count(unused, "image", {}) == 31
 
 
 def test_the_tables_are_what_the_last_run_found(compatibility: ModuleType) -> None:

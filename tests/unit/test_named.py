@@ -13,7 +13,13 @@ from PIL import Image
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Budget, BudgetRequest
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.engine.api_server.named_images import Images, Known, Memory, Size, require_cached
+from promprune_vllm.engine.api_server.named_images import (
+    ImageMemory,
+    PromptImages,
+    RememberedImage,
+    Size,
+    require_cached,
+)
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.request_fields import PruningFields
@@ -62,40 +68,42 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), "navy")
 
 
-def decide(images: Images, budget: object = "auto", level: int = 1, *, adapts: bool = False) -> list[Fraction]:
-    return images.decide(BudgetRequest.parse(budget), PLAIN, Fraction(1, level), adapts=adapts)
+def decide(
+    images: PromptImages, budget: object = "auto", level: int = 1, *, adapts: bool = False
+) -> list[Fraction]:
+    return images.decide_levels(BudgetRequest.parse(budget), PLAIN, Fraction(1, level), adapts=adapts)
 
 
 def test_a_name_is_remembered_beside_its_cache_alone() -> None:
     cache = Cache()
-    Images(Items(picture(30, 20), picture(7, 5)), ["a", None], cache).remember([False, False])
-    found = Images(Items(None, None, picture(8, 8)), ["a", "b", None], cache)
+    PromptImages(Items(picture(30, 20), picture(7, 5)), ["a", None], cache).remember([False, False])
+    found = PromptImages(Items(None, None, picture(8, 8)), ["a", "b", None], cache)
     assert found.sizes == [(30, 20), None, (8, 8)]
-    assert found.named == {0: "a"}
-    assert Images(Items(None), ["a"], Cache()).sizes == [None]
-    assert Images(Items(None), ["a"], None).sizes == [None]
-    nowhere = Images(Items(picture(3, 3)), ["a"], None)
+    assert found.named_uuids == {0: "a"}
+    assert PromptImages(Items(None), ["a"], Cache()).sizes == [None]
+    assert PromptImages(Items(None), ["a"], None).sizes == [None]
+    nowhere = PromptImages(Items(picture(3, 3)), ["a"], None)
     nowhere.remember([False])
     assert nowhere.sizes == [(3, 3)]
 
 
 def test_what_is_sent_has_its_own_size_and_what_the_cache_had_first_is_remembered() -> None:
     cache = Cache()
-    Images(Items(picture(30, 20)), ["a"], cache).remember([False])
-    other = Images(Items(picture(4, 4)), ["a"], cache)
+    PromptImages(Items(picture(30, 20)), ["a"], cache).remember([False])
+    other = PromptImages(Items(picture(4, 4)), ["a"], cache)
     assert other.sizes == [(4, 4)]
     other.remember([True])
-    assert Images(Items(None), ["a"], cache).sizes == [(30, 20)]
+    assert PromptImages(Items(None), ["a"], cache).sizes == [(30, 20)]
     other.remember([False])
-    assert Images(Items(None), ["a"], cache).sizes == [(4, 4)]
+    assert PromptImages(Items(None), ["a"], cache).sizes == [(4, 4)]
 
 
 def test_the_names_used_last_are_remembered() -> None:
-    memory = Memory(capacity=2)
+    memory = ImageMemory(capacity=2)
     for uuid in ("a", "b"):
-        memory.keep(uuid, Known(Size(1, 1)))
+        memory.store(uuid, RememberedImage(Size(1, 1)))
     assert memory.find("a")
-    memory.keep("c", Known(Size(2, 2)))
+    memory.store("c", RememberedImage(Size(2, 2)))
     assert [memory.find(uuid) is None for uuid in ("a", "b", "c")] == [False, True, False]
 
 
@@ -103,33 +111,33 @@ def test_the_names_used_last_are_remembered() -> None:
     "uuid", ["", "x" * 10**6, "\ud800", 7, b"\xff", ("a", 1)], ids=lambda uuid: repr(uuid)[:9]
 )
 def test_any_name_will_do(uuid: Any) -> None:
-    memory = Memory()
-    memory.keep(uuid, Known(Size(1, 2)))
-    assert memory.find(uuid) == Known(Size(1, 2))
+    memory = ImageMemory()
+    memory.store(uuid, RememberedImage(Size(1, 2)))
+    assert memory.find(uuid) == RememberedImage(Size(1, 2))
     assert memory.find("7") is None
 
 
 def test_a_level_is_remembered_with_the_size() -> None:
     cache = Cache()
     plain, new = Items(picture(60, 60)), Items(None)
-    first = Images(plain, ["a"], cache)
+    first = PromptImages(plain, ["a"], cache)
     assert decide(first, level=2) == [Fraction(1, 2)]
     first.remember([False])
-    assert decide(Images(new, ["a"], cache), level=1) == [Fraction(1, 2)]
-    looking = Images(plain, ["a"], cache)
+    assert decide(PromptImages(new, ["a"], cache), level=1) == [Fraction(1, 2)]
+    looking = PromptImages(plain, ["a"], cache)
     (level,) = decide(looking, adapts=True)
     assert level < 1
     looking.remember([True])
-    explicit = Images(plain, ["a"], cache)
+    explicit = PromptImages(plain, ["a"], cache)
     assert decide(explicit, 64, adapts=True) == [1]
     explicit.remember([True])
-    assert decide(Images(new, ["a"], cache), adapts=True) == [level]
+    assert decide(PromptImages(new, ["a"], cache), adapts=True) == [level]
 
 
 def test_content_that_nobody_looked_at_is_not_guessed() -> None:
     cache = Cache()
-    Images(Items(picture(60, 60)), ["a"], cache).remember([False])
-    by_name = Images(Items(None), ["a"], cache)
+    PromptImages(Items(picture(60, 60)), ["a"], cache).remember([False])
+    by_name = PromptImages(Items(None), ["a"], cache)
     assert decide(by_name) == [1]
     assert decide(by_name, "full", adapts=True) == [1]
     with pytest.raises(BudgetError, match="Send the image itself once"):
@@ -139,30 +147,30 @@ def test_content_that_nobody_looked_at_is_not_guessed() -> None:
 @pytest.mark.parametrize("value", [64, "25%", {"total": 3}, [1]], ids=str)
 def test_a_budget_for_an_unknown_image_is_refused_with_the_next_step(value: object) -> None:
     with pytest.raises(BudgetError, match=r"uuid 'a' .* Send the image itself once") as refused:
-        decide(Images(Items(None), ["a"], Cache()), value)
+        decide(PromptImages(Items(None), ["a"], Cache()), value)
     assert refused.value.reason == "unsupported"
     with pytest.raises(BudgetError, match="--mm-processor-cache-gb 0"):
-        decide(Images(Items(None), ["a"], None), value)
-    assert decide(Images(Items(None), ["a"], Cache()), "full") == [1]
+        decide(PromptImages(Items(None), ["a"], None), value)
+    assert decide(PromptImages(Items(None), ["a"], Cache()), "full") == [1]
 
 
 def test_what_is_not_cached_as_asked_for_is_refused_with_the_next_step() -> None:
-    plan = Plan((ImagePlan(9, 9), ImagePlan(9, 4)), named={1: "a"})
+    plan = Plan((ImagePlan(9, 9), ImagePlan(9, 4)), named_uuids={1: "a"})
     require_cached(plan, ["x", "y"], Cache("y"))
     with pytest.raises(BudgetError, match=r"index 1 .* With 4 of its 9 tokens, uuid 'a' .* Send the image itself"):
         require_cached(plan, ["x", "y"], Cache("x"))
 
 
 def test_what_keeps_everything_is_what_the_cache_has() -> None:
-    images = Images(Items(None, picture(9, 9)), ["a", "b"], Cache())
+    images = PromptImages(Items(None, picture(9, 9)), ["a", "b"], Cache())
     decide(images)
     plans = (ImagePlan(1, 1), ImagePlan(5, 5, size=(9, 9)))
-    assert [(plan.total, plan.kept) for plan in images.settled(plans, [7, 5])] == [(7, 7), (5, 5)]
-    decide(Images(Items(picture(9, 9)), ["b"], Cache()), 64)
-    limited = Images(Items(picture(9, 9)), ["b"], Cache())
+    assert [(plan.total, plan.kept) for plan in images.final_plans(plans, [7, 5])] == [(7, 7), (5, 5)]
+    decide(PromptImages(Items(picture(9, 9)), ["b"], Cache()), 64)
+    limited = PromptImages(Items(picture(9, 9)), ["b"], Cache())
     decide(limited, 64)
     with pytest.raises(BudgetError, match="given to two images: the one in the cache has 90 tokens"):
-        limited.settled(plans[1:], [90])
+        limited.final_plans(plans[1:], [90])
 
 
 @given(budget=BUDGETS, level=LEVELS, total=st.integers(1, 5000), default=BUDGETS)
@@ -188,7 +196,7 @@ def test_an_image_keeps_all_where_the_policy_says_so(
 def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[Any], wanted: str) -> None:
     for value in values:
         with pytest.raises(BudgetError, match=wanted) as refused:
-            PruningRequest.taken_from({option: value, "size": 1})
+            PruningRequest.split_options({option: value, "size": 1})
         assert str(refused.value).startswith(option)
         assert type(value).__name__ in str(refused.value) or option == FIELD
         assert refused.value.param == option
@@ -196,4 +204,4 @@ def test_an_option_of_a_wrong_type_is_refused_by_name(option: str, values: list[
 
 def test_options_of_the_right_type_are_taken() -> None:
     given_options = {FIELD: 9, METHOD_FIELD: "x", TEXT_OPTION: "what?", DETAIL_OPTION: ["low"], "size": 1}
-    assert PruningFields.taken_from(given_options) == (PruningFields(9, "x", "what?", ("low",)), {"size": 1})
+    assert PruningFields.split_options(given_options) == (PruningFields(9, "x", "what?", ("low",)), {"size": 1})

@@ -1,1 +1,1 @@
-"""The API server's side: requests are read, planned, counted and answered."""
+"""Code that runs in the API server: requests are read, planned, counted and answered."""

@@ -1,4 +1,4 @@
-"""Whether a server can honor what a request asks for: its model, its method."""
+"""Checks whether the server can honor a request: whether it can prune the model, and allows the method."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def admit(renderer: Any, request: PruningRequest) -> None:
         return
     if reason := unsupported_reason(renderer):
         raise BudgetError(
-            f"{FIELD} cannot be honoured: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
-            "Leave the field out, or serve a model that can be.",
+            f"{FIELD} cannot be honored: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
+            "Leave the field out, or serve a model that can be pruned.",
             reason="unsupported",
         )
     renderer.mm_processor.check_method(request.method)
 
 
 def unsupported_reason(renderer: Any) -> str | None:
-    """Return why nothing can be pruned for a renderer's model, or ``None`` when it can."""
+    """Return why a renderer's model cannot be pruned, or ``None`` if it can."""
     from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 
     if renderer.mm_processor is None:
@@ -36,6 +36,6 @@ def unsupported_reason(renderer: Any) -> str | None:
 
 
 def served_name(model_config: Any) -> str:
-    """Return the name that clients know a model by; its path is not for them."""
+    """Return the model's name for clients; they must not see its path."""
     names = model_config.served_model_name
     return str(names) if isinstance(names, str) else str(names[0])

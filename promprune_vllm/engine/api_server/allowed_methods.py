@@ -1,4 +1,4 @@
-"""The methods that requests to this server may choose, with the options in force for its model."""
+"""The methods that requests to this server may name, with their options for the served model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from promprune_vllm.errors import BudgetError, SettingsError
 
 @dataclass(frozen=True, slots=True)
 class AllowedMethods:
-    """The settings of this process with the methods that they allow.
+    """The settings of this process and the methods that they allow.
 
     Args:
-        settings: The server's.
+        settings: The server's settings.
         selectors: One per name in ``settings.allowed``; the first is the default.
-        digests: One per method: identifies it with its options in cache keys.
+        digests: One per method; identifies the method and its options in cache keys.
     """
 
     settings: Settings
@@ -31,7 +31,7 @@ class AllowedMethods:
 
     @classmethod
     def of(cls, model_config: Any) -> AllowedMethods:
-        """Return the methods for a model, with what was calibrated for it.
+        """Return the allowed methods with the options calibrated for a model.
 
         Args:
             model_config: vLLM's ``ModelConfig``.
@@ -41,10 +41,13 @@ class AllowedMethods:
         return _configured(environment(), calibrated)
 
     def index(self, name: object) -> int:
-        """Return the index of a method by its name, ``None`` for the default.
+        """Return the index of a method among those allowed.
+
+        Args:
+            name: The method's name, ``None`` for the default.
 
         Raises:
-            BudgetError: It is not allowed, or not a name.
+            BudgetError: The method is not allowed, or ``name`` is not a string.
         """
         allowed = self.settings.allowed
         if name is None:
@@ -59,35 +62,33 @@ class AllowedMethods:
         return allowed.index(name)
 
     def needs_text(self) -> bool:
-        """Whether any of the methods uses the user's text."""
+        """Return whether any of the methods uses the user's text."""
         return any(Need.TEXT in method.needs for method in self.selectors)
 
     def require_supplied(self, supplied: Need, architecture: str) -> None:
-        """Raise ``SettingsError`` unless a model can capture all that the methods need.
+        """Raise ``SettingsError`` unless the model can capture all features that the methods need.
 
         Args:
-            supplied: Features that can be captured.
+            supplied: Features that the model can capture.
             architecture: The model's name, for the message.
         """
         for method in self.selectors:
             missing = method.needs & ~supplied
             if missing:
                 names = ", ".join(need.name or "" for need in missing)
-                able = [name for name, each in methods().items() if not each.needs & ~supplied]
+                usable = [name for name, each in methods().items() if not each.needs & ~supplied]
                 raise SettingsError(
                     f"Method {method.name!r} needs {names}, which cannot be captured from {architecture}. "
-                    f"Methods for this model: {', '.join(able)}."
+                    f"Methods for this model: {', '.join(usable)}."
                 )
 
 
 @functools.lru_cache(maxsize=8)
 def _configured(_: tuple[tuple[str, str], ...], calibrated: str) -> AllowedMethods:
-    """Return the methods of an environment.
+    """Return the methods for an environment; cached, since vLLM creates a processor for every request with images.
 
     Args:
-        calibrated: Of ``families.calibration``, as JSON, which is hashable.
-
-    vLLM makes a processor for every request with an image, so none of this may be repeated each time.
+        calibrated: Result of ``families.calibration`` as JSON, which is hashable.
     """
     settings = Settings.from_environment()
     calibration = json.loads(calibrated)

@@ -1,8 +1,8 @@
-"""Where our routes, headers and fields are added to vLLM's API server: at the places where it is built.
+"""Wrappers that add our routes, headers and fields to vLLM's API server while it is built.
 
-vLLM has endpoint plugins for that, which stay off unless ``VLLM_PLUGINS`` names them. Its list of them is left as
-it is, and so is its rule: this is a general plugin, on unless ``VLLM_PLUGINS`` leaves it out, and what it adds to
-the server comes with it. ``PROMPRUNE_ENDPOINTS=false`` leaves out the routes.
+vLLM has endpoint plugins for this, but loads them only if ``VLLM_PLUGINS`` names them. We leave that rule and
+vLLM's list of endpoint plugins alone. PromPrune is a general plugin, which vLLM loads unless ``VLLM_PLUGINS``
+excludes it, and its additions to the server come with it. ``PROMPRUNE_ENDPOINTS=false`` leaves out the routes.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from promprune_vllm.engine.api_server import prompt_metrics
 from promprune_vllm.engine.keys import ENDPOINTS
 
 
-def attach_ours(original: Any) -> Any:
-    """Wrap the first step: add ours to the app, after vLLM's routes and other plugins'."""
+def attach_endpoints(original: Any) -> Any:
+    """Wrap the first step: add our endpoints to the app, after the routes of vLLM and of other plugins."""
 
     def attach_endpoint_plugins(app: Any, *args: Any, **kwargs: Any) -> None:
         from promprune_vllm.engine.api_server.endpoints import Endpoints
 
         original(app, *args, **kwargs)
-        ours = Endpoints()
-        ours.attach_router(app)
-        setattr(app.state, ENDPOINTS, ours)
+        endpoints = Endpoints()
+        endpoints.attach_router(app)
+        setattr(app.state, ENDPOINTS, endpoints)
 
     return attach_endpoint_plugins
 
 
-def init_ours(original: Any) -> Any:
-    """Wrap the second step, in which the app's state gets what the routes need."""
+def init_endpoints(original: Any) -> Any:
+    """Wrap the second step: give the app's state the backend of our routes."""
 
     async def init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
         await original(engine_client, state, args)
-        ours = getattr(state, ENDPOINTS, None)
-        if ours is None:  # a batch run, which has a state without an app
+        endpoints = getattr(state, ENDPOINTS, None)
+        if endpoints is None:  # a batch run, which has a state but no app
             return
-        await ours.init_state(engine_client, state, args)
-        if engine_client is None:  # a render server, in which no engine's front end starts
+        await endpoints.init_state(engine_client, state, args)
+        if engine_client is None:  # a render server, which has no engine client to start the metrics
             prompt_metrics.start(state.online_renderer.renderer)
 
     return init_endpoint_plugins_state

@@ -1,4 +1,4 @@
-"""vLLM's own command line, run in this process."""
+"""Runs vLLM's own command line in this process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from promprune_vllm.engine.compat.patching import Stage
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run it, as ``vllm serve ...`` would.
+    """Run vLLM's command line with these arguments, such as ``serve MODEL``.
 
     Raises:
-        ImportError: There is no vLLM.
+        ImportError: vLLM is not installed.
     """
     from vllm.entrypoints.cli.main import main
 
@@ -25,9 +25,9 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def allow_cpu_build(original: Callable[[str], str]) -> Any:
-    """Wrap the look-up of a version: the CPU build is the same program under another distribution name.
+    """Wrap the look-up of a package's version: the CPU build of vLLM is the same program in another package.
 
-    vLLM finds its platform by looking for "cpu" in this version, so the suffix matters.
+    vLLM selects its platform by searching this version for "cpu", so the suffix matters.
     """
 
     def version(distribution_name: str) -> str:

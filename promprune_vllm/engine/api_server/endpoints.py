@@ -1,7 +1,7 @@
-"""What this plugin adds to vLLM's HTTP server, in the form vLLM has for it, ``EndpointPlugin``.
+"""Our additions to vLLM's HTTP server, in the form of vLLM's ``EndpointPlugin``. ``app_hooks`` adds them.
 
-``api_server`` adds it. The routes ask for the server's API key; inspecting goes through the engine, as a chat
-request does, and the others read settings and count.
+The routes require the server's API key. The inspector sends a chat request through the engine; the other routes
+only read settings and count tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.api_server.request_fields import PruningFields, read_from
+from promprune_vllm.engine.api_server.request_fields import PruningFields, find_field
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
@@ -54,19 +54,19 @@ if TYPE_CHECKING:
 
 
 class Endpoints:
-    """See vLLM's ``EndpointPlugin``."""
+    """Implements vLLM's ``EndpointPlugin``."""
 
     name = "promprune"
     required_tasks = None
-    """Every task: a server that cannot prune says so."""
+    """None: also on servers that cannot prune, so that they can say so."""
 
     def __init__(self) -> None:
         versions.require_names(versions.SERVER_NAMES)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add our routes, headers, fields of usage and schemas."""
+        """Add our routes, headers, usage fields and schemas."""
         http_fields.attach(app)
-        # vLLM adds its own middleware later, so this is inside it: a refused API key never gets here.
+        # vLLM adds its own middleware later, so ours runs inside it: a refused API key never gets this far.
         app.add_middleware(VisualTokenHeaders)
         settings = Settings.from_environment()
         if settings.endpoints:
@@ -76,37 +76,37 @@ class Endpoints:
         document(app, field_schemas(settings.allowed))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002
-        """Give the routes what they need; vLLM's state is complete by now."""
+        """Give the routes their backend; vLLM's state is complete by now."""
         renderer = state.online_renderer.renderer
         state.visual_tokens = EngineBackend(renderer, Inspector(engine_client, state))
 
 
 class EngineBackend:
-    """The routes' ``Backend``: answers with the processor that serves requests."""
+    """The ``Backend`` of our routes; it uses the same processor as the requests."""
 
     def __init__(self, renderer: Any, inspector: Inspector) -> None:
         self._renderer = renderer
         self._inspector = inspector
         self._settings = Settings.from_environment()
 
-    def check_fields(self, body: Mapping[str, Any]) -> Mapping[str, object]:
-        """Return our fields of a request, the budget parsed.
+    def check_fields(self, body: Mapping[str, Any]) -> PruningRequest:
+        """Return what a request asks for, admitted.
 
         Args:
             body: The decoded JSON of a request to any of vLLM's routes.
 
         Raises:
-            VLLMValidationError: HTTP 400: a field is misspelled, misplaced or invalid, or cannot be honored.
+            VLLMValidationError: Our fields are misspelled, misplaced or invalid, or the server cannot honor them.
         """
         with refusing(self._renderer.model_config):
             check_names(body)
-            budget, method = read_from(body, FIELD), read_from(body, METHOD_FIELD)
-            request = PruningRequest.parse(PruningFields(budget, method))
+            fields = PruningFields(find_field(body, FIELD), find_field(body, METHOD_FIELD))
+            request = PruningRequest.parse(fields)
             admit(self._renderer, request)
-        return {FIELD: None if budget is None else request.budget, METHOD_FIELD: method}
+        return request
 
     def state(self) -> VisualTokens:
-        """Return what is in force."""
+        """Return the settings in force."""
         config = self._renderer.model_config
         family = families.family_of(config.architectures)
         reason = unsupported_reason(self._renderer)
@@ -131,9 +131,9 @@ class EngineBackend:
         )
 
     def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
-        """Return what a request would keep; the errors are those of such a request."""
+        """Return how many tokens a request would keep; raise the same errors as that request."""
         with refusing(None):
-            request = PruningRequest.parse(PruningFields(budget=budget, details=self._honored(details)))
+            request = PruningRequest.parse(PruningFields(budget=budget, details=self._honored_details(details)))
             if details is not None and len(details) != len(sizes):
                 raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
             admit(self._renderer, request)
@@ -144,30 +144,30 @@ class EngineBackend:
         return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
 
     async def caches(self) -> CachesReply:
-        """Return what the caches of images hold."""
+        """Return what the image caches hold."""
         with refusing(None):
-            self._require_pruning("tell")
-        engines = await self._inspector.held()
+            self._require_pruning("report")
+        engines = await self._inspector.cache_sizes()
         capacity = self._inspector.capacity_rows
         encoder = [EncoderCache(images=images, rows=rows, capacity_rows=capacity) for images, rows in engines]
-        # vLLM shows its hits and misses, not what it holds.
-        found = getattr(self._renderer.mm_processor_cache, "_cache", None)
+        # A private attribute: the cache's public interface reports hits and misses, not its contents.
+        cache = getattr(self._renderer.mm_processor_cache, "_cache", None)
         processor = None
-        if found is not None:
-            held, capacity_bytes = int(found.currsize), int(found.capacity)
-            processor = ProcessorCache(images=len(found), bytes=held, capacity_bytes=capacity_bytes)
+        if cache is not None:
+            used, capacity_bytes = int(cache.currsize), int(cache.capacity)
+            processor = ProcessorCache(images=len(cache), bytes=used, capacity_bytes=capacity_bytes)
         return CachesReply(processor=processor, encoder=encoder)
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
-        """Return what became of an image."""
+        """Return which tokens of an image were kept, and why."""
         with refusing(None):
             self._require_pruning("inspect")
-        found = await self._inspector.run(body, request)
-        if isinstance(found, Response):
-            return found
-        known, trace = found
+        result = await self._inspector.run(body, request)
+        if isinstance(result, Response):
+            return result
+        usage, trace = result
         boxes = self._renderer.mm_processor.boxes
-        return inspector.reply(known, trace, boxes, self._methods, self._bytes(known.seen, known.kept))
+        return inspector.reply(usage, trace, boxes, self._methods, self._bytes(usage.seen, usage.kept))
 
     def _require_pruning(self, verb: str) -> None:
         if reason := unsupported_reason(self._renderer):
@@ -179,11 +179,11 @@ class EngineBackend:
             counts: list[tuple[int, int]] = self._renderer.mm_processor.count(_Sizes(sizes), request)
         except BudgetError:
             raise
-        except ValueError as error:  # such as sides in a proportion the model does not take
+        except ValueError as error:  # such as an aspect ratio that the model does not accept
             raise BudgetError(f"The model takes no images of these sizes: {error}", param="images") from error
         return counts
 
-    def _honored(self, details: Sequence[str] | None) -> tuple[str, ...] | None:
+    def _honored_details(self, details: Sequence[str] | None) -> tuple[str, ...] | None:
         return tuple(details) if details is not None and self._settings.detail else None
 
     def _limits(self) -> Limits:
@@ -201,8 +201,8 @@ class EngineBackend:
     @cached_property
     def _methods(self) -> list[Method]:
         calibration = families.calibration(self._renderer.model_config)
-        chosen = [self._settings.selector(calibration, name) for name in self._settings.allowed]
-        return [Method(name=method.name, options=options_of(method)) for method in chosen]
+        selectors = [self._settings.selector(calibration, name) for name in self._settings.allowed]
+        return [Method(name=method.name, options=options_of(method)) for method in selectors]
 
     def _bytes(self, seen: int, kept: int) -> CacheBytes | None:
         each = self._bytes_per_token
@@ -216,15 +216,15 @@ class EngineBackend:
 
 
 class _Sizes:
-    """Images as far as the processor needs them to count their tokens."""
+    """Images of which only the sizes are known; enough for the processor to count their tokens."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
         self.sizes = [ImageSize(width=width, height=height) for width, height in sizes]
 
     def get_count(self) -> int:
-        """Return how many there are."""
+        """Return the number of images."""
         return len(self.sizes)
 
     def get_image_size(self, index: int) -> ImageSize:
-        """Return the size of one."""
+        """Return the size of one image."""
         return self.sizes[index]

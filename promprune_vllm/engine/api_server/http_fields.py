@@ -1,8 +1,8 @@
-"""Our fields of an HTTP request, read from the JSON that the client sent.
+"""Reads our fields of an HTTP request from the JSON that the client sent.
 
-Some of vLLM's request schemas drop fields that they do not know (Anthropic's, and that of
-``/inference/v1/generate``). So every route gets one more FastAPI dependency, which reads the decoded body before
-any schema does. Starlette keeps the decoded body with the request, so nothing is parsed twice.
+Some of vLLM's request schemas drop unknown fields (Anthropic's, and that of ``/inference/v1/generate``). So every
+route gets one more FastAPI dependency, which reads the decoded body before any schema does. Starlette keeps the
+decoded body with the request, so nothing is parsed twice.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from fastapi import Depends, Request
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 
-from promprune_vllm.engine.api_server import request_fields
+from promprune_vllm.engine.api_server import pruning_request, request_fields
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
 def attach(app: FastAPI) -> None:
-    """Read our fields on every route that the app has so far. Our own, added later, check theirs."""
-    reading = Depends(_read)
+    """Read our fields on every route that the app has so far. Our own routes, added later, check theirs."""
+    dependency = Depends(_read_fields)
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
-            dependant = get_parameterless_sub_dependant(depends=reading, path=route.path_format)
-            route.dependant.dependencies.insert(0, dependant)  # as APIRoute itself adds dependencies
+            dependant = get_parameterless_sub_dependant(depends=dependency, path=route.path_format)
+            route.dependant.dependencies.insert(0, dependant)  # APIRoute adds dependencies the same way
 
 
-async def _read(request: Request) -> None:
-    body = await _decoded(request)
+async def _read_fields(request: Request) -> None:
+    body = await _decode_body(request)
     if isinstance(body, Mapping):
-        request_fields.remember(request.app.state.visual_tokens.check_fields(body))
+        request_fields.remember_http_fields(body)
+        pruning_request.remember_admitted(request.app.state.visual_tokens.check_fields(body))
 
 
-async def _decoded(request: Request) -> object:
-    """Return the decoded body, or ``None`` if it is no JSON: vLLM refuses that itself."""
+async def _decode_body(request: Request) -> object:
+    """Return the decoded body, or ``None`` if it is not JSON: vLLM refuses such a body itself."""
     if "json" not in request.headers.get("content-type", "").lower():
         return None
     try:

@@ -1,7 +1,7 @@
-"""What the engine kept of one image: a request of one token goes through, and the worker tells what it remembers.
+"""Shows which tokens the engine kept of one image: sends a one-token request, then reads the worker's trace.
 
-So the engine does the work, in its own queue and with its own limits; an image whose rows it still has is not
-encoded again, and what is shown are the very rows that enter the language model.
+So the engine does the work, in its own queue and with its own limits. An image whose rows it still has is not
+encoded again, and the reply shows the very rows that enter the language model.
 """
 
 from __future__ import annotations
@@ -19,82 +19,81 @@ from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.geometry import Box
 from promprune_vllm.engine.compat import older_minors
-from promprune_vllm.engine.keys import HELD, RECALL
+from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, TRACES_METHOD
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
 from promprune_vllm.server.usage import ImageUsage, current_usage
 
-_GONE = (
-    "The image's rows had left the engine's encoder cache before they could be looked at: the server is busy. "
+_EVICTED = (
+    "The image's rows left the engine's encoder cache before they could be inspected: the server is busy. "
     "Try again."
 )
-_FROM_ELSEWHERE = (
-    "The image's rows came to this engine from another one, through a connector of encoder caches, and what was "
-    "kept of them is known only there: inspect the image on the server that encodes."
+_ENCODED_ELSEWHERE = (
+    "Another engine encoded the image and sent its rows through an encoder cache connector. Only that engine "
+    "knows which tokens were kept: inspect the image on the server that encodes."
 )
 
 
 class Inspector:
-    """Answers ``POST /v1/visual_tokens/inspect``, and what the engines' encoder caches hold.
+    """Answers ``POST /v1/visual_tokens/inspect``, and reports what the engines' encoder caches hold.
 
     Args:
-        engine_client: vLLM's, with the engines behind it.
-        state: The app's, with vLLM's handler of chat requests.
+        engine_client: vLLM's client of its engines; ``None`` on a render server.
+        state: The app's state, with vLLM's handler of chat requests.
     """
 
     def __init__(self, engine_client: Any, state: Any) -> None:
-        self._client = engine_client  # a render server has none
+        self._client = engine_client
         self._state = state
 
     async def run(self, body: InspectRequest, request: Request) -> tuple[ImageUsage, Mapping[str, Any]] | Response:
-        """Have an image pruned.
+        """Send an image through the engine.
 
         Returns:
-            What the processor told of it and what the worker remembers, ``{}`` if it kept every token; or vLLM's
-            refusal.
+            The image's usage and its trace from the worker, ``{}`` if it kept every token; or vLLM's refusal.
 
         Raises:
-            HTTPException: 503, the image's rows are gone already; 501, the server does not chat or
-                does not encode.
+            HTTPException: 503 if the image's rows have already been evicted; 501 if the server does not answer
+                chat requests or does not encode images.
         """
         handler = getattr(self._state, "openai_serving_chat", None)
         if handler is None:
-            raise HTTPException(501, "This server does not answer chat requests, which inspecting goes through.")
+            raise HTTPException(501, "This server does not answer chat requests, and the inspector needs one.")
         reply = await handler.create_chat_completion(_chat(body), request)
         if isinstance(reply, ErrorResponse):
             return JSONResponse(reply.model_dump(), reply.error.code)
-        known = current_usage()
-        if known is None or len(known.identifiers) != 1:
-            raise RuntimeError("a request with one image was told of without it")
-        trace = await self._recalled(known.identifiers)
-        if not trace and known.kept < known.seen:
-            raise HTTPException(501, _FROM_ELSEWHERE)
-        return known, trace
+        usage = current_usage()
+        if usage is None or len(usage.identifiers) != 1:
+            raise RuntimeError("the usage of a request with one image does not have one image")
+        trace = await self._read_trace(usage.identifiers)
+        if not trace and usage.kept < usage.seen:
+            raise HTTPException(501, _ENCODED_ELSEWHERE)
+        return usage, trace
 
     @property
     def capacity_rows(self) -> int:
-        """How many rows vLLM lets an engine's encoder cache hold: those of the largest image or video at least."""
+        """How many rows an engine's encoder cache may hold: at least those of the largest image or video."""
         return int(self._client.input_processor.mm_encoder_cache_size)
 
-    async def held(self) -> list[tuple[int, int]]:
-        """Return how many images each engine's encoder cache holds, and how many rows; of its first rank."""
-        engines = await self._asked(HELD)
+    async def cache_sizes(self) -> list[tuple[int, int]]:
+        """Return how many images and rows each engine's encoder cache holds, on its first rank."""
+        engines = await self._call_workers(CACHE_SIZE_METHOD)
         return [(images, rows) for (images, rows), *_ in engines]
 
-    async def _asked(self, method: str, *arguments: object) -> Any:
-        """Ask every worker: one list for each engine, in it one entry for each rank."""
+    async def _call_workers(self, method: str, *arguments: object) -> Any:
+        """Call a method of every worker; return a list of engines, each a list with one result per rank."""
         if self._client is None:
-            raise HTTPException(501, "This server only renders prompts: it has no engine that could tell.")
+            raise HTTPException(501, "This server only renders prompts: it has no engine.")
         return await older_minors.call_every_engine(
             self._client.engine_core, "collective_rpc", method, None, arguments, None
         )
 
-    async def _recalled(self, identifiers: Sequence[str]) -> Mapping[str, Any]:
-        engines = await self._asked(RECALL, list(identifiers))  # of each rank, one entry for each image
-        found = [rank[0] for engine in engines for rank in engine if rank[0] is not None]
-        if not found:
-            raise HTTPException(503, _GONE, headers={"Retry-After": "1"})
-        return max(found, key=len)  # only the first rank remembers anything
+    async def _read_trace(self, identifiers: Sequence[str]) -> Mapping[str, Any]:
+        engines = await self._call_workers(TRACES_METHOD, list(identifiers))  # each rank: one trace per image
+        traces = [rank[0] for engine in engines for rank in engine if rank[0] is not None]
+        if not traces:
+            raise HTTPException(503, _EVICTED, headers={"Retry-After": "1"})
+        return max(traces, key=len)  # only the first rank keeps traces; the others return {}
 
 
 def _chat(body: InspectRequest) -> ChatCompletionRequest:
@@ -104,45 +103,55 @@ def _chat(body: InspectRequest) -> ChatCompletionRequest:
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": image}]
     if body.text:
         content.append({"type": "text", "text": body.text})
-    asked = {FIELD: body.visual_token_budget, METHOD_FIELD: body.visual_token_method}
+    fields = {FIELD: body.visual_token_budget, METHOD_FIELD: body.visual_token_method}
     return ChatCompletionRequest.model_validate(
         {
             "messages": [{"role": "user", "content": content}],
             "max_tokens": 1,
-            # No prefix is shared, so the image's rows are looked up in the encoder cache, or made.
+            # A fresh salt avoids the prefix cache, so the image's rows must be in the encoder cache afterwards.
             "cache_salt": uuid.uuid4().hex,
-            **{name: value for name, value in asked.items() if value is not None},
+            **{name: value for name, value in fields.items() if value is not None},
         }
     )
 
 
 def reply(
-    known: ImageUsage,
+    usage: ImageUsage,
     trace: Mapping[str, Any],
     boxes: Callable[[int, int], Sequence[Box | None]],
     methods: Sequence[Method],
     kv_cache: CacheBytes | None,
 ) -> InspectReply:
-    """Put together what is shown of an image."""
-    ((seen, kept),) = known.images
-    (size,) = known.sizes
-    assert size is not None  # it came as a picture
+    """Build the reply for one image.
+
+    Args:
+        usage: Of a request with this image alone.
+        trace: From the worker, ``{}`` if the image kept every token.
+        boxes: Returns the pixel boxes of the tokens of an image of a width and height.
+        methods: The allowed methods.
+        kv_cache: Bytes of KV cache that the image takes and saves.
+    """
+    ((seen, kept),) = usage.images
+    (size,) = usage.sizes
+    assert size is not None  # only image_embeds have no size
     groups = [_group(part) for part in trace.get("parts", ())]
-    places = sorted(place for group in groups for place in group.kept) if groups else list(range(seen))
-    rows = sorted([*places, *trace.get("newlines", ())])
-    looks = boxes(*size)
-    if len(looks) != seen or len(rows) != kept:
-        raise RuntimeError(f"{len(looks)} places, {len(rows)} kept rows: {seen} and {kept} were counted")
-    named = {method.name: method for method in methods}
+    visual = sorted(position for group in groups for position in group.kept) if groups else list(range(seen))
+    positions = sorted([*visual, *trace.get("newlines", ())])
+    token_boxes = boxes(*size)
+    if len(token_boxes) != seen or len(positions) != kept:
+        raise RuntimeError(
+            f"{len(token_boxes)} boxes and {len(positions)} kept positions for an image with {seen} and {kept}"
+        )
+    method_by_name = {method.name: method for method in methods}
     return InspectReply(
         width=size[0],
         height=size[1],
         seen=seen,
         kept=kept,
-        method=named[trace["method"]] if trace else None,
-        boxes=[None if box is None else geometry.rounded(box) for box in looks],
-        views=[i for i, box in enumerate(looks) if i == 0 or (box is not None and box[:2] == (0.0, 0.0))],
-        indices=rows,
+        method=method_by_name[trace["method"]] if trace else None,
+        boxes=[None if box is None else geometry.rounded(box) for box in token_boxes],
+        views=[i for i, box in enumerate(token_boxes) if i == 0 or (box is not None and box[:2] == (0.0, 0.0))],
+        indices=positions,
         groups=groups,
         selection_ms=round(1000 * trace["seconds"], 3) if trace else None,
         kv_cache=kv_cache,

@@ -1,8 +1,8 @@
-"""Images that a request names by their uuid instead of sending them.
+"""Named images: a request gives their uuid instead of sending them.
 
-vLLM's processor cache has such an image from an earlier request, but neither its size nor its pixels. What a
-budget needs of them is remembered here, beside each processor cache: the size, and the level that ``"auto"`` came
-to. The cache of another API server, or of the tokenize routes, has its own images, and so its own memory.
+vLLM's processor cache has such an image from an earlier request, but neither its size nor its pixels. This module
+remembers what a budget needs to know about it: its size, and its level for ``"auto"``. Each processor cache has
+its own memory, since other API servers and the tokenize routes cache other images.
 """
 
 from __future__ import annotations
@@ -22,210 +22,222 @@ from promprune_vllm.engine.api_server import image_complexity
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
 from promprune_vllm.errors import BudgetError
 
-MAX_KNOWN = 32_768
-"""Images remembered beside one cache; one of them takes less than 500 bytes."""
-_ONCE = (
-    f"An image is cached for each {FIELD} and {METHOD_FIELD} it is sent with, and for each text where the method "
-    "reads the text. Send the image itself once, with its uuid and the same fields."
+MAX_IMAGES = 32_768
+"""Images remembered for one cache; each takes less than 500 bytes."""
+_SEND_ONCE = (
+    f"The server caches an image separately for each {FIELD} and {METHOD_FIELD}, and for each text if the method "
+    "uses the text. Send the image itself once, with its uuid and the same fields."
 )
 
 
 class Size(NamedTuple):
-    """Of an image, in pixels."""
+    """Size of an image in pixels."""
 
     width: int
     height: int
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What is remembered of an image.
+class RememberedImage:
+    """What is remembered about an image.
 
     Args:
-        size: Its width and height.
-        level: Share of the default that ``"auto"`` kept when it was last sent so; ``None`` if it never was.
+        size: Width and height.
+        level: Share of the default that ``"auto"`` kept when the image was last sent with it; ``None`` if it never
+            was.
     """
 
     size: Size
     level: Fraction | None = None
 
 
-class Memory:
-    """What is known of images by uuid: the last ``capacity`` of them that were used."""
+class ImageMemory:
+    """Remembers images by uuid: the ``capacity`` most recently used."""
 
-    def __init__(self, capacity: int = MAX_KNOWN) -> None:
+    def __init__(self, capacity: int = MAX_IMAGES) -> None:
         self._capacity = capacity
-        self._known: OrderedDict[bytes, Known] = OrderedDict()
+        self._images: OrderedDict[bytes, RememberedImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, uuid: object) -> Known | None:
-        """Return what is known of an image; ``None`` of an unknown one, and of one without a name."""
+    def find(self, uuid: object) -> RememberedImage | None:
+        """Return what is remembered about an image, or ``None``; ``uuid`` may be ``None``."""
         if uuid is None:
             return None
         key = _digest(uuid)
         with self._lock:
-            known = self._known.get(key)
-            if known is not None:
-                self._known.move_to_end(key)
-            return known
+            image = self._images.get(key)
+            if image is not None:
+                self._images.move_to_end(key)
+            return image
 
-    def keep(self, uuid: object, known: Known) -> None:
-        """Remember an image, and forget the one that was not used for longest where there are too many."""
+    def store(self, uuid: object, image: RememberedImage) -> None:
+        """Remember an image; above the capacity, forget the least recently used one."""
         key = _digest(uuid)
         with self._lock:
-            self._known[key] = known
-            self._known.move_to_end(key)
-            if len(self._known) > self._capacity:
-                self._known.popitem(last=False)
+            self._images[key] = image
+            self._images.move_to_end(key)
+            if len(self._images) > self._capacity:
+                self._images.popitem(last=False)
 
 
-_memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
+_memories: WeakKeyDictionary[Any, ImageMemory] = WeakKeyDictionary()
 
 
 def _digest(uuid: object) -> bytes:
-    # A client's uuid may be of any length, and hold what UTF-8 cannot encode.
+    # A client's uuid may have any length, and contain characters that UTF-8 cannot encode.
     return hashlib.blake2b(repr(uuid).encode(), digest_size=16).digest()
 
 
-class Images:
-    """The images of one prompt, as far as a budget needs to know them: in order of appearance.
+class PromptImages:
+    """The images of one prompt in order of appearance, with what a budget needs to know about them.
 
     Args:
-        items: vLLM's ``ImageProcessorItems``; an image that is not sent is ``None`` there.
-        uuids: What the client calls each, ``None`` where it gives no name.
-        cache: vLLM's processor cache, or ``None`` where there is none.
+        items: vLLM's ``ImageProcessorItems``; it has ``None`` for a named image.
+        uuids: The client's uuid of each image, or ``None``.
+        cache: vLLM's processor cache, or ``None`` if it is off.
     """
 
     def __init__(self, items: Any, uuids: Sequence[object] | None, cache: Any) -> None:
         count = items.get_count()
         self._items = items
         self._uuids = list(uuids) if uuids else [None] * count
-        self._memory = None if cache is None else _memories.setdefault(cache, Memory())
-        self._known = [self._memory.find(uuid) if self._memory else None for uuid in self._uuids]
+        self._memory = None if cache is None else _memories.setdefault(cache, ImageMemory())
+        self._remembered = [self._memory.find(uuid) if self._memory else None for uuid in self._uuids]
         self._levels: list[Fraction | None] = [None] * count
-        self._limited = [False] * count
+        self._may_lose_tokens = [False] * count
 
     def get_count(self) -> int:
-        """Return how many there are."""
+        """Return the number of images."""
         return len(self._uuids)
 
     def get_image_size(self, index: int) -> Size:
-        """Return the width and height of an image that was sent, or is known."""
-        known = self._known[index]
-        return known.size if known and self._is_named(index) else Size(*self._items.get_image_size(index))
+        """Return the width and height of an image that was sent or is remembered."""
+        remembered = self._remembered[index]
+        if remembered and self._is_named(index):
+            return remembered.size
+        return Size(*self._items.get_image_size(index))
 
     def _is_named(self, index: int) -> bool:
         return self._items.get(index) is None
 
     @property
     def sizes(self) -> list[Size | None]:
-        """Width and height of each; ``None`` of one that is named and not known."""
+        """Width and height of each image; ``None`` for a named image that is not remembered."""
         return [
-            None if self._is_named(i) and self._known[i] is None else self.get_image_size(i)
+            None if self._is_named(i) and self._remembered[i] is None else self.get_image_size(i)
             for i in range(self.get_count())
         ]
 
     @property
-    def named(self) -> dict[int, object]:
-        """The uuid of every image that is named and known, by its place."""
-        return {i: uuid for i, uuid in enumerate(self._uuids) if self._is_named(i) and self._known[i]}
+    def named_uuids(self) -> dict[int, object]:
+        """Index -> uuid of each named image that is remembered."""
+        return {i: uuid for i, uuid in enumerate(self._uuids) if self._is_named(i) and self._remembered[i]}
 
-    def decide(
+    def decide_levels(
         self, budget: BudgetRequest, policy: BudgetPolicy, now: Fraction, *, adapts: bool
     ) -> list[Fraction]:
         """Return the share of the default that ``"auto"`` keeps of each image.
 
-        A named image has the share it had when it was sent: with another, nothing would be found in the cache.
+        A named image has the share it had when it was sent: with another one, it would not be in the cache.
 
         Args:
-            budget: What the request asks for.
-            policy: The server's.
-            now: What the load allows.
-            adapts: Whether an image's own content counts. The lower of the two holds: a plain image has already
-                given its part.
+            budget: The request's budget.
+            policy: The server's policy.
+            now: The level that the load allows.
+            adapts: Whether an image's content counts, too. The lower of the two levels applies, not their product.
 
         Raises:
-            BudgetError: Nobody can say how many tokens a named image keeps.
+            BudgetError: It is unknown how many tokens a named image keeps.
         """
         budget.check_images(self.get_count())
-        found = []
+        levels = []
         for i, size in enumerate(self.sizes):
             level: Fraction | None = now
             if budget.total is None and budget.for_image(i) is None:
                 level = self._levels[i] = self._level(i, now, adapts=adapts)
-            self._limited[i] = budget.total is not None or not policy.keeps_all(budget.for_image(i), level)
-            if (size is None or level is None) and self._limited[i]:
-                raise self._unknown(i)
-            found.append(Fraction(1) if level is None else level)
-        return found
+            limited = budget.total is not None or not policy.keeps_all(budget.for_image(i), level)
+            self._may_lose_tokens[i] = limited
+            if (size is None or level is None) and limited:
+                raise self._unknown_image_error(i)
+            levels.append(Fraction(1) if level is None else level)
+        return levels
 
     def _level(self, index: int, now: Fraction, *, adapts: bool) -> Fraction | None:
-        known = self._known[index]
+        remembered = self._remembered[index]
         if not self._is_named(index):
             return min(now, image_complexity.level(self._items.get(index))) if adapts else now
-        if known is not None and known.level is not None:
-            return known.level
+        if remembered is not None and remembered.level is not None:
+            return remembered.level
         return None if adapts else now
 
-    def _unknown(self, index: int) -> BudgetError:
+    def _unknown_image_error(self, index: int) -> BudgetError:
         if self._memory is None:
-            return _missed(
+            return _cache_miss_error(
                 index, "This server caches no images (--mm-processor-cache-gb 0): send the image itself."
             )
         uuid = shown(self._uuids[index])
-        return _missed(index, f"Nothing is known of uuid {uuid} that {FIELD} could be applied to. {_ONCE}")
+        return _cache_miss_error(
+            index, f"The server does not know enough about uuid {uuid} to apply {FIELD}. {_SEND_ONCE}"
+        )
 
-    def settled(self, plans: Sequence[ImagePlan], lengths: Sequence[int]) -> tuple[ImagePlan, ...]:
-        """Return what became of the images, whose placeholders are so long.
+    def final_plans(self, plans: Sequence[ImagePlan], lengths: Sequence[int]) -> tuple[ImagePlan, ...]:
+        """Return the plans corrected by the lengths of the placeholders that vLLM made.
 
-        Where an image keeps all its tokens, vLLM's cache decides what it is: with a name that nothing is known of,
-        or that was given to two images.
+        An image that keeps all its tokens is whatever vLLM's cache has under its uuid. Its length may differ from
+        the plan if the uuid is not remembered, or was given to two images.
+
+        Args:
+            plans: One per image.
+            lengths: Tokens of each image's placeholder.
 
         Raises:
-            BudgetError: The image in the cache has more tokens than the one that a budget was applied to.
+            BudgetError: The cached image has another number of tokens than the one that a budget was applied to.
         """
-        found = []
+        final = []
         for i, (plan, length) in enumerate(zip(plans, lengths, strict=True)):
-            if length != plan.kept and self._limited[i]:
+            if length != plan.kept and self._may_lose_tokens[i]:
                 raise BudgetError(
                     f"uuid {shown(self._uuids[i])} was given to two images: the one in the cache has {length} "
                     f"tokens, and {FIELD} was applied to one of {plan.total}. Give every image a uuid of its own.",
                     reason="unsupported",
                 )
-            found.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
-        return tuple(found)
+            final.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
+        return tuple(final)
 
     def remember(self, cached: Sequence[bool]) -> None:
-        """Remember what was sent under a name, now that it is processed.
+        """Remember the images that were sent with a uuid, now that they are processed.
 
         Args:
-            cached: Which images were in the cache already: there, the first image of a name counts.
+            cached: Which images were already in the cache. For those, the size of the first image with the uuid
+                stays.
         """
         for i, (uuid, hit) in enumerate(zip(self._uuids, cached, strict=True)):
             if self._memory is not None and uuid is not None and not self._is_named(i):
-                known, level = self._known[i], self._levels[i]
-                size = known.size if known and hit else self.get_image_size(i)
-                if level is None and known:
-                    level = known.level
-                self._memory.keep(uuid, Known(size, level))
+                remembered, level = self._remembered[i], self._levels[i]
+                size = remembered.size if remembered and hit else self.get_image_size(i)
+                if level is None and remembered:
+                    level = remembered.level
+                self._memory.store(uuid, RememberedImage(size, level))
 
 
 def require_cached(plan: Plan, keys: Sequence[str], cache: Any) -> None:
-    """Raise ``BudgetError`` for an image that is named and known, but not cached as it is asked for.
+    """Raise ``BudgetError`` if a named image is remembered, but not in the cache with the requested tokens.
 
     Args:
-        plan: What is to happen to the prompt's images.
-        keys: What each is called in the cache.
+        plan: The plan of the prompt's images.
+        keys: Cache key of each image.
         cache: vLLM's processor cache.
     """
-    for i, uuid in plan.named.items():
+    for i, uuid in plan.named_uuids.items():
         if not cache.is_cached([keys[i]])[0]:
             image = plan.images[i]
             tokens = f"{image.kept} of its {image.total} tokens"
-            raise _missed(i, f"With {tokens}, uuid {shown(uuid)} is not in the cache, or not any more. {_ONCE}")
+            raise _cache_miss_error(
+                i, f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache. {_SEND_ONCE}"
+            )
 
 
-def _missed(index: int, why: str) -> BudgetError:
-    # Begins with vLLM's own words.
-    words = f"Cache miss for image at index {index} but data is not provided. {why}"
-    return BudgetError(words, reason="unsupported")
+def _cache_miss_error(index: int, why: str) -> BudgetError:
+    # The first sentence is vLLM's own message.
+    message = f"Cache miss for image at index {index} but data is not provided. {why}"
+    return BudgetError(message, reason="unsupported")

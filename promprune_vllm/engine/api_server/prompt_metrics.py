@@ -1,4 +1,4 @@
-"""Prompts are counted where the engine takes them: one that vLLM refuses, as too long say, saves no token."""
+"""Counts prompts once the engine accepts them: a prompt that vLLM refuses saves nothing."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from promprune_vllm.metrics.recorder import expose, recorder
 
 
 def start(renderer: Any) -> None:
-    """Say whether the model can be pruned, and show our series on this process's ``/metrics`` from the start.
+    """Log whether the model can be pruned, and show our metrics on this process's ``/metrics`` from the start.
 
-    Not when a renderer is made: other programs make one, too, with less of a configuration.
+    This cannot happen in the renderer's constructor: other programs create renderers with partial configurations.
     """
     import vllm
 
     from promprune_vllm import __version__
     from promprune_vllm.engine.api_server.prompt_savings import Savings
-    from promprune_vllm.engine.api_server.request_hooks import announce
+    from promprune_vllm.engine.api_server.request_hooks import log_pruning_support
 
-    announce(renderer)
+    log_pruning_support(renderer)
     expose(
         renderer.config.model_config.served_model_name,
         Settings.from_environment().allowed,
         (__version__, vllm.__version__),
-        derived=Savings(renderer.config).known,
+        derived=Savings(renderer.config).supported,
     )
 
 
 def start_counting(original: Any) -> Any:
-    """Wrap the start of an engine's front end."""
+    """Wrap the constructor of ``InputProcessor``: start the metrics."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
@@ -41,33 +41,33 @@ def start_counting(original: Any) -> Any:
 
 
 def count_prompts(original: Any) -> Any:
-    """Wrap the step that makes requests of processed prompts."""
+    """Wrap the step that turns a processed prompt into a request: count the prompt."""
 
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
-        # Anything else is no prompt of a request yet: vLLM renders it and comes by here again, or checks options.
+        # Without a type the prompt is not rendered yet (vLLM calls this again), or vLLM only checks options.
         if isinstance(prompt, dict) and "type" in prompt and not prompt.get(COUNTED):
             _count(self, prompt)
-            prompt[COUNTED] = True  # it may be sent again
+            prompt[COUNTED] = True  # a prompt may be sent twice
         return request
 
     return process_inputs
 
 
 def _count(input_processor: Any, engine_input: dict[str, Any]) -> None:
-    ours = recorder(input_processor.model_config.served_model_name)
+    metrics = recorder(input_processor.model_config.served_model_name)
     summary: Summary | None = engine_input.get(SUMMARY)
     if summary is None:
-        ours.outcome("full" if engine_input["type"] == "multimodal" else "text")
+        metrics.outcome("full" if engine_input["type"] == "multimodal" else "text")
         return
     after = len(engine_input["prompt_token_ids"])
     before = after + sum(image.total - image.kept for image in summary.images)
     counts = [
         (image.total, image.kept, cached) for image, cached in zip(summary.images, summary.cached, strict=True)
     ]
-    ours.prompt(summary.method, counts, _savings(input_processor).of(before, after))
+    metrics.prompt(summary.method, counts, _savings(input_processor).of_prompt(before, after))
     if summary.form is not None:
-        ours.budget(summary.form)
+        metrics.budget(summary.form)
 
 
 def _savings(input_processor: Any) -> Any:

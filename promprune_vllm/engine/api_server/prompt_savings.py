@@ -1,4 +1,4 @@
-"""What pruning saves, in bytes of KV cache and operations of the prefill, from vLLM's own configuration."""
+"""Computes from vLLM's configuration what pruning saves: bytes of KV cache and FLOPs of the prefill."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from promprune_vllm.core.savings import Decoder, saved_blocks
 from promprune_vllm.metrics.recorder import Saving
 
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
-"""KV-cache types with one element for one number, and nothing beside."""
+"""KV cache types that store one element per number, without scales or padding."""
 
 
 class Savings:
-    """Tells what prompts of one engine save.
+    """Computes what pruned prompts of one engine save.
 
     Args:
-        vllm_config: The engine's. Its block size may still change until the engine is up, so it is read anew.
+        vllm_config: The engine's. Its block size may change until the engine has started, so it is read each time.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -26,12 +26,12 @@ class Savings:
         self._decoder = decoder(vllm_config)
 
     @property
-    def known(self) -> bool:
-        """Whether both can be told for this model."""
+    def supported(self) -> bool:
+        """Whether bytes and FLOPs can be computed for this model."""
         return self._bytes_per_token is not None and self._decoder is not None
 
-    def of(self, before: int, after: int) -> Saving | None:
-        """Return what a prompt of ``after`` tokens saves that had ``before``; ``None`` where that is not known."""
+    def of_prompt(self, before: int, after: int) -> Saving | None:
+        """Return what a prompt pruned from ``before`` to ``after`` tokens saves; ``None`` if not ``supported``."""
         if self._bytes_per_token is None or self._decoder is None:
             return None
         block = int(self._cache.block_size)
@@ -42,19 +42,19 @@ class Savings:
 
 
 def bytes_per_token(vllm_config: Any) -> int | None:
-    """Return what one token takes of the KV cache over all layers and ranks, or ``None`` where that varies."""
+    """Return the bytes of KV cache that one token takes over all layers and ranks, or ``None`` if that varies."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     stored = resolve_kv_cache_dtype_string(cache.cache_dtype, model)
     if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers or model.use_mla or model.is_hybrid:
         return None
-    # Heads are repeated where there are more ranks than heads.
+    # If there are more ranks than KV heads, heads are repeated.
     heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
     numbers = model.get_total_num_hidden_layers() * heads * model.get_head_size() * 2  # keys and values
     return int(numbers * kv_cache_dtype_str_to_dtype(stored, model).itemsize)
 
 
 def decoder(vllm_config: Any) -> Decoder | None:
-    """Return the sizes of the language model, or ``None`` where it is no dense decoder of equal layers."""
+    """Return the sizes of the language model, or ``None`` unless it is a dense decoder with equal layers."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     text = model.hf_text_config
     intermediate = getattr(text, "intermediate_size", None)

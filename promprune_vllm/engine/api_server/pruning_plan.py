@@ -1,4 +1,4 @@
-"""What is to happen to the images of one prompt, as it travels through vLLM's processing."""
+"""The plan of a prompt's images, which travels through vLLM's multimodal processing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
 from promprune_vllm.server.usage import record_images
 
 MAX_TEXT_TOKENS = 256
-"""The last so many of the user's text: a question, not a document."""
+"""Only the last 256 tokens of the user's text are used: enough for a question."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """What happens to one image: visual tokens before and after pruning, and what selects them.
+    """How one image is pruned.
 
     Args:
         total: Tokens before pruning.
-        kept: Tokens after.
+        kept: Tokens after pruning.
         method: Index among the allowed methods.
-        text: Tokens of the user's text, where the method looks at it.
-        size: Width and height in pixels; ``None`` of an image that came encoded, or that is named and not known.
+        text: Tokens of the user's text, if the method uses it.
+        size: Width and height in pixels; ``None`` for ``image_embeds`` and for unknown named images.
     """
 
     total: int
@@ -34,27 +34,27 @@ class ImagePlan:
 
 @dataclass(slots=True)
 class Plan:
-    """What happens to the images of one call of the processor, in order of appearance.
+    """The plans of the images in one processor call.
 
     Args:
-        images: One plan each.
-        cached: Filled in on the way: which of them vLLM's processor cache already had.
-        named: The uuid of each that was not sent, by its place; without those that nothing is known of.
+        images: One plan per image, in order of appearance.
+        cached: Which images vLLM's processor cache already had; filled in during the call.
+        named_uuids: Index -> uuid of each named image that is remembered, see ``named_images``.
     """
 
     images: tuple[ImagePlan, ...] = ()
     cached: tuple[bool, ...] = ()
-    named: Mapping[int, object] = field(default_factory=dict)
+    named_uuids: Mapping[int, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What happened to the images of one prompt.
+    """How the images of one prompt were pruned.
 
     Args:
-        images: One plan each, in order of appearance.
-        cached: Which of them vLLM's processor cache already had. A prompt equals itself whether they were or not.
-        method: What selects the tokens of images that lose any.
+        images: One plan per image, in order of appearance.
+        cached: Which images vLLM's processor cache already had. Ignored by ``==``.
+        method: Name of the request's method.
         form: How the request wrote its budget (see ``BudgetRequest.form``), ``None`` if it did not send one.
     """
 
@@ -64,15 +64,15 @@ class Summary:
     form: str | None
 
 
-def split(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
-    """Take our plan out of processor options."""
+def split_plan(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
+    """Split processor options into our plan and the rest."""
     rest = dict(kwargs)
     plan: Any = rest.pop(PLAN, None)
     return plan or Plan(), rest
 
 
 def record_prompt_images(prompt: Any) -> None:
-    """Add a processed prompt's images to the usage of the request being handled; each prompt counts once."""
+    """Add a processed prompt's images to the usage of the current request; each prompt counts once."""
     summary: Summary | None = prompt.get(SUMMARY)
     if summary is None or prompt.get(RECORDED):
         return
@@ -82,8 +82,8 @@ def record_prompt_images(prompt: Any) -> None:
     record_images(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
 
 
-def shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
-    """Make an image's placeholder as long as what it keeps."""
+def shorten_placeholder(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
+    """Return a prompt update of vLLM's whose placeholder has as many tokens as the image keeps."""
     original = update.replacement
 
     def replacement(index: int) -> list[int]:
@@ -91,7 +91,7 @@ def shortened(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
         image = plan[index]
         if len(placeholder) != image.total:
             raise RuntimeError(
-                f"vLLM makes a placeholder of {len(placeholder)} tokens where {image.total} were counted"
+                f"vLLM made a placeholder of {len(placeholder)} tokens for an image counted as {image.total}"
             )
         return placeholder[: image.kept]
 

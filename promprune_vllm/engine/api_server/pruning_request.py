@@ -1,9 +1,10 @@
-"""What one request asks for, validated once and carried to the processor as an object."""
+"""A request's budget, validated once and carried to the processor as an object."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from promprune_vllm.core.budget import Budget, BudgetRequest
@@ -16,15 +17,15 @@ logger = logging.getLogger("vllm.promprune")
 
 @dataclass(frozen=True, slots=True)
 class PruningRequest:
-    """A request's validated budget, with what else matters for its images.
+    """A request's validated budget, and the other fields that affect its images.
 
     Args:
-        budget: For all of its images.
+        budget: The budget of all its images.
         sent: Whether the client sent a budget, or a method, which implies ``"auto"``.
-        method: Name of the method, checked by the processor, which knows the allowed ones; ``None`` for the
-            server's default.
+        method: Name of the method, ``None`` for the server's default. The processor checks it, since it knows the
+            allowed methods.
         text: The user's last message, for methods that use it.
-        details: OpenAI's ``detail`` of each image, where the operator honors it.
+        details: OpenAI's ``detail`` of each image, if the server honors it.
     """
 
     budget: BudgetRequest = field(default_factory=BudgetRequest)
@@ -35,35 +36,47 @@ class PruningRequest:
 
     @classmethod
     def parse(cls, fields: PruningFields) -> PruningRequest:
-        """Validate a request's fields, unless the budget was parsed already.
+        """Validate a request's fields.
 
         Raises:
-            BudgetError: The budget is not one.
+            BudgetError: The budget is invalid.
         """
-        budget = fields.budget
-        if not isinstance(budget, BudgetRequest):
-            budget = BudgetRequest() if budget is None else BudgetRequest.parse(budget)
+        budget = BudgetRequest() if fields.budget is None else BudgetRequest.parse(fields.budget)
         return cls(budget, fields.explicit, fields.method, fields.text, fields.details)
 
     @classmethod
-    def taken_from(cls, kwargs: Mapping[str, object]) -> tuple[PruningRequest, dict[str, object]]:
-        """Split processor options into what they ask for and the rest, which alone Hugging Face's processor sees.
+    def split_options(cls, kwargs: Mapping[str, object]) -> tuple[PruningRequest, dict[str, object]]:
+        """Split processor options into our request and the rest. The Hugging Face processor sees only the rest.
 
         Raises:
-            BudgetError: One of our fields, as an offline program may send them, has a wrong type or value.
+            BudgetError: One of our options, which offline programs may set, has a wrong type or value.
         """
-        fields, rest = PruningFields.taken_from(kwargs)
+        fields, rest = PruningFields.split_options(kwargs)
         carried = rest.pop(REQUEST, None)
         return carried if isinstance(carried, PruningRequest) else cls.parse(fields), rest
 
     def with_details(self, images: int, policy: BudgetPolicy) -> BudgetRequest:
-        """Return the budget; where none was sent, the one that OpenAI's ``detail`` stands for."""
+        """Return the budget; if none was sent, the one that OpenAI's ``detail`` implies."""
         if self.sent or self.details is None:
             return self.budget
         if len(self.details) != images:
             logger.warning(
-                "Ignored all %d image details of a request: it has %d images.", len(self.details), images
+                "Ignored the %d image details of a request, because it has %d images.", len(self.details), images
             )
             return self.budget
         budgets = {"low": Budget(tokens=policy.low), "high": Budget.parse("full")}
         return BudgetRequest(each=tuple(budgets.get(detail) for detail in self.details))
+
+
+_admitted: ContextVar[PruningRequest | None] = ContextVar("visual_token_request", default=None)
+
+
+def remember_admitted(request: PruningRequest) -> None:
+    """Remember what the current HTTP request asks for, which was parsed and admitted when its body was read."""
+    _admitted.set(request)
+
+
+def admitted_request() -> PruningRequest | None:
+    """Return it, or ``None`` if the client sent no fields or there is no HTTP request."""
+    request = _admitted.get()
+    return request if request is not None and request.sent else None

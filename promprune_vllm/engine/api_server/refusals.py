@@ -1,4 +1,4 @@
-"""A budget that cannot be honoured becomes vLLM's own HTTP 400."""
+"""Turns a budget that cannot be honored into vLLM's own HTTP 400."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from promprune_vllm.metrics.recorder import recorder
 
 @contextmanager
 def refusing(model_config: Any | None) -> Iterator[None]:
-    """Re-raise a refused budget as vLLM's HTTP 400; count it if a model is given."""
+    """Re-raise ``BudgetError`` as vLLM's HTTP 400; count the refusal if a model is given."""
     try:
         yield
     except BudgetError as error:

@@ -1,4 +1,4 @@
-"""What one request says about its visual tokens, gathered from its fields and handed to the processor."""
+"""Our fields of one request, gathered and passed on to the processor."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PruningFields:
     """Our fields of one request, not yet validated.
 
     Args:
-        budget: Its ``visual_token_budget``; over HTTP a ``BudgetRequest``, parsed when the body was read.
-        method: Its ``visual_token_method``.
-        text: What the user wrote in the last turn; for methods that look at it.
-        details: OpenAI's ``detail`` of each image, where the operator lets it count.
+        budget: ``visual_token_budget``.
+        method: ``visual_token_method``.
+        text: The user's last message, for methods that use it.
+        details: OpenAI's ``detail`` of each image, if the server honors it.
     """
 
     budget: object = None
@@ -34,64 +34,66 @@ class PruningFields:
 
     @property
     def explicit(self) -> bool:
-        """Whether the client itself asks for pruning."""
+        """Whether the client sent a budget or a method."""
         return self.budget is not None or self.method is not None
 
     def as_kwargs(self) -> dict[str, object]:
-        """Return this as processor options, the way vLLM hands a request's wishes on."""
+        """Return the fields that are set as processor options, which vLLM passes on to the processor."""
         sent = {FIELD: self.budget, METHOD_FIELD: self.method}
         values = {**sent, TEXT_OPTION: self.text, DETAIL_OPTION: self.details}
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def taken_from(cls, kwargs: Mapping[str, object]) -> tuple[PruningFields, dict[str, object]]:
-        """Split processor options into ours and the rest, which alone the Hugging Face processor may see.
+    def split_options(cls, kwargs: Mapping[str, object]) -> tuple[PruningFields, dict[str, object]]:
+        """Split processor options into our fields and the rest. The Hugging Face processor may see only the rest.
+
+        Offline programs set our options, and clients whom the operator trusts. The values of the budget and the
+        method are checked later.
 
         Raises:
-            BudgetError: One of them has a wrong type. Offline callers write them, and clients whom the operator
-                trusts. The budget's value and the method's are left to those who read them.
+            BudgetError: One of our options has a wrong type.
         """
         rest = dict(kwargs)
         budget, method = rest.pop(FIELD, None), rest.pop(METHOD_FIELD, None)
         text: Any = rest.pop(TEXT_OPTION, None)
         details: Any = rest.pop(DETAIL_OPTION, None)
         if text is not None and not isinstance(text, str):
-            raise _wrong(TEXT_OPTION, "a string", text)
-        listed = isinstance(details, list | tuple) and all(isinstance(each, str) for each in details)
-        if details is not None and not listed:
-            raise _wrong(DETAIL_OPTION, 'a list with "low", "high" or "auto" for each image', details)
+            raise _type_error(TEXT_OPTION, "a string", text)
+        is_string_list = isinstance(details, list | tuple) and all(isinstance(each, str) for each in details)
+        if details is not None and not is_string_list:
+            raise _type_error(DETAIL_OPTION, 'a list with "low", "high" or "auto" for each image', details)
         details = None if details is None else tuple(details)
         return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
 
 
-def read(request: Any, name: str) -> object:
-    """Return a field of a request, unchecked: at its top level or in ``vllm_xargs``.
+def read_field(request: Any, name: str) -> object:
+    """Return a field of a request, unchecked, from its top level or from ``vllm_xargs``.
 
-    Over HTTP it comes from the body that the client sent, else from the request as vLLM parsed it.
+    Over HTTP, the body that the client sent counts; otherwise the request as vLLM parsed it.
 
     Raises:
-        BudgetError: The two contradict each other.
+        BudgetError: The top level and ``vllm_xargs`` contradict each other.
     """
     fields = _http_fields.get()
     if fields is None:
         fields = {**(getattr(request, "model_extra", None) or {}), XARGS: getattr(request, "vllm_xargs", None)}
-    return read_from(fields, name)
+    return find_field(fields, name)
 
 
-def remember(fields: Mapping[str, object]) -> None:
-    """Remember our fields of the HTTP request that is being handled, before a schema of vLLM's can drop them.
+def remember_http_fields(body: Mapping[str, Any]) -> None:
+    """Remember our fields of the current HTTP request.
 
     Args:
-        fields: By name; the budget is parsed already.
+        body: Its decoded JSON, before any of vLLM's schemas can drop a field.
     """
-    _http_fields.set(fields)
+    _http_fields.set({name: body[name] for name in (FIELD, METHOD_FIELD, XARGS) if name in body})
 
 
-def read_from(fields: Mapping[str, Any], name: str) -> object:
-    """Return a field, unchecked: of these, or of those in their ``vllm_xargs``.
+def find_field(fields: Mapping[str, Any], name: str) -> object:
+    """Return one of the fields, unchecked, from the top level or from ``vllm_xargs``.
 
     Raises:
-        BudgetError: The two contradict each other.
+        BudgetError: The top level and ``vllm_xargs`` contradict each other.
     """
     inner = fields.get(XARGS)
     top, nested = fields.get(name), inner.get(name) if isinstance(inner, Mapping) else None
@@ -104,44 +106,45 @@ def read_from(fields: Mapping[str, Any], name: str) -> object:
 
 
 def from_request(request: Any, messages: object, *, honor_detail: bool) -> PruningFields:
-    """Gather what a request says.
+    """Gather our fields of a request.
 
     Args:
-        request: As one of vLLM's protocols parsed it.
-        messages: Its chat, if it is one.
-        honor_detail: Whether ``detail`` of images counts.
+        request: The request as vLLM parsed it.
+        messages: The messages of a chat, otherwise ``None``.
+        honor_detail: Whether the server honors ``detail`` of images.
     """
-    turns = messages if isinstance(messages, list) else []
-    details = tuple(_details(turns)) if honor_detail else ()
-    spoken = details if {"low", "high"} & set(details) else None
-    return PruningFields(read(request, FIELD), read(request, METHOD_FIELD), _last_words(turns), spoken)
+    messages = messages if isinstance(messages, list) else []
+    details = tuple(_details(messages)) if honor_detail else ()
+    explicit_details = details if {"low", "high"} & set(details) else None
+    text = _last_user_text(messages)
+    return PruningFields(read_field(request, FIELD), read_field(request, METHOD_FIELD), text, explicit_details)
 
 
-def _wrong(name: str, wanted: str, value: object) -> BudgetError:
-    return BudgetError(f"{name} must be {wanted}, got {shown(value)} ({type(value).__name__}).", param=name)
+def _type_error(name: str, expected: str, value: object) -> BudgetError:
+    return BudgetError(f"{name} must be {expected}, got {shown(value)} ({type(value).__name__}).", param=name)
 
 
-def _last_words(turns: Iterable[Any]) -> str | None:
-    """Return the text of the last turn of the user."""
-    words = None
-    for turn in turns:
-        if isinstance(turn, Mapping) and turn.get("role") == "user":
-            content = turn.get("content")
-            texts = [text for part in _parts(turn) if isinstance(text := part.get("text"), str)]
-            words = content if isinstance(content, str) else "\n".join(texts)
-    return words
+def _last_user_text(messages: Iterable[Any]) -> str | None:
+    """Return the text of the user's last message."""
+    text = None
+    for message in messages:
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            content = message.get("content")
+            parts = [each for part in _parts(message) if isinstance(each := part.get("text"), str)]
+            text = content if isinstance(content, str) else "\n".join(parts)
+    return text
 
 
-def _details(turns: Iterable[Any]) -> Iterable[str]:
+def _details(messages: Iterable[Any]) -> Iterable[str]:
     """Yield the detail of every image in order of appearance."""
-    for turn in turns:
-        for part in _parts(turn) if isinstance(turn, Mapping) else ():
+    for message in messages:
+        for part in _parts(message) if isinstance(message, Mapping) else ():
             if part.get("type") in _IMAGE_PARTS or (part.get("type") is None and "image_url" in part):
                 image = part.get("image_url")
                 detail = image.get("detail") if isinstance(image, Mapping) else part.get("detail")
                 yield detail if isinstance(detail, str) else AUTO
 
 
-def _parts(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    content = turn.get("content")
+def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content")
     return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []

@@ -1,9 +1,9 @@
-"""``visual_token_budget`` of a request: read, validated once, and handed to the processor.
+"""Wrappers that read a request's ``visual_token_budget``, validate it once, and pass it to the processor.
 
-Over HTTP, ``http_fields`` has read the fields from the body. The entry points of chats, completions and pooling
-requests are wrapped to gather what else matters of a request, its text and OpenAI's ``detail``; and the one step
-that every prompt takes on its way to the multimodal processor is wrapped to check the fields and to add them.
-vLLM's own gate against client-sent processor options runs in between and stays shut.
+Over HTTP, ``http_fields`` has already read the fields from the body. The entry points of chat, completion and
+pooling requests are wrapped to gather the rest: the user's text and OpenAI's ``detail``. The one step that every
+prompt passes on its way to the multimodal processor is wrapped to check the fields and attach them to the prompt.
+vLLM's own check, which refuses processor options sent by clients, runs in between and stays on.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
 from promprune_vllm.engine.api_server.admission import admit, unsupported_reason
 from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
-from promprune_vllm.engine.api_server.pruning_request import PruningRequest
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest, admitted_request
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, from_request
 from promprune_vllm.engine.compat import older_minors
-from promprune_vllm.engine.keys import OURS, REQUEST
+from promprune_vllm.engine.keys import OPTION_PREFIXES, REQUEST
 from promprune_vllm.errors import SettingsError
 
-# Below vLLM's logger, so that its format and level apply to ours.
+# A child of vLLM's logger, so that vLLM's format and level apply.
 logger = logging.getLogger("vllm.promprune")
 _fields: ContextVar[PruningFields | None] = ContextVar("visual_token_fields", default=None)
 
 
 def read_request(original: Any) -> Any:
-    """Wrap an entry point: gather what the request asks for, and record its images for the reply."""
+    """Wrap an entry point: gather the request's fields, and record its images for the reply."""
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
-        token = _fields.set(_gathered(self, request, messages))
+        token = _fields.set(_gather_fields(self, request, messages))
         try:
             result = await original(self, request, *args, **kwargs)
         finally:
@@ -50,25 +50,26 @@ def read_request(original: Any) -> Any:
 
 
 def read_pooling_request(original: Any) -> Any:
-    """Wrap the entry point of pooling requests, each of which is a task of its own."""
+    """Wrap the entry point of pooling requests: gather the request's fields."""
 
     async def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        _fields.set(_gathered(self, request, getattr(request, "messages", None)))
+        # No reset: each pooling request runs in its own task.
+        _fields.set(_gather_fields(self, request, getattr(request, "messages", None)))
         return await original(self, io_processor, request, *args, **kwargs)
 
     return init_context
 
 
-def _gathered(serving: Any, request: Any, messages: object) -> PruningFields:
+def _gather_fields(serving: Any, request: Any, messages: object) -> PruningFields:
     with refusing(serving.model_config):
-        older_minors.refuse_smuggled(request)
+        older_minors.refuse_our_options(request)
         honor_detail = getattr(serving.renderer.mm_processor, "honors_detail", False)
         return from_request(request, messages, honor_detail=honor_detail)
 
 
 def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
-    """Return a wrapper of a loader of images: what the client asked for is its mistake, and no HTTP 500."""
-    # Both types: whoever catches the original one still does.
+    """Return a wrapper for an image loader that makes an error a ``ValueError``, so vLLM answers HTTP 400."""
+    # It inherits from both types, so code that catches the original type still works.
     client_error: Any = type(f"Client{error_type.__name__}", (ValueError, error_type), {})
 
     def wrapper(original: Any) -> Any:
@@ -83,51 +84,56 @@ def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
     return wrapper
 
 
-refuse_files = _as_client_error(RuntimeError)
-"""Wrap the loader of files: where none may be read, vLLM raises what becomes an HTTP 500."""
-refuse_bombs = _as_client_error(DecompressionBombError)
-"""Wrap the loader of images: Pillow's limit strikes before vLLM's equal one, with what becomes an HTTP 500."""
+convert_file_errors = _as_client_error(RuntimeError)
+"""Wrap the file loader: if local files are not allowed, vLLM raises ``RuntimeError``, which becomes HTTP 500."""
+convert_bomb_errors = _as_client_error(DecompressionBombError)
+"""Wrap the image loader: Pillow's pixel limit applies before vLLM's equal one, and its error becomes HTTP 500."""
 
 
-def hand_over_request(original: Any) -> Any:
-    """Wrap the step, plain or async, that makes an engine's input of a prompt: validate the fields, hand them on.
+def attach_request(original: Any) -> Any:
+    """Wrap the step, plain or async, that processes a prompt: validate the fields and attach them to the prompt.
 
-    An offline program's budget is parsed here; an HTTP request's was parsed when its body was read.
+    The budget of an offline program is parsed here. That of an HTTP request was parsed when its body was read.
     """
 
     def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
-        # Some routes call none of the wrapped entry points.
+        # Some routes do not call any wrapped entry point.
         fields = _fields.get() or from_request(None, None, honor_detail=False)
         has_media = bool(prompt.get("multi_modal_data"))
-        options = {**(prompt.get("mm_processor_kwargs") or {}), **_useful(self, fields, has_media).as_kwargs()}
+        fields = _drop_unused(self, fields, has_media)
+        options = {**(prompt.get("mm_processor_kwargs") or {}), **fields.as_kwargs()}
+        admitted = admitted_request()
+        if admitted is not None:
+            options[REQUEST] = replace(admitted, text=fields.text, details=fields.details)
         with refusing(self.model_config):
-            request, rest = PruningRequest.taken_from(options)
-            admit(self, request)
+            request, rest = PruningRequest.split_options(options)
+            if admitted is None:
+                admit(self, request)
             if not has_media:
                 request.budget.check_images(0)
-        if has_media and _prunes(self) and request != PruningRequest():
-            # A copy: an offline program may send its own object again, with another budget.
+        if has_media and _has_our_processor(self) and request != PruningRequest():
+            # A copy: an offline program may reuse its own object with another budget.
             prompt = {**prompt, "mm_processor_kwargs": {**rest, REQUEST: request}}
         return original(self, prompt, **kwargs)
 
     return process
 
 
-def _useful(renderer: Any, fields: PruningFields, has_media: bool) -> PruningFields:
-    """Return the fields without the text and the details that this renderer has no use for."""
-    if not (_prunes(renderer) and has_media):
+def _drop_unused(renderer: Any, fields: PruningFields, has_media: bool) -> PruningFields:
+    """Return the fields without the text and details, if the renderer does not use them."""
+    if not (_has_our_processor(renderer) and has_media):
         return replace(fields, text=None, details=None)
     return fields if renderer.mm_processor.reads_text else replace(fields, text=None)
 
 
-def _prunes(renderer: Any) -> bool:
+def _has_our_processor(renderer: Any) -> bool:
     from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 
     return isinstance(renderer.mm_processor, PrunedProcessorMixin)
 
 
 def refuse_harmony(original: Any) -> Any:
-    """Wrap the path of gpt-oss models, which has a renderer of its own and no images at all."""
+    """Wrap the code path of gpt-oss models, which take no images: refuse a budget."""
 
     def harmony(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         with refusing(self.model_config):
@@ -137,24 +143,24 @@ def refuse_harmony(original: Any) -> Any:
     return harmony
 
 
-def equip_renderer(original: Any) -> Any:
-    """Wrap the renderer's start. A text model's renderer, which other programs make too, is not looked into."""
+def prepare_renderer(original: Any) -> Any:
+    """Wrap the renderer's constructor: refuse unusable settings, and tell the processors if they cannot prune."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _carry_context(self._executor)
-        if self.mm_processor is None:
+        _propagate_context(self._executor)
+        if self.mm_processor is None:  # a text model
             return
         _refuse_engine_options(self.model_config)
         reason = unsupported_reason(self)
         for processor in older_minors.processors(self) if reason else ():
-            processor.refusal = reason
+            processor.unsupported_reason = reason
 
     return init
 
 
-def announce(renderer: Any) -> None:
-    """Say in one line of the log whether a renderer's model can be pruned."""
+def log_pruning_support(renderer: Any) -> None:
+    """Log in one line whether a renderer's model can be pruned."""
     settings = Settings.from_environment()
     if reason := unsupported_reason(renderer):
         model = renderer.model_config.model
@@ -167,9 +173,9 @@ def announce(renderer: Any) -> None:
 
 
 def _refuse_engine_options(model_config: Any) -> None:
-    """Raise ``SettingsError`` where our fields are among the engine's processor options, which nobody reads."""
+    """Raise ``SettingsError`` if the engine's processor options contain our fields, which would have no effect."""
     options = getattr(model_config.multimodal_config, "mm_processor_kwargs", None) or {}
-    ours = sorted(name for name in options if name.startswith(OURS))
+    ours = sorted(name for name in options if name.startswith(OPTION_PREFIXES))
     if ours:
         raise SettingsError(
             f"{ours[0]} in the engine's mm_processor_kwargs (--mm-processor-kwargs) has no effect. Set a default "
@@ -178,8 +184,8 @@ def _refuse_engine_options(model_config: Any) -> None:
         )
 
 
-def _carry_context(executor: Any) -> None:
-    """Have a renderer's threads run in the context of the request: pooling requests are rendered there."""
+def _propagate_context(executor: Any) -> None:
+    """Make a renderer's threads, which render pooling requests, run in the context of the request."""
     submit = executor.submit
 
     def submit_in_context(function: Any, /, *args: Any, **kwargs: Any) -> Any:

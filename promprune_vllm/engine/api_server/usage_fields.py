@@ -1,4 +1,4 @@
-"""``usage.visual_tokens`` in replies: added where vLLM makes a usage, for requests with images only."""
+"""Adds ``usage.visual_tokens`` to replies, wherever vLLM builds a usage; only for requests with images."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.server.usage import USAGE_FIELD, current_usage, recording
 
 
-def extend_replies(original: Any) -> Any:
-    """Wrap what API servers and ``vllm run-batch`` make before they answer, and offline programs never do."""
+def prepare_usage_types(original: Any) -> Any:
+    """Wrap the constructor of ``OnlineRenderer``, which API servers and ``vllm run-batch`` use, not ``LLM``."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        extend_usages()
+        extend_usage_types()
 
     return init
 
 
-def extend_usages() -> None:
-    """Let every usage of vLLM's carry our field. Idempotent."""
+def extend_usage_types() -> None:
+    """Add our field to all of vLLM's usage types. Idempotent."""
     versions.require_names(versions.USAGE_NAMES)
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent, AnthropicUsage
     from vllm.entrypoints.pooling.scoring.protocol import RerankResponse, RerankUsage
@@ -32,27 +32,27 @@ def extend_usages() -> None:
 
 
 def _allow_more(usage: Any, *holders: Any) -> None:
-    """Let a usage carry our field, as vLLM's other usages may."""
+    """Allow extra fields in a usage type, as vLLM's other usage types do."""
     if usage.model_config.get("extra") != "allow":
         usage.model_config["extra"] = "allow"
         for model in (usage, *holders):
-            model.model_rebuild(force=True)  # the holders have a compiled copy of the usage
+            model.model_rebuild(force=True)  # the holders have a compiled copy of the usage type
 
 
 def fill_in_usage(original: Any) -> Any:
-    """Wrap the making of a usage. Validation does not come here: a usage read from JSON keeps what it says."""
+    """Wrap the constructor of a usage. Validation does not call it, so a usage read from JSON stays unchanged."""
 
     def init(self: Any, **data: Any) -> None:
-        known = current_usage()
-        if known is not None:
-            data[USAGE_FIELD] = known.usage()
+        images = current_usage()
+        if images is not None:
+            data[USAGE_FIELD] = images.usage()
         original(self, **data)
 
     return init
 
 
-def listen(original: Any) -> Any:
-    """Wrap what answers one line of a batch: over HTTP, a middleware does this."""
+def record_batch_line(original: Any) -> Any:
+    """Wrap the function that answers one line of a batch: record its images. Over HTTP, a middleware does this."""
 
     async def run_request(*args: Any, **kwargs: Any) -> Any:
         with recording():

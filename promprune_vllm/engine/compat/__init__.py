@@ -1,1 +1,1 @@
-"""What this release needs of vLLM, and how its minors differ."""
+"""What this release needs from vLLM, and how vLLM's minors differ."""

@@ -1,4 +1,4 @@
-"""Names of vLLM's model families that this plugin relies on; ``versions`` holds the others, and checks them."""
+"""Names in vLLM's model files that this plugin relies on. ``versions`` has all others, and checks both."""
 
 from __future__ import annotations
 

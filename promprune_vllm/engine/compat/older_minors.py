@@ -1,8 +1,8 @@
-"""How older vLLM minors differ where this plugin touches them. Everything else is written against the newest.
+"""Adapters for older vLLM minors. All other code is written against the newest minor.
 
-An adapter gives an older minor what the newest has, with the newest's own defaults, before anything here is used.
-So whoever reads ``processor.py`` reads the newest vLLM, and to drop a minor is to delete its lines here and in
-``versions.BEFORE``. On the newest minor nothing in this file does anything.
+An adapter gives an older minor the hook that the newest has, with the newest's own defaults. So ``processor.py``
+only knows the newest vLLM, and dropping a minor means deleting its lines here and in ``versions.BEFORE``. On the
+newest minor, nothing in this file changes anything.
 """
 
 from __future__ import annotations
@@ -15,63 +15,63 @@ from typing import Any
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine.compat import versions
-from promprune_vllm.engine.keys import OURS
+from promprune_vllm.engine.keys import OPTION_PREFIXES
 from promprune_vllm.errors import BudgetError
 
 _inputs: ContextVar[Any] = ContextVar("promprune_processor_inputs", default=None)
 
 
 def add_mm_hashes(_: None) -> Any:
-    """Return 0.32's method that makes cache keys."""
+    """Return the method of vLLM 0.32 that makes cache keys."""
     return _get_mm_hashes
 
 
 def add_missing_kwargs(_: None) -> Any:
-    """Return 0.32's method that gives the options for images that the cache lacks."""
+    """Return the method of vLLM 0.32 that gives the processor options for images missing from the cache."""
     return _get_cache_missing_processor_kwargs
 
 
 def add_dummy_inputs(_: None) -> Any:
-    """Return 0.31's method that makes the inputs of the memory profile."""
+    """Return the method of vLLM 0.31 that makes the inputs of the profiling run."""
     return _get_dummy_inputs
 
 
 def _get_mm_hashes(self: Any, inputs: Any) -> Any:
-    """As 0.32 has it."""
+    """Return the cache keys, as vLLM 0.32 does."""
     return inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)
 
 
 def _get_cache_missing_processor_kwargs(self: Any, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:  # noqa: ARG001
-    """As 0.32 has it."""
+    """Return the processor options, as vLLM 0.32 does."""
     options: Mapping[str, object] = inputs.hf_processor_mm_kwargs
     return options
 
 
-def ask_for_hashes(original: Any) -> Any:
-    """Wrap the processing of a prompt: its images' cache keys come from the processor, as in 0.32."""
+def use_processor_hashes(original: Any) -> Any:
+    """Wrap the processing of a prompt: the processor makes the images' cache keys, as in 0.32."""
 
     def cached_apply_hf_processor(self: Any, inputs: Any, timing_ctx: Any) -> Any:
-        asking = replace(inputs)
-        asking.get_mm_hashes = lambda *_, **__: self._get_mm_hashes(inputs)
-        token = _inputs.set(asking)
+        copied = replace(inputs)
+        copied.get_mm_hashes = lambda *_, **__: self._get_mm_hashes(inputs)
+        token = _inputs.set(copied)
         try:
-            return original(self, asking, timing_ctx)
+            return original(self, copied, timing_ctx)
         finally:
             _inputs.reset(token)
 
     return cached_apply_hf_processor
 
 
-def ask_for_options(original: Any) -> Any:
-    """Wrap the look into the cache: what is processed next is what it lacks, with options for just that.
+def use_processor_options(original: Any) -> Any:
+    """Wrap the cache look-up: afterwards the options apply only to the images missing from the cache.
 
-    vLLM reads the options from ``inputs`` only after this, and those are this prompt's own copy.
+    vLLM reads the options from ``inputs`` only after this call, and ``inputs`` is this prompt's own copy.
     """
 
     def get_cache_missing_items(self: Any, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
         mm_is_cached, missing = original(self, cache, mm_data_items, mm_hashes)
         inputs = _inputs.get()
-        if inputs is not None:  # else a model of vLLM's with a way of its own, which has no hooks
+        if inputs is not None:  # None: a vLLM model with its own code path, which has no hooks
             inputs.hf_processor_mm_kwargs = self._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
         return mm_is_cached, missing
 
@@ -79,12 +79,12 @@ def ask_for_options(original: Any) -> Any:
 
 
 def _get_dummy_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the inputs of the memory profile: in 0.30 they are the builder's own business."""
+    """Return the inputs of the profiling run: in 0.30 the dummy inputs builder makes them."""
     return type(self.dummy_inputs).get_dummy_processor_inputs(self.dummy_inputs, *args, **kwargs)
 
 
-def make_dummies(original: Any) -> Any:
-    """Wrap the making of a processor: the profile's inputs come from it, as in 0.31."""
+def redirect_dummy_inputs(original: Any) -> Any:
+    """Wrap the constructor of a processor: the processor makes the profiling run's inputs, as in 0.31."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
@@ -94,38 +94,40 @@ def make_dummies(original: Any) -> Any:
 
 
 def processors(renderer: Any) -> Iterable[Any]:
-    """Return every processor of a renderer: before 0.31 the tokenize endpoint has one of its own."""
-    found = [renderer.mm_processor]
+    """Return every processor of a renderer: before 0.31, the tokenize endpoint has its own."""
+    candidates = [renderer.mm_processor]
     if versions.before("0.31"):
-        found.append(renderer._readonly_mm_processor)
-    return [processor for processor in found if processor is not None]
+        candidates.append(renderer._readonly_mm_processor)
+    return [processor for processor in candidates if processor is not None]
 
 
 def processor_cache(processor: Any, inputs: Any) -> Any:
-    """Return the cache that a prompt is processed with, or ``None``: before 0.31 it is the processor's own."""
+    """Return the cache used for a prompt, or ``None``. Before 0.31, the processor has it."""
     return processor.cache if versions.before("0.31") else inputs.cache
 
 
-def refuse_smuggled(request: Any) -> None:
-    """Refuse options of ours among a client's processor options; since 0.31, vLLM's gate refuses all of those.
+def refuse_our_options(request: Any) -> None:
+    """Refuse our options in a client's ``mm_processor_kwargs``.
+
+    Since 0.31, vLLM itself refuses the field, unless the operator trusts clients with it.
 
     Raises:
-        BudgetError: There are any. They would come to the processor as what our front doors put there.
+        BudgetError: There is one. The processor would take it for an option that we set ourselves.
     """
     sent = getattr(request, "mm_processor_kwargs", None) if versions.before("0.31") else None
-    ours = sorted(key for key in sent or () if key.startswith(OURS))
+    ours = sorted(key for key in sent or () if key.startswith(OPTION_PREFIXES))
     if ours:
         raise BudgetError(
-            f"{ours[0]} in mm_processor_kwargs is not looked at: send {FIELD} and {METHOD_FIELD} at the top level "
+            f"{ours[0]} is not allowed in mm_processor_kwargs: send {FIELD} and {METHOD_FIELD} at the top level "
             "of the request, or in vllm_xargs.",
             param="mm_processor_kwargs",
         )
 
 
-def take_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int:
-    """Return how many rows an image has in the account of the encoder cache, and drop the note of it.
+def pop_row_count(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int:
+    """Return how many rows the encoder cache counts for an image, and remove the entry.
 
-    Before 0.31 that is noted of images without a request only, and is the requests' own business else.
+    Before 0.31, the manager has an entry only for images that no request uses; otherwise the requests know.
     """
     if not versions.before("0.31"):
         return int(manager.num_embeds_by_hash.pop(identifier))
@@ -137,7 +139,7 @@ def take_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> int
 
 
 async def call_every_engine(client: Any, method: str, *arguments: object) -> Any:
-    """Call a method of every engine behind a client: one result each."""
+    """Call a method of every engine of a client; one result per engine."""
     if versions.before("0.32"):
         calls = [client._call_utility_async(method, *arguments, engine=engine) for engine in client.core_engines]
         return await asyncio.gather(*calls)

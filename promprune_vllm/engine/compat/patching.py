@@ -1,4 +1,4 @@
-"""How vLLM is extended in place: by rows of ``patches``, and by nothing else."""
+"""How vLLM is patched: only by rows of ``patches``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _ENGINE = "promprune_vllm.engine"
 
 
 class Stage(enum.Enum):
-    """When patches are installed: in which process, and on what occasion."""
+    """When patches are installed: in which process, and at what moment."""
 
     PLUGIN = "every process, when vLLM loads the plugin"
-    LOAD = "every process, when vLLM loads the plugin and budgets adapt to load"
-    REPLIES = "API server and `vllm run-batch`, when they make the renderer of requests"
-    SCHEDULER = "engine core, when it picks its scheduler"
-    PROCESSOR = "processes that process images, when our processor is imported"
-    WORKER = "worker, when a pruned model is made"
-    WORKER_V1 = "worker with Model Runner V1, when a pruned model is made"
-    WORKER_V2 = "worker with Model Runner V2, when a pruned model is made"
-    WORKER_CPU = "worker on a CPU, when a pruned model is made"
-    MROPE_CPU = "worker on a CPU, when a pruned model with M-RoPE is made"
+    LOAD = "every process, when vLLM loads the plugin, only if budgets adapt to load"
+    REPLIES = "API server and `vllm run-batch`, when the renderer is created"
+    SCHEDULER = "engine core, when it selects its scheduler class"
+    PROCESSOR = "every process that preprocesses images, when our processor is imported"
+    WORKER = "worker, when a pruned model is created"
+    WORKER_V1 = "worker with Model Runner V1, when a pruned model is created"
+    WORKER_V2 = "worker with Model Runner V2, when a pruned model is created"
+    WORKER_CPU = "worker on a CPU, when a pruned model is created"
+    MROPE_CPU = "worker on a CPU, when a pruned model with M-RoPE is created"
     COMMAND = "`promprune serve` and `promprune vllm`, before vLLM's command line runs"
 
 
@@ -39,9 +39,9 @@ class Reason:
     """Why vLLM is patched.
 
     Args:
-        feature: What a user has of it.
-        why: Why that takes a patch.
-        until: The change of vLLM's that would let us delete it.
+        feature: What users gain from the patch.
+        why: Why the feature needs a patch.
+        until: The change in vLLM that would make the patch unnecessary.
     """
 
     feature: str
@@ -54,17 +54,17 @@ class Patch:
     """One function that is replaced, wrapped or added.
 
     Args:
-        target: ``"module:name"`` or ``"module:Class.name"`` of what is patched.
-        wrapper: ``"module:function"`` below ``promprune_vllm.engine``; called with the original, it returns what
-            takes its place.
+        target: ``"module:name"`` or ``"module:Class.name"`` of the patched function.
+        wrapper: ``"module:function"`` below ``promprune_vllm.engine``. It takes the original and returns the
+            replacement.
         takes: Parameters of the original that the wrapper relies on.
-        stage: When it is installed.
-        reason: Why; several rows may share one.
-        adds: The class does not have it; the wrapper gets ``None``.
-        presence: ``"required"``, or what it takes to be patched: that the module is ``"installed"``, or that some
-            other part of vLLM has ``"loaded"`` it.
-        since: First minor with this target, where older ones have none.
-        before: First minor without it, where newer ones have none.
+        stage: When the patch is installed.
+        reason: Why the patch exists; several rows may share one.
+        adds: The class does not have the target; the wrapper gets ``None``.
+        presence: ``"required"``: the target must exist. ``"installed"``: patch it only if the module is installed.
+            ``"loaded"``: patch it only if vLLM has already imported the module.
+        since: First minor that has the target, if older ones lack it.
+        before: First minor that lacks the target, if newer ones do.
     """
 
     target: str
@@ -88,53 +88,55 @@ class Patch:
 
     @property
     def module(self) -> str:
-        """The module that has the target."""
+        """The module that defines the target."""
         return self.target.partition(":")[0]
 
     def require(self) -> None:
-        """Raise ``IncompatibleVllmError`` unless the target is as this row says."""
+        """Raise ``IncompatibleVllmError`` unless the target matches this row."""
         if not self.adds:
             versions.require_names({self.target: self.takes})
             return
         versions.require_names({f"{self.target.rpartition('.')[0]}.__init__": ()})
         owner, name = self.owner()
         if hasattr(owner, name) and not _wrappers(getattr(owner, name)):
-            raise IncompatibleVllmError(f"promprune-vllm adds {self.target}, and this vLLM has one of its own.")
+            raise IncompatibleVllmError(
+                f"promprune-vllm adds {self.target}, but this vLLM already has one of its own."
+            )
 
     def owner(self) -> tuple[Any, str]:
-        """Return the class or module that has the target, and its name there."""
+        """Return the class or module that has the target, and the target's name in it."""
         *parents, name = self.target.partition(":")[2].split(".")
         return functools.reduce(getattr, parents, importlib.import_module(self.module)), name
 
 
 def wrap(patch: Patch) -> None:
-    """Put what a row's wrapper makes in the place of its target. Idempotent.
+    """Replace a row's target with the result of its wrapper. Idempotent.
 
-    Several rows may have one target; a later one goes around the earlier ones.
+    Several rows may have the same target; a later one wraps the earlier ones.
     """
     owner, name = patch.owner()
     original = getattr(owner, name, None)
-    there = _wrappers(original)
-    if patch.wrapper in there:
+    applied = _wrappers(original)
+    if patch.wrapper in applied:
         return
     module, _, function = patch.wrapper.partition(":")
     wrapper: Callable[[Any], Any] = getattr(importlib.import_module(f"{_ENGINE}.{module}"), function)
-    made = wrapper(original)
+    replacement = wrapper(original)
     if original is not None:
-        made = functools.wraps(original)(made)
-    marked = made.fget if isinstance(made, property) else made
-    setattr(marked, PATCHED_BY, (*there, patch.wrapper))
-    setattr(owner, name, made)
+        replacement = functools.wraps(original)(replacement)
+    function_object = replacement.fget if isinstance(replacement, property) else replacement
+    setattr(function_object, PATCHED_BY, (*applied, patch.wrapper))
+    setattr(owner, name, replacement)
 
 
 def _wrappers(function: Any) -> tuple[str, ...]:
-    found = function.fget if isinstance(function, property) else function
-    wrappers: tuple[str, ...] = getattr(found, PATCHED_BY, ())
+    function_object = function.fget if isinstance(function, property) else function
+    wrappers: tuple[str, ...] = getattr(function_object, PATCHED_BY, ())
     return wrappers
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
+    except ModuleNotFoundError:  # a parent package is missing
         return False

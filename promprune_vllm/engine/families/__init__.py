@@ -1,4 +1,4 @@
-"""Model families: which architectures can be pruned, how, and what stops one that cannot."""
+"""Model families: which architectures can be pruned, how, and in which configurations they cannot."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from promprune_vllm.config import Calibration
 from promprune_vllm.engine.keys import CALIBRATION
 from promprune_vllm.errors import SettingsError
 
-_CLS = "attention CLS pays, in the layer that feeds the projector, mean over heads"
+_CLS = "attention that CLS pays to the token in the layer that feeds the projector, mean over heads"
 _RECEIVED = (
-    "attention a patch gets from all patches of its image in {}, mean over heads, then over its 2 x 2 patches"
+    "attention that a patch receives from all patches of its image in {}, mean over heads, then over the token's "
+    "2 x 2 patches"
 )
-_RECOUNTED = "counted anew over the kept tokens"
-_ORIGINAL = "kept tokens keep their (t, h, w), the text after the image its unpruned positions"
+_RECOUNTED = "consecutive over the kept tokens"
+_ORIGINAL = "kept tokens and text have the same (t, h, w) as without pruning"
 _CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
 _MROPE = (
     "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that "
     "ends with a pruned image; CUDA graphs and compilation of the encoder are switched off"
 )
-# For other towers and sizes, see `promprune calibrate`.
+# `promprune calibrate` measures mu for other towers and image sizes.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
 _BORROWED = "Qwen2.5-VL's; not measured for this tower"
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture, as the engine finds it and as the README tells of it.
+    """One architecture: what the engine needs to know, and texts for the README.
 
     Args:
-        model: What people call it.
-        target: Our class as ``"module:name"``: importing it would load the model's code.
+        model: Common name of the model.
+        target: Our class as ``"module:name"``, imported only when needed since that loads the model's code.
         saliency: Where a token's saliency comes from.
-        positions: What becomes of positions.
-        refused: What cannot be pruned; requests with a budget are refused then, the rest is served.
-        calibration: Method -> options measured for this family, in place of the method's defaults.
-        calibrated: Where those come from.
+        positions: Which positions the kept tokens have.
+        refused: Configurations that cannot be pruned: requests with a budget are refused, others are served.
+        calibration: Method -> options measured for this family, which replace the method's defaults.
+        calibrated: Source of the calibration.
     """
 
     model: str
@@ -83,7 +84,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "Qwen3-VL",
             f"{_MODULES}.qwen3_vl:PrunedQwen3VL",
             _RECEIVED.format("the last block"),
-            f"{_ORIGINAL}; DeepStack rows go with their tokens",
+            f"{_ORIGINAL}; DeepStack rows stay with their tokens",
             _MROPE,
             _QWEN_MU,
             _BORROWED,
@@ -94,55 +95,57 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def register() -> None:
-    """Put our classes in the place of vLLM's for every architecture of ``FAMILIES``."""
+    """Replace vLLM's model classes with ours for every architecture in ``FAMILIES``."""
     from vllm import ModelRegistry
 
     registry_log = logging.getLogger("vllm.model_executor.models.registry")
-    registry_log.addFilter(_expected_overwrite)
+    registry_log.addFilter(_is_unexpected)
     try:
         for architecture, family in FAMILIES.items():
             ModelRegistry.register_model(architecture, family.target)
     finally:
-        registry_log.removeFilter(_expected_overwrite)
+        registry_log.removeFilter(_is_unexpected)
 
 
 def calibration(model_config: Any) -> Calibration:
-    """Return what was measured for a model, or else for its family.
+    """Return the options calibrated for a checkpoint, or otherwise for its family.
 
-    A checkpoint carries its own in config.json, as ``"promprune_calibration": {"promprune": {"mu": 0.5}}``.
+    A checkpoint's own calibration is in its config.json: ``"promprune_calibration": {"promprune": {"mu": 0.5}}``.
 
     Args:
         model_config: vLLM's ``ModelConfig``.
 
     Raises:
-        SettingsError: What the checkpoint carries is no such object.
+        SettingsError: The checkpoint's calibration is not such an object.
     """
-    found = family_of(model_config.architectures)
-    family = {} if found is None else found.calibration
-    own = getattr(model_config.hf_config, CALIBRATION, {})
-    if not isinstance(own, dict) or not all(isinstance(options, dict) for options in own.values()):
+    family = family_of(model_config.architectures)
+    of_family = {} if family is None else family.calibration
+    of_checkpoint = getattr(model_config.hf_config, CALIBRATION, {})
+    if not isinstance(of_checkpoint, dict) or not all(
+        isinstance(options, dict) for options in of_checkpoint.values()
+    ):
         raise SettingsError(
-            f"config.json of {model_config.model} has {CALIBRATION} = {own!r}: it takes an object of methods with "
-            'objects of options, such as {"promprune": {"mu": 0.5}}.'
+            f"config.json of {model_config.model} has {CALIBRATION} = {of_checkpoint!r}: it takes an object of "
+            'methods with objects of options, such as {"promprune": {"mu": 0.5}}.'
         )
-    return {**family, **own}
+    return {**of_family, **of_checkpoint}
 
 
 def unsupported_reason(vllm_config: Any) -> str | None:
-    """Return why visual tokens cannot be pruned under a ``VllmConfig``, or ``None`` when they can."""
+    """Return why visual tokens cannot be pruned with a ``VllmConfig``, or ``None`` if they can."""
     architectures = vllm_config.model_config.architectures
-    found = family_of(architectures)
-    if found is None:
+    family = family_of(architectures)
+    if family is None:
         return (
             f"no model family for {', '.join(architectures) or 'this architecture'} "
             f"(supported: {', '.join(FAMILIES)})"
         )
     if vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora:
         return (
-            "with --enable-tower-connector-lora vLLM would assign adapters by kept tokens, while the tower sees "
-            "every patch"
+            "with --enable-tower-connector-lora, vLLM would assign adapters by kept tokens, but the tower "
+            "processes every patch"
         )
-    module = importlib.import_module(found.target.partition(":")[0])
+    module = importlib.import_module(family.target.partition(":")[0])
     reason: str | None = module.unsupported_reason(vllm_config)
     return reason
 
@@ -152,6 +155,6 @@ def family_of(architectures: Iterable[str]) -> Family | None:
     return next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
 
 
-def _expected_overwrite(record: logging.LogRecord) -> bool:
-    # vLLM warns that the architecture is already registered; replacing it is what a plugin is for.
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    # vLLM warns that the architecture is already registered; we replace it on purpose.
     return "already registered" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""What the families with a CLIP tower share: LLaVA-1.5 and LLaVA-NeXT."""
+"""Shared code of the families with a CLIP tower: LLaVA-1.5 and LLaVA-NeXT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUPPLIES = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 
 
 def unsupported_tower(hf_config: Any) -> str | None:
-    """Return why a LLaVA's tokens cannot be pruned, or ``None``."""
+    """Return why a LLaVA model cannot be pruned, or ``None``."""
     if not isinstance(hf_config.vision_config, CLIPVisionConfig):
         return f"its vision tower is {hf_config.vision_config.model_type}, which has no CLS token (only CLIP has)"
     if not isinstance(hf_config.vision_feature_layer, int):
@@ -27,26 +27,26 @@ def unsupported_tower(hf_config: Any) -> str | None:
     return None
 
 
-def shown(image_processor: Any, width: int, height: int) -> Box:
-    """Return what of an image the tower sees: all of it, or the square that is cut out of its middle."""
+def visible_area(image_processor: Any, width: int, height: int) -> Box:
+    """Return the area of an image that the tower gets: all of it, or a square from its center."""
     size, crop = image_processor.size, image_processor.crop_size
     if not image_processor.do_center_crop:
         return (0.0, 0.0, float(width), float(height))
     if size.get("shortest_edge"):
         return centre_crop(width, height, shortest=size["shortest_edge"], crop=crop["height"])
-    # Squashed to a rectangle first: one of the tower's own size, in every published model, so that nothing is cut.
+    # Resized to a rectangle first, which in every published model has the tower's size, so nothing is cropped.
     return (0.0, 0.0, float(width), float(height))
 
 
 class ClipTowerMixin:
-    """Captures tiles of ``image_size`` pixels; goes before vLLM's model class."""
+    """Captures features of tiles of ``image_size`` pixels; comes before vLLM's model class."""
 
     def tile_features(self, pixels: Tensor, needs: Need) -> list[VisionFeatures]:
-        """Encode tiles and return what a method may look at, one group per tile.
+        """Encode tiles and return the features of each.
 
         Args:
             pixels: ``(T, 3, H, W)``.
-            needs: What the method asks for.
+            needs: Features to capture.
         """
         model: Any = self
         attention_layer = model.vision_tower.vision_model.encoder.layers[-1].self_attn
@@ -67,7 +67,7 @@ class ClipTowerMixin:
         ]
 
     def embed_tiles(self, pixels: Tensor) -> Sequence[Tensor] | Tensor:
-        """Encode and project ``(T, 3, H, W)`` tiles to ``(T, n, D)``, every token of them."""
+        """Encode and project ``(T, 3, H, W)`` tiles to ``(T, n, D)``, without pruning."""
         raise NotImplementedError
 
     def project(self, rows: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""The contract of a model family: what it implements, and what it may rely on from vLLM.
+"""The contract of a model family: what it implements, and what it may use from vLLM.
 
-A family is two classes, each a mixin of ours in front of a class of vLLM's:
+A family has two classes, each with one of our mixins in front of a vLLM class:
 
 - a processor: ``class PrunedX(PrunedProcessorMixin, upstream.XProcessor)`` implements ``ProcessorFamily``;
 - a model: ``class PrunedX(PrunedModelMixin, upstream.X)`` implements ``ModelFamily``.
 
-The mixins inherit from these classes for the type checker only. At run time a class between a mixin and vLLM's
-class would answer in place of vLLM's.
+The mixins inherit from these classes for the type checker only. At run time, such a class between a mixin and
+vLLM's class would override vLLM's methods.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class ProcessorFamily(Protocol):
     """What a family's processor knows about its model, in the API server."""
 
     supplies: ClassVar[Need]
-    """Features the family's model can capture for a method. Every family also has the text."""
+    """Features that the family's model can capture. Every family also supplies the text."""
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
-        """Return how many visual tokens vLLM makes of an image.
+        """Return how many visual tokens an image has in vLLM.
 
         Args:
-            images: Answers ``get_image_size(index)``.
+            images: Has ``get_image_size(index)``.
             index: Which image.
             kwargs: The request's processor options, without ours.
         """
 
     def embedded_tokens(self, images: Any, index: int) -> int:
-        """Return how many visual tokens an image has that was sent as ``image_embeds``."""
+        """Return how many visual tokens an image sent as ``image_embeds`` has."""
 
     def boxes(self, width: int, height: int) -> list[Box | None]:
-        """Return the pixel box of each visual token of an image; ``None`` for a token that shows nothing of it."""
+        """Return the pixel box of each visual token of an image; ``None`` for tokens that show nothing of it."""
 
     def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
-        """Raise ``BudgetError`` where the model cannot keep so few tokens of these images.
+        """Raise ``BudgetError`` if the model cannot handle so few tokens of these images.
 
         Args:
-            images: Answers ``get_image_size(index)`` and ``sizes``.
+            images: Has ``get_image_size(index)`` and ``sizes``.
             counts: Tokens before and after pruning, per image.
             kwargs: The request's processor options, without ours.
         """
@@ -57,7 +57,7 @@ class ModelFamily(Protocol):
     """What a family's model does, in the worker."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
-        """Encode some of the images and return the features that a method may use.
+        """Encode some of the images and return them with the requested features.
 
         Args:
             inputs: vLLM's inputs of ``embed_multimodal`` for a batch of B images.
@@ -70,7 +70,7 @@ class ModelFamily(Protocol):
 
 
 class UpstreamProcessor:
-    """vLLM's ``BaseMultiModalProcessor``, as far as the mixin uses it."""
+    """The part of vLLM's ``BaseMultiModalProcessor`` that the mixin uses."""
 
     info: Any
 
@@ -94,7 +94,7 @@ class UpstreamProcessor:
 
 
 class UpstreamModel:
-    """vLLM's model class, as far as the mixins use it."""
+    """The part of vLLM's model class that the mixins use."""
 
     config: Any
     visual: Any

@@ -1,7 +1,7 @@
-"""LLaVA-1.5: a CLIP tower, a projector, and 1-D positions that are counted anew over the kept tokens.
+"""LLaVA-1.5: a CLIP tower, a projector, and 1-D positions, consecutive over the kept tokens.
 
-The saliency is the attention CLS pays in the layer whose output feeds the projector; vLLM does not even build
-the layers above it.
+The saliency is the attention that CLS pays in the layer whose output feeds the projector; vLLM does not create the
+layers after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ versions.require_names(model_names.LLAVA_NAMES)
 
 
 def unsupported_reason(vllm_config: VllmConfig) -> str | None:
-    """Return why this LLaVA cannot be pruned, or ``None``."""
+    """Return why this LLaVA-1.5 cannot be pruned, or ``None``."""
     return clip_tower.unsupported_tower(vllm_config.model_config.hf_config)
 
 
@@ -37,14 +37,14 @@ class PrunedLlavaProcessor(PrunedProcessorMixin, upstream.LlavaMultiModalProcess
     supplies = clip_tower.SUPPLIES
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
-        """Return how many visual tokens vLLM makes of an image."""
-        return int(self.info.get_max_image_tokens())  # every image is resized to one size
+        """Return how many visual tokens an image has in vLLM."""
+        return int(self.info.get_max_image_tokens())  # every image is resized to the same size
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
-        """Where on the image each of its tokens looks."""
+        """Return the pixel box of each visual token of an image."""
         config = self.info.get_hf_config().vision_config
         side = config.image_size // config.patch_size
-        area = clip_tower.shown(self.info.get_hf_processor().image_processor, width, height)
+        area = clip_tower.visible_area(self.info.get_hf_processor().image_processor, width, height)
         return [geometry.clipped(cell, width, height) for cell in geometry.grid(side, side, area)]
 
 
@@ -64,12 +64,12 @@ class PrunedLlava(PrunedModelMixin, clip_tower.ClipTowerMixin, upstream.LlavaFor
     """LLaVA-1.5 whose ``embed_multimodal`` returns K rows per image."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
-        """Encode some of the images and return what a method may look at.
+        """Encode some of the images and return them with the requested features.
 
         Args:
             inputs: ``pixel_values`` of ``(B, 3, H, W)``.
             items: Which of the B images.
-            needs: What the method asks for.
+            needs: Features to capture.
         """
         tiles = self.tile_features(inputs["pixel_values"][items], needs)
         return [EncodedImage.whole(features.projected, features) for features in tiles]

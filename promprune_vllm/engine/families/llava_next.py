@@ -1,8 +1,8 @@
-"""LLaVA-NeXT: the whole image as one tile, and its crops at full resolution, stitched and without padding.
+"""LLaVA-NeXT: one tile with the whole image, then crops at full resolution, merged and without padding.
 
-The budget is for the whole image with its crops. It is split over the tiles in proportion to their valid tokens,
-and each tile is pruned on its own (``PROMPRUNE_TILES`` has other ways). vLLM ends every row of the stitched crops
-with a learned newline; newlines are kept only when the budget exceeds all visual tokens.
+The budget covers the whole image with its crops. It is divided among the tiles in proportion to their valid
+tokens, and each tile is pruned separately (``PROMPRUNE_TILES`` has other modes). vLLM ends every row of the merged
+crops with a learned newline; newlines are kept only if the budget exceeds all visual tokens.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiMo
     supplies = clip_tower.SUPPLIES
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
-        """Return how many visual tokens vLLM makes of an image."""
+        """Return how many visual tokens an image has in vLLM."""
         size = images.get_image_size(index)
         return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
-        """Where on the image each of its tokens looks: as one tile, then in crops; a newline nowhere."""
+        """Return the pixel box of each token: of the whole image, then of the crops; ``None`` for newlines."""
         config = self.info.get_hf_config()
         pixels = config.vision_config.image_size
         rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, pixels)
@@ -74,13 +74,13 @@ class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.Ll
     """LLaVA-NeXT whose ``embed_multimodal`` returns K rows per image."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
-        """Encode some of the images and return what a method may look at.
+        """Encode some of the images and return them with the requested features.
 
         Args:
             inputs: ``pixel_values``, ``(T, 3, H, W)`` tiles for each of the B images, and ``image_sizes``
                 ``(B, 2)``, height and width in pixels.
             items: Which of the B images.
-            needs: What the method asks for.
+            needs: Features to capture.
         """
         pixels = list(inputs["pixel_values"][items])
         tiles = self.tile_features(torch.cat(pixels), needs)
@@ -98,22 +98,22 @@ class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.Ll
         stacked = torch.stack([tile.projected for tile in tiles])
         rows = self._merge_image_patch_embeddings(size, stacked, strategy="spatial_unpad")
         source = sources(self.config, len(tiles), tiles[0].tokens, size)  # (N,)
-        groups = [_merged(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
+        groups = [_merge_tiles(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
         if self._settings.tiles == "base":
-            # Settings admit this for PromPrune alone, which has an entropy.
+            # The settings allow this only for PromPrune, which has an entropy.
             method: Any = self._methods[0]
             entropy = method.entropy_of(tiles[0])
             groups = [Group(replace(group.features, entropy=entropy), group.positions) for group in groups]
-        return EncodedImage(rows, groups, _where(source < 0, rows.device))
+        return EncodedImage(rows, groups, _indices(source < 0, rows.device))
 
 
 def sources(config: Any, tiles: int, tokens: int, size: Tensor) -> Tensor:
-    """Return where each row of the merged image comes from, by letting vLLM merge indices.
+    """Return the tile and patch that each row of the merged image comes from, by letting vLLM merge indices.
 
     Args:
-        config: The model's, of Hugging Face.
-        tiles: T of the image, padding included.
-        tokens: n of one tile.
+        config: The model's Hugging Face config.
+        tiles: Number T of the image's tiles, including padding.
+        tokens: Tokens n per tile.
         size: ``(2,)`` height and width of the image in pixels.
 
     Returns:
@@ -121,37 +121,37 @@ def sources(config: Any, tiles: int, tokens: int, size: Tensor) -> Tensor:
     """
     indices = torch.arange(tiles * tokens, dtype=torch.float64).view(tiles, tokens, 1)
     newline = torch.full((1,), -1.0, dtype=torch.float64)
-    stand_in: Any = SimpleNamespace(config=config, image_newline=newline)
+    model: Any = SimpleNamespace(config=config, image_newline=newline)
     merge = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
-    merged: Tensor = merge(stand_in, size, indices, strategy="spatial_unpad")
+    merged: Tensor = merge(model, size, indices, strategy="spatial_unpad")
     return merged.flatten().long()
 
 
 def _tile_groups(tiles: Sequence[VisionFeatures], source: Tensor) -> list[Group]:
-    """One group for each tile that has valid tokens, which form a rectangle of it."""
+    """Return one group per tile with valid tokens; these form a rectangle in the tile."""
     groups = []
     for i, tile in enumerate(tiles):
-        here = (source >= i * tile.tokens) & (source < (i + 1) * tile.tokens)
-        patches = source[here] - i * tile.tokens
+        in_tile = (source >= i * tile.tokens) & (source < (i + 1) * tile.tokens)
+        patches = source[in_tile] - i * tile.tokens
         if patches.numel():
             side = tile.grid[2]
             height = int(patches[-1] // side - patches[0] // side) + 1
             grid = (1, height, patches.numel() // height)
-            groups.append(Group(tile.take(patches, grid), _where(here, tile.projected.device)))
+            groups.append(Group(tile.take(patches, grid), _indices(in_tile, tile.projected.device)))
     return groups
 
 
-def _merged(tiles: Sequence[VisionFeatures], source: Tensor) -> Group:
-    """All tiles as one group in the order of the prompt, without a grid: a method sees one line of tokens."""
+def _merge_tiles(tiles: Sequence[VisionFeatures], source: Tensor) -> Group:
+    """Return all tiles as one group in the order of the prompt, with a grid of a single row."""
     shares = [
-        # CLS pays about the same attention to every tile; as shares of it, tokens of different tiles compare.
+        # Divided by the total that CLS pays to their tile, the saliencies of different tiles are comparable.
         replace(tile, saliency=None if tile.saliency is None else tile.saliency / tile.saliency.sum())
         for tile in tiles
     ]
-    everything = VisionFeatures.join(shares)
+    joined = VisionFeatures.join(shares)
     visual = source[source >= 0]
-    return Group(everything.take(visual, (1, 1, visual.numel())), _where(source >= 0, everything.projected.device))
+    return Group(joined.take(visual, (1, 1, visual.numel())), _indices(source >= 0, joined.projected.device))
 
 
-def _where(mask: Tensor, device: torch.device) -> Tensor:
+def _indices(mask: Tensor, device: torch.device) -> Tensor:
     return mask.nonzero().flatten().to(device)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: most blocks of the tower see one window only, and its tokens stand in the order of windows."""
+"""Qwen2.5-VL: most blocks of the tower attend within windows, and its tokens are in the order of the windows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PrunedQwen2_5_VL(PrunedQwenMixin, upstream.Qwen2_5_VLForConditionalGenerat
     """Qwen2.5-VL whose ``embed_multimodal`` returns K rows per image."""
 
     def saliency_block(self) -> int:
-        """The last block with full attention: in any other, a patch is ranked inside its window only."""
+        """Return the last block with full attention: in other blocks, patches attend only within their window."""
         return int(max(self.visual.fullatt_block_indexes))
 
     def in_raster_order(self, values: Tensor, grid: list[int]) -> Tensor:
-        """Bring ``(N, ...)`` values of an image from the order of windows into raster order."""
+        """Reorder ``(N, ...)`` values of an image from window order to raster order."""
         order, _ = self.visual.get_window_index_thw(*grid)
         return values[order.argsort().to(values.device)]

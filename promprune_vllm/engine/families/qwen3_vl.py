@@ -1,7 +1,6 @@
-"""Qwen3-VL: DeepStack rows of earlier blocks stand beside each token, and are pruned with it.
+"""Qwen3-VL: each token also has DeepStack rows from earlier blocks, which are pruned with it.
 
-A method looks at the merger's output alone. Where it merges tokens, the DeepStack rows stay those of the kept
-ones.
+Methods use only the merger's output. If a method merges tokens, the DeepStack rows stay those of the kept tokens.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ class PrunedQwen3VL(PrunedQwenMixin, upstream.Qwen3VLForConditionalGeneration):
     """Qwen3-VL whose ``embed_multimodal`` returns K rows per image."""
 
     def merger_norm(self) -> Any:
-        """Return the module whose input is the merger's."""
+        """Return the module that gets the merger's input."""
         return self.visual.merger.norm
 
     def projected_width(self) -> int:
-        """Width D of a visual token, without its DeepStack rows."""
+        """Return the width D of a visual token, without its DeepStack rows."""
         return int(self.visual_dim)

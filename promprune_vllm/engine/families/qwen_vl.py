@@ -1,7 +1,7 @@
-"""What the Qwen-VL families share: the processor's counts, and what a method may look at of their towers.
+"""Shared code of the Qwen-VL families: the processor's counts, and the features of their towers.
 
-These towers have no CLS token. A patch is as salient as the attention it gets from all patches of its image in the
-last block in which all of them see each other, and a visual token as the mean of the 2 x 2 patches merged into it.
+These towers have no CLS token. The saliency of a patch is the attention that it receives from all patches of its
+image in the last block with full attention. The saliency of a visual token is the mean over its 2 x 2 patches.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         result = super().apply(inputs, timing_ctx)
-        summary, places = result.get(SUMMARY), result["mm_placeholders"].get("image")
+        summary, placeholders = result.get(SUMMARY), result["mm_placeholders"].get("image")
         if not summary or summary.images[-1].kept == summary.images[-1].total:
             return result
         with refusing(self.info.ctx.model_config):
-            # What comes behind an image starts behind its last row and column, which may have been dropped.
-            if places[-1].offset + places[-1].length == len(result["prompt_token_ids"]):
+            # The next position follows from the image's last row and column, which may have been dropped.
+            if placeholders[-1].offset + placeholders[-1].length == len(result["prompt_token_ids"]):
                 raise BudgetError(
                     f"{FIELD} cannot be applied to an image that ends the prompt: put text or the token "
-                    "<|vision_end|> behind it, as chat templates do.",
+                    "<|vision_end|> after it, as chat templates do.",
                     reason="unsupported",
                 )
         return result
 
     def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
-        """Refuse images whose positions could run past the model's table of them."""
-        if any(kept < seen for seen, kept in counts):
+        """Refuse images whose positions could exceed the model's rotary table."""
+        if any(kept < total for total, kept in counts):
             # An image of unknown size keeps every token, and takes at most as many positions.
-            taken = [
+            positions_and_kept = [
                 (max(self._grid(size.width, size.height, kwargs)) if size else kept, kept)
                 for size, (_, kept) in zip(images.sizes, counts, strict=True)
             ]
-            require_rows(taken, self.info.ctx.model_config.max_model_len)
+            require_rows(positions_and_kept, self.info.ctx.model_config.max_model_len)
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
-        """Return how many visual tokens vLLM makes of an image."""
+        """Return how many visual tokens an image has in vLLM."""
         info: Any = self.info
         size = images.get_image_size(index)
         return int(
@@ -71,12 +71,12 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
         )
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
-        """Where on the image each of its tokens looks: it is stretched to a multiple of their size."""
+        """Return the pixel box of each visual token; vLLM resizes the image to a multiple of a token's size."""
         whole = (0.0, 0.0, float(width), float(height))
         return list(geometry.grid(*self._grid(width, height, {}), whole))
 
     def _grid(self, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
-        """Return rows and columns of an image's tokens."""
+        """Return the rows and columns of an image's grid of tokens."""
         info: Any = self.info
         resized, _ = info._get_vision_info(
             image_width=width,
@@ -89,22 +89,22 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
         return resized.height // side, resized.width // side
 
     def embedded_tokens(self, images: Any, index: int) -> int:
-        """Return how many tokens an image has that was sent as ``image_embeds``."""
+        """Return how many tokens an image sent as ``image_embeds`` has."""
         merge: int = self.info.get_hf_config().vision_config.spatial_merge_size
         return int(images.get(index)["image_grid_thw"].prod()) // merge**2
 
 
 class PrunedQwenMixin(MRopePrunedMixin):
-    """Captures images of a Qwen-VL tower; goes before vLLM's model class."""
+    """Captures features of a Qwen-VL tower; comes before vLLM's model class."""
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
-        """Encode some of the images and return what a method may look at.
+        """Encode some of the images and return them with the requested features.
 
         Args:
             inputs: ``pixel_values`` of ``(P, C)``, the patches of all B images one after the other, and
                 ``image_grid_thw`` ``(B, 3)``, each image's grid of patches.
             items: Which of the B images.
-            needs: What the method asks for.
+            needs: Features to capture.
         """
         grids = inputs["image_grid_thw"]
         counts = grids.prod(-1).tolist()  # patches per image
@@ -120,7 +120,7 @@ class PrunedQwenMixin(MRopePrunedMixin):
     def _encode(
         self, pixels: Tensor, grids: Tensor, counts: Sequence[int], needs: Need
     ) -> tuple[Sequence[Tensor], Captured]:
-        """Return the rows of each image, and what was captured of its patches on the way."""
+        """Return the rows of each image, and the captured features of its patches."""
         shares = Shares(counts, sharded=self.use_data_parallel)
         own = [counts[i] for i in shares.own]
         attention = self.visual.blocks[self.saliency_block()].attn
@@ -131,23 +131,23 @@ class PrunedQwenMixin(MRopePrunedMixin):
         return rows, shares.exchange(captured, pixels.device)
 
     def saliency_block(self) -> int:
-        """Which block's attention saliency comes from."""
+        """Return the index of the block whose attention gives the saliency."""
         return -1
 
     def merger_norm(self) -> Any:
-        """Return the module whose input is the merger's: the merger itself may be compiled, and deaf to hooks."""
+        """Return the module that gets the merger's input; the merger itself may be compiled and ignore hooks."""
         return self.visual.merger.ln_q
 
     def projected_width(self) -> int:
-        """Width D of a visual token."""
+        """Return the width D of a visual token."""
         return int(self.visual.out_hidden_size)
 
     def in_raster_order(self, values: Tensor, grid: list[int]) -> Tensor:  # noqa: ARG002
-        """Bring ``(N, ...)`` values of an image from the tower's order of tokens into raster order."""
+        """Reorder ``(N, ...)`` values of an image from the tower's order of tokens to raster order."""
         return values
 
     def project(self, rows: Tensor) -> Tensor:
-        """Merge ``(K, 4 * Dv)`` patches, four side by side, into ``(K, D)`` tokens."""
+        """Project ``(K, 4 * Dv)`` rows, each with a token's four patches side by side, to ``(K, D)`` tokens."""
         tower: Any = self.visual
         patches = rows.reshape(len(rows) * tower.spatial_merge_size**2, -1)
         projected: Tensor = tower.merger(patches)
@@ -155,12 +155,12 @@ class PrunedQwenMixin(MRopePrunedMixin):
 
     def _image(self, rows: Tensor, grid: list[int], captured: Mapping[str, Tensor]) -> EncodedImage:
         merge: int = self.visual.spatial_merge_size
-        found = {}
+        features = {}
         for name, values in captured.items():
-            patches = values.reshape(-1, merge**2, *values.shape[1:])  # of each token
-            # A token has its patches' mean; the merger reads the features of its patches side by side.
+            patches = values.reshape(-1, merge**2, *values.shape[1:])  # (N, 4, ...)
+            # A token has the mean of its patches; its encoder features are side by side, as the merger reads them.
             tokens = patches.flatten(1) if name == "encoder" else patches.mean(dim=1)
-            found[name] = self.in_raster_order(tokens, grid)
+            features[name] = self.in_raster_order(tokens, grid)
         shape = (grid[0], grid[1] // merge, grid[2] // merge)
         projected = rows[:, : self.projected_width()]
-        return EncodedImage.whole(rows, VisionFeatures(projected=projected, grid=shape, **found))
+        return EncodedImage.whole(rows, VisionFeatures(projected=projected, grid=shape, **features))

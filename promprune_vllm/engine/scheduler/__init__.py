@@ -1,1 +1,1 @@
-"""The engine core's side."""
+"""Code that runs in the engine core: the scheduler's handling of failed images."""

@@ -1,7 +1,7 @@
-"""The scheduler's side of a failed image: end its requests, and leave nothing of it in any cache.
+"""A failed image in the scheduler: end its requests and remove it from all caches.
 
-The worker put zeros where the image's rows belong and named the image in the step's result. The requests end
-before vLLM looks at that result, so that no token computed from zeros leaves.
+The worker has put zeros in place of the image's rows and named the image in the step's result. The requests end
+before vLLM processes that result, so no token computed from zeros is sent.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.compat import older_minors, versions
 from promprune_vllm.engine.compat.patching import Stage
-from promprune_vllm.engine.keys import FAILED, GONE
+from promprune_vllm.engine.keys import ABORTED_IN_FLIGHT, FAILED_IMAGES
 from promprune_vllm.metrics.recorder import recorder
 
 logger = logging.getLogger("vllm.promprune")
-_STEPS = 4  # more than are ever in flight at once: two
+_STEPS = 4  # at most two are ever in flight
 
 
 def patch_scheduler(original: Any) -> Any:
-    """Wrap the choice of a scheduler's class.
+    """Wrap the selection of the scheduler class, and then patch the scheduler.
 
-    vLLM asks for it in the engine's process alone; to import it elsewhere would slow down every other one.
+    vLLM calls this in the engine core only. Importing the scheduler in every process would slow down their start.
     """
 
     def get_scheduler_cls(self: Any) -> Any:
@@ -37,11 +37,11 @@ def patch_scheduler(original: Any) -> Any:
 
 
 def end_failed_requests(original: Any) -> Any:
-    """Wrap the handling of a step's result."""
+    """Wrap the handling of a step's result: first end the requests whose images failed."""
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        failed = frozenset(getattr(model_runner_output, FAILED, ()))
-        ended = _end(self, failed) if failed else ()
+        failed = frozenset(getattr(model_runner_output, FAILED_IMAGES, ()))
+        ended = _end_requests(self, failed) if failed else ()
         outputs = original(self, scheduler_output, model_runner_output)
         _aborted_in_flight(self).append(set())
         if ended:
@@ -52,7 +52,7 @@ def end_failed_requests(original: Any) -> Any:
 
 
 def record_aborts(original: Any) -> Any:
-    """Wrap the end of requests from outside: an aborted one may have left blocks that a step in flight fills."""
+    """Wrap the abort of requests: a step in flight may still fill the blocks of an aborted request."""
 
     def finish_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
         finished = original(self, *args, **kwargs)
@@ -65,41 +65,42 @@ def record_aborts(original: Any) -> Any:
 
 
 def _aborted_in_flight(scheduler: Any) -> deque[set[str]]:
-    """Return the images of requests that ended in flight, by step."""
-    gone: deque[set[str]] = scheduler.__dict__.setdefault(GONE, deque([set()], maxlen=_STEPS))
-    return gone
+    """Return the images of requests that ended while in flight, by step."""
+    images: deque[set[str]] = scheduler.__dict__.setdefault(ABORTED_IN_FLIGHT, deque([set()], maxlen=_STEPS))
+    return images
 
 
-def _end(scheduler: Any, failed: frozenset[str]) -> Sequence[Any]:
-    """End every request that used rows of these images, and take what they left out of the caches."""
+def _end_requests(scheduler: Any, failed: frozenset[str]) -> Sequence[Any]:
+    """End every request that used rows of these images; remove the rows and their KV blocks from the caches."""
     from vllm.v1.request import RequestStatus
 
-    requests = [request for request in scheduler.requests.values() if _used(request, failed)]
-    blocks = _blocks(scheduler, requests, failed)
+    requests = [request for request in scheduler.requests.values() if _uses_any(request, failed)]
+    blocks = _tainted_blocks(scheduler, requests, failed)
     ended: Sequence[Any] = scheduler.finish_requests(
         [request.request_id for request in requests], RequestStatus.FINISHED_ERROR
     )
     scheduler.kv_cache_manager.evict_blocks(blocks)
     for identifier in failed:
-        _forget(scheduler.encoder_cache_manager, identifier, scheduler.requests)
-    for images in _aborted_in_flight(scheduler):  # dealt with, the requests ended here among them
+        _evict_rows(scheduler.encoder_cache_manager, identifier, scheduler.requests)
+    for images in _aborted_in_flight(scheduler):  # these are handled now, including the requests ended above
         images.difference_update(failed)
     ours = recorder(scheduler.vllm_config.model_config.served_model_name)
     for _ in ended:
         ours.outcome("failed")
     logger.error(
-        "Visual tokens of %d image(s) could not be selected; the worker's log says why. Ended with an error: %s.",
+        "Visual tokens of %d image(s) could not be selected; the worker's log says why. Requests ended: %s.",
         len(failed),
-        ", ".join(request.request_id for request in ended) or "no request, all were gone",
+        ", ".join(request.request_id for request in ended) or "none, all had already ended",
     )
     return ended
 
 
-def _used(request: Any, failed: frozenset[str]) -> bool:
-    """Whether a request has any row of these images in its KV cache, or in a step under way.
+def _uses_any(request: Any, failed: frozenset[str]) -> bool:
+    """Return whether a request has rows of these images in its KV cache or in a step in flight.
 
-    That includes one that got the image's rows from an earlier encoding, still good: they cannot be told apart,
-    as a step in flight may have shared blocks between them. Preempted, it has no blocks but a token under way.
+    This includes a request that got good rows from an earlier encoding: it cannot be told apart, because a step in
+    flight may have shared blocks between requests. A preempted request has no blocks, but may have a token in
+    flight.
     """
     if request.is_finished():
         return False
@@ -111,37 +112,37 @@ def _used(request: Any, failed: frozenset[str]) -> bool:
     )
 
 
-def _blocks(scheduler: Any, requests: Iterable[Any], failed: frozenset[str]) -> set[int]:
-    """Return the KV blocks computed from the images, or after them.
+def _tainted_blocks(scheduler: Any, requests: Iterable[Any], failed: frozenset[str]) -> set[int]:
+    """Return the KV blocks computed from the images or after them.
 
-    A step in flight may have lent them to other requests already; those have the image as well, so are among
-    ``requests`` with all their blocks. Where a request gave its blocks back while in flight, or a sliding window
-    did, nobody knows any more which they were, and the whole prefix cache goes.
+    A step in flight may already share them with other requests; those have the same image, so they are in
+    ``requests`` with all their blocks. If a request, or a sliding window, freed blocks while in flight, nothing
+    records which they were, and this returns all blocks: the whole prefix cache is evicted.
     """
     pool = scheduler.kv_cache_manager.block_pool
     blocks: set[int] = set()
-    known = not any(failed & images for images in _aborted_in_flight(scheduler))
+    all_known = not any(failed & images for images in _aborted_in_flight(scheduler))
     for request in requests:
         groups = scheduler.kv_cache_manager.get_block_ids(request.request_id)
         offset = min(each.mm_position.offset for each in request.mm_features if each.identifier in failed)
-        # Groups may have blocks of other sizes than the scheduler's.
+        # With several groups, their block sizes may differ from the scheduler's.
         first = offset // scheduler.block_size if len(groups) == 1 else 0
         for group in groups:
             blocks.update(group[first:])
-        known = known and request.num_stale_output_tokens == 0
-    if known and pool.null_block.block_id not in blocks:
+        all_known = all_known and request.num_stale_output_tokens == 0
+    if all_known and pool.null_block.block_id not in blocks:
         return blocks
     return {block.block_id for block in pool.blocks}
 
 
-def _forget(manager: Any, identifier: str, requests: Mapping[str, Any]) -> None:
-    """Take an image out of the scheduler's account of the encoder cache; the workers are told in the next step."""
+def _evict_rows(manager: Any, identifier: str, requests: Mapping[str, Any]) -> None:
+    """Remove an image from the scheduler's view of the encoder cache. The next step makes the workers free it."""
     if identifier not in manager.cached:
         return
-    rows = older_minors.take_rows(manager, identifier, requests)
+    rows = older_minors.pop_row_count(manager, identifier, requests)
     del manager.cached[identifier]
     manager.num_free_slots += rows
-    if manager.freeable.pop(identifier, None) is None:  # a request that has not used it yet refers to it
+    if manager.freeable.pop(identifier, None) is None:  # a request that has not used it yet still refers to it
         manager.num_freeable_slots += rows
     manager.freed.append(identifier)
 

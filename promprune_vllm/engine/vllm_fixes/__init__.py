@@ -1,1 +1,1 @@
-"""Faults of vLLM's that are gone around; each file goes when vLLM mends its fault."""
+"""Workarounds for bugs in vLLM. Each file can be deleted once vLLM fixes its bug."""

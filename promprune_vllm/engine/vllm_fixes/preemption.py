@@ -1,9 +1,9 @@
-"""Images of requests that are preempted: their pixels stay with the worker.
+"""Workaround for preempted requests with images: the worker always gets the pixels.
 
-vLLM (0.29 to 0.32) leaves out the pixels of images whose tokens the prefix cache covers when a request is first
-scheduled, since nobody would encode them. A request that is preempted then, and whose blocks are given to others,
-has to encode them after all: the worker finds no pixels, skips the image, and the whole engine dies of ``Encoder
-cache miss``. Few KV blocks and images that are asked about again are enough, with this plugin or without.
+When vLLM (0.29 to 0.32) first schedules a request, it leaves out the pixels of images that the prefix cache
+covers, because they need no encoding. If the request is then preempted and loses its blocks, the images must be
+encoded after all: the worker finds no pixels, skips the image, and the engine dies with ``Encoder cache miss``.
+Few KV blocks and repeated images are enough, with or without this plugin.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def keep_mm_data(original: Any) -> Any:  # noqa: ARG001
-    """Replace what leaves pixels out: they are sent along, whatever the prefix cache holds."""
+    """Replace the function that leaves pixels out: always send them."""
 
     def strip_covered_mm_data(mm_features: Sequence[Any], *_: Any, **__: Any) -> Sequence[Any]:
         return mm_features

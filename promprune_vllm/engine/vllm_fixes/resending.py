@@ -1,9 +1,9 @@
-"""A request whose images the engine turns out not to have is sent again with them, instead of failing.
+"""If the engine lacks an image of a request, the request is sent again with the image, instead of failing.
 
-The API server leaves out of a request the processed images that the engine has in its cache, and takes for granted
-that it has what was once processed. Where that request never got there, because its client left meanwhile or its
-prompt turned out too long, vLLM (0.29 to 0.32) answers the next one with such an image with HTTP 500, for clients
-to retry.
+The API server does not send an image that the engine should already have in its cache, and assumes that it has
+every image processed before. That is wrong if the earlier request never reached the engine: its client had
+disconnected, or its prompt was too long. vLLM (0.29 to 0.32) then answers the next request with that image with
+HTTP 500, and leaves the retry to the client.
 """
 
 from __future__ import annotations
@@ -14,53 +14,53 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from promprune_vllm.engine.keys import AGAIN
+from promprune_vllm.engine.keys import REPROCESS
 
 logger = logging.getLogger("vllm.promprune")
 
 
 def remember_prompt(original: Any) -> Any:
-    """Keep with a prompt what it takes to process it again, but only where something was left out of it."""
+    """Wrap the processing of a prompt: if images were left out, attach a function that processes it in full."""
 
     async def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
         engine_input = await original(self, prompt, **kwargs)
         items = (engine_input.get("mm_kwargs") or {}).values()
         if any(item is None for each in items for item in each):
-            engine_input[AGAIN] = partial(original, self, prompt, **{**kwargs, "skip_mm_cache": True})
+            engine_input[REPROCESS] = partial(original, self, prompt, **{**kwargs, "skip_mm_cache": True})
         return engine_input
 
     return process
 
 
-def send_again(original: Any) -> Any:
-    """Wrap the way to the engine."""
+def resend_on_cache_miss(original: Any) -> Any:
+    """Wrap the call of the engine: if it lacks an image, send the request again with all of its images."""
 
     def generate(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        again = prompt.pop(AGAIN, None) if isinstance(prompt, dict) else None
-        if again is None:
-            found: AsyncIterator[Any] = original(self, prompt, *args, **kwargs)
-            return found
-        return resend(self, again, prompt, *args, **kwargs)
+        reprocess = prompt.pop(REPROCESS, None) if isinstance(prompt, dict) else None
+        if reprocess is None:
+            outputs: AsyncIterator[Any] = original(self, prompt, *args, **kwargs)
+            return outputs
+        return resend(self, reprocess, prompt, *args, **kwargs)
 
-    async def resend(self: Any, again: Any, prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def resend(self: Any, reprocess: Any, prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async with aclosing(original(self, prompt, *args, **kwargs)) as outputs:
             async for output in outputs:
-                if again is not None and _missed(self, prompt, output):
+                if reprocess is not None and _is_cache_miss(self, prompt, output):
                     break
-                again = None  # lets go of the images
+                reprocess = None  # frees the images
                 yield output
             else:
                 return
-        logger.info("An image was not with the engine any more; the request is sent again with all of its images.")
-        async with aclosing(original(self, {**prompt, **await again()}, *args, **kwargs)) as outputs:
+        logger.info("The engine no longer had an image; the request is sent again with all of its images.")
+        async with aclosing(original(self, {**prompt, **await reprocess()}, *args, **kwargs)) as outputs:
             async for output in outputs:
                 yield output
 
     return generate
 
 
-def _missed(engine: Any, prompt: Any, output: Any) -> bool:
-    """Return whether this is the engine's word that it lacks an image: the API server has forgotten it by now."""
+def _is_cache_miss(engine: Any, prompt: Any, output: Any) -> bool:
+    """Return whether the engine lacked an image: it failed, and the API server has dropped the image by now."""
     if not all(each.finish_reason == "error" and not each.token_ids for each in output.outputs):
         return False
     hashes = [each for hashes in prompt["mm_hashes"].values() for each in hashes]

@@ -1,1 +1,1 @@
-"""The worker's side: images are encoded and their tokens selected."""
+"""Code that runs in the worker: images are encoded and their tokens selected."""

@@ -1,7 +1,7 @@
-"""Measures the entropy of images under a model, in an engine of its own inside this process.
+"""Measures the entropy of images under a model, in an engine inside this process.
 
-Each image takes the way it takes in a server: the same decoding, the same processor, the same precision, the same
-``capture``. It is asked for with a budget of one token, so that the language model has next to nothing to do.
+Each image takes the same path as in a server: the same decoding, processor, precision and ``capture``. The budget
+is one token, so the language model has almost nothing to do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "disable_log_stats": True,
 }
 _ENVIRONMENT = {
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for the result
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is reserved for the result
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
 }
@@ -50,16 +50,15 @@ def calibrate(
     """Load a model and measure the images of some directories.
 
     Args:
-        model: As vLLM takes it.
-        directories: Of images, one for each kind; what is not named like one is left alone, and so are
-            directories within.
-        limit: Measure at most this many of each, spread evenly over the sorted names.
+        model: Name or path, as for vLLM.
+        directories: Directories of images, one per kind of image. Other files and subdirectories are ignored.
+        limit: Measure at most this many images per directory, spread evenly over the sorted names.
         arguments: Further options of vLLM's engine, as on the command line.
-        tell: Called with what is being done.
+        tell: Called with a progress message.
 
     Raises:
-        CalibrationError: There is nothing to measure, or vLLM cannot load the model.
-        SettingsError: The settings choose a method that has no ``mu``.
+        CalibrationError: No image could be measured, or vLLM cannot load the model.
+        SettingsError: The configured method has no ``mu``.
         UnsupportedModelError: The model cannot be pruned.
     """
     settings = Settings.from_environment()
@@ -70,9 +69,9 @@ def calibrate(
     files = [(directory, file) for directory in directories for file in image_files(directory, limit)]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with _stdout_kept_clean():
+    with _stdout_to_stderr():
         tell(f"Loading {model} …")
-        with loaded(model, arguments) as llm:
+        with load_model(model, arguments) as llm:
             images: list[MeasuredImage] = []
             skipped: list[SkippedImage] = []
             for i, (directory, file) in enumerate(files):
@@ -85,42 +84,48 @@ def calibrate(
             calibration = families.calibration(llm.model_config)
     if not images:
         raise CalibrationError(
-            f"None of the {len(files)} images of {_listed(directories)} could be measured. The first one, "
+            f"None of the {len(files)} images of {_join(directories)} could be measured. The first one, "
             f"{skipped[0].file}: {skipped[0].reason}"
         )
     options = options_of(settings.selector(calibration))
     return CalibrationReport(model, images, skipped, options, settings.method_options, settings.tiles)
 
 
-def _listed(directories: Sequence[Path]) -> str:
+def _join(directories: Sequence[Path]) -> str:
     return ", ".join(map(str, directories))
 
 
 def image_files(directory: Path, limit: int | None = None) -> list[Path]:
-    """Return the files of a directory that are named like an image a server accepts, by name.
+    """Return the image files of a directory, sorted by name.
+
+    Args:
+        directory: A directory; files without the extension of an image that servers accept are ignored.
+        limit: Return at most this many, spread evenly.
 
     Raises:
-        CalibrationError: There are none.
+        CalibrationError: There is no such directory, or no image in it.
     """
     from PIL import Image
 
     if not directory.is_dir():
         raise CalibrationError(f"There is no directory {directory}. Give --images a directory of image files.")
-    known = Image.registered_extensions()
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in known)
+    extensions = Image.registered_extensions()
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix.lower() in extensions)
     if not files:
-        raise CalibrationError(f"No file in {directory} is named like an image (.jpg, .png, .webp and others).")
+        raise CalibrationError(
+            f"No file in {directory} has the extension of an image (.jpg, .png, .webp and others)."
+        )
     if limit is None or limit >= len(files):
         return files
     return [files[i * len(files) // limit] for i in range(limit)]
 
 
 @contextmanager
-def loaded(model: str, arguments: Sequence[str]) -> Iterator[Any]:
-    """Start vLLM in this process, and give its memory back.
+def load_model(model: str, arguments: Sequence[str]) -> Iterator[Any]:
+    """Start vLLM in this process, and free its memory at the end of the block.
 
     Yields:
-        vLLM's ``LLM``, whose model remembers what it measures.
+        vLLM's ``LLM``, whose model records the entropies of its images.
 
     Raises:
         CalibrationError: vLLM cannot load the model.
@@ -132,7 +137,7 @@ def loaded(model: str, arguments: Sequence[str]) -> Iterator[Any]:
 
     from promprune_vllm.engine import plugin
 
-    plugin.install()  # also where VLLM_PLUGINS or PROMPRUNE_ENABLED leaves it out
+    plugin.install()  # even if VLLM_PLUGINS or PROMPRUNE_ENABLED excludes it
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="promprune calibrate"))
     parser.set_defaults(**_DEFAULTS)
     options = parser.parse_args(["--model", model, *arguments])
@@ -145,7 +150,7 @@ def loaded(model: str, arguments: Sequence[str]) -> Iterator[Any]:
         raise UnsupportedModelError(f"The visual tokens of {model} cannot be pruned: {reason}.")
     llm = LLM.from_engine_args(engine_arguments)
     try:
-        llm.apply_model(_watch)
+        llm.apply_model(_record_entropies)
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -155,7 +160,7 @@ def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
     """Encode one image.
 
     Args:
-        llm: As ``loaded`` yields it.
+        llm: From ``load_model``.
         file: The image.
     """
     from PIL import Image
@@ -168,53 +173,53 @@ def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
         prompt = {
             "prompt": f"{placeholder}\n",
             "multi_modal_data": {"image": ImageMediaIO().load_file(file)},
-            "multi_modal_uuids": {"image": uuid.uuid4().hex},  # of two equal images, none is taken from a cache
+            "multi_modal_uuids": {"image": uuid.uuid4().hex},  # so that no image comes from a cache
             "mm_processor_kwargs": {FIELD: 1},
         }
         llm.generate(prompt, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         return SkippedImage(file.name, " ".join(str(error).split()))
-    measured = llm.apply_model(_take)[0]
+    measured = llm.apply_model(_pop_measured)[0]
     if len(measured) != 1:
-        return SkippedImage(file.name, "it has a single visual token, and so no entropy")
+        return SkippedImage(file.name, "it has a single visual token, so it has no entropy")
     return MeasuredImage(file.name, *measured[0])
 
 
-def _watch(model: Any) -> None:
-    """Make a model remember ``(tokens, entropies)`` of every image it captures. Runs in the worker."""
+def _record_entropies(model: Any) -> None:
+    """Make a model record ``(tokens, entropies)`` of every image that it captures. Runs in the worker."""
     capture = model.capture
     model.measured = []
 
-    def remembering(*args: Any) -> Any:
+    def capture_and_record(*args: Any) -> Any:
         images = capture(*args)
         model.measured += [(len(image.rows), _entropies(model, image)) for image in images]
         return images
 
-    model.capture = remembering
+    model.capture = capture_and_record
 
 
-def _take(model: Any) -> list[tuple[int, tuple[float, ...]]]:
+def _pop_measured(model: Any) -> list[tuple[int, tuple[float, ...]]]:
     measured: list[tuple[int, tuple[float, ...]]] = model.measured
     model.measured = []
     return measured
 
 
 def _entropies(model: Any, image: Any) -> tuple[float, ...]:
-    first = image.groups[0].features.entropy
-    if first is not None:  # of the whole image, given to all of its tiles
-        return (float(first),)
+    shared = image.groups[0].features.entropy
+    if shared is not None:  # all tiles have the entropy of the whole image
+        return (float(shared),)
     return tuple(float(model._methods[0].entropy_of(group.features)) for group in image.groups)
 
 
 @contextmanager
-def _stdout_kept_clean() -> Iterator[None]:
-    """Send to standard error what libraries, also those not in Python, write to standard output."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect standard output to standard error, also for libraries not written in Python."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved, 1)
+        os.close(saved)

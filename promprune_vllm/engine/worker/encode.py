@@ -1,6 +1,6 @@
-"""One batch of images, from vLLM's inputs to K embeddings per image: the path on which nothing fails.
+"""Turns vLLM's inputs for a batch of images into K embeddings per image: encode, select, assemble.
 
-Encode, select, assemble. What happens when an image fails is in ``fault_isolation``.
+``fault_isolation`` handles images that fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from promprune_vllm.engine.worker.fault_isolation import Guard
 
 
 class Model(Protocol):
-    """What is needed of a ``PrunedModelMixin`` with its family."""
+    """The part of a family's ``PrunedModelMixin`` that this module uses."""
 
     def encode(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
         """Encode some of the images and capture the features that their methods use."""
@@ -39,7 +39,7 @@ def embed_images(model: Model, inputs: dict[str, Any], jobs: Sequence[PruneJob],
         model: Encodes and selects.
         inputs: vLLM's inputs for the batch.
         jobs: One per image.
-        limit: Unpruned tokens that one call of the encoder may have.
+        limit: Maximum of unpruned tokens per encoder call.
     """
     embeddings: list[Tensor] = []
     for items in micro_batches([job.total for job in jobs], limit):
@@ -52,29 +52,29 @@ def embed_images(model: Model, inputs: dict[str, Any], jobs: Sequence[PruneJob],
 def _embed(
     model: Model, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob], guard: Guard
 ) -> list[Tensor | None]:
-    """Return the embeddings of some images, ``None`` for those that the guard saw fail."""
-    images = guard.together(model.encode, inputs, items, jobs)
+    """Return the embeddings of some images, ``None`` for those that failed."""
+    images = guard.run_together(model.encode, inputs, items, jobs)
     if images is None:
         return [None for _ in jobs]
-    selected = guard.agreed([guard.alone(model.select, *pair) for pair in zip(images, jobs, strict=True)])
+    selected = guard.agree([guard.run_alone(model.select, *pair) for pair in zip(images, jobs, strict=True)])
     return [
-        None if assemble is None else guard.together(_assembled, assemble, job.kept)
+        None if assemble is None else guard.run_together(_assemble_checked, assemble, job.kept)
         for assemble, job in zip(selected, jobs, strict=True)
     ]
 
 
-def _assembled(assemble: Callable[[], Tensor], kept: int) -> Tensor:
+def _assemble_checked(assemble: Callable[[], Tensor], kept: int) -> Tensor:
     rows = assemble()
     if rows.ndim != 2 or rows.shape[0] != kept:
-        raise RuntimeError(f"{tuple(rows.shape)} rows were made where the placeholder has {kept}")
+        raise RuntimeError(f"got rows of shape {tuple(rows.shape)} for a placeholder of {kept} tokens")
     return rows
 
 
 def micro_batches(totals: Sequence[int], limit: int) -> Iterator[slice]:
     """Split a batch so that no encoder call has more than ``limit`` UNPRUNED tokens (or one image).
 
-    vLLM's scheduler charges an image the tokens it keeps, so a step may bring many more images than the
-    profiling run of the encoder allowed for.
+    vLLM's scheduler counts only the tokens that an image keeps, so a step may contain many more images than the
+    profiling run allowed for.
     """
     start, tokens = 0, 0
     for i, total in enumerate(totals):

@@ -1,4 +1,4 @@
-"""One encoded image: its tokens in the order of the prompt, in the groups a method selects from."""
+"""An encoded image: its tokens in the order of the prompt, and the groups that a method selects from."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class PruneJob:
 
     Args:
         total: Tokens before pruning.
-        kept: Tokens after.
-        method: Selects them.
-        text: ``(M,)`` int64, tokens of the user's text, where the method uses it.
+        kept: Tokens after pruning.
+        method: Selects the kept tokens.
+        text: ``(M,)`` int64, tokens of the user's text, if the method uses it.
     """
 
     total: int
@@ -36,11 +36,11 @@ class PruneJob:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tokens that a method selects from on their own statistics: an image, or one of its crops.
+    """Tokens that a method selects from separately: those of an image, or of one of its crops.
 
     Args:
-        features: n visual tokens.
-        positions: ``(n,)`` int64, which rows of the image they are, strictly increasing.
+        features: Features of n visual tokens.
+        positions: ``(n,)`` int64, strictly increasing: their positions among the image's rows.
     """
 
     features: VisionFeatures
@@ -53,10 +53,10 @@ class EncodedImage:
 
     Args:
         rows: ``(N, W)``, every token as it would enter the language model unpruned. The first D columns are the
-            ``projected`` features; a tower may append more, which stay with their token.
-        groups: Disjoint groups of its visual tokens, none of them empty.
-        newlines: ``(N - V,)`` int64, the rows in no group: they show nothing of the image, such as the learned
-            newline that ends each row of LLaVA-NeXT's crops.
+            ``projected`` features; a tower may append more columns, which stay with their token.
+        groups: Disjoint, nonempty groups of its V visual tokens.
+        newlines: ``(N - V,)`` int64, positions of the rows in no group, which show nothing of the image: the
+            learned newline that ends each row of LLaVA-NeXT's crops.
     """
 
     rows: Tensor
@@ -65,21 +65,21 @@ class EncodedImage:
 
     @classmethod
     def whole(cls, rows: Tensor, features: VisionFeatures) -> EncodedImage:
-        """Return an image that is one group of all its rows."""
+        """Return an image with a single group of all its rows."""
         positions = torch.arange(features.tokens, device=rows.device)
         return cls(rows, (Group(features, positions),), positions[:0])
 
     def with_text(self, text: Tensor) -> EncodedImage:
-        """Return the image with the user's text, ``(M, D)`` embeddings, beside each group."""
+        """Return the image with the user's text, ``(M, D)`` embeddings, added to the features of each group."""
         groups = [replace(group, features=replace(group.features, text=text)) for group in self.groups]
         return replace(self, groups=groups)
 
     def select(self, keep: int, method: Selector) -> SelectedTokens:
         """Select ``keep`` of the N tokens.
 
-        The budget goes to the groups in proportion to their sizes, by largest remainder. Newlines are kept only
-        when the budget exceeds all visual tokens: they cost as much as a token that shows something. So every
-        count follows from sizes alone.
+        The budget is divided among the groups in proportion to their sizes, by largest remainder. Newlines are
+        kept only if the budget exceeds all visual tokens: they cost as much as a token that shows something. So
+        every count follows from sizes alone.
 
         Args:
             keep: Tokens to keep, ``1 <= keep <= N``.
@@ -95,12 +95,12 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class SelectedTokens:
-    """The tokens of an image that stay.
+    """The tokens of an image that are kept.
 
     Args:
         image: ``(N, W)``, the image's rows.
         parts: The groups that keep any tokens, each with its selection.
-        newlines: ``(s,)`` int64, the newline rows that stay.
+        newlines: ``(s,)`` int64, positions of the newline rows that are kept.
     """
 
     image: Tensor
@@ -111,11 +111,11 @@ class SelectedTokens:
         """Return the kept rows and their positions in the image.
 
         Args:
-            project: Takes ``(k, Dv)`` rows merged before the projector to ``(k, D)``.
+            project: Projects ``(k, Dv)`` rows, merged before the projector, to ``(k, D)``.
 
         Returns:
-            ``(K, W)`` rows in the order of the prompt, a new tensor, so that a cache does not keep the unpruned
-            rows alive; and ``(K,)`` int64, strictly increasing.
+            ``(K, W)`` rows in the order of the prompt, as a new tensor, so that caches do not keep the unpruned
+            rows alive; and their positions ``(K,)`` int64, strictly increasing.
         """
         kept = [self._part(group, selection, project) for group, selection in self.parts]
         positions = torch.cat([*(positions for positions, _ in kept), self.newlines])
@@ -129,6 +129,6 @@ class SelectedTokens:
         if selection.rows is not None:
             merged = project(selection.rows) if selection.space is Need.ENCODER else selection.rows
             if merged.shape[0] != rows.shape[0]:
-                raise RuntimeError(f"{merged.shape[0]} rows came out of the projector for {rows.shape[0]} tokens")
-            rows[:, : merged.shape[1]] = merged  # columns that the tower appended stay those of the token itself
+                raise RuntimeError(f"the projector returned {merged.shape[0]} rows for {rows.shape[0]} tokens")
+            rows[:, : merged.shape[1]] = merged  # columns that the tower appended stay as they are
         return positions, rows

@@ -1,7 +1,7 @@
-"""``--mm-encoder-tp-mode data``: each tensor-parallel rank encodes some of the images, and knows only those.
+"""``--mm-encoder-tp-mode data``: each tensor-parallel rank encodes only some of the images.
 
-vLLM hands every rank the encoder's output of all images. What was captured on the way takes the same road here, so
-that all ranks select by the same numbers.
+vLLM gives every rank the encoder's output for all images. This module does the same with the captured features, so
+that all ranks select from the same numbers.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.models.vision import get_load_balance_assignment
 
 Captured = Mapping[str, Sequence[Tensor]]
-"""Tensors by name, one for each of some images."""
+"""Feature name -> tensors, one per image."""
 
 
 class Shares:
-    """Who encodes which images of a call.
+    """Which rank encodes which images of a call.
 
     Args:
-        patches: Of each image.
-        sharded: Whether each rank has its own images; else every rank has all.
+        patches: Number of patches of each image.
+        sharded: Whether each rank encodes its own images; otherwise every rank encodes all.
 
     Attributes:
-        own: This rank's images, in the order in which its tower sees them.
+        own: Indices of this rank's images, in the order in which its tower gets them.
     """
 
     def __init__(self, patches: Sequence[int], *, sharded: bool) -> None:
@@ -40,25 +40,25 @@ class Shares:
             self.own = self._by_rank[group.rank_in_group]
 
     def exchange(self, captured: Captured, device: torch.device) -> Captured:
-        """Return what all ranks captured, image by image. Every rank must call it.
+        """Return the features that all ranks captured, one tensor per image. Every rank must call this.
 
         Args:
-            captured: ``(P_i, ...)`` of this rank's images, in their order.
-            device: Of the encoder.
+            captured: ``(P_i, ...)`` per image of this rank, in the order of ``own``.
+            device: The encoder's device.
         """
         if self._by_rank is None:
             return captured
         group = get_tp_group()
-        mine = {name: torch.cat([*tensors]) for name, tensors in captured.items()}
-        # A rank without images does not know what there is to come.
-        told: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in self._by_rank]
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in mine.items()}
-        torch.distributed.all_gather_object(told, shapes, group=group.cpu_group)
-        found: dict[str, dict[int, Tensor]] = {}
+        own = {name: torch.cat([*tensors]) for name, tensors in captured.items()}
+        # All ranks need the shapes: one without images has captured nothing, but must receive the others' tensors.
+        shapes_by_rank: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in self._by_rank]
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+        torch.distributed.all_gather_object(shapes_by_rank, shapes, group=group.cpu_group)
+        gathered: dict[str, dict[int, Tensor]] = {}
         for rank, images in enumerate(self._by_rank):
-            for name, (shape, dtype) in told[rank].items():
-                own = rank == group.rank_in_group
-                tensor = mine[name] if own else torch.empty(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in shapes_by_rank[rank].items():
+                is_own = rank == group.rank_in_group
+                tensor = own[name] if is_own else torch.empty(shape, dtype=dtype, device=device)
                 parts = torch.split(group.broadcast(tensor, src=rank), [self._patches[i] for i in images])
-                found.setdefault(name, {}).update(zip(images, parts, strict=True))
-        return {name: [by_image[i] for i in sorted(by_image)] for name, by_image in found.items()}
+                gathered.setdefault(name, {}).update(zip(images, parts, strict=True))
+        return {name: [by_image[i] for i in sorted(by_image)] for name, by_image in gathered.items()}

@@ -1,4 +1,4 @@
-"""What goes before vLLM's model class: ``embed_multimodal`` returns K rows per image."""
+"""The mixin that makes vLLM's model classes prune: ``embed_multimodal`` returns K rows per image."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelFamily, UpstreamModel
-from promprune_vllm.engine.keys import COUNTS, TEXT
+from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
 from promprune_vllm.engine.worker.encode import embed_images
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
-from promprune_vllm.engine.worker.selection_metrics import SelectionWatch
+from promprune_vllm.engine.worker.selection_metrics import SelectionMetrics
 from promprune_vllm.engine.worker.selection_trace import Trace
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
@@ -38,7 +38,7 @@ else:
 
 
 class PrunedModelMixin(_Bases):
-    """Goes before vLLM's model class in a family's bases; the family implements ``ModelFamily``."""
+    """Comes before vLLM's model class in a family's bases; the family implements ``ModelFamily``."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -47,18 +47,18 @@ class PrunedModelMixin(_Bases):
         self._methods = [self._settings.selector(calibration, method) for method in self._settings.allowed]
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         model, device = vllm_config.model_config, vllm_config.device_config.device
-        self._watch = SelectionWatch(device, recorder(model.served_model_name)) if _is_first_rank() else None
+        self._metrics = SelectionMetrics(device, recorder(model.served_model_name)) if _is_first_rank() else None
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         patches.install(Stage.WORKER)
         patches.install(Stage.WORKER_V2 if vllm_config.use_v2_model_runner else Stage.WORKER_V1)
         if device.type == "cpu":
             patches.install(Stage.WORKER_CPU)
-        ops.warm_up(device)  # never in the first request
+        ops.warm_up(device)  # so that the first request need not
 
     def embed_unpruned(self, **inputs: Any) -> Any:
-        """Encode as vLLM does: every token of every image."""
+        """Encode as vLLM does: return every token of every image."""
         outputs = super().embed_multimodal(**inputs)
-        if outputs is not None and len(outputs):  # vLLM's profiling run calls this before any request
+        if outputs is not None and len(outputs):  # happens first in vLLM's profiling run, before any request
             self._no_rows = outputs[0].new_empty((0, outputs[0].shape[-1]))
         return outputs
 
@@ -71,10 +71,10 @@ class PrunedModelMixin(_Bases):
         """Encode a batch of images and return the rows that enter the language model, K of N per image.
 
         Args:
-            inputs: vLLM's inputs, plus ``(B, 3)`` counts (total tokens, kept tokens, index of the method) and the
-                text from our processor. Without them, or where nothing is pruned, this is vLLM's own method.
+            inputs: vLLM's inputs, plus from our processor ``(B, 3)`` counts (total tokens, kept tokens, index of
+                the method) and the text. Without counts, or if no image is pruned, vLLM's own method is used.
         """
-        counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT, None)
+        counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT_TOKENS, None)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
         if all(job.total == job.kept for job in jobs):
             embeddings = self.with_positions(self.embed_unpruned(**inputs))
@@ -83,9 +83,9 @@ class PrunedModelMixin(_Bases):
         return embed_images(self, inputs, jobs, self._encoder_tokens)
 
     def batch_done(self, jobs: Sequence[PruneJob]) -> None:
-        """Update the metrics after one call of the encoder, unless its images are those of the profiling run."""
-        if self._watch is not None and jobs and fault_isolation.in_step():
-            self._watch.flush(sum(job.total for job in jobs))
+        """Update the metrics after one call of the encoder, except in the profiling run."""
+        if self._metrics is not None and jobs and fault_isolation.in_step():
+            self._metrics.flush(sum(job.total for job in jobs))
 
     def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> PruneJob:
         total, kept, method = counts
@@ -104,48 +104,48 @@ class PrunedModelMixin(_Bases):
         ]
 
     def with_positions(self, embeddings: Any) -> Any:
-        """Mark unpruned embeddings with their positions, where the model's positions do not follow from order."""
+        """Mark unpruned embeddings with their positions, in models whose positions do not follow from order."""
         return embeddings
 
     def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:  # noqa: ARG002
-        """Mark the kept rows of one image with their positions, where those do not follow from their order.
+        """Mark the kept rows of one image with their positions, as ``with_positions`` does for unpruned ones.
 
         Args:
             rows: ``(K, W)``.
-            image: Where they are from.
-            positions: ``(K,)`` int64, which of the image's N tokens they are.
+            image: The image that the rows belong to.
+            positions: ``(K,)`` int64, positions of the rows among the image's N tokens.
         """
         return rows
 
     def select(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
         """Select an image's tokens, and return a function that assembles their ``(kept, W)`` rows.
 
-        Two steps, since only the second may communicate between ranks: see ``fault_isolation.Step``.
+        There are two steps because only the second may communicate between ranks, see ``fault_isolation.Step``.
         """
         if len(image.rows) != job.total:
             raise RuntimeError(
-                f"the encoder gave {len(image.rows)} tokens where the processor counted {job.total}"
+                f"the encoder returned {len(image.rows)} tokens, but the processor counted {job.total}"
             )
         if job.kept == job.total:
             return lambda: cast(Tensor, self.with_positions([image.rows])[0])
         method = job.method.name
-        with self._timing(method, "choose") as selecting:
+        with self._measure_time(method, "choose") as selection_marks:
             selected = image.select(job.kept, job.method)
-        if self._watch is not None:
-            self._watch.selected(method, selected)
+        if self._metrics is not None:
+            self._metrics.record_reports(method, selected)
 
         def assemble() -> Tensor:
-            with self._timing(method, "assemble") as assembling:
+            with self._measure_time(method, "assemble") as assembly_marks:
                 rows, positions = selected.rows(self.project)
                 marked = self.mark_kept(rows, image, positions)
-            if self._watch is not None and self._settings.inspector:
-                selection_trace.attach_trace(marked, Trace.of(method, selected, [selecting, assembling]))
+            if self._metrics is not None and self._settings.inspector:
+                selection_trace.attach_trace(marked, Trace.of(method, selected, [selection_marks, assembly_marks]))
             return marked
 
         return assemble
 
-    def _timing(self, method: str, stage: str) -> AbstractContextManager[list[Any]]:
-        return nullcontext([]) if self._watch is None else self._watch.timing(method, stage)
+    def _measure_time(self, method: str, stage: str) -> AbstractContextManager[list[Any]]:
+        return nullcontext([]) if self._metrics is None else self._metrics.measure_time(method, stage)
 
 
 def _is_first_rank() -> bool:

@@ -1,7 +1,7 @@
-"""What the worker tells the metrics about selections: times, and what methods report of them.
+"""The worker's metrics of selections: times, and what methods report about them.
 
-Nothing here waits for a device. On CUDA times come from events and reports through one copy per call of the
-encoder, and both are read when a later call comes by; so the last call's are shown with the next.
+Nothing here waits for a device. On CUDA, times come from events, and reports from one copy per encoder call. Both
+are read on a later call, so the metrics lag by one call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from promprune_vllm.engine.worker.encoded_image import SelectedTokens
 from promprune_vllm.metrics.recorder import Recorder
 
 
-class SelectionWatch:
-    """Observes the selections of one worker.
+class SelectionMetrics:
+    """Records the selections of one worker.
 
     Args:
-        device: Where the model is.
+        device: The model's device.
         recorder: Writes the metrics.
     """
 
@@ -34,15 +34,19 @@ class SelectionWatch:
         self._copied: list[tuple[list[tuple[str, str]], Tensor, Any]] = []
 
     @contextmanager
-    def timing(self, method: str, stage: str) -> Iterator[list[Any]]:
-        """Observe how long the block takes; not where it fails. Yields the marks at its start and end."""
+    def measure_time(self, method: str, stage: str) -> Iterator[list[Any]]:
+        """Measure how long the block takes, unless it raises.
+
+        Yields:
+            A list with a time mark of the block's start, and after the block also of its end; see ``seconds``.
+        """
         marks = [self._mark()]
         yield marks
         marks.append(self._mark())
         self._times.append((method, stage, *marks))
 
-    def selected(self, method: str, selected: SelectedTokens) -> None:
-        """Note what a method reports of an image's selections."""
+    def record_reports(self, method: str, selected: SelectedTokens) -> None:
+        """Record what a method reports about an image's selections."""
         for _, selection in selected.parts:
             report = selection.report
             if "spectral_entropy" in report:
@@ -52,18 +56,22 @@ class SelectionWatch:
                 self._reports.append((method, "saliency_share", share))
 
     def flush(self, tokens: int) -> None:
-        """Observe all that is known by now, at the end of an encoder call of so many unpruned tokens."""
+        """Write everything that the device has finished to the metrics.
+
+        Args:
+            tokens: Unpruned tokens of the encoder call that has just ended.
+        """
         self._recorder.encoder_batch(tokens)
         if self._reports:
             values = torch.stack([value.double() for _, _, value in self._reports])  # (selections,)
             names = [(method, kind) for method, kind, _ in self._reports]
-            # On CUDA the copy goes to pinned memory behind the work that makes the values.
+            # On CUDA, the copy to pinned memory runs after the kernels that compute the values.
             self._copied.append((names, values.to("cpu", non_blocking=True), self._mark()))
             self._reports.clear()
-        while self._times and self._is_over(self._times[0][3]):
+        while self._times and self._has_passed(self._times[0][3]):
             method, stage, start, end = self._times.pop(0)
             self._recorder.selection(method, stage, seconds(start, end))
-        while self._copied and self._is_over(self._copied[0][2]):
+        while self._copied and self._has_passed(self._copied[0][2]):
             names, values, _ = self._copied.pop(0)
             for (method, kind), value in zip(names, values.tolist(), strict=True):
                 getattr(self._recorder, kind)(method, value)
@@ -75,12 +83,12 @@ class SelectionWatch:
         event.record()
         return event
 
-    def _is_over(self, mark: Any) -> bool:
+    def _has_passed(self, mark: Any) -> bool:
         return not self._cuda or bool(mark.query())
 
 
 def seconds(start: Any, end: Any) -> float:
-    """Return the time between two marks; waits for the device where the second is still to come."""
+    """Return the time between two marks; wait for the device if it has not reached the second one."""
     if isinstance(end, float):
         return float(end - start)
     end.synchronize()

@@ -1,7 +1,7 @@
-"""What became of an image, kept beside its rows in the encoder cache, for whoever wants to see it.
+"""Traces of selections for the inspector: which tokens of an image were kept, and why.
 
-The rows that entered the language model carry their own trace as an attribute, so it is theirs alone, costs a few
-bytes for each unpruned token, and goes when they go.
+A trace is an attribute of the image's rows in the encoder cache. So it describes exactly the rows that entered the
+language model, costs a few bytes per unpruned token, and is freed with the rows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from promprune_vllm.kernels.ops import descending_order
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A group of tokens that was selected from on its own statistics.
+    """The selection from one group of tokens.
 
     Args:
-        positions: ``(n,)`` int64, which rows of the image its tokens are.
-        indices: ``(k,)`` int64, which of its tokens were kept.
-        saliency: ``(n,)``, where the method looked at it.
-        report: What the method tells of itself.
+        positions: ``(n,)`` int64, positions of the group's tokens in the image.
+        indices: ``(k,)`` int64, indices in the group of the kept tokens.
+        saliency: ``(n,)``, or ``None`` if the method does not use it.
+        report: Figures that the method reports about the selection.
     """
 
     positions: Tensor
@@ -36,7 +36,7 @@ class Part:
     report: Mapping[str, Tensor]
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain numbers; waits for the device."""
+        """Return plain numbers; wait for the device."""
         report = {name: value.item() for name, value in self.report.items()}
         salient: list[int] | None = None
         if self.saliency is not None and "saliency_tokens" in report:
@@ -52,13 +52,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What was chosen of one image.
+    """The selection from one image.
 
     Args:
-        method: Its name.
-        parts: The groups that kept any.
-        newlines: ``(s,)`` int64, newline rows that were kept.
-        marks: When choosing began and ended, then gathering the rows.
+        method: Name of the method.
+        parts: The groups that kept any tokens.
+        newlines: ``(s,)`` int64, positions of the kept newline rows.
+        marks: Start and end of the selection, then start and end of assembling the rows.
     """
 
     method: str
@@ -68,7 +68,7 @@ class Trace:
 
     @classmethod
     def of(cls, method: str, selected: SelectedTokens, marks: Sequence[Sequence[Any]]) -> Trace:
-        """Remember a selection, but none of the features it was made from."""
+        """Return the trace of a selection. It keeps the saliency, but no other features."""
         parts = tuple(
             Part(group.positions, selection.indices, group.features.saliency, selection.report)
             for group, selection in selected.parts
@@ -76,7 +76,7 @@ class Trace:
         return cls(method, parts, selected.newlines, marks)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain numbers; waits for the device."""
+        """Return plain numbers; wait for the device."""
         return {
             "method": self.method,
             "parts": [part.as_json() for part in self.parts],
@@ -90,33 +90,37 @@ def attach_trace(rows: Tensor, trace: Trace) -> None:
     setattr(rows, TRACE, trace)
 
 
-def add_recall(_: None) -> Any:
-    """Return the method that tells the traces of images."""
-    return _recall
+def add_selection_traces(_: None) -> Any:
+    """Return the worker method that returns the traces of images."""
+    return _selection_traces
 
 
-def add_held(_: None) -> Any:
-    """Return the method that tells how much is held."""
-    return _held
+def add_encoder_cache_size(_: None) -> Any:
+    """Return the worker method that returns the size of the encoder cache."""
+    return _encoder_cache_size
 
 
-def _recall(worker: Any, identifiers: Sequence[str]) -> list[dict[str, Any] | None]:
-    """Return what became of images, by their identifiers in the encoder cache.
+def _selection_traces(worker: Any, identifiers: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Return the traces of images.
+
+    Args:
+        worker: vLLM's worker.
+        identifiers: The images' identifiers in the encoder cache.
 
     Returns:
-        ``None`` for an image that is not there any more, ``{}`` for one that kept all its tokens.
+        Per image: its trace, ``{}`` if it kept all its tokens, ``None`` if it is no longer in the cache.
     """
     rows = cached_rows(worker.model_runner)
-    return [_told(rows.get(identifier)) for identifier in identifiers]
+    return [_trace_of(rows.get(identifier)) for identifier in identifiers]
 
 
-def _held(worker: Any) -> tuple[int, int]:
-    """Return how many images the encoder cache holds, and how many rows they have."""
+def _encoder_cache_size(worker: Any) -> tuple[int, int]:
+    """Return how many images the encoder cache holds, and how many rows they have in total."""
     rows = cached_rows(worker.model_runner)
     return len(rows), sum(len(each) for each in rows.values())
 
 
-def _told(rows: Tensor | None) -> dict[str, Any] | None:
+def _trace_of(rows: Tensor | None) -> dict[str, Any] | None:
     if rows is None:
         return None
     trace: Trace | None = getattr(rows, TRACE, None)

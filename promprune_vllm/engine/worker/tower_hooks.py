@@ -1,4 +1,4 @@
-"""Reads what a vision tower computed on its way, without asking it for attention maps."""
+"""Hooks that capture intermediate values of a vision tower, without making it return attention maps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from promprune_vllm.kernels.ops import received_attention
 
 @contextmanager
 def clip_attention(attention: Any, needs: Need) -> Iterator[dict[Need, Tensor]]:
-    """Capture what a method needs of one CLIP attention layer while the block is open.
+    """Capture features from one CLIP attention layer inside the block.
 
     Args:
-        attention: A ``CLIPAttention`` of vLLM. Its inner ``attn`` is called with q, k, v of
-            ``(B, 1 + N, heads * head_dim)``; heads are those of this tensor-parallel rank.
-        needs: ``SALIENCY``, ``KEYS``, both or neither; anything else is left alone.
+        attention: vLLM's ``CLIPAttention``. Its inner ``attn`` is called with q, k, v of
+            ``(B, 1 + N, heads * head_dim)``; the heads are those of this tensor-parallel rank.
+        needs: ``SALIENCY``, ``KEYS``, both or neither; other features are ignored.
 
     Yields:
-        Filled by the layer's call, each a mean over all heads of all ranks, float32: ``SALIENCY`` ``(B, N)``,
-        the attention CLS pays to every patch, softmax over CLS and patches, the CLS column dropped and the rest
-        not renormalised; ``KEYS`` ``(B, N, head_dim)``.
+        A dict that the layer's call fills, each value a mean over all heads of all ranks, float32: ``SALIENCY``
+        ``(B, N)``, the attention that CLS pays to every patch, softmax over CLS and patches, without the CLS
+        column and not renormalized; ``KEYS`` ``(B, N, head_dim)``.
     """
     captured: dict[Need, Tensor] = {}
 
@@ -35,31 +35,31 @@ def clip_attention(attention: Any, needs: Need) -> Iterator[dict[Need, Tensor]]:
         heads = attention.num_heads_per_partition
         keys = k.float().reshape(*k.shape[:2], heads, -1)  # (B, 1 + N, H, d)
         if Need.SALIENCY in needs:
-            # One query row: O(N) memory, and the tower keeps its fast attention kernel.
+            # Only the query of CLS: O(N) memory, and the tower keeps its fast attention kernel.
             cls = q[:, 0].float().reshape(q.shape[0], heads, -1)  # (B, H, d)
             weights = torch.softmax(torch.einsum("bhd,bnhd->bhn", cls, keys) * attention.scale, dim=-1)
             captured[Need.SALIENCY] = _mean_over_ranks(weights[:, :, 1:].mean(dim=1), attention.tp_size)
         if Need.KEYS in needs:
             captured[Need.KEYS] = _mean_over_ranks(keys[:, 1:].mean(dim=2), attention.tp_size)
 
-    with _before(attention.attn, hook):
+    with _pre_hook(attention.attn, hook):
         yield captured
 
 
 @contextmanager
 def patch_attention(attention: Any, needs: Need, counts: Sequence[int]) -> Iterator[dict[str, list[Tensor]]]:
-    """Capture what a method needs of one attention layer without a CLS token while the block is open.
+    """Capture features from one attention layer without a CLS token inside the block.
 
     Args:
-        attention: A vision attention of vLLM's Qwen towers. Its inner ``attn`` is called with query and key of
-            ``(1, P, heads, head_dim)``, the patches of all images one after the other; heads are those of this
+        attention: An attention layer of vLLM's Qwen towers. Its inner ``attn`` is called with query and key of
+            ``(1, P, heads, head_dim)``, the patches of all images one after the other; the heads are those of this
             tensor-parallel rank.
-        needs: ``SALIENCY``, ``KEYS``, both or neither; anything else is left alone.
+        needs: ``SALIENCY``, ``KEYS``, both or neither; other features are ignored.
         counts: Patches of each image.
 
     Yields:
-        Filled by the layer's call, one tensor per image, each a mean over all heads of all ranks, float32:
-        ``saliency`` ``(P_i,)``, the attention a patch gets from all patches of its image; ``keys``
+        A dict that the layer's call fills, one tensor per image, each a mean over all heads of all ranks, float32:
+        ``saliency`` ``(P_i,)``, the attention that a patch receives from all patches of its image; ``keys``
         ``(P_i, head_dim)``.
     """
     captured: dict[str, list[Tensor]] = {}
@@ -75,20 +75,20 @@ def patch_attention(attention: Any, needs: Need, counts: Sequence[int]) -> Itera
         if Need.KEYS in needs:
             captured["keys"] = [_mean_over_ranks(keys.float().mean(dim=1), attention.tp_size) for keys in k]
 
-    with _before(attention.attn, hook, with_kwargs=True):
+    with _pre_hook(attention.attn, hook, with_kwargs=True):
         yield captured
 
 
 @contextmanager
 def inputs_of(module: Any) -> Iterator[list[Tensor]]:
-    """Collect the first argument of every call of a module while the block is open."""
-    seen: list[Tensor] = []
-    with _before(module, lambda _, args: seen.append(args[0])):
-        yield seen
+    """Collect the first argument of every call of a module inside the block."""
+    inputs: list[Tensor] = []
+    with _pre_hook(module, lambda _, args: inputs.append(args[0])):
+        yield inputs
 
 
 @contextmanager
-def _before(module: Any, hook: Any, *, with_kwargs: bool = False) -> Iterator[None]:
+def _pre_hook(module: Any, hook: Any, *, with_kwargs: bool = False) -> Iterator[None]:
     handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
     try:
         yield
@@ -97,5 +97,5 @@ def _before(module: Any, hook: Any, *, with_kwargs: bool = False) -> Iterator[No
 
 
 def _mean_over_ranks(mean: Tensor, ranks: int) -> Tensor:
-    # Without this each rank would select by its own heads, and the ranks would disagree.
+    # Without this, each rank would select by its own heads, and the ranks would keep different tokens.
     return tensor_model_parallel_all_reduce(mean) / ranks if ranks > 1 else mean
