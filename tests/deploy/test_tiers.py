@@ -61,4 +61,7 @@ def test_continuous_integration_runs_both() -> None:
     script = ROOT / ".ci" / "run"
     if not script.is_file():
         pytest.skip("the sdist has no .ci")
-    assert re.findall(r"^(?:exec )?make (\S+)$", script.read_text(), flags=re.MULTILINE) == ["test", "test-release"]
+    assert re.findall(r"^(?:exec )?make (\S+)$", script.read_text(), flags=re.MULTILINE) == [
+        "test",
+        "test-release",
+    ]
