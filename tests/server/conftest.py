@@ -35,7 +35,9 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **UNMEASURED}
 @pytest.fixture(scope="package")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     measured = {name: os.environ[name] for name in UNMEASURED if name in os.environ}
-    yield from _serving(demo_model, tmp_path_factory.mktemp("server"), **measured)
+    # By default vLLM kills its engine at once when it ends, and what was measured there is lost.
+    options = ("--shutdown-timeout", "15") if measured else ()
+    yield from _serving(demo_model, tmp_path_factory.mktemp("server"), *options, **measured)
 
 
 @pytest.fixture(scope="package")
