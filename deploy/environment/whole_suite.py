@@ -2,7 +2,8 @@
 """Run one tier of the suite in two processes side by side: `whole_suite.py`, or `whole_suite.py -mrelease`.
 
 Servers spend much of their start on one core, so on two the suite takes two thirds of the time. The processes take
-modules from one list (`tests/module_queue.py`). Options go to both; the tests of each commit are held to their coverage.
+modules from one list (`tests/module_queue.py`). Options go to both. The tests of each commit are held to their
+coverage.
 """
 
 from __future__ import annotations
