@@ -114,13 +114,10 @@ def test_an_image_of_a_refused_request_is_answered_the_next_time(server: Server,
     assert "is sent again" in server.log.read_text()
 
 
-def test_a_life_with_a_scrape_at_birth_a_lost_directory_a_killed_engine_and_a_second_start(
+def test_a_life_with_a_scrape_at_birth_a_lost_directory_and_a_killed_engine(
     server: Server, demo_model: Path, tmp_path: Path
 ) -> None:
-    """One start serves for several faults; a second shows that it serves again, both beside another server.
-
-    The second has an API key: neither that nor what requests hold comes into its log.
-    """
+    """One start serves for several faults; a second shows that it serves again, both beside another server."""
     port, born = free_port(), threading.Event()
     statuses: set[int] = set()
 
@@ -161,29 +158,9 @@ def test_a_life_with_a_scrape_at_birth_a_lost_directory_a_killed_engine_and_a_se
         assert not is_healthy(one.url)
     assert is_healthy(server.url)
     assert "EngineDeadError" in (log := (tmp_path / "log").read_text()) or "died" in log
-    environment["VLLM_API_KEY"] = "a-very-secret-key"
     with serving(demo_model, *OPTIONS, log=tmp_path / "log", port=port, environment=environment) as again:
-        asked = _ask_with_secrets(again)
-        assert _ids(again, {"Authorization": "Bearer a-very-secret-key"}) == expected
-    log = (tmp_path / "log").read_text()
-    image = asked["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
-    assert "promprune" in log
-    for secret in ("a-very-secret-key", "Ada Example", "base64,", image[:40], image[2000:2040]):
-        assert secret not in log
+        assert _ids(again) == expected
 
 
-def _ids(server: Server, headers: dict[str, str] | None = None) -> Any:
-    asked = body("coffee", visual_token_budget=64, return_token_ids=True)
-    response = httpx.post(f"{server.url}{CHAT}", json=asked, headers=headers, timeout=300).raise_for_status()
-    return response.json()["choices"][0]["token_ids"]
-
-
-def _ask_with_secrets(secured: Server) -> dict[str, Any]:
-    """Send what no log may hold: answered, refused, streamed, and without the key."""
-    headers = {"Authorization": "Bearer a-very-secret-key"}
-    asked = body("coffee", question="Is this the patient Ada Example?", visual_token_budget=64)
-    wrong = {**asked, "visual_token_budget": "Ada Example's budget"}
-    for each, status in ((asked, 200), (wrong, 400), ({**asked, "stream": True}, 200)):
-        assert httpx.post(f"{secured.url}{CHAT}", json=each, headers=headers, timeout=60).status_code == status
-    assert httpx.post(f"{secured.url}{CHAT}", json=asked, timeout=60).status_code == 401
-    return asked
+def _ids(server: Server) -> Any:
+    return ask(server, "coffee", visual_token_budget=64, return_token_ids=True)["choices"][0]["token_ids"]
