@@ -16,7 +16,7 @@ from PIL import Image
 
 from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import _serving, ask, saved
+from tests.server.conftest import _serving, ask, measured, saved
 from tests.server.test_named import answer, named, refusal, sent
 
 pytestmark = pytest.mark.server
@@ -31,8 +31,9 @@ BUSY = ("--num-gpu-blocks-override", "96")
 @pytest.fixture(scope="module")
 def adapting_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """To the load, and to what images hold."""
-    both = {"PROMPRUNE_ADAPT_TO_LOAD": "true", "PROMPRUNE_ADAPT_TO_CONTENT": "true"}
-    yield from _serving(demo_model, tmp_path_factory.mktemp("adapting"), *BUSY, **both)
+    options, variables = measured()
+    variables |= {"PROMPRUNE_ADAPT_TO_LOAD": "true", "PROMPRUNE_ADAPT_TO_CONTENT": "true"}
+    yield from _serving(demo_model, tmp_path_factory.mktemp("adapting"), *BUSY, *options, **variables)
 
 
 @pytest.fixture
