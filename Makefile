@@ -20,7 +20,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test docs eval eval-at-64 soak compatibility vllm-tests audit lint check dist lock clean
+.PHONY: help setup tools demo test test-release docs eval eval-at-64 soak compatibility vllm-tests audit lint check dist lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -34,9 +34,13 @@ tools: setup ## a container engine and more for the tests of deploy/ (Debian and
 demo: setup ## start the demo; ARGS="--once --json" for one run with machine-readable results
 	@$(BIN)/promprune demo $(ARGS)
 
-test: tools ## run the whole test suite and hold it to its coverage; with ARGS for pytest, what they select, without that
-	@$(SETUP) --triton --lmms
+test: tools ## run the tests of each commit and check their coverage; with ARGS for pytest, what they select, without that
+	@$(SETUP) --triton
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) --randomly-seed=$(SEED) $(ARGS)
+
+test-release: tools ## run the tests that take long, those marked "release": Docker, a fresh clone, 5,000 bodies, ...
+	@$(SETUP) --lmms
+	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) -mrelease --randomly-seed=$(SEED) $(ARGS)
 
 docs: setup ## write the generated tables of README.md and docs/ from the code; prints the pages that changed
 	@$(BIN)/python -m deploy.documents

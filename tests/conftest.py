@@ -28,9 +28,22 @@ UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each folder together; inside, pytest-randomly has shuffled before, and pytest grouped by fixture."""
-    root = Path(__file__).parent
-    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(root).parts[0]))
+    """Keep folders together, modules that share engines (``TOGETHER``), and in those the tests of one engine.
+
+    Inside, pytest-randomly has shuffled before, and pytest grouped by fixture. Modules that share come first
+    in their folder: they take longest, and of two processes none should begin with them when the other is done.
+    """
+    root, first = Path(__file__).parent, {}
+
+    def place(item: pytest.Item) -> tuple[int, int, int, int]:
+        folder = FOLDERS.index(item.path.relative_to(root).parts[0])
+        together = getattr(getattr(item, "module", None), "TOGETHER", None)
+        if together is None:
+            return folder, 1, first.setdefault(item.path, len(first)), 0
+        engine = getattr(item, "callspec", None) and item.callspec.params.get("engine")  # type: ignore[attr-defined]
+        return folder, 0, first.setdefault(together, len(first)), first.setdefault((together, engine), len(first))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:

@@ -60,8 +60,6 @@ TESTS = (
 )
 """Patches, counts, rows, chunks, prefixes, preemption, failures; over HTTP budgets, replies, errors."""
 LEFT_OUT = (
-    "tests/server/test_refusals.py::test_siglip_tower_under_the_same_architecture_name",
-    "tests/server/test_refusals.py::test_text_only_model",
     "tests/server/test_routes.py::test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits",
 )
 """Each starts servers of its own, which takes as long as a hundred of the others."""

@@ -26,7 +26,7 @@ from promprune_vllm.demo.traffic import REFUSED
 from promprune_vllm.metrics.catalog import CATALOG, FORMS, OUTCOMES, STAGES
 from tests.deploy.watching import DASHBOARDS, RULES, dashboard, names, recorded, targets, tool, vllms_series
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 TRAFFIC = Traffic(seconds=20, concurrency=4, seed=0)
 _STEP_SECONDS = 2
 

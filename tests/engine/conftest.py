@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
 
 from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.families import FAMILIES, build_family_model
 from promprune_vllm.engine.compat import versions
 from tests.conftest import QUESTION
 
@@ -112,9 +113,52 @@ class Engine:
         return processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
 
 
-# Of one module: vLLM's process groups belong to the process, and go when any engine in it is closed.
-@pytest.fixture(scope="module")
-def engine(demo_model: Path) -> Iterator[Engine]:
-    made = Engine(demo_model)
-    yield made
-    made.close()
+E = TypeVar("E", bound=Engine)
+
+
+class Shared:
+    """The one engine that is open for tests of several modules.
+
+    There is never a second: vLLM's process groups belong to the process, and go when any engine in it is closed.
+    Modules that share engines have the same ``TOGETHER``, and are run one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._engine: Any = None
+
+    def get(self, name: str, make: Callable[[], E]) -> E:
+        """Return the engine of this name: the one that is open, or a new one in its place."""
+        if self._name != name:
+            self.close()
+            self._engine, self._name = make(), name
+        return cast(E, self._engine)
+
+    def close(self) -> None:
+        if self._name is not None:
+            self._name = None
+            self._engine.close()
+
+
+SHARED = Shared()
+DEMO = "engines of the demo model"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Close the shared engine behind the last test that may use it."""
+    following = getattr(getattr(nextitem, "module", None), "TOGETHER", None)
+    if following is None or following != getattr(item.module, "TOGETHER", None):  # type: ignore[attr-defined]
+        SHARED.close()
+
+
+@pytest.fixture
+def engine(demo_model: Path) -> Engine:
+    return SHARED.get("demo", lambda: Engine(demo_model))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model of each family."""
+    root = tmp_path_factory.mktemp("families")
+    return {family: build_family_model(family, root / family) for family in FAMILIES}

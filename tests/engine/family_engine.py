@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from promprune_vllm import Need
+from promprune_vllm import Need, methods
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import TRACES_METHOD
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
-from tests.engine.conftest import Engine
+from tests.engine.conftest import SHARED, Engine
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 # Landscape, portrait, square, and one smaller than a tower's own size.
 SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
+FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 UNLOADABLE = ("qwen3_vl",) if versions.before("0.30") else ()
 Visual = tuple[str, int | None]  # (shape, budget)
 
@@ -163,3 +164,17 @@ class FamilyEngine(Engine):
             start, at = start + max(height, width), at + len(places)
         columns.append(torch.arange(start, start + later).expand(3, -1))
         return torch.cat(columns, dim=1)
+
+
+FAMILY_ENGINES = "engines of the families"
+
+
+def shared_engine(family: str, model: Path) -> FamilyEngine:
+    """The engine of a family that several modules use; a request may choose any method."""
+
+    def make() -> FamilyEngine:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PROMPRUNE_ALLOW_METHODS", ",".join(methods()))
+            return FamilyEngine(family, model)
+
+    return SHARED.get(family, make)

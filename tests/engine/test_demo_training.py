@@ -325,7 +325,7 @@ def test_muon_moves_as_torchs_does() -> None:
         torch.testing.assert_close(one, same, atol=2e-3, rtol=0)  # theirs is computed in bfloat16
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(1500)
 def test_ten_minutes_of_training_begin_like_the_run_the_recipe_is_from(tmp_path: Path) -> None:
     from deploy.training.trainer import LOG, Trainer

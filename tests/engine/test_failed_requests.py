@@ -18,9 +18,10 @@ import torch
 from promprune_vllm.engine import keys
 from promprune_vllm.engine.scheduler import failed_images
 from promprune_vllm.engine.worker import fault_isolation
-from tests.engine.conftest import Ask, Engine, held_rows
+from tests.engine.conftest import DEMO, Ask, Engine, held_rows
 
 pytestmark = pytest.mark.engine
+TOGETHER = DEMO
 IMAGE: Ask = ("coffee", 100)
 _names = (f"r{i}" for i in itertools.count())
 

@@ -15,9 +15,10 @@ from promprune_vllm.engine.worker import fault_isolation
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.metrics.catalog import REQUESTS
 from promprune_vllm.metrics.recorder import recorder
-from tests.engine.conftest import Ask, Engine, held_rows
+from tests.engine.conftest import DEMO, Ask, Engine, held_rows
 
 pytestmark = pytest.mark.engine
+TOGETHER = DEMO
 BATCH: tuple[Ask, ...] = (("astronaut", 64), ("coffee", 200), ("rocket", None), ("chelsea", 33))
 CULPRIT = 1
 Broken = Callable[[VisionFeatures, int], Selection]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,29 @@ import torch
 from PIL import Image
 
 from promprune_vllm import get_method, methods
-from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
 from tests.conftest import UNMEASURED
 from tests.engine import naming
-from tests.engine.family_engine import EVERYTHING, SHAPES, UNLOADABLE, FamilyEngine, picture
+from tests.engine.family_engine import (
+    EVERYTHING,
+    FAMILIES,
+    FAMILY_ENGINES,
+    SHAPES,
+    UNLOADABLE,
+    FamilyEngine,
+    picture,
+    shared_engine,
+)
 
 pytestmark = pytest.mark.engine
-FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TOGETHER = FAMILY_ENGINES
 ROUNDING = 2e-6
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: build_family_model(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:
-    made = FamilyEngine(request.param, models[request.param])
-    yield made
-    made.close()
+@pytest.fixture(params=FAMILIES)
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEngine:
+    return shared_engine(request.param, models[request.param])
 
 
 @pytest.fixture
@@ -153,9 +152,10 @@ def logprobs(output: Any) -> list[dict[int, float]]:
 
 
 def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asks = [engine.ask("landscape", budget=60 + i, text=f"{i}?") for i in range(16)]
+    # Each begins with 7 blocks of 32 tokens and ends with 9; all together have 63.
+    asks = [engine.ask("landscape", budget=60 + i, text=f"{i}?".ljust(140, "x")) for i in range(8)]
     engine.forget()
-    alone = [engine.generate([ask], tokens=70)[0] for ask in asks]
+    alone = [engine.generate([ask], tokens=50)[0] for ask in asks]
     engine.forget()
     preempted = []
     original = engine.core.scheduler._preempt_request
@@ -167,7 +167,7 @@ def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch:
             original(request, *args, **kwargs),
         ),
     )
-    together = engine.generate(asks, tokens=70)
+    together = engine.generate(asks, tokens=50)
     assert preempted
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 

@@ -18,9 +18,10 @@ from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
 from tests.engine import naming
-from tests.engine.conftest import Engine
+from tests.engine.conftest import DEMO, Engine
 
 pytestmark = pytest.mark.engine
+TOGETHER = DEMO
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 BAD = (0, -3, 10**12, 1e12, 64.5, "abc", "064", "0%", True, float("nan"), {}, {"total": 0}, [], [64, "x"])
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.checkpoints import CHECKPOINTS
-from tests.engine.conftest import Engine
-from tests.engine.family_engine import UNLOADABLE
+from tests.engine.conftest import SHARED, Engine
+from tests.engine.family_engine import FAMILIES, FAMILY_ENGINES, shared_engine
 
 pytestmark = pytest.mark.engine
+TOGETHER = FAMILY_ENGINES
 REQUESTS, TOP = 200, 20
 
 
-@pytest.fixture(scope="module", params=[name for name in CHECKPOINTS if name != "exported"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(params=[name for name in CHECKPOINTS if name != "exported"])
+def engine(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Engine:
     """All but what the training exports: it is the trained model, but for the weights."""
-    if request.param in UNLOADABLE:
-        pytest.skip("vLLM 0.29 for CPUs cannot load Qwen3-VL")
-    directory = CHECKPOINTS[request.param](tmp_path_factory.mktemp("model") / request.param)
-    made = Engine(directory, max_model_len=512, num_gpu_blocks_override=256, limit_mm_per_prompt={})
-    yield made
-    made.close()
+    name = request.param
+    if name in FAMILIES:
+        return shared_engine(name, models[name])
+
+    def make() -> Engine:
+        directory = CHECKPOINTS[name](tmp_path_factory.mktemp("model") / name)
+        return Engine(directory, max_model_len=512, num_gpu_blocks_override=256, limit_mm_per_prompt={})
+
+    return SHARED.get(f"text with {name}", make)
 
 
 def test_answers_at_temperature_2_come_with_the_names_of_20_tokens_each(engine: Engine) -> None:

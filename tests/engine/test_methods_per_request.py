@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,19 @@ import pytest
 import torch
 
 from promprune_vllm import Need, methods
-from promprune_vllm.demo.families import build_family_model
-from tests.engine.family_engine import FamilyEngine
+from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine, shared_engine
 from tests.engine.test_families import image_rows
 
 pytestmark = pytest.mark.engine
+TOGETHER = FAMILY_ENGINES
 ALLOWED = tuple(methods())
 READERS = tuple(name for name, method in methods().items() if Need.TEXT in method.needs)
 QUESTIONS = ("How many cups are there on the table?", "zzzz 99999 !!!")
 
 
-@pytest.fixture(scope="module", params=["llava_next", "qwen3_vl"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FamilyEngine]:
-    model: Path = build_family_model(request.param, tmp_path_factory.mktemp("model") / request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROMPRUNE_ALLOW_METHODS", ",".join(ALLOWED))
-        made = FamilyEngine(request.param, model)
-    yield made
-    made.close()
+@pytest.fixture(params=["llava_next", "qwen3_vl"])
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEngine:
+    return shared_engine(request.param, models[request.param])
 
 
 def ask(engine: FamilyEngine, method: str, text: str | None = None, budget: int = 25) -> dict[str, Any]:

@@ -14,14 +14,13 @@ import torch
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.demo.qwen_processing import VIDEO_ID
 from tests.engine.family_engine import FamilyEngine, picture
-from tests.engine.test_families import models  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.engine
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", params=QWEN)
-def half(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:  # noqa: F811
+def half(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:
     """In bfloat16, started with everything that would bypass the pruning."""
     bypasses = {"cudagraph_mm_encoder": True, "compile_mm_encoder": True}
     engine = FamilyEngine(
@@ -173,7 +172,7 @@ def test_the_second_runner_writes_the_same_positions(half: FamilyEngine) -> None
     assert [rows.shape[1] for rows in bare] == [half.model.visual.out_hidden_size] * 2
 
 
-def test_with_video_pruning_images_are_not_pruned(models: dict[str, Path]) -> None:  # noqa: F811
+def test_with_video_pruning_images_are_not_pruned(models: dict[str, Path]) -> None:
     """vLLM's own pruning of videos gets the model as vLLM made it, and a budget is refused with the reason."""
     from vllm.exceptions import VLLMValidationError
 

@@ -24,7 +24,6 @@ from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.family_engine import FamilyEngine, picture
-from tests.engine.test_families import models  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.engine
 LENGTH = 1280
@@ -41,7 +40,7 @@ CASES["qwen3_vl with YaRN"] = ("qwen3_vl", {"max_position_embeddings": 512, "rop
 
 
 @pytest.fixture(scope="module", params=CASES)
-def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:  # noqa: F811
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:
     """A prompt comes in chunks of 64 tokens."""
     family, overrides = CASES[request.param]
     with pytest.MonkeyPatch.context() as patch:

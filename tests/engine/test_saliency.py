@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.family_engine import FamilyEngine
-from tests.engine.test_families import SHAPES, engine, models  # noqa: F401  fixtures
+from tests.engine.family_engine import FAMILY_ENGINES, SHAPES, FamilyEngine
+from tests.engine.test_families import engine  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.engine
+TOGETHER = FAMILY_ENGINES
 RELATIVE = 1e-5  # of the largest saliency of an image
 ONE_TOKEN = 1e-4  # of its own: the two towers round queries and keys in ways of their own
 

@@ -18,9 +18,10 @@ from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.families.contract import ModelFamily, ProcessorFamily
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
-from tests.engine.conftest import Engine
+from tests.engine.conftest import DEMO, Engine
 
 pytestmark = pytest.mark.engine
+TOGETHER = DEMO
 
 
 def test_every_private_name_is_there() -> None:

@@ -17,7 +17,7 @@ METHODS = ("promprune", "prunesid", "visionzip", "divprune")
 ROUNDING = 1e-4  # two ranks add up in another order
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.release)])
 def test_ranks_that_encode_different_images_answer_as_one(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,10 +200,14 @@ def left_behind(command: Running, ports: Sequence[int]) -> list[str]:
     return left + [path for path in command.shared if Path(path).exists()]
 
 
-def ended(words: Sequence[str], ways: Sequence[str] = WAYS) -> dict[str, Ended]:
-    """Start a command once for each way, all at a time, and end each while what it starts is still starting."""
+AT_A_TIME = 5
 
-    def one(way: str) -> Ended:
+
+def ended(runs: Sequence[tuple[Sequence[str], str]]) -> list[Ended]:
+    """Start commands, several at a time, and end each in its way while what it starts is still starting."""
+
+    def one(run: tuple[Sequence[str], str]) -> Ended:
+        words, way = run
         with running(words, way) as command:
             until(lambda: command.started() or command.first.poll() is not None)
             started = command.started()
@@ -212,5 +216,5 @@ def ended(words: Sequence[str], ways: Sequence[str] = WAYS) -> dict[str, Ended]:
             status = command.end(way)
             return Ended(status, ports, left_behind(command, ports), command.said.read_text(errors="replace"))
 
-    with ThreadPoolExecutor(len(ways)) as pool:
-        return dict(zip(ways, pool.map(one, ways), strict=True))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(one, runs))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from promprune_vllm.demo.server import Server
 from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import _serving, ask, saved
+from tests.server.conftest import _serving, ask, measured, saved
 from tests.server.test_named import answer, named, refusal, sent
 
 pytestmark = pytest.mark.server
@@ -25,15 +25,20 @@ SEEN, KEPT = "promprune_visual_tokens_seen_total", "promprune_visual_tokens_kept
 PATIENCE_SECONDS = 240
 
 
-@pytest.fixture(params=["1", "2"], ids=["one API server", "two API servers"])
-def busy_server(demo_model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    options = ("--num-gpu-blocks-override", "96", "--api-server-count", request.param)
-    yield from _serving(demo_model, tmp_path, *options, PROMPRUNE_ADAPT_TO_LOAD="true")
+BUSY = ("--num-gpu-blocks-override", "96")
+
+
+@pytest.fixture(scope="module")
+def adapting_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """To the load, and to what images hold."""
+    options, variables = measured()
+    variables |= {"PROMPRUNE_ADAPT_TO_LOAD": "true", "PROMPRUNE_ADAPT_TO_CONTENT": "true"}
+    yield from _serving(demo_model, tmp_path_factory.mktemp("adapting"), *BUSY, *options, **variables)
 
 
 @pytest.fixture
-def looking_server(demo_model: Path, tmp_path: Path) -> Iterator[Server]:
-    yield from _serving(demo_model, tmp_path, PROMPRUNE_ADAPT_TO_CONTENT="true")
+def two_api_servers(demo_model: Path, tmp_path: Path) -> Iterator[Server]:
+    yield from _serving(demo_model, tmp_path, *BUSY, "--api-server-count", "2", PROMPRUNE_ADAPT_TO_LOAD="true")
 
 
 def _new_image(seed: int) -> Image.Image:
@@ -53,8 +58,13 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-def test_the_default_gives_way_under_load_and_comes_back(busy_server: Server) -> None:
-    server = busy_server
+@pytest.mark.release
+def test_two_api_servers_give_way_and_come_back_as_one(two_api_servers: Server) -> None:
+    test_the_default_gives_way_under_load_and_comes_back(two_api_servers)
+
+
+def test_the_default_gives_way_under_load_and_comes_back(adapting_server: Server) -> None:
+    server = adapting_server
 
     def level() -> float:
         return server.metrics(LEVEL)[LEVEL]
@@ -98,8 +108,8 @@ def test_the_default_gives_way_under_load_and_comes_back(busy_server: Server) ->
     assert '"auto" keeps 1 of the default (KV cache' in log
 
 
-def test_a_plain_image_keeps_less_unless_a_budget_is_sent(looking_server: Server) -> None:
-    server, plain = looking_server, Image.new("RGB", (400, 300), "navy")
+def test_a_plain_image_keeps_less_unless_a_budget_is_sent(adapting_server: Server) -> None:
+    server, plain = adapting_server, Image.new("RGB", (400, 300), "navy")
     text = ask(server, "astronaut")["usage"]["prompt_tokens"] - VISUAL_TOKENS
     assert text < 100, "the photograph keeps every token"
     assert _prompt_tokens(server, 0, plain) == text + VISUAL_TOKENS // 8

@@ -6,10 +6,12 @@ import functools
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from promprune_vllm.demo.server import free_port, is_healthy
+from promprune_vllm.demo.server import Server, free_port, is_healthy
 from promprune_vllm.demo.trained import TRAINED
 from tests.server.conftest import OPTIONS
 from tests.server.ending import COMMANDS, PROMPRUNE, TERMINAL, WAYS, Ended, ended, left_behind, running, until
@@ -33,22 +35,38 @@ with serving(Path({str(TRAINED)!r}), *{OPTIONS!r}, environment={ENGINE!r}) as se
 """
 
 
+Run = tuple[str, str]  # (command, way)
+GRID: tuple[Run, ...] = tuple((command, way) for command in COMMANDS for way in WAYS)
+# Every command once, and every way: the others end by the same code, and take minutes.
+OF_EACH_COMMIT: tuple[Run, ...] = tuple((command, WAYS[i % len(WAYS)]) for i, command in enumerate(COMMANDS))
+assert {way for _, way in OF_EACH_COMMIT} == {*WAYS}
+
+
 @functools.cache
-def all_ways(command: str, url: str) -> dict[str, Ended]:
-    """End a command in every way while what it starts is starting, once for all tests."""
-    _, words = COMMANDS[command]
+def outcomes(runs: tuple[Run, ...], url: str) -> dict[Run, Ended]:
+    """End commands while what they start is starting, once for all tests."""
     with tempfile.TemporaryDirectory() as out:
-        filled = [word.format(url=url, out=out) for word in words]
-        return ended(filled if command == "make demo" else [*PROMPRUNE, *filled])
+        filled = [
+            [word.format(url=url, out=f"{out}/{i}") for word in COMMANDS[command][1]]
+            for i, (command, _) in enumerate(runs)
+        ]
+        words = [each if each[0] == "make" else [*PROMPRUNE, *each] for each in filled]
+        found = ended(list(zip(words, (way for _, way in runs), strict=True)))
+        return dict(zip(runs, found, strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_takes_with_it_what_it_is_starting(
-    request: pytest.FixtureRequest, command: str, way: str
-) -> None:
+def _cases() -> Iterator[Any]:
+    for command, way in GRID:
+        marks = () if (command, way) in OF_EACH_COMMIT else pytest.mark.release
+        yield pytest.param(command, way, marks=marks, id=f"{command}-{way}")
+
+
+@pytest.mark.parametrize(("command", "way"), [*_cases()])
+def test_a_command_takes_with_it_what_it_is_starting(server: Server, command: str, way: str) -> None:
+    run = (command, way)
+    together = tuple(each for each in GRID if each[0] == command and each not in OF_EACH_COMMIT)
+    found = outcomes(OF_EACH_COMMIT if run in OF_EACH_COMMIT else together, server.url)[run]
     asks = any("{url}" in word for word in COMMANDS[command][1])
-    found = all_ways(command, request.getfixturevalue("server").url if asks else "")[way]
     assert found.left == [], found.said
     assert found.ports or asks
     if way != TERMINAL and command != "make demo":

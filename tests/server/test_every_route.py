@@ -21,7 +21,7 @@ from promprune_vllm.demo.server import Server, free_port, is_healthy, wait_until
 from promprune_vllm.server.openapi import request_schemas
 from promprune_vllm.server.route_table import POST_ROUTES
 from tests.conftest import UNMEASURED
-from tests.server.conftest import MODEL, _serving, grown, image_url, post, series
+from tests.server.conftest import MODEL, _serving, grown, image_url, measured, post, series
 from tests.server.requests_by_route import (
     BODIES,
     COUNTED,
@@ -50,8 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def generating(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with every route of generation, those for scaling out included, and a default for all images."""
-    options = ("--enable-scale-out", "--visual-token-budget", "25%")
-    yield from _serving(model, tmp_path_factory.mktemp("generating"), *options)
+    options, variables = measured()
+    words = ("--enable-scale-out", "--visual-token-budget", "25%", *options)
+    yield from _serving(model, tmp_path_factory.mktemp("generating"), *words, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def rendering(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     log, port = tmp_path_factory.mktemp("rendering") / "log", free_port()
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048"]
     command = ["launch", "render", str(model), "--served-model-name", MODEL, *options]
-    with process(command, log, PROMPRUNE_BUDGET="25%") as running:
+    with process(command, log, PROMPRUNE_BUDGET="25%", **measured()[1]) as running:
         server = Server(f"http://127.0.0.1:{port}", log, running)
         wait_until_healthy(server)
         yield server

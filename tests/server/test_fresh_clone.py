@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import VISUAL_TOKENS
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +38,7 @@ def test_make_demo_in_a_fresh_clone_and_again(clone: Path) -> None:
 
 def demo(clone: Path) -> str:
     """Run `make demo`, judge what it found, and return what it said on the way."""
-    # As in a newcomer's shell, which is not itself started by `make test`.
+    # As in a newcomer's shell, which is not itself started by `make test-release`.
     ours = ("MAKEFLAGS", "MAKELEVEL", "PYTHONPATH", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= {"PROMPRUNE_CACHE": str(clone / "cache"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

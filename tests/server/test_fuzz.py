@@ -1,7 +1,7 @@
 """Requests made from the server's own API document: whatever a client sends, never a 5xx.
 
 First our own fields by their schemas; then everything that vLLM takes, on every route, compared with a server
-without the plugin. Of the latter there are 300 bodies for each commit; ``PROMPRUNE_FUZZ=5000`` sends so many.
+without the plugin. A commit sends some hundred of each, a release 5,000, and ``PROMPRUNE_FUZZ=20000`` so many.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import httpx
@@ -37,7 +38,11 @@ STATE, COUNT = "/v1/visual_tokens", "/v1/visual_tokens/count"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FIELDS = ("visual_token_budget", "visual_token_method")
 SENDERS = 8
-BODIES = int(os.environ.get("PROMPRUNE_FUZZ", "300"))
+BODIES = {"commit": 300, "release": int(os.environ.get("PROMPRUNE_FUZZ", "5000"))}
+"""Made-up bodies on all routes, over both families."""
+SHARE = {"commit": 10, "release": 1}
+"""Of `PLAN`, one request in so many is made."""
+every_tier = pytest.mark.parametrize("tier", ["commit", pytest.param("release", marks=pytest.mark.release)])
 FAMILIES = ("llava", "qwen2_5_vl")
 # What is off by default and adds routes or fields.
 MORE = (
@@ -105,15 +110,16 @@ def _sender(server: Server) -> Callable[[Case], tuple[int, str]]:
 
 
 @pytest.mark.timeout(400)
-def test_five_thousand_generated_requests_never_hurt_the_server(server: Server) -> None:
+@every_tier
+def test_generated_requests_never_hurt_the_server(server: Server, tier: str) -> None:
     document = _document(server)
     cases = [
         case
         for path, numbers in PLAN.items()
         for mode, number in zip((GenerationMode.POSITIVE, GenerationMode.NEGATIVE), numbers, strict=True)
-        for case in _cases(document, path, mode, number)
+        for case in _cases(document, path, mode, number // SHARE[tier])
     ]
-    assert len(cases) >= 5000
+    assert len(cases) >= 5000 // SHARE[tier]
     # A route without parameters: there is one request, and nothing to break.
     cases += _cases(document, STATE, GenerationMode.POSITIVE, 1, "GET") * 20
     with ThreadPoolExecutor(SENDERS) as pool:
@@ -124,7 +130,7 @@ def test_five_thousand_generated_requests_never_hurt_the_server(server: Server) 
     assert {status for _, status in statuses} == {200, 400}
     assert statuses[STATE, 200] == 20
     for path in PLAN:  # neither refused nor accepted wholesale
-        assert min(statuses[path, 200], statuses[path, 400]) >= 50, statuses
+        assert min(statuses[path, 200], statuses[path, 400]) >= 50 // SHARE[tier], statuses
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert ask(server, "coffee", visual_token_budget=64)["usage"]["visual_tokens"]["kept"] == 64
 
@@ -219,10 +225,10 @@ def pairs(server: Server, stock: Server, mrope: Pair) -> dict[str, Pair]:
 
 
 @pytest.fixture(scope="module")
-def made_up(mrope: Pair) -> Made:
+def made_up(mrope: Pair) -> Callable[[str], Made]:
     """Fields of the routes of both families; the second has all routes of the first."""
     document = httpx.get(f"{mrope[0].url}/openapi.json").raise_for_status().json()
-    return Made(document, 4 + BODIES // 200, SEED)
+    return cache(lambda tier: Made(document, 4 + BODIES[tier] // 200, SEED))
 
 
 def test_every_route_is_fuzzed_or_has_its_reason(pairs: dict[str, Pair]) -> None:
@@ -234,17 +240,19 @@ def test_every_route_is_fuzzed_or_has_its_reason(pairs: dict[str, Pair]) -> None
     assert not left_out, "these carry images"
 
 
-@pytest.mark.timeout(600 + BODIES)
+@pytest.mark.timeout(600 + BODIES["release"])
+@every_tier
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stock_vllm_answers_is_answered_or_refused_with_a_reason(
-    pairs: dict[str, Pair], made_up: Made, family: str
+    pairs: dict[str, Pair], made_up: Callable[[str], Made], family: str, tier: str
 ) -> None:
     """Bodies on all routes, each sent to a stock server without our fields: see `Judged.faults`."""
     ours, plain = pairs[family]
     for each in (ours, plain):
         named_first(each)
     document = httpx.get(f"{ours.url}/openapi.json").raise_for_status().json()
-    sent = bodies(made_up, sorted(posts(document) & set(BASES)), BODIES // 2, SEED, rendered(ours, plain))
+    paths = sorted(posts(document) & set(BASES))
+    sent = bodies(made_up(tier), paths, BODIES[tier] // len(FAMILIES), SEED, rendered(ours, plain))
     judged = Judge(ours, plain).all(sent)
     print(table(judged))
     assert is_healthy(ours.url)

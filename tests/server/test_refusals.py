@@ -1,4 +1,7 @@
-"""Models and versions that cannot be pruned: said once at start-up, and never a silent no-op."""
+"""What cannot be pruned or honoured is said at start-up, and never a silent no-op.
+
+Models without a family are in tests/engine/test_unprunable.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
 from promprune_vllm.engine.compat.versions import SUPPORTED
-from tests.server.conftest import ask, body, image_url, post
+from tests.server.conftest import post
 from tests.server.test_budget import _routes
 
 pytestmark = pytest.mark.server
@@ -22,52 +24,10 @@ def _announcements(server: Server) -> list[str]:
     return [line for line in server.log.read_text().splitlines() if "PromPrune" in line]
 
 
-def _refused(server: Server, *photos: str) -> str:
-    response = post(server, "/v1/chat/completions", body(*photos, visual_token_budget=8))
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert error["param"] == "visual_token_budget"
-    return str(error["message"])
-
-
 def test_a_model_that_can_be_pruned_says_so(server: Server) -> None:
     (line,) = _announcements(server)
     assert "prunes the images" in line
     assert "method promprune" in line
-
-
-def test_text_only_model(text_server: Server) -> None:
-    (line,) = _announcements(text_server)
-    assert "WARNING" in line
-    assert "it takes no images" in line
-    assert ask(text_server)["usage"]["completion_tokens"] == 6
-    assert "it takes no images" in _refused(text_server)
-    assert ask(text_server)
-    state = httpx.get(f"{text_server.url}/v1/visual_tokens").raise_for_status().json()
-    assert (state["family"], state["prunable"], state["reason"]) == (None, False, "it takes no images")
-    for fields in ({}, {"visual_token_budget": 64}):
-        count = {"images": [{"width": 64, "height": 64}], **fields}
-        response = post(text_server, "/v1/visual_tokens/count", count)
-        assert response.status_code == 400
-        assert "it takes no images" in response.json()["error"]["message"]
-
-
-def test_siglip_tower_under_the_same_architecture_name(siglip_server: Server) -> None:
-    (line,) = _announcements(siglip_server)
-    assert "WARNING" in line
-    assert "siglip_vision_model, which has no CLS token" in line
-    before = ask(siglip_server, "coffee")["usage"]
-    assert "no CLS token" in _refused(siglip_server, "coffee")
-    assert "no CLS token" in _refused(siglip_server)
-    state = httpx.get(f"{siglip_server.url}/v1/visual_tokens").raise_for_status().json()
-    assert (state["family"], state["prunable"]) == ("LLaVA-1.5", False)
-    assert "no CLS token" in state["reason"]
-    caches = httpx.get(f"{siglip_server.url}/v1/visual_tokens/caches")
-    looked = post(siglip_server, "/v1/visual_tokens/inspect", {"image": image_url("coffee")})
-    for response in (caches, looked):
-        assert response.status_code == 400, response.text
-        assert "no CLS token" in response.json()["error"]["message"]
-    assert ask(siglip_server, "coffee")["usage"]["prompt_tokens"] == before["prompt_tokens"]
 
 
 _OTHER_VERSION = "import sys, vllm; vllm.__version__ = '0.99.1'; sys.argv = ['promprune', *sys.argv[1:]]\n"

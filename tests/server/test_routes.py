@@ -23,6 +23,7 @@ from tests.server.conftest import MODEL, _serving, ask, body, post, saved
 pytestmark = pytest.mark.server
 ROUTE = "/v1/visual_tokens"
 COUNT = f"{ROUTE}/count"
+KEY = "a-very-secret-key"
 BUDGETS: list[Any] = [None, 64, 1, 5000, 0.25, "25%", "full", "auto", [64, "full"], ["10%", 3], {"total": 100}]
 
 
@@ -169,11 +170,11 @@ def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     directory = tmp_path_factory.mktemp("guarded")
     model = build_family_model("qwen2_5_vl", directory / "model")
     options = (
-        *("--api-key", "secret", "--api-server-count", "2", "--visual-token-detail"),
+        *("--api-server-count", "2", "--visual-token-detail"),
         *("--visual-token-budget", "50%", "--visual-token-low", "8", "--visual-token-max", "40"),
         *("--allow-methods", "random,uniform"),
     )
-    yield from _serving(model, directory, *options)
+    yield from _serving(model, directory, *options, VLLM_API_KEY=KEY)
 
 
 def _jpeg(width: int, height: int) -> str:
@@ -188,7 +189,7 @@ def test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits(gu
         for headers in ({}, {"authorization": "Bearer wrong"}):
             response = call(f"{server.url}{path}", headers=headers)
             assert response.status_code == 401, path
-    key = {"authorization": "Bearer secret"}
+    key = {"authorization": f"Bearer {KEY}"}
     for _ in range(8):  # new connections, so that both processes get some
         state = httpx.get(f"{server.url}{ROUTE}", headers=key).raise_for_status().json()
         assert (state["family"], state["method"]["options"]["mu"]) == ("Qwen2.5-VL", 0.5744)
@@ -225,7 +226,7 @@ def _compare(server: Server, key: dict[str, str], fields: dict[str, Any]) -> Non
 def test_the_inspector_asks_for_the_key_and_sends_it(guarded_server: Server) -> None:
     """A grid of merged patches, too, and a budget that the server's limits lower."""
     (size,) = sizes("rocket")
-    key = {"authorization": "Bearer secret"}
+    key = {"authorization": f"Bearer {KEY}"}
     counted = httpx.post(f"{guarded_server.url}{COUNT}", json={"images": [size]}, headers=key).json()
     with chromium() as browser:
         from playwright.sync_api import expect
@@ -234,9 +235,23 @@ def test_the_inspector_asks_for_the_key_and_sends_it(guarded_server: Server) -> 
         page.goto(f"{guarded_server.url}/promprune")
         expect(page.locator("#error")).to_contain_text("API key")
         page.click("#key-row summary")
-        page.fill("#key", "secret")
+        page.fill("#key", KEY)
         page.locator("#key").press("Tab")
         expect(page.locator("#error")).to_be_hidden()
         page.set_input_files("#file", photo_path("rocket"))
         expect(page.locator("rect.cell")).to_have_count(counted["seen"], timeout=120_000)
         expect(page.locator("rect.cell:not(.dropped)")).to_have_count(40)
+
+
+def test_logs_hold_no_images_prompts_or_keys(guarded_server: Server) -> None:
+    chat, key = f"{guarded_server.url}/v1/chat/completions", {"authorization": f"Bearer {KEY}"}
+    asked = body("coffee", question="Is this the patient Ada Example?", visual_token_budget=64)
+    wrong = {**asked, "visual_token_budget": "Ada Example's budget"}
+    for each, status in ((asked, 200), (wrong, 400), ({**asked, "stream": True}, 200)):
+        assert httpx.post(chat, json=each, headers=key, timeout=60).status_code == status
+    assert httpx.post(chat, json=asked, timeout=60).status_code == 401
+    log = guarded_server.log.read_text()
+    image = asked["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+    assert "promprune" in log
+    for secret in (KEY, "Ada Example", "base64,", image[:40], image[2000:2040]):
+        assert secret not in log

@@ -7,7 +7,7 @@ import pytest
 from promprune_vllm.bench.soak import Soak, run
 from promprune_vllm.demo.server import Server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 
 
 def test_mixed_traffic_is_answered_as_one_by_one(server: Server) -> None:

@@ -25,7 +25,7 @@ from tests.conftest import VISUAL_TOKENS
 from tests.patched import targets
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 ROOT = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
 

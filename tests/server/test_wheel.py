@@ -153,6 +153,7 @@ def test_the_sdist_is_enough_to_build_and_to_test(released: Path) -> None:
     assert missing == set()
 
 
+@pytest.mark.release
 def test_the_command_line_works_without_a_checkout(beside_vllm: Path, tmp_path: Path) -> None:
     promprune = beside_vllm / "promprune"
     assert run(promprune, "--version").strip() == f"promprune-vllm {promprune_vllm.__version__}"
@@ -163,6 +164,7 @@ def test_the_command_line_works_without_a_checkout(beside_vllm: Path, tmp_path: 
     assert "needs deploy/training, which is in a checkout of the repository" in refused.stderr
 
 
+@pytest.mark.release
 def test_a_plain_vllm_server_prunes(plain_server: str) -> None:
     url = f"{plain_server}/v1/chat/completions"
     whole = httpx.post(url, json=body("coffee"), timeout=300).raise_for_status()

@@ -8,13 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from promprune_vllm.bench import load as module
 from promprune_vllm.bench import serving
 from promprune_vllm.bench.load import Load, Result, arguments
 from promprune_vllm.bench.processes import Held, growth, held
-from promprune_vllm.cli import app
 from promprune_vllm.errors import BenchError
 
 RESULT = Result("full", 4, 8, 0, 2.0, 4.0, 100.0, 200.0, 0.5, 0.9, 1.0, 1.0)
@@ -53,28 +51,6 @@ def test_a_server_without_the_plugin_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module.httpx, "get", lambda *_, **__: Reply())
     with pytest.raises(BenchError, match="is the plugin installed there"):
         module.run("http://127.0.0.1:1", Load(1, 1), None)
-
-
-def test_the_adaptive_document_has_every_run_its_return_and_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(url: str, load: Load, budget: object) -> Result:
-        faster = 1 if budget == "full" else 2 + load.seed // 2000
-        return replace(RESULT, budget=budget, requests_per_second=4.0 * faster)
-
-    monkeypatch.setattr(serving, "run", run)
-    monkeypatch.setattr(serving, "wait_for_full_level", lambda _: 1.5)
-    quiet = serving.Console(quiet=True)
-    document = json.loads(json.dumps(serving.compare_adaptive("http://x", "full", Load(4, 8), 3, quiet)))
-    assert [row["budget"] for row in document["rows"]] == ["full", "auto"] * 3
-    assert all(row["seconds_until_full_level"] == 1.5 for row in document["rows"])
-    assert document["ratios"]["requests_per_second"] == 3.0
-    assert {"machine", "cores", "versions", "command"} <= set(document["provenance"])
-    assert serving.table(document).row_count == 6
-
-
-def test_the_command_line_lists_what_can_be_measured() -> None:
-    shown = CliRunner().invoke(app, ["bench", "--help"]).output
-    assert "serving" in shown
-    assert "content" in shown
 
 
 def test_growth_is_told_of_what_is_held_after_warming_up() -> None:

@@ -83,65 +83,52 @@ def test_a_name_that_an_older_minor_lacks_is_refused(monkeypatch: pytest.MonkeyP
 
 @dataclass
 class Inputs:
-    """As vLLM's ``ProcessorInputs``."""
+    """Of what vLLM processes, the only part that the adapters touch."""
 
-    images: list[str]
     hf_processor_mm_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def get_mm_hashes(self, model: str, algorithm: str) -> dict[str, list[str]]:
-        return {"image": [f"{model} {algorithm} {image} {self.hf_processor_mm_kwargs}" for image in self.images]}
+
+def test_cache_keys_of_an_older_minor_come_from_the_processor() -> None:
+    """The adapter alone: `make compatibility` runs it in the real minors."""
+    inputs = Inputs({"plan": [3]})
+    processor = SimpleNamespace(_get_mm_hashes=lambda given: ("keys of", given is inputs))
+    passed = older_minors.use_processor_hashes(lambda _, inputs, timing: (inputs, timing))
+    asking, timing = passed(processor, inputs, "timing")
+    assert asking.get_mm_hashes("model", algorithm="any") == ("keys of", True)
+    assert (asking.hf_processor_mm_kwargs, timing) == ({"plan": [3]}, "timing")
+    assert inputs == Inputs({"plan": [3]})
+    assert not hasattr(inputs, "get_mm_hashes"), "what the caller holds is left alone"
 
 
-class OlderProcessor:
-    """As vLLM's before 0.32, with nothing in between."""
-
-    info = SimpleNamespace(
-        model_id="m", ctx=SimpleNamespace(get_mm_config=lambda: SimpleNamespace(mm_hasher_algorithm="a"))
+@pytest.mark.parametrize("within", [True, False], ids=["of a prompt", "of a model with a way of its own"])
+def test_options_of_an_older_minor_are_for_what_the_cache_lacks(within: bool) -> None:
+    asked: list[Any] = []
+    processor = SimpleNamespace(
+        _get_cache_missing_processor_kwargs=lambda _, cached: asked.append(cached) or {"plan": ["missing"]}
     )
-    _get_mm_hashes = older_minors._get_mm_hashes
-    _get_cache_missing_processor_kwargs = older_minors._get_cache_missing_processor_kwargs
+    look = older_minors.use_processor_options(lambda *_: ("which are cached", ["missing"]))
+    inputs = Inputs({"plan": ["cached", "missing"]})
 
-    @older_minors.use_processor_options
-    def _get_cache_missing_items(self, cache: set[str], mm_data_items: list[str], mm_hashes: Any) -> Any:
-        hits = [key in cache for key in mm_hashes["image"]]
-        return {"image": hits}, [item for item, hit in zip(mm_data_items, hits, strict=True) if not hit]
+    def process(self: Any, given: Inputs, _: Any) -> Inputs:
+        assert look(self, "cache", "items", "keys") == ("which are cached", ["missing"])
+        return given
 
-    @older_minors.use_processor_hashes
-    def _cached_apply_hf_processor(self, inputs: Inputs, timing_ctx: set[str]) -> Any:
-        hashes = inputs.get_mm_hashes(self.info.model_id, algorithm="a")
-        hits, missing = self._get_cache_missing_items(
-            cache=timing_ctx, mm_data_items=inputs.images, mm_hashes=hashes
-        )
-        return hashes, hits, missing, inputs.hf_processor_mm_kwargs
-
-
-class Hooked(OlderProcessor):
-    """As ours: the key holds the plan, and what the cache lacks is processed with the plan for just that."""
-
-    def _get_mm_hashes(self, inputs: Inputs) -> Any:
-        plan = inputs.hf_processor_mm_kwargs["plan"]
-        plain = super()._get_mm_hashes(Inputs(inputs.images))
-        return {"image": [f"{key} keeps {kept}" for key, kept in zip(plain["image"], plan, strict=True)]}
-
-    def _get_cache_missing_processor_kwargs(self, inputs: Inputs, mm_is_cached: Any) -> Any:
-        plan = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)["plan"]
-        return {"plan": [kept for kept, hit in zip(plan, mm_is_cached["image"], strict=True) if not hit]}
+    used = (
+        older_minors.use_processor_hashes(process)(processor, inputs, None)
+        if within
+        else process(processor, inputs, 0)
+    )
+    assert used.hf_processor_mm_kwargs == {"plan": ["missing"] if within else ["cached", "missing"]}
+    assert asked == (["which are cached"] if within else [])
+    assert inputs.hf_processor_mm_kwargs == {"plan": ["cached", "missing"]}, "what the caller holds is left alone"
 
 
-def test_an_older_processor_asks_the_hooks() -> None:
-    inputs = Inputs(["cat", "dog", "cat"], {"plan": [3, 4, 5]})
-    keys = ["m a cat {} keeps 3", "m a dog {} keeps 4", "m a cat {} keeps 5"]
-    hashes, hits, missing, options = Hooked()._cached_apply_hf_processor(inputs, {keys[1]})
-    assert hashes == {"image": keys}
-    assert hits == {"image": [False, True, False]}
-    assert (missing, options) == (["cat", "cat"], {"plan": [3, 5]})
-    assert inputs == Inputs(["cat", "dog", "cat"], {"plan": [3, 4, 5]})  # nobody else's is touched
-
-
-def test_without_hooks_of_its_own_an_older_processor_does_what_it_did() -> None:
-    inputs = Inputs(["cat"], {"fps": 2})
-    hashes, _, missing, options = OlderProcessor()._cached_apply_hf_processor(inputs, set())
-    assert (hashes, missing, options) == ({"image": ["m a cat {'fps': 2}"]}, ["cat"], {"fps": 2})
+def test_what_an_older_processor_is_given_does_as_the_older_minor_does() -> None:
+    config = SimpleNamespace(mm_hasher_algorithm="blake3")
+    info = SimpleNamespace(model_id="m", ctx=SimpleNamespace(get_mm_config=lambda: config))
+    inputs = SimpleNamespace(get_mm_hashes=lambda *words: words, hf_processor_mm_kwargs={"fps": 2})
+    assert older_minors.add_mm_hashes(None)(SimpleNamespace(info=info), inputs) == ("m", "blake3")
+    assert older_minors.add_missing_kwargs(None)(None, inputs, {"image": [True]}) == {"fps": 2}
 
 
 @pytest.mark.usefixtures("older")
@@ -165,7 +152,7 @@ def test_options_of_ours_are_refused_where_vllm_has_no_gate() -> None:
         older_minors.refuse_our_options(SimpleNamespace(mm_processor_kwargs=fine))
     older_minors.refuse_our_options(SimpleNamespace())
     for key in (FIELD, METHOD_FIELD, TEXT_OPTION, DETAIL_OPTION, PLAN):
-        with pytest.raises(BudgetError, match=f"{key} is not allowed in mm_processor_kwargs") as refused:
+        with pytest.raises(BudgetError, match=f"{key} in mm_processor_kwargs is not looked at") as refused:
             older_minors.refuse_our_options(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
         assert refused.value.param == "mm_processor_kwargs"
 
