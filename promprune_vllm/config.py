@@ -40,7 +40,7 @@ class Switch(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     enabled: bool = Field(
-        default=True, description="the plugin as a whole; false leaves vLLM as it is without the plugin"
+        default=True, description="turn the plugin on; false leaves vLLM as it is without the plugin"
     )
 
 
@@ -62,45 +62,48 @@ class Settings(Switch):
 
     budget: str | None = Field(
         default=None,
-        description='kept per image where a request asks for nothing: tokens, "25%" or "full" (default: full)',
+        description='budget of requests that set none: tokens per image, "25%" or "full" (default: full)',
     )
-    min: int = Field(default=1, description="an image never keeps fewer tokens")
-    max: int | None = Field(default=None, description="nor more (default: no limit)")
-    low: int = Field(default=64, description='tokens kept of an image with "detail": "low"')
+    min: int = Field(default=1, description="minimum tokens kept per image")
+    max: int | None = Field(default=None, description="maximum tokens kept per image (default: no limit)")
+    low: int = Field(default=64, description='tokens kept per image with "detail": "low"')
     out_of_range: OutOfRange = Field(
-        default="clamp", description="a budget outside the limits is moved to the limit, or gets HTTP 400"
+        default="clamp", description="clamp a budget to the limits above, or refuse it with HTTP 400"
     )
     detail: bool = Field(
         default=False,
-        description="honour OpenAI's image_url.detail: low, high (every token) or auto; a budget comes first",
+        description="honor OpenAI's image_url.detail: low, high (every token) or auto; a budget takes precedence",
     )
     adapt_to_load: bool = Field(
-        default=False, description='under load, "auto" and requests that ask for nothing keep less, step by step'
+        default=False, description='under load, reduce "auto" and the default budget step by step'
     )
     adapt_to_content: bool = Field(
-        default=False, description='"auto" and requests that ask for nothing keep less of a plain image'
+        default=False, description='reduce "auto" and the default budget for images with little content'
     )
-    floor: int = Field(default=64, description="tokens that adapting always leaves")
+    floor: int = Field(default=64, description="minimum tokens per image after adapting to load or content")
     method: str = Field(default="promprune", description="method that selects tokens; see `promprune methods`")
     method_options: dict[str, Any] = Field(
-        default_factory=dict, description="its options as JSON, such as '{\"mu\": 0.42}'"
+        default_factory=dict, description="options of that method as JSON, such as '{\"mu\": 0.42}'"
     )
     allow_methods: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="further methods a request may choose as visual_token_method, with commas between"
+        default=(), description="other methods a request may select with visual_token_method, comma-separated"
     )
     kernels: Literal["fast", "reference"] = Field(
-        default="fast", description="selection by the fast kernels of the device, or by the float64 reference"
+        default="fast", description="select tokens with the device's fast kernels, or with the float64 reference"
     )
     endpoints: bool = Field(
-        default=True, description="the routes under /v1/visual_tokens, and the inspector's; headers and usage stay"
+        default=True,
+        description="serve the routes under /v1/visual_tokens and the inspector; headers and usage do not depend "
+        "on it",
     )
     inspector: bool = Field(
-        default=True, description="the page /promprune and POST /v1/visual_tokens/inspect, which show what is kept"
+        default=True,
+        description="serve the page /promprune and POST /v1/visual_tokens/inspect, which show what is kept",
     )
     tiles: Tiles = Field(
         default="own",
-        description="how an image of tiles is pruned: each on its own statistics (as in the paper), each by the "
-        "entropy of the base image, or all merged into one selection",
+        description="how a tiled image is pruned: each tile by its own statistics (as in the paper), each by the "
+        "entropy of the base image, or all tiles merged into one selection",
     )
 
     @field_validator("allow_methods", mode="before")

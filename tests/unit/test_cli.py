@@ -175,7 +175,7 @@ def test_the_help_explains_every_option() -> None:
     help_text = " ".join(serve_options.help_text().split())
     for name in Settings.model_fields:
         assert serve_options.variable(name) in help_text
-    assert 'kept per image where a request asks for nothing: tokens, "25%" or "full"' in help_text
+    assert 'budget of requests that set none: tokens per image, "25%" or "full"' in help_text
 
 
 def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +254,11 @@ def test_metrics_are_listed_with_their_labels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--train", "--score"], "--train and --score do not go together"),
+        (["--train", "--score"], "--train and --score cannot be combined"),
         (["--train"], "--train needs --out DIR"),
         (["--draw"], "--draw needs --out DIR"),
         (["--family", "llava"], "--family needs --out DIR"),
-        (["--score", "--out", "nowhere"], "nowhere holds no model"),
+        (["--score", "--out", "nowhere"], "nowhere has no model"),
     ],
 )
 def test_demo_model_says_what_it_needs(arguments: list[str], told: str) -> None:

@@ -89,7 +89,7 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
     for both in (("--budget", "64", "--budgets", "1,2"), ("--method", "random", "--compare", "random,uniform")):
         result = run(str(image), *both)
         assert result.exit_code == 2
-        assert "give one of the two" in " ".join(result.output.replace("│", " ").split())
+        assert "give only one of these options" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
