@@ -126,7 +126,11 @@ def prefill(
     err = Console(stderr=True)
     with failing(), err.status("") as status:
         document = measuring.measure(
-            model or list(measuring.CASES), device=device, layers=layers, repeats=repeats, tell=status.update
+            model or list(measuring.CASES),
+            device=device,
+            layers=layers,
+            repeats=repeats,
+            show_progress=status.update,
         )
     _show(document, None if as_json else measuring.table(document))
 
