@@ -16,7 +16,7 @@ from promprune_vllm.commands.failures import failing
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from promprune_vllm.evaluation.plan import Wanted
+    from promprune_vllm.evaluation.plan import Options
     from promprune_vllm.evaluation.report import Report
 
 BUDGETS = "192,128,64,32,16,8"
@@ -98,22 +98,22 @@ def evaluate(
     """
     from rich.console import Console
 
-    from promprune_vllm.evaluation.plan import wanted
+    from promprune_vllm.evaluation.plan import parse_options
 
     err, where = Console(stderr=True), _Where(url, model, api_key, out)
     try:
         with failing():
-            asked = wanted(
+            options = parse_options(
                 tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url)
             )
             if lmms:
-                _drive_lmms(where, asked, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
+                _drive_lmms(where, options, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
                 return
             if plots:
                 from promprune_vllm.evaluation.plots import require
 
                 require()
-            _show(_report(where, None if report_only else asked, err), out, err, plots=plots, as_json=as_json)
+            _show(_report(where, None if report_only else options, err), out, err, plots=plots, as_json=as_json)
     except KeyboardInterrupt:
         typer.secho(f"promprune: interrupted; run the same command to resume from {out}.", err=True)
         raise typer.Exit(code=130) from None
@@ -128,33 +128,33 @@ def _check(url: str | None) -> Callable[[str], object]:
     return get_method
 
 
-def _report(where: _Where, asked: Wanted | None, err: Console) -> Report:
+def _report(where: _Where, options: Options | None, err: Console) -> Report:
     from promprune_vllm.evaluation import run
-    from promprune_vllm.evaluation.serving import a_server
-    from promprune_vllm.evaluation.target import look
+    from promprune_vllm.evaluation.server import a_server
+    from promprune_vllm.evaluation.target import find_target
 
-    if asked is None:
+    if options is None:
         return run.write(where.out)
     checkpoint = Path(where.model) if where.model and where.url is None else None
     with a_server(where.url, checkpoint, err) as address:
-        target = look(address, where.model if where.url else None, where.api_key)
-        return run.evaluate(target, asked.plan(list(target.methods)), where.out, err)
+        target = find_target(address, where.model if where.url else None, where.api_key)
+        return run.evaluate(target, options.plan(list(target.methods)), where.out, err)
 
 
 def _drive_lmms(
-    where: _Where, asked: Wanted, tasks: str, command: str, words: str, *, err: Console, as_json: bool
+    where: _Where, options: Options, tasks: str, command: str, words: str, *, err: Console, as_json: bool
 ) -> None:
     from promprune_vllm.errors import EvaluationError
     from promprune_vllm.evaluation import lmms
-    from promprune_vllm.evaluation.plan import listed
-    from promprune_vllm.evaluation.target import look
+    from promprune_vllm.evaluation.plan import split_list
+    from promprune_vllm.evaluation.target import find_target
 
     if where.url is None:
         raise EvaluationError("--lmms needs a running server: give its address with --url.")
-    target = look(where.url, where.model, where.api_key)
-    names = tuple(listed(tasks))
-    run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, asked.concurrency)
-    document = lmms.drive(target, asked.plan(list(target.methods)).ways, run, err)
+    target = find_target(where.url, where.model, where.api_key)
+    names = tuple(split_list(tasks))
+    run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, options.concurrency)
+    document = lmms.drive(target, options.plan(list(target.methods)).ways, run, err)
     typer.echo(json.dumps(document, indent=2) if as_json else lmms.table(lmms.rows_of(document), names))
 
 
