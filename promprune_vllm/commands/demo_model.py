@@ -62,12 +62,12 @@ def demo_model(
     as_json: _JSON = False,
 ) -> None:
     """Print the path and scores of the demo model; train or score it, draw its scenes, or write a random model."""
-    asked = {"--family": family, "--train": train, "--score": score, "--draw": draw}
-    chosen = [name for name, on in asked.items() if on]
-    if len(chosen) > 1:
-        fail(f"{' and '.join(chosen)} cannot be combined.")
+    modes = {"--family": family, "--train": train, "--score": score, "--draw": draw}
+    requested = [name for name, on in modes.items() if on]
+    if len(requested) > 1:
+        fail(f"{' and '.join(requested)} cannot be combined.")
     if (family or train or draw) and out is None:
-        fail(f"{chosen[0]} needs --out DIR.")
+        fail(f"{requested[0]} needs --out DIR.")
     if device not in ("cpu", "cuda"):
         fail(f"--device must be cpu or cuda, got {device}.")
     if family and out:

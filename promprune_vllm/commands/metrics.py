@@ -53,7 +53,7 @@ def _labels() -> dict[str, str]:
     """Return what each label means, with the values it can take."""
     from promprune_vllm.metrics.catalog import LABELS
 
-    return {name: f"{text}: {', '.join(known)}" if known else text for name, (text, known) in LABELS.items()}
+    return {name: f"{text}: {', '.join(values)}" if values else text for name, (text, values) in LABELS.items()}
 
 
 def _show() -> None:

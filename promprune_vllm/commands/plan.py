@@ -74,8 +74,8 @@ def plan(
 ) -> None:
     """Estimate from a model's config.json what budgets save on a GPU: KV cache, concurrent chats, images/s."""
     with failing(status=1):
-        chosen = _gpu(gpu, gpu_memory, tflops)
-        server = Server(chosen, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
+        gpu_spec = _gpu(gpu, gpu_memory, tflops)
+        server = Server(gpu_spec, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
         traffic = Traffic(_size(image), images, text_tokens, answer_tokens)
         facts = read(model)
         rows = rows_of(facts, server, traffic, [_budget(text) for text in budgets.split(",") if text.strip()])
@@ -94,8 +94,8 @@ def _gpu(name: str, memory: float | None, tflops: float | None) -> Gpu:
             f"--gpu must be one of {', '.join(GPUS)}, got {name!r}. For another GPU, name the closest one and set "
             "--gpu-memory and --tflops."
         )
-    known = GPUS[name]
-    return Gpu(memory or known.memory_gib, tflops or known.tflops)
+    data_sheet = GPUS[name]
+    return Gpu(memory or data_sheet.memory_gib, tflops or data_sheet.tflops)
 
 
 def _cache_bytes(name: str) -> int | None:

@@ -53,7 +53,7 @@ def select(
     settings = _settings(budget, budgets, method, compare)
     err = Console(stderr=True)
     with failing(status=1):
-        rows = _looked(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
+        rows = _inspect_all(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
         if out is not None or not as_json:
             target = out or images[0].with_suffix(".overlay.png")
             _write(rows, target, columns)
@@ -72,7 +72,7 @@ def _settings(
     return [(from_text(text), name) for name in each_method for text in each_budget]
 
 
-def _looked(
+def _inspect_all(
     images: list[Path],
     settings: list[tuple[object, str | None]],
     *,
@@ -84,21 +84,21 @@ def _looked(
 ) -> list[list[Any]]:
     from rich.progress import track
 
-    from promprune_vllm.overlay.client import Inspecting
+    from promprune_vllm.overlay.client import InspectClient
     from promprune_vllm.overlay.drawing import caption, overlay, titled
 
     rows: list[list[Any]] = [[] for _ in images]
     jobs = [(row, image, setting) for row, image in zip(rows, images, strict=True) for setting in settings]
-    with Inspecting(url, api_key) as server:
+    with InspectClient(url, api_key) as server:
         for row, image, (budget, method) in track(jobs, "Inspecting …", console=err, disable=not err.is_terminal):
-            told = server.look(image, budget, method, text)
+            reply = server.inspect(image, budget, method, text)
             if as_json:
-                print(json.dumps({"file": str(image), "visual_token_budget": budget, **told}), flush=True)
-            row.append(titled(_fitted(overlay(_opened(image), told)), f"{image.name}, {caption(told)}"))
+                print(json.dumps({"file": str(image), "visual_token_budget": budget, **reply}), flush=True)
+            row.append(titled(_fit(overlay(_open(image), reply)), f"{image.name}, {caption(reply)}"))
     return rows
 
 
-def _opened(image: Path) -> Any:
+def _open(image: Path) -> Any:
     from PIL import Image, ImageOps
 
     try:
@@ -108,7 +108,7 @@ def _opened(image: Path) -> Any:
         raise InspectError(f"{image} cannot be drawn: {error}") from error
 
 
-def _fitted(picture: Any) -> Any:
+def _fit(picture: Any) -> Any:
     if picture.width <= _WIDTH_PX:
         return picture
     return picture.resize((_WIDTH_PX, max(1, round(picture.height * _WIDTH_PX / picture.width))))

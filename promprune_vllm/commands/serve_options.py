@@ -46,8 +46,8 @@ def variable(name: str) -> str:
 
 def explanation(field: FieldInfo) -> str:
     """Return what a setting does and its default, for ``--help`` and the documents."""
-    told = "default" in str(field.description) or field.default_factory is not None
-    default = "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
+    says_default = "default" in str(field.description) or field.default_factory is not None
+    default = "" if says_default or field.default in (None, False, ()) else f" (default: {field.default})"
     return f"{field.description}{default}"
 
 

@@ -141,7 +141,7 @@ def test_a_model_that_is_not_known_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(PlanError, match="'llama'; plans are made for llava"):
+    with pytest.raises(PlanError, match="'llama'; supported types are llava"):
         read(str(tmp_path))
 
 
