@@ -19,7 +19,7 @@ from promprune_vllm.core.budget import Budget
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.select import select
-from promprune_vllm.demo.images import made, photographs
+from promprune_vllm.demo.images import photographs, synthetic
 from promprune_vllm.demo.model import find_or_build_demo_model
 
 DEFAULTS = (576, 288, 144)
@@ -34,7 +34,7 @@ def measure(method: str) -> dict[str, Any]:
     from promprune_vllm.engine.api_server import image_complexity
 
     groups = {"photographs": photographs()}
-    groups["all"] = groups["photographs"] | made()
+    groups["all"] = groups["photographs"] | synthetic()
     features = _features(groups["all"])
     levels = {name: image_complexity.level(image) for name, image in groups["all"].items()}
     rows = []

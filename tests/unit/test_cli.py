@@ -45,7 +45,7 @@ def test_the_demos_table_fits_into_eighty_columns() -> None:
     console.print(_table(rows))
     shown = console.export_text()
     assert "…" not in shown
-    assert {"choosing", "1234", "108.0"} <= set(shown.split())
+    assert {"selection", "1234", "108.0"} <= set(shown.split())
 
 
 @pytest.mark.parametrize("shell", [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell)])
