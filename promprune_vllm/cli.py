@@ -22,7 +22,7 @@ from promprune_vllm.demo.processes import end_on_signals
 
 app = typer.Typer(
     name="promprune",
-    help="Keep only the K most useful visual tokens of each image in vLLM, with K chosen per request.",
+    help="Keep only the K most useful visual tokens of each image in vLLM, with K set per request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,7 +47,7 @@ def _root(
         raise typer.Exit
 
 
-# In the order in which --help lists them.
+# --help lists the commands in this order.
 app.command("serve", context_settings=AS_VLLM, add_help_option=False)(serve)
 app.command("vllm", context_settings=AS_VLLM, add_help_option=False)(vllm)
 app.command("methods")(methods)

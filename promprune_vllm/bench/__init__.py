@@ -1,1 +1,1 @@
-"""Measurements anybody can repeat: kernels, servers under load, and what adapting to content is worth."""
+"""Benchmarks: kernels, prefill, servers under load or for hours, and adapting to content."""

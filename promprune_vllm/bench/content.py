@@ -1,8 +1,8 @@
-"""``promprune bench content``: is a budget that follows the content worth more than a fixed one of the same mean?
+"""``promprune bench content``: is a content-adaptive budget better than a fixed one with the same mean?
 
-Without a model that answers, the figure is one of coverage: for every visual token, 1 - the largest cosine to a
-kept one (0 for a kept one), mean over the image. The features are those of the demo model, whose weights are
-random: what it says about real towers is limited.
+No model answers here; the figure is coverage: for each visual token, 1 - its largest cosine to a kept token (0 for
+a kept token), averaged over the image. The features come from the demo model with random weights, so they say
+little about real towers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from promprune_vllm.core.budget import Budget
 from promprune_vllm.core.features import VisionFeatures
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.select import select
-from promprune_vllm.demo.images import made, photographs
+from promprune_vllm.demo.images import photographs, synthetic
 from promprune_vllm.demo.model import find_or_build_demo_model
 
 DEFAULTS = (576, 288, 144)
@@ -29,12 +29,12 @@ def measure(method: str) -> dict[str, Any]:
     """Compare adaptive and fixed budgets of the same mean on photographs, and on all images.
 
     Args:
-        method: Selects the tokens.
+        method: Method that selects the tokens.
     """
     from promprune_vllm.engine.api_server import image_complexity
 
     groups = {"photographs": photographs()}
-    groups["all"] = groups["photographs"] | made()
+    groups["all"] = groups["photographs"] | synthetic()
     features = _features(groups["all"])
     levels = {name: image_complexity.level(image) for name, image in groups["all"].items()}
     rows = []
@@ -69,12 +69,12 @@ def measure(method: str) -> dict[str, Any]:
 
 
 def coverage_error(features: VisionFeatures, keep: int, method: str) -> float:
-    """Return the mean over all tokens of 1 - the largest cosine to a kept one.
+    """Return the mean, over all tokens, of 1 - the largest cosine to a kept token.
 
     Args:
         features: ``(N, D)`` tokens of one image.
-        keep: Tokens kept.
-        method: Selects them.
+        keep: Number of tokens to keep.
+        method: Method that selects them.
     """
     kept = select(features, keep, method=method).indices  # (K,)
     rows = torch.nn.functional.normalize(features.projected.double(), dim=1)  # (N, D)
@@ -96,7 +96,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def _features(images: Mapping[str, Image.Image]) -> dict[str, VisionFeatures]:
-    """Encode images with the demo model: tokens after the projector, and the attention of the class token."""
+    """Encode images with the demo model: projected tokens, and the class token's attention as saliency."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     directory = find_or_build_demo_model()
@@ -107,9 +107,9 @@ def _features(images: Mapping[str, Image.Image]) -> dict[str, VisionFeatures]:
     with torch.inference_mode():
         for name, image in images.items():
             pixels = processor(images=image, return_tensors="pt")["pixel_values"]  # (1, 3, H, W)
-            seen = model.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
-            projected = model.model.multi_modal_projector(seen.hidden_states[layer][:, 1:])[0]  # (N, D)
-            saliency = seen.attentions[layer][0, :, 0, 1:].mean(0)  # (N,)
+            tower = model.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+            projected = model.model.multi_modal_projector(tower.hidden_states[layer][:, 1:])[0]  # (N, D)
+            saliency = tower.attentions[layer][0, :, 0, 1:].mean(0)  # (N,)
             side = round(len(projected) ** 0.5)
             features[name] = VisionFeatures(projected=projected, grid=(1, side, side), saliency=saliency)
     return features

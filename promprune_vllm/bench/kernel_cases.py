@@ -1,4 +1,4 @@
-"""What the kernels are measured on: cases by their sizes, and which path of the kernels runs."""
+"""The cases that the kernel benchmarks measure, and a switch for the kernels' path."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from promprune_vllm.kernels import ops
 
 LARGE = 4096
-"""Tokens from which everything is run once: minutes rather than milliseconds."""
+"""Cases with more tokens than this run once: they take minutes rather than milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``images`` images of N tokens of width D, K of each kept."""
+    """``images`` images of N tokens of width D; K tokens of each are kept."""
 
     images: int
     n: int
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def needs(self) -> int:
-        """Bytes the float64 reference holds at most, about: features twice, and five N x N matrices."""
+        """Approximate peak bytes of the float64 reference: the features twice, and five N x N matrices."""
         return 8 * (2 * self.n * self.d + 5 * self.n * self.n)
 
 
@@ -39,32 +39,32 @@ STANDARD = (
 )
 
 
-def cases(wanted: Sequence[str] | None, *, large: bool) -> list[Case]:
-    """Return the cases to run.
+def cases(names: Sequence[str] | None, *, large: bool) -> list[Case]:
+    """Return the cases to run: the named ones, or the standard ones.
 
     Raises:
-        ValueError: A case of another form than NxD:K or IMAGESxNxD:K, or with K outside 1 ... N - 1.
+        ValueError: A name is not of the form NxD:K or IMAGESxNxD:K, or K is outside 1 ... N - 1.
     """
-    if not wanted:
+    if not names:
         return [*STANDARD, *([Case(1, 16384, 3584, 512)] if large else [])]
-    found = []
-    for text in wanted:
+    parsed = []
+    for text in names:
         shape, _, keep = text.partition(":")
         try:
             *more, n, d = (int(part) for part in shape.split("x"))
             (images,) = more or [1]
             case = Case(images, n, d, int(keep))
         except ValueError:
-            raise ValueError(f"--case is NxD:K or IMAGESxNxD:K, such as 576x4096:64, not {text!r}") from None
+            raise ValueError(f"--case must be NxD:K or IMAGESxNxD:K, such as 576x4096:64, got {text!r}") from None
         if not 1 <= case.keep < case.n or min(case.images, case.d) < 1:
             raise ValueError(f"--case {text}: K must be from 1 to N - 1, and every number at least 1")
-        found.append(case)
-    return found
+        parsed.append(case)
+    return parsed
 
 
 @contextlib.contextmanager
-def path(name: str) -> Iterator[None]:
-    """Choose the path of the kernels for a while."""
+def use_path(name: str) -> Iterator[None]:
+    """Use a path of the kernels inside the block."""
     before = os.environ.get(ops.VARIABLE)
     os.environ[ops.VARIABLE] = name
     try:

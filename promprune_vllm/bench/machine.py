@@ -1,4 +1,4 @@
-"""How long things take, and how much memory they touch."""
+"""Measures the time and memory that functions take."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 Clock = Callable[[Callable[[], object]], float]
-"""Runs something and returns the milliseconds that took."""
+"""Runs a function and returns the milliseconds it took."""
 
 
 def clock(threads: int) -> tuple[str, Clock]:
-    """Return what is measured, in words, and what measures it.
+    """Return the name of the clock, and the clock.
 
-    With one thread it is the time the processor worked for us: on an idle machine that is the time that passed,
-    and neighbours on a busy one do not count.
+    With one thread it is CPU time: on an idle machine that equals wall time, and on a busy one other processes do
+    not count.
     """
     what, now = ("CPU time", time.process_time) if threads == 1 else ("wall time", time.perf_counter)
 
@@ -28,16 +28,16 @@ def clock(threads: int) -> tuple[str, Clock]:
     return what, timed
 
 
-def in_turns(
+def time_interleaved(
     variants: Mapping[str, Callable[[], object]], repeats: int, timed: Clock
 ) -> dict[str, dict[str, float]]:
-    """Time each variant ``repeats`` times, in turns, so that a disturbed second disturbs all alike.
+    """Time each variant ``repeats`` times, alternating, so that a disturbance affects all variants alike.
 
     Returns:
         Variant -> milliseconds: ``median``, ``min`` and ``max``.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for lap in range(repeats + (repeats > 1)):  # the first lap is not counted, where there are several
+    for lap in range(repeats + (repeats > 1)):  # with several laps, the first only warms up
         for name, run in variants.items():
             took = timed(run)
             if lap or repeats == 1:
@@ -46,10 +46,10 @@ def in_turns(
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes by which the resident memory of this process rose at most while something ran; Linux only.
+    """Return the peak increase in this process's resident memory, in bytes, while a function ran; Linux only.
 
-    torch's memory is invisible to tracemalloc. Free memory is handed back first, the kernel's high-water mark is
-    reset, and read after the call.
+    tracemalloc cannot see torch's memory. So this releases free memory, resets the kernel's high-water mark, and
+    reads it after the call. ``None`` on other systems.
     """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -62,7 +62,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 
 
 def available_memory() -> int:
-    """Bytes the machine can give without swapping."""
+    """Return the bytes that the machine can allocate without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

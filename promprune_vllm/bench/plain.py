@@ -1,7 +1,7 @@
-"""The procedure of arXiv 2603.14892 as one would write it down in float32 torch: what ours is compared with.
+"""The procedure of arXiv 2603.14892 in straightforward float32 torch, as the baseline of our kernels.
 
 Written for this comparison from the paper's description; it is not the authors' code, and nothing else uses it.
-Two Grams, an eigen-solve, a top-k and a loop of K steps, each a few torch calls.
+Two Grams, an eigenvalue solve, a top-k and a loop of K steps, each a few torch calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def centred_gram(features: Tensor) -> Tensor:
-    """``(N, N)`` float32 inner products of the unit tokens less their mean."""
+    """Return the ``(N, N)`` float32 inner products of the unit tokens minus their mean; ``(D, D)`` if D < N."""
     unit = features.float() / features.float().norm(dim=1, keepdim=True)
     unit = unit - unit.mean(dim=0)
     gram: Tensor = unit @ unit.T if unit.shape[0] <= unit.shape[1] else unit.T @ unit
@@ -21,7 +21,7 @@ def centred_gram(features: Tensor) -> Tensor:
 
 
 def entropy_of(gram: Tensor) -> Tensor:
-    """0-d float32 spectral entropy, over the logarithm of the matrix's size."""
+    """Return the 0-d float32 spectral entropy, divided by the logarithm of the matrix's size."""
     values = torch.linalg.eigvalsh(gram).clamp_min(1e-12)
     p = values / values.sum()
     entropy: Tensor = -(p * p.log()).sum() / math.log(gram.shape[0])
@@ -29,14 +29,14 @@ def entropy_of(gram: Tensor) -> Tensor:
 
 
 def kernel(features: Tensor) -> Tensor:
-    """``(N, N)`` float32 cosines."""
+    """Return the ``(N, N)`` float32 cosines."""
     unit = features.float() / features.float().norm(dim=1, keepdim=True)
     gram: Tensor = unit @ unit.T
     return gram
 
 
 def split(entropy: Tensor, keep: int, mu: float, tau: float) -> int:
-    """Tokens of the budget that go to saliency."""
+    """Return the number of tokens of the budget that go to saliency."""
     return int((keep * (1 - torch.sigmoid((entropy.double() - mu) / tau))).round())
 
 
@@ -59,13 +59,13 @@ def greedy(gram: Tensor, salient: Tensor, keep: int) -> Tensor:
 
 
 def select(features: Tensor, saliency: Tensor, keep: int, mu: float, tau: float) -> Tensor:
-    """The whole procedure: ``(keep,)`` tokens, increasing."""
+    """Run the whole procedure and return ``(keep,)`` token indices, ascending."""
     salient = saliency.topk(split(entropy_of(centred_gram(features)), keep, mu, tau)).indices
     return greedy(kernel(features), salient, keep).sort().values
 
 
 def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Mean attention that each of ``(P, H, d)`` patches receives, ``(P,)`` float32, by the whole map of a head."""
+    """Return the mean attention each of ``(P, H, d)`` patches receives in the full maps, ``(P,)`` float32."""
     total = torch.zeros(queries.shape[0], device=queries.device)
     for head in range(queries.shape[1]):
         scores = queries[:, head].float() @ keys[:, head].float().T * scale

@@ -1,8 +1,8 @@
-"""``promprune bench prefill``: the prefill's time with all visual tokens, with K, and what choosing the K costs.
+"""``promprune bench prefill``: time of prefill with all visual tokens, with K, and of selecting the K.
 
-The language models have the published widths and random weights: a prefill's time does not depend on their values.
-Where a whole model is too much for the machine, fewer layers are run and their time is scaled up; every layer does
-the same work, and the selection is not scaled.
+The language models have the published widths and random weights: prefill time does not depend on weight values.
+If the machine is too small for a whole model, fewer layers run and their time is scaled up, since every layer does
+the same work. The selection time is not scaled.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Case:
     """One image on one model.
 
     Args:
-        model: Whose widths these are.
+        model: Name of the model with these sizes.
         decoder: Sizes of its language model.
-        groups: Parts of the image that a method selects from, each by itself.
-        n: Visual tokens of a group.
-        keep: Kept of a group.
-        patches: Patches whose received attention is the saliency; 0 where a class token has it for nothing.
+        groups: Parts of the image (tiles) that are pruned separately.
+        n: Visual tokens per group.
+        keep: Tokens kept per group.
+        patches: Patches whose received attention is computed as saliency; 0 if a class token provides it for free.
     """
 
     model: str
@@ -56,34 +56,29 @@ _VISION_HEADS, _VISION_HEAD = 16, 80  # Qwen2.5-VL's tower
 
 
 def measure(
-    names: Sequence[str], *, device: str, layers: int | None, repeats: int, tell: Callable[[str], None]
+    names: Sequence[str], *, device: str, layers: int | None, repeats: int, show_progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure and return a document.
+    """Measure and return the result as a document.
 
     Args:
         names: Keys of ``CASES``.
         device: ``cpu`` (float32) or ``cuda`` (bfloat16).
         layers: Decoder layers to run; by default all on CUDA and two on a CPU.
-        repeats: Of each variant, in turns.
-        tell: Called with what is being done.
-
-    Raises:
-        BenchError: A case or a device that is not there.
+        repeats: Repeats of each variant, interleaved.
+        show_progress: Called with a line of text whenever a case starts.
     """
     unknown = sorted(set(names) - set(CASES))
     if unknown:
-        raise BenchError(f"--model {unknown[0]} is none of {', '.join(CASES)}.")
+        raise BenchError(f"--model must be one of {', '.join(CASES)}, got {unknown[0]}.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise BenchError(
-            "--device cuda: torch sees no CUDA device here. Leave the option out to measure on the CPU."
-        )
+        raise BenchError("--device cuda: torch sees no CUDA device here. Omit the option to measure on the CPU.")
     ops.warm_up(torch.device(device))
     rows = []
     for name in names:
         case = CASES[name]
         run = layers or (case.decoder.layers if device == "cuda" else 2)
-        tell(f"{case.model}: {run} of {case.decoder.layers} layers …")
-        rows.append(_measured(case, torch.device(device), min(run, case.decoder.layers), repeats))
+        show_progress(f"{case.model}: {run} of {case.decoder.layers} layers …")
+        rows.append(_measure(case, torch.device(device), min(run, case.decoder.layers), repeats))
     return {
         **provenance(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -94,7 +89,7 @@ def measure(
     }
 
 
-def _measured(case: Case, device: torch.device, layers: int, repeats: int) -> dict[str, Any]:
+def _measure(case: Case, device: torch.device, layers: int, repeats: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     prefill = _prefill(case.decoder, layers, device, dtype)
     visual = {"full": case.groups * case.n, "native": case.groups * case.keep}
@@ -102,15 +97,15 @@ def _measured(case: Case, device: torch.device, layers: int, repeats: int) -> di
         name: torch.randn(1, tokens + TEXT_TOKENS, case.decoder.hidden, device=device, dtype=dtype)
         for name, tokens in visual.items()
     }
-    ours, plainly = _selections(case, device, dtype)
+    ours, plain_selection = _selections(case, device, dtype)
     variants: dict[str, Callable[[], object]] = {
         "full": lambda: prefill(inputs["full"]),
         "native": lambda: prefill(inputs["native"]),
         "ours": ours,
-        "plain": plainly,
+        "plain": plain_selection,
     }
-    timed = {name: _until_done(run, device) for name, run in variants.items()}
-    times = machine.in_turns(timed, repeats, machine.clock(threads=2)[1])
+    timed = {name: _synchronized(run, device) for name, run in variants.items()}
+    times = machine.time_interleaved(timed, repeats, machine.clock(threads=2)[1])
     factor = case.decoder.layers / layers
     full, native = (times[name]["median"] * factor for name in ("full", "native"))
     costs = {name: times[name]["median"] for name in ("ours", "plain")}
@@ -128,7 +123,7 @@ def _measured(case: Case, device: torch.device, layers: int, repeats: int) -> di
     }
 
 
-def _until_done(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
     def whole() -> None:
         with torch.inference_mode():
             run()
@@ -141,7 +136,7 @@ def _until_done(run: Callable[[], object], device: torch.device) -> Callable[[],
 def _prefill(
     decoder: Decoder, layers: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor], object]:
-    """Return what runs a prompt of ``(1, T, hidden)`` embeddings through the layers, into a KV cache."""
+    """Return a function that runs ``(1, T, hidden)`` prompt embeddings through the layers, filling a KV cache."""
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
@@ -168,32 +163,32 @@ def _prefill(
 def _selections(
     case: Case, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return our selection of an image's tokens and the published procedure as one would write it down."""
-    images = workload.Images.drawn(case.groups, case.n, case.decoder.hidden, dtype, device)
+    """Return two functions that select an image's tokens: our kernels, and the plain procedure."""
+    images = workload.Images.generate(case.groups, case.n, case.decoder.hidden, dtype, device)
     shape = (case.patches, _VISION_HEADS, _VISION_HEAD)
     random = torch.Generator().manual_seed(1)
     queries, keys = (torch.randn(shape, generator=random).to(device, dtype) for _ in range(2))
 
-    def looked_at(received: Callable[[Tensor, Tensor, float], Tensor]) -> workload.Images:
+    def with_attention(received: Callable[[Tensor, Tensor, float], Tensor]) -> workload.Images:
         if not case.patches:
             return images
         return images.with_saliency(received(queries, keys, _VISION_HEAD**-0.5).view(case.n, -1).mean(dim=1))
 
     def ours() -> list[Tensor]:
-        kept = looked_at(ops.received_attention).ours(case.keep)
+        kept = with_attention(ops.received_attention).select(case.keep)
         return [x[indices] for x, indices in zip(images.tokens, kept, strict=True)]
 
-    def plainly() -> list[Tensor]:
-        kept = looked_at(plain.received_attention).plainly(case.keep)
+    def plain_selection() -> list[Tensor]:
+        kept = with_attention(plain.received_attention).select_plain(case.keep)
         return [x[indices] for x, indices in zip(images.tokens, kept, strict=True)]
 
-    return ours, plainly
+    return ours, plain_selection
 
 
 def table(document: dict[str, Any]) -> Table:
     """Return the document as a table."""
     shown = Table(title=f"Prefill with {TEXT_TOKENS} text tokens, milliseconds, on {document['device']}")
-    for name in ("model", "visual tokens", "all", "K", "choose: ours", "plain", "saving kept: ours", "plain"):
+    for name in ("model", "visual tokens", "all", "K", "select: ours", "plain", "saving kept: ours", "plain"):
         shown.add_column(name, justify="left" if name == "model" else "right")
     for row in document["cases"]:
         scaled = (

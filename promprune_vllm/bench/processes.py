@@ -1,4 +1,4 @@
-"""What a server's processes hold: memory, file descriptors, shared memory."""
+"""Measures what a server's processes use: memory, shared memory, file descriptors, threads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import psutil
 
-_MIB = 1024  # in kB, as Linux tells them
+_MIB = 1024  # in kB, the unit that Linux reports
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """One look at a process and all it started. Pages of files are left out: they come and go as others map them.
+class ProcessUsage:
+    """Resource usage of a process and its descendants at one moment, without file pages, which vary by themselves.
 
     Args:
-        memory_mib: Anonymous memory; what several share counts once.
-        shared_mib: Mapped of ``/dev/shm`` and the like; what several share counts once.
+        memory_mib: Anonymous memory; pages shared by several processes count once.
+        shared_mib: Shared memory (``/dev/shm`` and the like); pages shared by several processes count once.
         descriptors: Open files and sockets.
         threads: Threads.
     """
@@ -30,8 +30,12 @@ class Held:
     threads: int
 
 
-def held(process: int) -> Held:
-    """Look at a process and all it started."""
+def measure_usage(process: int) -> ProcessUsage:
+    """Measure a process and its descendants.
+
+    Args:
+        process: Id of the process.
+    """
     first = psutil.Process(process)
     memory, shared, descriptors, threads = 0, 0, 0, 0
     for each in (first, *first.children(recursive=True)):
@@ -41,28 +45,30 @@ def held(process: int) -> Held:
             shared += proportions["Pss_Shmem"]
             descriptors += each.num_fds()
             threads += each.num_threads()
-    return Held(round(memory / _MIB, 1), round(shared / _MIB, 1), descriptors, threads)
+    return ProcessUsage(round(memory / _MIB, 1), round(shared / _MIB, 1), descriptors, threads)
 
 
 def _proportions(process: int) -> dict[str, int]:
-    """Return a process's shares of what it maps, in kB."""
+    """Return a process's proportional memory figures (``smaps_rollup``) by name, in kB."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     return {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
 
 
-def growth(looks: Sequence[Held], warm_up: float) -> dict[str, float]:
-    """Return by what share each figure grew from the first third after warming up to the last.
+def growth(samples: Sequence[ProcessUsage], warm_up: float) -> dict[str, float]:
+    """Return the relative growth of each figure from the first third after the warm-up to the last third.
 
     Args:
-        looks: In order, evenly spaced in time.
-        warm_up: Share of the looks that is left out.
+        samples: In order, evenly spaced in time.
+        warm_up: Share of the samples to skip at the start.
     """
-    later = [asdict(look) for look in looks[int(len(looks) * warm_up) :]]
+    later = [asdict(sample) for sample in samples[int(len(samples) * warm_up) :]]
     third = len(later) // 3
     if not third:
         return {}
     grown = {}
     for name in later[0]:
-        first, last = (statistics.median(look[name] for look in part) for part in (later[:third], later[-third:]))
-        grown[name] = (last - first) / max(first, 1)  # of next to nothing, nothing can be told
+        first, last = (
+            statistics.median(sample[name] for sample in part) for part in (later[:third], later[-third:])
+        )
+        grown[name] = (last - first) / max(first, 1)  # the growth of a tiny figure means nothing
     return grown

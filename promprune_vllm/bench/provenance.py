@@ -38,7 +38,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout this runs from, with a plus sign where files differ from it."""
+    """Return the commit of the checkout this runs from, with a plus sign if tracked files differ from it."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None

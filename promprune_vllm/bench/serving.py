@@ -1,4 +1,4 @@
-"""``promprune bench serving``: what a budget, or adapting to load, is worth to a server under load."""
+"""``promprune bench serving``: what a budget, or adapting to load, gains on a server under load."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from promprune_vllm.errors import BenchError
 
 _RATIOS = ("requests_per_second", "ttft_p50_ms", "ttft_p99_ms", "kv_usage_mean")
 _RETURN_SECONDS = 300
-"""How long the level may take to come back: three steps up, each after a minute at most, and some."""
+"""Time limit for the level to return to 1: three steps up, each after at most a minute, plus a margin."""
 
 
 def sweep(url: str, budgets: Sequence[object], loads: Sequence[Load], err: Console) -> dict[str, Any]:
     """Measure every budget under every load, with ratios to the first budget under the same load.
 
     Args:
-        url: The server.
-        budgets: What requests ask for; ``None`` for nothing. The first is what the others are compared with.
-        loads: What is sent.
-        err: Told what is being done.
+        url: Base address of the server.
+        budgets: Budgets of the requests; ``None`` sends none. The others are compared with the first.
+        loads: Requests to send.
+        err: Console that shows the progress.
 
     Raises:
         BenchError: A run failed.
@@ -43,7 +43,7 @@ def sweep(url: str, budgets: Sequence[object], loads: Sequence[Load], err: Conso
         first: Result | None = None
         for i, budget in enumerate(budgets):
             err.print(f"{load.concurrency} requests in flight, budget {_shown(budget)} …", highlight=False)
-            # Other images for every run: those of an earlier one may still be in a cache.
+            # New images for every run: those of an earlier run may still be cached.
             result = run(url, replace(load, seed=load.seed + 1000 * i + load.concurrency), budget)
             first = first or result
             rows.append({**asdict(result), "ratios": ratios(result, first)})
@@ -51,19 +51,19 @@ def sweep(url: str, budgets: Sequence[object], loads: Sequence[Load], err: Conso
 
 
 def compare_adaptive(url: str, fixed: object, load: Load, rounds: int, err: Console) -> dict[str, Any]:
-    """Measure ``"auto"`` on a server that adapts to load against a fixed budget on the same server, in turns.
+    """Compare ``"auto"`` on a server that adapts to load with a fixed budget on the same server, alternating.
 
-    An explicit budget is never adapted, so its runs are those of a server with that fixed default.
+    An explicit budget is never adapted, so its runs behave like a server with that fixed default.
 
     Args:
-        url: A server with ``adapt_to_load``, which nobody else is using.
+        url: Base address of a server with ``adapt_to_load`` that nobody else is using.
         fixed: The server's default, sent explicitly.
-        load: What is sent; it should saturate the server.
-        rounds: How often each is measured.
-        err: Told what is being done.
+        load: Requests to send; they should saturate the server.
+        rounds: How often each budget is measured.
+        err: Console that shows the progress.
 
     Raises:
-        BenchError: A run failed, or the level does not come back to 1.
+        BenchError: A run failed, or the level does not return to 1.
     """
     rows: list[dict[str, Any]] = []
     for turn in range(rounds):
@@ -81,7 +81,7 @@ def compare_adaptive(url: str, fixed: object, load: Load, rounds: int, err: Cons
 
 
 def wait_for_full_level(url: str) -> float:
-    """Wait until the level in force is 1, and return the seconds it took."""
+    """Wait until the adaptation level is back at 1, and return the seconds it took."""
     started = time.monotonic()
     while metrics(url)[LEVEL] != 1:
         if time.monotonic() - started > _RETURN_SECONDS:
@@ -91,7 +91,7 @@ def wait_for_full_level(url: str) -> float:
 
 
 def ratios(result: Result, to: Result) -> dict[str, float]:
-    """Return the figures of one result over another's."""
+    """Return the figures of one result divided by those of another."""
     return {name: round(getattr(result, name) / base, 3) for name in _RATIOS if (base := getattr(to, name))}
 
 
@@ -108,14 +108,14 @@ def _median_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def a_server(
     url: str | None, model: Path | None, kv_blocks: int, *, adaptive: bool, err: Console
 ) -> Iterator[str]:
-    """Yield the address of the server to measure: the one given, or one started here.
+    """Yield the address of the server to measure: the given one, or one started here.
 
     Args:
-        url: A running server; then the rest does not matter.
+        url: A running server; the other arguments are then unused.
         model: Checkpoint to serve; the demo model by default.
-        kv_blocks: KV-cache blocks of 32 tokens, few, so that the cache is what a load fills first.
-        adaptive: Adapt to load.
-        err: Told what is being done.
+        kv_blocks: KV-cache blocks of 32 tokens; few, so that a load fills the cache first.
+        adaptive: Whether the server adapts to load.
+        err: Console that shows the progress.
     """
     if url is not None:
         yield base_url(url)

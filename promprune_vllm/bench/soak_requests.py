@@ -1,4 +1,4 @@
-"""What a soak asks: a fixed set of requests, as different as those of users."""
+"""The requests of a soak: a fixed set, as varied as those of users."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Request:
     """One request of the set.
 
     Args:
-        path: Its route.
-        body: What is sent.
-        streams: Whether it may be asked as a stream too, and be answered the same.
+        path: Route.
+        body: JSON body.
+        streams: Whether it can also be streamed, with the same answer.
     """
 
     path: str
@@ -49,14 +49,14 @@ class _Picture:
 
 
 def pool(model: str, count: int, methods: Sequence[str], output_tokens: int, seed: int) -> list[Request]:
-    """Return requests on several routes, the same for the same arguments.
+    """Return requests to several routes; the same arguments give the same requests.
 
     Args:
-        model: Name the server knows it by.
-        count: How many.
-        methods: That a request may choose.
-        output_tokens: Length of every answer, unless a stop string or a grammar ends it.
-        seed: Of the choice.
+        model: Model name at the server.
+        count: Number of requests.
+        methods: Methods that a request may select.
+        output_tokens: Length of every answer, unless a stop string or a grammar ends it earlier.
+        seed: Random seed.
     """
     draw = random.Random(seed)
     return [_request(model, draw, methods, output_tokens) for _ in range(count)]
@@ -80,9 +80,9 @@ def _request(model: str, draw: random.Random, methods: Sequence[str], output_tok
 
 
 def _vary(draw: random.Random, path: str, body: _Body) -> bool:
-    """Add some of what else users ask for; return whether a stream would say the same."""
-    # Drawn with a seed, an answer would be the same each time too; but vLLM on a CPU ends at a seed as soon as a
-    # prompt is read in several steps. Of one candidate, the same is drawn without.
+    """Add other request fields that users send; return whether a stream would give the same answer."""
+    # Sampling with a seed would also repeat its answers, but vLLM on a CPU crashes on a seed if a prompt is
+    # prefilled in several steps. With a single candidate, sampling repeats without a seed.
     if draw.random() < 0.2:
         body |= _ONE_CANDIDATE
     elif path != MESSAGES and draw.random() < 0.2:
@@ -113,12 +113,12 @@ _LOGPROBS: Mapping[str, _Body] = MappingProxyType(
 
 
 def _constrain(draw: random.Random, path: str, body: _Body) -> bool:
-    """Have the answer follow a grammar, or offer a tool; to call one, a server needs a parser of calls."""
+    """Constrain the answer by a grammar, or offer a tool (not called: that needs a server with a tool parser)."""
     if path == MESSAGES:
         body["tools"] = [{"name": "count", "description": "Count things.", "input_schema": _THING}]
         body["tool_choice"] = {"type": "none"}
         return True
-    body["ignore_eos"] = False  # at the end of a grammar there is nothing else to say
+    body["ignore_eos"] = False  # nothing can follow the end of a grammar
     form = draw.randrange(4 if path == CHAT else 3)
     if form == 0:
         body["structured_outputs"] = {"choice": ["a cup of coffee", "a cat"]}

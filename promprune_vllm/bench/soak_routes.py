@@ -1,4 +1,4 @@
-"""How a soak asks on each route, and what it reads of an answer, whole or as a stream."""
+"""How a soak reads each route's replies, whole or streamed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What matters of an answer.
+    """The parts of a reply that are compared.
 
     Args:
-        texts: What was said, of each choice; the arguments of a tool's call where one was called.
-        prompt_tokens: Of the prompt, pruned.
+        texts: Text of each choice; the arguments if it is a tool call.
+        prompt_tokens: Prompt tokens after pruning.
         seen: Visual tokens before pruning.
-        kept: That entered the language model.
-        logprobs: Tokens whose log-probabilities came with the answer.
+        kept: Visual tokens that entered the language model.
+        logprobs: Number of tokens with log-probabilities.
     """
 
     texts: tuple[str, ...]
@@ -33,12 +33,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One route.
+    """How one route is read.
 
     Args:
-        read: Reads a whole answer.
+        read: Reads a whole reply.
         read_stream: Reads the events of a stream.
-        stream_fields: What a request says to get a stream that tells its usage.
+        stream_fields: Request fields that ask for a stream with its usage.
     """
 
     read: Callable[[Event], Reply]
@@ -48,24 +48,24 @@ class Route:
 
 def _reply(texts: Sequence[str], usage: Event | None, name: str, logprobs: int = 0) -> Reply:
     if not usage:
-        raise ValueError("an answer without its usage")
+        raise ValueError("a reply without usage")
     counted = usage.get("visual_tokens") or {"seen": 0, "kept": 0}
     return Reply(tuple(texts), usage[name], counted["seen"], counted["kept"], logprobs)
 
 
-def _said(message: Event) -> str:
-    """Return what a message or a part of one says."""
+def _text_of(message: Event) -> str:
+    """Return the text and tool arguments of a message or a delta."""
     calls = message.get("tool_calls") or ()
     return (message.get("content") or "") + "".join(call["function"].get("arguments") or "" for call in calls)
 
 
-def _explained(choice: Event) -> int:
+def _logprob_count(choice: Event) -> int:
     return len((choice.get("logprobs") or {}).get("content") or ())
 
 
-def _chat(told: Event) -> Reply:
-    texts = [_said(choice["message"]) for choice in told["choices"]]
-    return _reply(texts, told["usage"], "prompt_tokens", sum(map(_explained, told["choices"])))
+def _chat(body: Event) -> Reply:
+    texts = [_text_of(choice["message"]) for choice in body["choices"]]
+    return _reply(texts, body["usage"], "prompt_tokens", sum(map(_logprob_count, body["choices"])))
 
 
 def _chat_stream(events: Sequence[Event]) -> Reply:
@@ -73,15 +73,15 @@ def _chat_stream(events: Sequence[Event]) -> Reply:
     logprobs, usage = 0, None
     for event in events:
         for choice in event["choices"]:
-            texts[choice["index"]] += _said(choice["delta"])
-            logprobs += _explained(choice)
+            texts[choice["index"]] += _text_of(choice["delta"])
+            logprobs += _logprob_count(choice)
         usage = event.get("usage") or usage
     return _reply([texts[index] for index in sorted(texts)], usage, "prompt_tokens", logprobs)
 
 
-def _completion(told: Event) -> Reply:
-    logprobs = sum(len((choice.get("logprobs") or {}).get("tokens") or ()) for choice in told["choices"])
-    return _reply([choice["text"] for choice in told["choices"]], told["usage"], "prompt_tokens", logprobs)
+def _completion(body: Event) -> Reply:
+    logprobs = sum(len((choice.get("logprobs") or {}).get("tokens") or ()) for choice in body["choices"])
+    return _reply([choice["text"] for choice in body["choices"]], body["usage"], "prompt_tokens", logprobs)
 
 
 def _completion_stream(events: Sequence[Event]) -> Reply:
@@ -95,26 +95,26 @@ def _completion_stream(events: Sequence[Event]) -> Reply:
     return _reply([texts[index] for index in sorted(texts)], usage, "prompt_tokens", logprobs)
 
 
-def _response(told: Event) -> Reply:
+def _response(body: Event) -> Reply:
     texts = []
-    for item in told["output"]:
+    for item in body["output"]:
         parts = item.get("content") or ()
         texts.append("".join(part.get("text") or "" for part in parts) + (item.get("arguments") or ""))
-    return _reply(texts, told["usage"], "input_tokens")
+    return _reply(texts, body["usage"], "input_tokens")
 
 
 def _response_stream(events: Sequence[Event]) -> Reply:
-    """Read the last event, which holds the answer; the pieces that came before must be the same."""
+    """Read the last event, which has the whole answer; the earlier deltas must add up to the same text."""
     pieces = "".join(each["delta"] for each in events if each["type"] == "response.output_text.delta")
     reply = _response(events[-1]["response"])
     if "".join(reply.texts) != pieces:
-        raise ValueError(f"a stream ends with {reply.texts}, and its pieces were {pieces!r}")
+        raise ValueError(f"a stream ended with {reply.texts}, but its deltas were {pieces!r}")
     return reply
 
 
-def _message(told: Event) -> Reply:
-    texts = [part.get("text") or json.dumps(part.get("input")) for part in told["content"]]
-    return _reply(["".join(texts)], told["usage"], "input_tokens")
+def _message(body: Event) -> Reply:
+    texts = [part.get("text") or json.dumps(part.get("input")) for part in body["content"]]
+    return _reply(["".join(texts)], body["usage"], "input_tokens")
 
 
 def _message_stream(events: Sequence[Event]) -> Reply:

@@ -1,4 +1,4 @@
-"""The server that a soak starts: as little of everything as it takes to be in trouble all the time."""
+"""The server that a soak starts: with so few resources that it is always short of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LITTLE = (
     *("--limit-mm-per-prompt", '{"image": 3}', "--served-model-name", "demo"),
     *("--visual-token-allow-methods", "random,divprune"),
 )
-# By default glibc keeps much of what is freed, in pieces, and a server seems to grow for an hour.
+# By default glibc keeps much of the freed memory, in fragments, and a server seems to grow for an hour.
 _GIVEN_BACK = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "262144",
@@ -27,24 +27,26 @@ _GIVEN_BACK = {
 
 
 @contextmanager
-def a_server(url: str | None, model: Path | None, tell: Callable[[str], None]) -> Iterator[tuple[str, int | None]]:
-    """Yield the address of the server to soak and its process: the one given, without, or one started here.
+def a_server(
+    url: str | None, model: Path | None, show_progress: Callable[[str], None]
+) -> Iterator[tuple[str, int | None]]:
+    """Yield the address and the process id of the server to soak: the given one (without id), or one started here.
 
-    The latter has few KV blocks, short steps and small caches, so that requests are preempted, images come in
-    chunks and entries are evicted all the time. Its memory allocator gives back what is freed, so that what grows
-    is held.
+    The latter has few KV blocks, short steps and small caches, so that requests are preempted, images arrive in
+    chunks and cache entries are evicted all the time. Its allocator returns freed memory, so that growth means a
+    leak.
 
     Args:
-        url: A running server; then the model does not matter.
+        url: A running server; the model is then unused.
         model: Checkpoint to serve; the demo model by default.
-        tell: Told what is being done.
+        show_progress: Called with a line of text on the progress.
     """
     if url is not None:
         yield base_url(url), None
         return
-    tell("Starting a server with little of everything …")
+    show_progress("Starting a server with few resources …")
     options, environment = one_worker(_LITTLE, {"VLLM_CPU_KVCACHE_SPACE": "1", **_GIVEN_BACK})
     with serving(model or find_or_build_demo_model(), *options, environment=environment) as server:
         yield server.url, server.process.pid
         if not is_healthy(server.url):
-            raise BenchError(f"The server died of it.\n{log_end(server.log, 60)}")
+            raise BenchError(f"The server died during the soak.\n{log_end(server.log, 60)}")

@@ -1,4 +1,4 @@
-"""Synthetic features of known spectrum: what the kernels are measured on, in place of a model's."""
+"""Synthetic features with known spectra, for the kernel benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Draw = Callable[..., Tensor]
 
 
 def _power(exponent: float) -> Callable[[Draw, int, int], Tensor]:
-    """Gaussian tokens whose columns fall off as ``j ** -exponent``: eigenvalues as ``j ** (-2 exponent)``."""
+    """Gaussian tokens with column j scaled by ``j ** -exponent``: eigenvalues fall as ``j ** (-2 exponent)``."""
     return lambda draw, n, d: draw(n, d) * torch.arange(1, d + 1) ** -exponent
 
 
@@ -25,7 +25,7 @@ def _low_rank(rank: int, noise: float) -> Callable[[Draw, int, int], Tensor]:
 
 
 def _offset(size: float) -> Callable[[Draw, int, int], Tensor]:
-    """Power 0.5 beside a common part: mean cosines of about 0.5 and 0.9."""
+    """Power 0.5 plus a common vector: mean cosines are about 0.5 (size 1) and 0.9 (size 3)."""
 
     def make(draw: Draw, n: int, d: int) -> Tensor:
         scale = torch.arange(1, d + 1) ** -0.5
@@ -51,7 +51,7 @@ FAMILIES: Mapping[str, Callable[[Draw, int, int], Tensor]] = MappingProxyType(
         "offset 0.9": _offset(3.0),
     }
 )
-"""Twelve kinds of token sets: Gaussian, power laws, an exponential, clusters, low rank, repeated, off centre."""
+"""Twelve kinds of token sets: Gaussian, power laws, exponential, clusters, low rank, repeated, off-center."""
 
 TIMED = "power 0.5"
 

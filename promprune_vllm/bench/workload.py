@@ -1,4 +1,4 @@
-"""What the benchmarks of selection choose from: synthetic images, by our selection and by the plain procedure.
+"""Synthetic images for the selection benchmarks, with our selection and the plain procedure.
 
 ``mu`` is set from the float64 entropy so that about a quarter of the budget goes to saliency; otherwise stage 2
 would have nothing or everything to do.
@@ -17,16 +17,16 @@ from promprune_vllm.core.select import select_many
 from promprune_vllm.kernels import torch_ops
 
 TAU = 0.02
-_QUARTER = 1.0986122886681098  # ln 3: the logit of the share that covers
+_QUARTER = 1.0986122886681098  # ln 3: the logit of 3/4, the share that goes to coverage
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Images of one shape that are chosen from in one call, as the crops of one image are.
+    """Images of one shape that are pruned in one call, like the crops of one image.
 
     Args:
-        tokens: ``(N, D)`` each.
-        saliency: ``(N,)``, of all of them.
+        tokens: ``(N, D)`` features of each image.
+        saliency: ``(N,)`` saliency, shared by all images.
         mu: See ``PromPrune``.
     """
 
@@ -35,8 +35,8 @@ class Images:
     mu: float
 
     @classmethod
-    def drawn(cls, count: int, n: int, d: int, dtype: torch.dtype, device: torch.device) -> Images:
-        """Return images of the timed family, seeds 0 ... count - 1."""
+    def generate(cls, count: int, n: int, d: int, dtype: torch.dtype, device: torch.device) -> Images:
+        """Return images of the family ``spectra.TIMED``, with seeds 0 ... count - 1."""
         tokens = [spectra.features(spectra.TIMED, n, d, seed).to(device, dtype) for seed in range(count)]
         entropies = [float(torch_ops.spectral_entropy(x)) for x in tokens]
         saliency = torch.rand(n, generator=torch.Generator().manual_seed(1)).to(device)
@@ -46,14 +46,14 @@ class Images:
         """Return the same images with another saliency."""
         return replace(self, saliency=saliency)
 
-    def ours(self, keep: int) -> list[Tensor]:
-        """Return ``(keep,)`` tokens of each by PromPrune, on the path in force."""
+    def select(self, keep: int) -> list[Tensor]:
+        """Return ``(keep,)`` kept tokens of each image, by PromPrune on the kernels' path in force."""
         n = len(self.saliency)
         groups = [VisionFeatures(projected=x, grid=(1, 1, n), saliency=self.saliency) for x in self.tokens]
         chosen = select_many(groups, [keep] * len(groups), "promprune", mu=self.mu, tau=TAU)
         return [selection.indices for selection in chosen]
 
-    def plainly(self, keep: int) -> list[Tensor]:
-        """Return ``(keep,)`` tokens of each by the published procedure as one would write it down."""
+    def select_plain(self, keep: int) -> list[Tensor]:
+        """Return ``(keep,)`` kept tokens of each image, by the plain procedure."""
         with self.saliency.device:
             return [plain.select(x, self.saliency, keep, self.mu, TAU) for x in self.tokens]

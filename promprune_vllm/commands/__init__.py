@@ -1,4 +1,4 @@
-"""One module for each command of ``promprune``, named as the command is; ``cli.py`` registers them.
+"""One module per ``promprune`` command, with the same name; ``cli.py`` registers them.
 
-``promprune --help`` imports all of them, so each imports what is heavy only once its command runs.
+``promprune --help`` imports all of them, so each imports heavy modules only when its command runs.
 """

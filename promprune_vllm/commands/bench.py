@@ -1,4 +1,4 @@
-"""``promprune bench``: the options; everything heavy is imported by the command that needs it."""
+"""``promprune bench``: the options. Each command imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from promprune_vllm.commands.failures import fail, failing
 
 bench = typer.Typer(
     name="bench",
-    help="Measure: selecting tokens, a prefill with fewer, a server under load or for hours, adapting to content.",
+    help="Benchmarks: token selection, prefill, serving under load, long soaks, and adapting to content.",
     no_args_is_help=True,
 )
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
-_URL = Annotated[str | None, typer.Option("--url", help="A running server, such as http://host:8000.")]
+_URL = Annotated[
+    str | None,
+    typer.Option("--url", help="A running server, such as http://host:8000. Default: start one for the run."),
+]
 _MODEL = Annotated[
-    Path | None, typer.Option("--model", help="Checkpoint to serve without --url. Default: the demo model.")
+    Path | None, typer.Option("--model", help="Checkpoint to serve if there is no --url. Default: the demo model.")
 ]
 _BLOCKS = Annotated[
-    int, typer.Option("--kv-blocks", min=65, help="KV-cache blocks of 32 tokens of a server started here.")
+    int, typer.Option("--kv-blocks", min=65, help="Without --url: KV-cache blocks of the server, 32 tokens each.")
 ]
 _BUDGETS = Annotated[
     list[str] | None,
     typer.Option(
         "--budget",
-        help='What requests ask for; "none" for nothing. Repeat; ratios are to the first. Default: full, 256, 64 '
-        "(with --adaptive: full).",
+        help='Budget of the requests, or "none" to send none. Repeat to compare; ratios are relative to the '
+        "first. Default: full, 256, 64 (with --adaptive: full).",
     ),
 ]
 _FLIGHTS = Annotated[
@@ -40,9 +43,10 @@ _FLIGHTS = Annotated[
     ),
 ]
 _ADAPTIVE = Annotated[
-    bool, typer.Option("--adaptive", help='Compare "auto" under adapt-to-load with the first budget.')
+    bool,
+    typer.Option("--adaptive", help='Compare "auto" on a server that adapts to load with the first --budget.'),
 ]
-_ROUNDS = Annotated[int, typer.Option("--rounds", min=1, help="With --adaptive: how often, in turns.")]
+_ROUNDS = Annotated[int, typer.Option("--rounds", min=1, help="With --adaptive: alternating runs of each budget.")]
 
 
 @bench.command()
@@ -55,14 +59,16 @@ def serving(
     concurrency: _FLIGHTS = None,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests per run.")] = 64,
     output_tokens: Annotated[
-        int, typer.Option("--output-tokens", min=1, help="Length of the answers in tokens.")
+        int, typer.Option("--output-tokens", min=1, help="Length of each answer in tokens.")
     ] = 32,
-    image_px: Annotated[int, typer.Option("--image-px", min=16, help="Side of the images in pixels.")] = 336,
+    image_px: Annotated[
+        int, typer.Option("--image-px", min=16, help="Width and height of the images in pixels.")
+    ] = 336,
     adaptive: _ADAPTIVE = False,
     rounds: _ROUNDS = 2,
     as_json: _JSON = False,
 ) -> None:
-    """Put vLLM's own benchmark on a server: requests/s, time to first token and KV use for several budgets."""
+    """Run vLLM's own benchmark against a server: requests/s, time to first token and KV use per budget."""
     from rich.console import Console
 
     from promprune_vllm.bench import serving as measuring
@@ -82,10 +88,10 @@ def serving(
 
 @bench.command()
 def content(
-    method: Annotated[str, typer.Option("--method", help="The method that selects the tokens.")] = "promprune",
+    method: Annotated[str, typer.Option("--method", help="Method that selects the tokens.")] = "promprune",
     as_json: _JSON = False,
 ) -> None:
-    """Compare budgets that follow an image's content with fixed ones of the same mean, without any answers."""
+    """Compare content-adaptive budgets with fixed ones of the same mean, by what is selected; no model answers."""
     from promprune_vllm.bench import content as measuring
 
     with failing():
@@ -97,28 +103,34 @@ def content(
 def prefill(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b; repeat. Default: all."),
+        typer.Option("--model", help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b. Repeatable. Default: all."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     layers: Annotated[
         int | None,
         typer.Option("--layers", min=1, help="Decoder layers to run. Default: all on CUDA, 2 on a CPU."),
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats of each measurement, in turns.")] = 5,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Repeats of each measurement, interleaved.")
+    ] = 5,
     *,
     as_json: _JSON = False,
 ) -> None:
-    """Time what a user gains: a prefill with all visual tokens, with K, and choosing the K."""
+    """Time prefill with all visual tokens, prefill with K of them, and the selection of the K."""
     from rich.console import Console
 
     from promprune_vllm.bench import prefill as measuring
 
     if device not in ("cpu", "cuda"):
-        fail(f"--device is cpu or cuda, not {device!r}.")
+        fail(f"--device must be cpu or cuda, got {device!r}.")
     err = Console(stderr=True)
     with failing(), err.status("") as status:
         document = measuring.measure(
-            model or list(measuring.CASES), device=device, layers=layers, repeats=repeats, tell=status.update
+            model or list(measuring.CASES),
+            device=device,
+            layers=layers,
+            repeats=repeats,
+            show_progress=status.update,
         )
     _show(document, None if as_json else measuring.table(document))
 
@@ -128,14 +140,14 @@ def soak(
     *,
     url: _URL = None,
     model: _MODEL = None,
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Minutes of traffic, at most.")] = 10.0,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests, at most.")] = 10_000,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Stop after this many minutes.")] = 10.0,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Stop after this many requests.")] = 10_000,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight.")] = 16,
-    distinct: Annotated[int, typer.Option("--distinct", min=1, help="Different requests among them.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of all choices.")] = 0,
+    distinct: Annotated[int, typer.Option("--distinct", min=1, help="Number of different requests.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the traffic.")] = 0,
     as_json: _JSON = False,
 ) -> None:
-    """Mixed traffic for a long time: every answer as when asked alone, and nothing grows."""
+    """Send mixed traffic for a long time; check each answer against the same request alone, and for leaks."""
     from rich.console import Console
 
     from promprune_vllm.bench import soak as soaking
@@ -153,21 +165,28 @@ def soak(
 @bench.command()
 def kernels(
     *,
-    device: Annotated[str, typer.Option("--device", help="cpu, or cuda: eager and from a CUDA graph.")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", help="cpu or cuda; cuda is timed both eagerly and from a CUDA graph.")
+    ] = "cpu",
     threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Threads of torch; the compiled loops use one.")
+        int, typer.Option("--threads", min=1, help="torch threads; our compiled loops always use one.")
     ] = 1,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats of each measurement, in turns.")] = 7,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Repeats of each measurement, interleaved.")
+    ] = 7,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Type of the features: float32, bfloat16 or float16.")
     ] = "float32",
     case: Annotated[
-        list[str] | None, typer.Option("--case", help="Only this one, N x D : K, such as 576x4096:64; repeat.")
+        list[str] | None,
+        typer.Option("--case", help="Run only this case, NxD:K, such as 576x4096:64. Repeatable."),
     ] = None,
-    large: Annotated[bool, typer.Option("--large", help="Also 16384x3584:512: minutes and 10 GB.")] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="Also run 16384x3584:512; takes minutes and 10 GB.")
+    ] = False,
     as_json: _JSON = False,
 ) -> None:
-    """Time selecting tokens: ours, the plain float32 procedure, and on a CPU our float64 reference."""
+    """Time token selection: our kernels, straightforward float32 torch, and on CPU our float64 reference."""
     from promprune_vllm.bench import kernel_cases
     from promprune_vllm.bench import kernels as measured
 
@@ -179,7 +198,7 @@ def kernels(
 
 
 def _budget(text: str) -> object:
-    """Read a budget as JSON where it is that: 64, 0.25; "none" is no budget, anything else a string."""
+    """Parse a budget: "none" for no budget, JSON such as 64 or 0.25, or else the string itself."""
     if text == "none":
         return None
     try:

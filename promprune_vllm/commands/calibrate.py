@@ -12,14 +12,14 @@ import typer
 from promprune_vllm.commands.failures import fail, failing
 from promprune_vllm.commands.vllm_cli import fail_without_vllm
 
-_MODEL = Annotated[str, typer.Argument(help="Model as vLLM takes it; comes before vLLM's options.")]
+_MODEL = Annotated[str, typer.Argument(help="Model name or path, as for vLLM. Must precede vLLM's options.")]
 _IMAGES = Annotated[
     list[Path],
-    typer.Option("--images", help="Directory of images like those to be served; repeat it, one for each kind."),
+    typer.Option("--images", help="Directory of images like the ones you will serve. Repeat for each kind."),
 ]
 _LIMIT = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Images of each directory, spread over its names; default: all."),
+    typer.Option("--limit", min=1, help="Images per directory, spread evenly over its file names. Default: all."),
 ]
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document with every value.")]
 
@@ -27,10 +27,10 @@ _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document wit
 def calibrate(
     context: typer.Context, model: _MODEL, images: _IMAGES, limit: _LIMIT = None, as_json: _JSON = False
 ) -> None:
-    """Estimate PromPrune's mu for MODEL from the entropy of images. Takes vLLM's options, such as --dtype.
+    """Estimate PromPrune's mu for MODEL from the entropy of your images. Accepts vLLM's options, such as --dtype.
 
-    Of one directory it is the median; of several the midpoint between the lowest and the highest median, which
-    does not depend on how many images there are of each kind.
+    With one directory, mu is the median. With several, it is the midpoint between the lowest and the highest
+    median, so it does not depend on how many images each directory has.
     """
     from rich.console import Console
 
@@ -38,7 +38,7 @@ def calibrate(
     from promprune_vllm.engine.worker.calibration_run import calibrate as measure
 
     if model.startswith("-"):
-        fail(f"MODEL comes before vLLM's options, and {model} stands in its place.")
+        fail(f"MODEL must come before vLLM's options, got {model} first.")
     err = Console(stderr=True)
     try:
         with failing(), err.status("") as status:

@@ -1,4 +1,4 @@
-"""What ``promprune calibrate`` prints."""
+"""The tables and advice that ``promprune calibrate`` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LABELS = {"p5": "5 %", "p25": "25 %", "p75": "75 %", "p95": "95 %"}
 
 
 def show(report: CalibrationReport, console: Console) -> None:
-    """Print the figures, the distribution, and the option to start a server with."""
+    """Print the figures, the distribution, and the server option that sets the suggested ``mu``."""
     entropies = report.entropies
     tokens = sorted(image.tokens for image in report.images)
     few, usual, many = (quantile(tokens, SHARES[name]) for name in ("min", "median", "max"))
@@ -25,7 +25,7 @@ def show(report: CalibrationReport, console: Console) -> None:
     )
     if len(entropies) != len(report.images):
         console.print(
-            f"Each tile of an image has statistics of its own: the figures are of {len(entropies)} tiles.",
+            f"Each tile of an image has its own statistics: the figures below are for {len(entropies)} tiles.",
             highlight=False,
             soft_wrap=True,
         )
@@ -61,8 +61,8 @@ def _advice(report: CalibrationReport) -> str:
     far, in_force = SATURATION * report.options["tau"], float(report.options["mu"])
     now, then = _percent(report.saturated(in_force)), _percent(report.saturated(report.mu))
     return (
-        f"\nSuggested mu: {report.mu}, {_why(report)}. Where H is farther than {SATURATION:g} tau = {far:g} "
-        f"from mu, the split hardly depends on it:\n{then} lie there with this mu, {now} with the one in force, "
+        f"\nSuggested mu: {report.mu}, {_why(report)}. Where H is more than {SATURATION:g} tau = {far:g} "
+        f"away from mu, the split hardly depends on H:\nthat is {then} with this mu, {now} with the mu in force, "
         f"{in_force}.\n\n{option(report)}"
     )
 

@@ -1,4 +1,4 @@
-"""``promprune demo-model``: where the trained model is, how good it is, how to train it, and tiny random ones."""
+"""``promprune demo-model``: show, score and train the demo model; write tiny random models of each family."""
 
 from __future__ import annotations
 
@@ -14,30 +14,36 @@ from promprune_vllm.commands.checkout import import_from_checkout
 from promprune_vllm.commands.failures import fail
 from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 
-# What bytes as tokens and heads of 32 suit: a short context, exact sums, blocks the CPU's attention takes.
+# For tiny models with byte tokens and head size 32: a short context, exact sums, a block size that the CPU
+# attention supports.
 _TINY_OPTIONS = "--dtype float32 --max-model-len 2048 --block-size 32 --enforce-eager"
 
 
 _FAMILY = Annotated[
     str | None,
     typer.Option(
-        "--family", help="Write random weights of llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl to --out."
+        "--family",
+        help="Write a tiny random model to --out: llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl.",
     ),
 ]
-_TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or go on with it.")]
-_SCORE = Annotated[bool, typer.Option("--score", help="Score it (or the one in --out) on held-out scenes.")]
+_TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or resume there.")]
+_SCORE = Annotated[
+    bool, typer.Option("--score", help="Score the demo model, or the one in --out, on held-out scenes.")
+]
 _DRAW = Annotated[
     bool,
-    typer.Option("--draw", help="Draw scenes it was trained on as PNG files in --out, a folder of each kind."),
+    typer.Option("--draw", help="Draw training scenes as PNG files in --out, one folder per kind."),
 ]
-_OUT = Annotated[Path | None, typer.Option("--out", help="Directory of what is made, trained, drawn or scored.")]
-_SEED = Annotated[int, typer.Option("--seed", help="Seed of weights and scenes.")]
-_MINUTES = Annotated[float, typer.Option("--minutes", min=0.01, help="Minutes to train, in all.")]
+_OUT = Annotated[
+    Path | None, typer.Option("--out", help="Directory to write to; with --score, the model to read.")
+]
+_SEED = Annotated[int, typer.Option("--seed", help="Random seed of weights and scenes.")]
+_MINUTES = Annotated[float, typer.Option("--minutes", min=0.01, help="With --train: total training time.")]
 _DEVICE = Annotated[str, typer.Option("--device", help="With --train: cpu or cuda.")]
 _FRESH = Annotated[
-    bool, typer.Option("--fresh/--resume", help="With --train: begin anew even if there is a checkpoint.")
+    bool, typer.Option("--fresh/--resume", help="With --train: start over even if there is a checkpoint.")
 ]
-_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score or --draw: scenes of each kind.")]
+_SCENES = Annotated[int, typer.Option("--scenes", min=1, help="With --score or --draw: scenes per kind.")]
 _JSON = Annotated[bool, typer.Option("--json", help="With --score: print one JSON document.")]
 
 
@@ -55,15 +61,15 @@ def demo_model(
     scenes: _SCENES = 300,
     as_json: _JSON = False,
 ) -> None:
-    """Say where the trained demo model is and how good; train, score it; draw its scenes; write a random one."""
-    asked = {"--family": family, "--train": train, "--score": score, "--draw": draw}
-    chosen = [name for name, on in asked.items() if on]
-    if len(chosen) > 1:
-        fail(f"{' and '.join(chosen)} do not go together.")
+    """Print the path and scores of the demo model; train or score it, draw its scenes, or write a random model."""
+    modes = {"--family": family, "--train": train, "--score": score, "--draw": draw}
+    requested = [name for name, on in modes.items() if on]
+    if len(requested) > 1:
+        fail(f"{' and '.join(requested)} cannot be combined.")
     if (family or train or draw) and out is None:
-        fail(f"{chosen[0]} needs --out DIR.")
+        fail(f"{requested[0]} needs --out DIR.")
     if device not in ("cpu", "cuda"):
-        fail(f"--device is cpu or cuda, not {device}.")
+        fail(f"--device must be cpu or cuda, got {device}.")
     if family and out:
         _write_random(family, out, seed)
     elif train and out:
@@ -76,7 +82,7 @@ def demo_model(
         fail("This package has no trained demo model yet: promprune demo-model --train --out DIR makes one.")
     else:
         typer.echo(TRAINED)
-        typer.echo(f"Its card: {CARD}\nPer cent right on held-out scenes, all 576 tokens:", err=True)
+        typer.echo(f"Model card: {CARD}\nPercent correct on held-out scenes, all 576 tokens:", err=True)
         _show(json.loads(SCORES.read_text())["full"])
 
 
@@ -88,7 +94,7 @@ def _write_random(family: str, out: Path, seed: int) -> None:
     except (ValueError, OSError) as error:
         fail(str(error))
     typer.echo(directory)
-    # On stderr, so that MODEL=$(promprune demo-model ...) is the directory alone.
+    # On stderr, so that MODEL=$(promprune demo-model ...) is only the directory.
     typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {_TINY_OPTIONS}", err=True)
 
 
@@ -106,7 +112,7 @@ def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) ->
     except (ValueError, ModuleNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail(f"Stopped. The same command goes on from the last checkpoint in {out}.")
+        fail(f"Stopped. Run the same command to resume from the last checkpoint in {out}.")
     typer.echo(model)
     typer.echo(f"Score it with: promprune demo-model --score --out {shlex.quote(str(model))}", err=True)
 
@@ -123,7 +129,7 @@ def _draw(out: Path, scenes: int) -> None:
 
 def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
     if not (directory / "config.json").is_file():
-        fail(f"{directory} holds no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
+        fail(f"{directory} has no model: promprune demo-model --train --out DIR makes one, as DIR/model.")
     scores = _training("--score").score(directory, scenes)
     if as_json:
         typer.echo(json.dumps({"scenes of each kind": scenes} | scores, indent=2))

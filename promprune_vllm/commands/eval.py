@@ -1,4 +1,4 @@
-"""``promprune eval``: its options; everything heavy is imported once they are read."""
+"""``promprune eval``: the options. Heavy modules are imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -16,42 +16,52 @@ from promprune_vllm.commands.failures import failing
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from promprune_vllm.evaluation.plan import Wanted
+    from promprune_vllm.evaluation.plan import Options
     from promprune_vllm.evaluation.report import Report
 
 BUDGETS = "192,128,64,32,16,8"
 _URL = Annotated[
     str | None,
-    typer.Option("--url", help="A running server, such as http://host:8000; without one, the demo's is started."),
+    typer.Option("--url", help="A running server, such as http://host:8000. Default: start one for the run."),
 ]
-_KEY = Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Of the server at --url.")]
+_KEY = Annotated[
+    str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="API key of the server at --url, if any.")
+]
 _MODEL = Annotated[
     str | None,
-    typer.Option("--model", help="Name at --url, by default the first; without --url, the checkpoint to serve."),
+    typer.Option(
+        "--model",
+        help="With --url: model name (default: the server's first). Without: checkpoint to serve (default: the "
+        "demo model).",
+    ),
 ]
 _METHODS = Annotated[
     str,
     typer.Option(
-        "--methods", help="With commas between; name:N asks N questions, * is all others (default: all)."
+        "--methods",
+        help="Comma-separated; name:N asks N questions per task, * is all other methods (default: all).",
     ),
 ]
-_BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
+_BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", comma-separated.')]
 _TASKS = Annotated[
     str,
     typer.Option(
-        "--tasks", help="Tasks or kinds of scenes, with commas between; name:N caps it at N (default: all)."
+        "--tasks",
+        help="Tasks or kinds of scenes, comma-separated; name:N caps one at N questions (default: all).",
     ),
 ]
-_QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Questions of each task with each method.")]
-_OUT = Annotated[Path, typer.Option("--out", help="Folder of the answers; goes on with what is there.")]
+_QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Questions per task and method.")]
+_OUT = Annotated[Path, typer.Option("--out", help="Folder for answers and reports; resumes what is there.")]
 _FLIGHT = Annotated[int, typer.Option("--concurrency", min=1, max=256, help="Requests in flight.")]
-_REPORT = Annotated[bool, typer.Option("--report-only", help="Ask nothing: report on what --out has.")]
+_REPORT = Annotated[bool, typer.Option("--report-only", help="Ask nothing; report on the answers in --out.")]
 _PLOTS = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs matplotlib.")]
 _LMMS = Annotated[
-    str, typer.Option("--lmms", help="Run lmms-eval's TASKS, such as pope,mme,gqa, in place of ours.")
+    str, typer.Option("--lmms", help="Run these lmms-eval tasks, such as pope,mme,gqa, instead of ours.")
 ]
-_COMMAND = Annotated[str, typer.Option("--lmms-command", help="How lmms-eval is run, in its own environment.")]
-_WORDS = Annotated[str, typer.Option("--lmms-args", help='Handed to lmms-eval, such as "--limit 200".')]
+_COMMAND = Annotated[
+    str, typer.Option("--lmms-command", help="Command that runs lmms-eval, from its own environment.")
+]
+_WORDS = Annotated[str, typer.Option("--lmms-args", help='Extra arguments for lmms-eval, such as "--limit 200".')]
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 
@@ -83,34 +93,34 @@ def evaluate(
 ) -> None:
     """Measure what pruning costs: questions about generated scenes, by method, budget and task, over HTTP.
 
-    Every answer is a line of OUT/answers.jsonl; the same command goes on after an interruption. With --lmms, the
-    benchmarks of the papers are asked instead, by lmms-eval.
+    Each answer is a line of OUT/answers.jsonl; after an interruption, the same command resumes. With --lmms,
+    lmms-eval runs the papers' benchmarks instead.
     """
     from rich.console import Console
 
-    from promprune_vllm.evaluation.plan import wanted
+    from promprune_vllm.evaluation.plan import parse_options
 
     err, where = Console(stderr=True), _Where(url, model, api_key, out)
     try:
         with failing():
-            asked = wanted(
+            options = parse_options(
                 tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url)
             )
             if lmms:
-                _drive_lmms(where, asked, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
+                _drive_lmms(where, options, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
                 return
             if plots:
                 from promprune_vllm.evaluation.plots import require
 
                 require()
-            _show(_report(where, None if report_only else asked, err), out, err, plots=plots, as_json=as_json)
+            _show(_report(where, None if report_only else options, err), out, err, plots=plots, as_json=as_json)
     except KeyboardInterrupt:
-        typer.secho(f"promprune: interrupted; the same command goes on with {out}.", err=True)
+        typer.secho(f"promprune: interrupted; run the same command to resume from {out}.", err=True)
         raise typer.Exit(code=130) from None
 
 
 def _check(url: str | None) -> Callable[[str], object]:
-    """Return what refuses a method's name: the registry, or nobody before the server at ``--url`` is asked."""
+    """Return what validates method names: the registry; with ``--url``, nothing, as the server's methods count."""
     if url is not None:
         return str
     from promprune_vllm.core.registry import get_method
@@ -118,33 +128,33 @@ def _check(url: str | None) -> Callable[[str], object]:
     return get_method
 
 
-def _report(where: _Where, asked: Wanted | None, err: Console) -> Report:
+def _report(where: _Where, options: Options | None, err: Console) -> Report:
     from promprune_vllm.evaluation import run
-    from promprune_vllm.evaluation.serving import a_server
-    from promprune_vllm.evaluation.target import look
+    from promprune_vllm.evaluation.server import a_server
+    from promprune_vllm.evaluation.target import find_target
 
-    if asked is None:
+    if options is None:
         return run.write(where.out)
     checkpoint = Path(where.model) if where.model and where.url is None else None
     with a_server(where.url, checkpoint, err) as address:
-        target = look(address, where.model if where.url else None, where.api_key)
-        return run.evaluate(target, asked.plan(list(target.methods)), where.out, err)
+        target = find_target(address, where.model if where.url else None, where.api_key)
+        return run.evaluate(target, options.plan(list(target.methods)), where.out, err)
 
 
 def _drive_lmms(
-    where: _Where, asked: Wanted, tasks: str, command: str, words: str, *, err: Console, as_json: bool
+    where: _Where, options: Options, tasks: str, command: str, words: str, *, err: Console, as_json: bool
 ) -> None:
     from promprune_vllm.errors import EvaluationError
     from promprune_vllm.evaluation import lmms
-    from promprune_vllm.evaluation.plan import listed
-    from promprune_vllm.evaluation.target import look
+    from promprune_vllm.evaluation.plan import split_list
+    from promprune_vllm.evaluation.target import find_target
 
     if where.url is None:
-        raise EvaluationError("--lmms asks a server that runs: give its address with --url.")
-    target = look(where.url, where.model, where.api_key)
-    names = tuple(listed(tasks))
-    run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, asked.concurrency)
-    document = lmms.drive(target, asked.plan(list(target.methods)).ways, run, err)
+        raise EvaluationError("--lmms needs a running server: give its address with --url.")
+    target = find_target(where.url, where.model, where.api_key)
+    names = tuple(split_list(tasks))
+    run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, options.concurrency)
+    document = lmms.drive(target, options.plan(list(target.methods)).ways, run, err)
     typer.echo(json.dumps(document, indent=2) if as_json else lmms.table(lmms.rows_of(document), names))
 
 
@@ -160,6 +170,4 @@ def _show(report: Report, out: Path, err: Console, *, plots: bool, as_json: bool
         typer.echo(json.dumps(report.as_document(), indent=2))
     else:
         Console(width=None if Console().is_terminal else 130).print(terminal(report))
-    err.print(
-        f"Everything is in {out}: summary.md, summary.json{', the plots' if plots else ''}.", highlight=False
-    )
+    err.print(f"Results are in {out}: summary.md, summary.json{', plots' if plots else ''}.", highlight=False)

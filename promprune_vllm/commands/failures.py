@@ -1,4 +1,4 @@
-"""How a command ends that cannot do its work: one line on stderr and an exit status."""
+"""How commands report failure: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 @contextmanager
 def failing(status: int = 2) -> Iterator[None]:
-    """Turn an error of ours inside the block into one line on stderr and an exit status."""
+    """Turn a ``PromPruneError`` in the block into one line on stderr and an exit status."""
     try:
         yield
     except PromPruneError as error:

@@ -19,7 +19,7 @@ def families(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
-    """List the model families whose visual tokens can be pruned, and what is refused."""
+    """List the model families that can be pruned, and what each of them refuses."""
     if as_markdown:
         typer.echo(markdown())
     elif as_json:
@@ -29,7 +29,7 @@ def families(
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every family as plain data; ``mu`` is the one in force, ``mu_source`` where it comes from."""
+    """Describe every family as plain data; ``mu`` is its default, ``mu_source`` where that comes from."""
     from promprune_vllm.engine.families import FAMILIES
 
     return [
@@ -63,7 +63,7 @@ def markdown() -> str:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    """Print the families one below the other: side by side, their sentences would be columns of single words."""
+    """Print one family per block: as a table, its sentences would become columns one word wide."""
     from rich.console import Console
     from rich.table import Table
 
@@ -77,7 +77,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _calibration(row: dict[str, Any]) -> str:
-    """Say which ``mu`` a row of ``describe`` has, and where it comes from."""
+    """Format the ``mu`` of a row of ``describe``, and where it comes from."""
     return f"mu {row['mu']} ({row['mu_source']})"
 
 

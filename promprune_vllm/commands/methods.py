@@ -29,7 +29,7 @@ def methods(
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every method as plain data: name, paper, summary, needs, whether it merges, and its default options."""
+    """Describe every method as plain data: name, paper, summary, needs, whether it merges, default options."""
     from promprune_vllm.core.registry import methods as registered
     from promprune_vllm.core.registry import options_of
 
@@ -47,7 +47,7 @@ def describe() -> list[dict[str, Any]]:
 
 
 def _summary(method: type[Selector]) -> str:
-    """First line of a method's docstring: what it does."""
+    """Return the first line of a method's docstring, which says what it does."""
     return (inspect.getdoc(method) or "").partition("\n")[0]
 
 

@@ -14,7 +14,7 @@ def metrics(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/metrics.md.")] = False,
 ) -> None:
-    """List the Prometheus metrics that a server adds to vLLM's on /metrics, with their types and labels."""
+    """List the Prometheus metrics that the plugin adds to vLLM's /metrics, with types and labels."""
     if as_markdown:
         typer.echo(markdown())
     elif as_json:
@@ -24,7 +24,7 @@ def metrics(
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every metric as plain data."""
+    """Describe every metric as plain data."""
     from promprune_vllm.metrics.catalog import CATALOG
 
     return [
@@ -50,10 +50,10 @@ def markdown() -> str:
 
 
 def _labels() -> dict[str, str]:
-    """What each label says, with the values it can take."""
+    """Return what each label means, with the values it can take."""
     from promprune_vllm.metrics.catalog import LABELS
 
-    return {name: f"{text}: {', '.join(known)}" if known else text for name, (text, known) in LABELS.items()}
+    return {name: f"{text}: {', '.join(values)}" if values else text for name, (text, values) in LABELS.items()}
 
 
 def _show() -> None:

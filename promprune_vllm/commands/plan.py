@@ -16,39 +16,39 @@ from promprune_vllm.planning.capacity import plan as rows_of
 from promprune_vllm.planning.facts import Facts, read
 
 _MODEL = Annotated[
-    str, typer.Option("--model", help="Its directory, its config.json, or its name on the Hugging Face hub.")
+    str, typer.Option("--model", help="Model directory, path of its config.json, or Hugging Face name.")
 ]
-_GPU = Annotated[str, typer.Option("--gpu", help=f"A GPU by name: {', '.join(GPUS)}.")]
+_GPU = Annotated[str, typer.Option("--gpu", help=f"GPU: {', '.join(GPUS)}.")]
 _MEMORY = Annotated[
-    float | None, typer.Option("--gpu-memory", min=0.1, help="GiB of memory it has (default: the named one's).")
+    float | None, typer.Option("--gpu-memory", min=0.1, help="GiB of memory per GPU (default: that of --gpu).")
 ]
 _TFLOPS = Annotated[
     float | None,
     typer.Option(
         "--tflops",
         min=0.1,
-        help="Its peak in dense bfloat16, 10^12 operations a second (default: the named one's).",
+        help="Peak dense bfloat16 throughput per GPU, in TFLOPS (default: that of --gpu).",
     ),
 ]
-_RANKS = Annotated[int, typer.Option("--ranks", min=1, help="GPUs that share the model (tensor parallel).")]
+_RANKS = Annotated[int, typer.Option("--ranks", min=1, help="GPUs per model (tensor parallel size).")]
 _USED = Annotated[
     float,
     typer.Option(
-        "--gpu-memory-utilization", min=0.05, max=1.0, help="Share of it vLLM may take, as its own option."
+        "--gpu-memory-utilization", min=0.05, max=1.0, help="As vLLM's option: share of GPU memory it may use."
     ),
 ]
 _RESERVE = Annotated[
-    float, typer.Option("--reserve", min=0.0, help="GiB of each GPU for activations and CUDA graphs.")
+    float, typer.Option("--reserve", min=0.0, help="GiB per GPU for activations and CUDA graphs.")
 ]
-_MFU = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak that is reached.")]
+_MFU = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of peak throughput that is reached.")]
 _CACHE = Annotated[
-    str, typer.Option("--kv-cache-dtype", help="auto (that of the weights), fp8, bfloat16 or float16.")
+    str, typer.Option("--kv-cache-dtype", help="auto (same as the weights), fp8, bfloat16 or float16.")
 ]
-_IMAGE = Annotated[str, typer.Option("--image", metavar="WxH", help="Size of an image in pixels.")]
-_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Images in a chat.")]
-_TEXT = Annotated[int, typer.Option("--text-tokens", min=0, help="Tokens of a prompt besides its images.")]
-_ANSWER = Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens of an answer.")]
-_BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", with commas between.')]
+_IMAGE = Annotated[str, typer.Option("--image", metavar="WxH", help="Image size in pixels.")]
+_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Images per chat.")]
+_TEXT = Annotated[int, typer.Option("--text-tokens", min=0, help="Prompt tokens besides the images.")]
+_ANSWER = Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens per answer.")]
+_BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", comma-separated.')]
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 _MARKDOWN = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 
@@ -72,10 +72,10 @@ def plan(
     as_json: _JSON = False,
     as_markdown: _MARKDOWN = False,
 ) -> None:
-    """Work out what budgets are worth on a GPU from a model's config.json: KV cache, chats at once, images/s."""
+    """Estimate from a model's config.json what budgets save on a GPU: KV cache, concurrent chats, images/s."""
     with failing(status=1):
-        chosen = _gpu(gpu, gpu_memory, tflops)
-        server = Server(chosen, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
+        gpu_spec = _gpu(gpu, gpu_memory, tflops)
+        server = Server(gpu_spec, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
         traffic = Traffic(_size(image), images, text_tokens, answer_tokens)
         facts = read(model)
         rows = rows_of(facts, server, traffic, [_budget(text) for text in budgets.split(",") if text.strip()])
@@ -91,24 +91,24 @@ def plan(
 def _gpu(name: str, memory: float | None, tflops: float | None) -> Gpu:
     if name not in GPUS:
         raise PlanError(
-            f"--gpu {name!r} is none of {', '.join(GPUS)}. For another one, take the nearest and give "
+            f"--gpu must be one of {', '.join(GPUS)}, got {name!r}. For another GPU, name the closest one and set "
             "--gpu-memory and --tflops."
         )
-    known = GPUS[name]
-    return Gpu(memory or known.memory_gib, tflops or known.tflops)
+    data_sheet = GPUS[name]
+    return Gpu(memory or data_sheet.memory_gib, tflops or data_sheet.tflops)
 
 
 def _cache_bytes(name: str) -> int | None:
     kinds = {"auto": None, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "bfloat16": 2, "float16": 2}
     if name not in kinds:
-        raise PlanError(f"--kv-cache-dtype {name!r} is none of {', '.join(kinds)}.")
+        raise PlanError(f"--kv-cache-dtype must be one of {', '.join(kinds)}, got {name!r}.")
     return kinds[name]
 
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise PlanError(f"--image {text!r} is no size; write width and height in pixels, such as 1024x768.")
+        raise PlanError(f"--image {text!r} is not a size; give width and height in pixels, such as 1024x768.")
     return int(width), int(height)
 
 
@@ -161,9 +161,9 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
     out.print(table)
     out.print(
         f"{facts.parameters / 1e9:.2f} billion weights; {memory / GIB:.1f} GiB for the KV cache, "
-        f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB a token. A chat: {traffic.images} of {size} "
-        f"px, {traffic.text_tokens} tokens of text, {traffic.answer_tokens} of answer. images/s and arithmetic "
-        f"are encoding and prefill at {100 * server.mfu:.0f} % of the peak: the encoder sees every patch at every "
-        "budget, and answers come on top.",
+        f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB per token. One chat: {traffic.images} of "
+        f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. images/s and "
+        f"arithmetic cover encoding and prefill at {100 * server.mfu:.0f} % of peak: the encoder processes every "
+        "patch at every budget, and decoding is extra.",
         highlight=False,
     )

@@ -13,7 +13,7 @@ from promprune_vllm.core.budget import from_text
 from promprune_vllm.errors import InspectError
 
 _DEFAULT_BUDGET = "64"
-_WIDTH_PX = 840  # of one picture in a sheet, at most
+_WIDTH_PX = 840  # maximum width of one picture in a sheet
 
 
 def select(
@@ -22,36 +22,38 @@ def select(
     budget: Annotated[
         str | None, typer.Option(help='Tokens to keep: 64, 0.25, "25%" or "full" (default: 64).')
     ] = None,
-    method: Annotated[str | None, typer.Option(help="The method that selects (default: the server's).")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Method that selects the tokens (default: the server's).")
+    ] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="A picture for each of these methods.")
+        str | None, typer.Option(metavar="NAME,NAME", help="Draw one picture for each of these methods.")
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(metavar="K,K", help="A picture for each of these budgets.")
+        str | None, typer.Option(metavar="K,K", help="Draw one picture for each of these budgets.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="The question, for methods that look at it.")] = None,
+    text: Annotated[str | None, typer.Option(help="The question, for methods that use it.")] = None,
     url: Annotated[str, typer.Option(help="Address of a running server.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of the server at --url, if it asks for one.")
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server at --url, if any.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG file to write (default: IMAGE.overlay.png of the first).")
+        Path | None, typer.Option(help="PNG file to write (default: IMAGE.overlay.png for the first IMAGE).")
     ] = None,
-    columns: Annotated[int, typer.Option(min=1, help="Pictures in a row of the sheet.")] = 4,
+    columns: Annotated[int, typer.Option(min=1, help="Pictures per row of the sheet.")] = 4,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print what the server tells, a JSON line for each picture.")
+        bool, typer.Option("--json", help="Print the server's reply, one JSON line per picture.")
     ] = False,
 ) -> None:
-    """Draw which visual tokens of images a server keeps.
+    """Draw which visual tokens of your images a server keeps.
 
-    One picture for each image; with --compare or --budgets one for each method or budget, a row for each image.
+    One picture per image; with --compare or --budgets, one row per image with a picture per method or budget.
     """
     from rich.console import Console
 
     settings = _settings(budget, budgets, method, compare)
     err = Console(stderr=True)
     with failing(status=1):
-        rows = _looked(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
+        rows = _inspect_all(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
         if out is not None or not as_json:
             target = out or images[0].with_suffix(".overlay.png")
             _write(rows, target, columns)
@@ -62,15 +64,15 @@ def _settings(
     budget: str | None, budgets: str | None, method: str | None, compare: str | None
 ) -> list[tuple[object, str | None]]:
     if budget is not None and budgets is not None:
-        raise typer.BadParameter("--budget is one, --budgets are several: give one of the two.")
+        raise typer.BadParameter("--budget takes one value, --budgets several: give only one of these options.")
     if method is not None and compare is not None:
-        raise typer.BadParameter("--method is one, --compare are several: give one of the two.")
+        raise typer.BadParameter("--method takes one name, --compare several: give only one of these options.")
     each_budget = _names(budgets) if budgets else [budget or _DEFAULT_BUDGET]
     each_method = _names(compare) if compare else [method]
     return [(from_text(text), name) for name in each_method for text in each_budget]
 
 
-def _looked(
+def _inspect_all(
     images: list[Path],
     settings: list[tuple[object, str | None]],
     *,
@@ -82,31 +84,31 @@ def _looked(
 ) -> list[list[Any]]:
     from rich.progress import track
 
-    from promprune_vllm.overlay.client import Inspecting
+    from promprune_vllm.overlay.client import InspectClient
     from promprune_vllm.overlay.drawing import caption, overlay, titled
 
     rows: list[list[Any]] = [[] for _ in images]
     jobs = [(row, image, setting) for row, image in zip(rows, images, strict=True) for setting in settings]
-    with Inspecting(url, api_key) as server:
-        for row, image, (budget, method) in track(jobs, "Looking …", console=err, disable=not err.is_terminal):
-            told = server.look(image, budget, method, text)
+    with InspectClient(url, api_key) as server:
+        for row, image, (budget, method) in track(jobs, "Inspecting …", console=err, disable=not err.is_terminal):
+            reply = server.inspect(image, budget, method, text)
             if as_json:
-                print(json.dumps({"file": str(image), "visual_token_budget": budget, **told}), flush=True)
-            row.append(titled(_fitted(overlay(_opened(image), told)), f"{image.name}, {caption(told)}"))
+                print(json.dumps({"file": str(image), "visual_token_budget": budget, **reply}), flush=True)
+            row.append(titled(_fit(overlay(_open(image), reply)), f"{image.name}, {caption(reply)}"))
     return rows
 
 
-def _opened(image: Path) -> Any:
+def _open(image: Path) -> Any:
     from PIL import Image, ImageOps
 
     try:
         with Image.open(image) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")  # as the server turns it
+            return ImageOps.exif_transpose(file).convert("RGB")  # rotated as the server does it
     except (OSError, Image.DecompressionBombError) as error:
         raise InspectError(f"{image} cannot be drawn: {error}") from error
 
 
-def _fitted(picture: Any) -> Any:
+def _fit(picture: Any) -> Any:
     if picture.width <= _WIDTH_PX:
         return picture
     return picture.resize((_WIDTH_PX, max(1, round(picture.height * _WIDTH_PX / picture.width))))
@@ -124,5 +126,5 @@ def _write(rows: list[list[Any]], target: Path, columns: int) -> None:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise typer.BadParameter(f"{text!r} names nothing; write values with commas between.")
+        raise typer.BadParameter(f"{text!r} has no values; give them comma-separated.")
     return names

@@ -9,7 +9,7 @@ from promprune_vllm.commands.failures import failing
 
 
 def serve(context: typer.Context) -> None:
-    """Serve MODEL with vLLM and pruning. Takes every option of `vllm serve`, and --visual-token-... of ours."""
+    """Serve MODEL with vLLM and pruning. Accepts every `vllm serve` option and our --visual-token-... ones."""
     from promprune_vllm.commands import serve_options
     from promprune_vllm.config import Settings
 

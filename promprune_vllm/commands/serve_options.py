@@ -1,4 +1,4 @@
-"""The options that ``promprune serve`` adds to vLLM's: made from ``Settings``, handed on as variables."""
+"""The options that ``promprune serve`` adds to vLLM's: built from ``Settings``, passed on as variables."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from promprune_vllm.config import FLAG, PREFIX, Settings
 _ALIASES = {"allow_methods": ("--allow-methods",), "inspector": ("--inspector",)}
 _METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME"}
 _EPILOG = """\
-Requests choose how many tokens an image keeps: {"visual_token_budget": 64, ...}.
-Everything below is vLLM's own help.
+Each request sets how many tokens to keep per image: {"visual_token_budget": 64, ...}.
+The rest of this help is vLLM's own.
 """
 
 
@@ -23,7 +23,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Put our options into the environment, where every process of vLLM finds them.
 
     Returns:
-        The arguments that are not ours, and whether only the settings are to be shown.
+        The arguments that are not ours, and whether ``--dry-run`` is among ours.
     """
     ours, rest = _parser().parse_known_args(list(arguments))
     options = vars(ours)
@@ -35,7 +35,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def help_text() -> str:
-    """Our part of ``promprune serve --help``."""
+    """Return our part of ``promprune serve --help``."""
     return _parser().format_help()
 
 
@@ -45,9 +45,9 @@ def variable(name: str) -> str:
 
 
 def explanation(field: FieldInfo) -> str:
-    """Return what a setting does and its default, as help and documents say it."""
-    told = "default" in str(field.description) or field.default_factory is not None
-    default = "" if told or field.default in (None, False, ()) else f" (default: {field.default})"
+    """Return what a setting does and its default, for ``--help`` and the documents."""
+    says_default = "default" in str(field.description) or field.default_factory is not None
+    default = "" if says_default or field.default in (None, False, ()) else f" (default: {field.default})"
     return f"{field.description}{default}"
 
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
             switch = argparse.BooleanOptionalAction
             group.add_argument(*flags, dest=name, action=switch, default=None, help=explained)
         else:
-            # The settings themselves refuse what is none of the choices, as they do for the variable.
+            # No `choices=` here: Settings refuses other values, in the same way as for the variable.
             choices = typing.get_args(field.annotation) if _is_choice(field.annotation) else ()
             metavar = f"{{{','.join(choices)}}}" if choices else _METAVARS.get(name, "TOKENS")
             group.add_argument(*flags, dest=name, metavar=metavar, help=explained)

@@ -1,4 +1,4 @@
-"""``promprune vllm``: vLLM's own command line, which ``promprune serve`` ends in too."""
+"""``promprune vllm``: vLLM's own command line, which ``promprune serve`` calls too."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import typer
 from promprune_vllm.commands.failures import fail
 
 AS_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Settings of a command whose arguments, ``--help`` included, go to vLLM."""
+"""Settings of a command that passes its arguments, ``--help`` included, to vLLM."""
 
 
 def vllm(context: typer.Context) -> None:
-    """Run any command of vLLM's own, such as `vllm bench serve` or `vllm run-batch`, also with its CPU build."""
+    """Run any vLLM command, such as `vllm bench serve` or `vllm run-batch`; works with vLLM's CPU build too."""
     run(context.args)
 
 
@@ -31,8 +31,8 @@ def run(arguments: list[str]) -> None:
 
 
 def fail_without_vllm(error: ImportError) -> NoReturn:
-    """Exit with how to install vLLM."""
+    """Exit and say how to install vLLM."""
     fail(
-        f"vLLM cannot be imported: {error}. Install it beside promprune-vllm, for example with "
+        f"vLLM cannot be imported: {error}. Install it together with promprune-vllm, for example with "
         "`pip install 'promprune-vllm[cpu]'` or `pip install 'promprune-vllm[cuda]'`."
     )

@@ -1,4 +1,4 @@
-"""The demo: photographs and scenes, small models to look at them with, and what serves and asks these."""
+"""The demo: photographs, generated scenes, small models, and the code that serves and queries them."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,7 +7,7 @@ PHOTOS: tuple[str, ...] = ("astronaut", "coffee", "chelsea", "rocket")
 
 
 def photo_path(name: str) -> Path:
-    """The JPEG file of one of `PHOTOS`."""
+    """Return the JPEG file of one of `PHOTOS`."""
     if name not in PHOTOS:
         raise ValueError(f"no photo is called {name!r}; there are {', '.join(PHOTOS)}")
     return Path(str(files(__package__) / "photos" / f"{name}.jpg"))

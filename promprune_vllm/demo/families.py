@@ -1,7 +1,7 @@
-"""A tiny checkpoint with seeded random weights for each model family, for tests and first steps.
+"""Tiny checkpoints with seeded random weights, one per model family, for tests and first steps.
 
-Each has its family's real structure (tiles, windows, deepstack, M-RoPE), real processors and the names of the
-published weights; only its sizes are small, and its tokenizer takes bytes. Its answers mean nothing.
+Each has its family's real structure (tiles, windows, deepstack, M-RoPE), real processors and the weight names of
+published checkpoints. Only the sizes are small, and the tokenizer works on bytes. The answers are meaningless.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LLAVA = model.DemoModelSpec(
     layers=3,
 )
 _LLAVA_NEXT = replace(_LLAVA, image_px=112)  # 64 patches per tile
-# Of LLaVA-1.6, in tiles (height, width): the crops of an image fill one of these grids.
+# LLaVA-1.6's grids in tiles (height, width): the crops of an image fill one of them.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 _QWEN_TEXT: Mapping[str, Any] = MappingProxyType(
@@ -45,7 +45,7 @@ _QWEN_TEXT: Mapping[str, Any] = MappingProxyType(
         "max_position_embeddings": 4096,
     }
 )
-_HEAD = 32  # of the language model; its 16 rotary frequencies are shared out over time, height and width
+_HEAD = 32  # head size of the language model; its 16 rotary frequencies are split over time, height and width
 _SECTIONS = MappingProxyType({"qwen2_vl": [4, 6, 6], "qwen2_5_vl": [4, 6, 6], "qwen3_vl": [6, 5, 5]})
 _TOWER: Mapping[str, Any] = MappingProxyType({"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2})
 _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -59,7 +59,7 @@ _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "out_hidden_size": 128,
             "patch_size": 14,
             "window_size": 112,  # pixels: 4 x 4 visual tokens
-            "fullatt_block_indexes": [1, 4],  # the other three see one window each
+            "fullatt_block_indexes": [1, 4],  # the other three use windowed attention
         },
         "qwen3_vl": {
             **_TOWER,
@@ -76,20 +76,20 @@ _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def build_family_model(family: str, directory: Path, *, seed: int = 0, dtype: DType = "float32") -> Path:
-    """Make `directory` a tiny checkpoint of a family, for vLLM and transformers; at once if it already is one.
+    """Write a tiny checkpoint of a family for vLLM and transformers; do nothing if `directory` already has it.
 
     Args:
         family: A key of `FAMILIES`.
         directory: New, empty, or an earlier demo model, which is replaced.
-        seed: The same seed gives the same bytes.
-        dtype: Of the weights.
+        seed: Random seed; the same seed gives the same bytes.
+        dtype: Type of the weights.
 
     Raises:
-        ValueError: No such family.
-        FileExistsError: The directory holds something else.
+        ValueError: There is no such family.
+        FileExistsError: The directory has other contents.
     """
     if family not in FAMILIES:
-        raise ValueError(f"no model family is called {family!r}; there are {', '.join(FAMILIES)}")
+        raise ValueError(f"there is no model family {family!r}; choose from {', '.join(FAMILIES)}")
     return FAMILIES[family](directory, seed, dtype)
 
 
@@ -120,8 +120,8 @@ def _build_llava_next(directory: Path, seed: int, dtype: DType) -> Path:
             spec.image_px, spec.patch_px, grids, max_tokens=spec.max_tokens
         ).save_pretrained(target)
 
-    wish = {"seed": seed, "dtype": dtype, "grids": grids, "sizes": asdict(spec)}
-    return model.publish(directory, model.stamp("llava_next", wish), write)
+    contents = {"seed": seed, "dtype": dtype, "grids": grids, "sizes": asdict(spec)}
+    return model.publish(directory, model.stamp("llava_next", contents), write)
 
 
 def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
@@ -139,15 +139,15 @@ def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
             max_tokens=_QWEN_TEXT["max_position_embeddings"],
         ).save_pretrained(target)
 
-    wish = {"seed": seed, "dtype": dtype, "vision": dict(vision), "text": _qwen_text(family)}
-    return model.publish(directory, model.stamp(family, wish), write)
+    contents = {"seed": seed, "dtype": dtype, "vision": dict(vision), "text": _qwen_text(family)}
+    return model.publish(directory, model.stamp(family, contents), write)
 
 
 def _qwen_text(family: str) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _SECTIONS[family]}
     if family != "qwen3_vl":
         return {**_QWEN_TEXT, "rope_parameters": rope}
-    # It names the head's size apart and deals its frequencies out in turn.
+    # Qwen3-VL sets the head size separately and interleaves the frequencies.
     return {**_QWEN_TEXT, "head_dim": _HEAD, "rope_parameters": {**rope, "mrope_interleaved": True}}
 
 

@@ -1,4 +1,4 @@
-"""Images to measure on: the demo's photographs, crops of them, and made ones, plain and busy."""
+"""Images for measurements: the demo's photographs, crops of them, and synthetic images from plain to busy."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def photographs() -> dict[str, Image.Image]:
     return images
 
 
-def made() -> dict[str, Image.Image]:
-    """Return images that are plain, noisy or like documents."""
+def synthetic() -> dict[str, Image.Image]:
+    """Return synthetic images: plain ones, noisy ones, and document pages."""
     return {
         "flat": Image.new("RGB", (1024, 1024), (90, 120, 200)),
         "gradient": Image.linear_gradient("L").convert("RGB"),
@@ -41,13 +41,13 @@ def made() -> dict[str, Image.Image]:
 
 
 def noise(spread: float) -> Image.Image:
-    """Return grey with normal noise of this standard deviation in every pixel; a camera's is about 4."""
+    """Return gray with Gaussian noise of this standard deviation per pixel; a camera's is about 4."""
     gray = np.random.default_rng(0).normal(120, spread, (1024, 1024, 1)).clip(0, 255)
     return Image.fromarray(gray.astype(np.uint8).repeat(3, axis=2))
 
 
 def page(lines: int, columns: int) -> Image.Image:
-    """Return a white page with small print."""
+    """Return a white page with small text."""
     image = Image.new("RGB", (850, 1100), "white")
     pen, letters = ImageDraw.Draw(image), random.Random(1)
     for i in range(lines):
@@ -57,7 +57,7 @@ def page(lines: int, columns: int) -> Image.Image:
 
 
 def slide() -> Image.Image:
-    """Return a slide: a few large words."""
+    """Return a slide with a few large words."""
     image = Image.new("RGB", (1280, 720), "white")
     for i, line in enumerate(("Quarterly results", "Revenue up", "Costs down")):
         ImageDraw.Draw(image).text((100, 80 + 120 * i), line, fill="black", font=ImageFont.load_default(48))

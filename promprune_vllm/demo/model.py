@@ -1,10 +1,10 @@
-"""A small LLaVA-1.5 with seeded random weights, built on the spot: real weights are too large to ship.
+"""Builds a small LLaVA-1.5 with seeded random weights, since real weights are too large to ship.
 
-Its shape is real (CLIP tower at 336 px / patch 14, 576 visual tokens from the last layer but one without the
-class token, a two-layer projector, a Llama), so vLLM serves it by its own LLaVA code and pruning saves
-measurable prefill. Its answers mean nothing, but they depend on the photograph, as its visual tokens do.
+Its structure is real (CLIP tower at 336 px / patch 14, 576 visual tokens from the second to last layer without the
+class token, a two-layer projector, a Llama), so vLLM serves it with its own LLaVA code and pruning saves
+measurable prefill. Its answers are meaningless, but they depend on the image, as its visual tokens do.
 
-The weights are a function of the spec alone: the same spec gives the same bytes, on any machine.
+The weights depend only on the spec: the same spec gives the same bytes on any machine.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from promprune_vllm.demo import processing
 if TYPE_CHECKING:
     import torch
 
-STAMP = "promprune_demo.json"  # what was asked for; a directory that holds this very text is complete
+STAMP = "promprune_demo.json"  # the spec; a directory whose stamp equals the requested one is complete
 DType = Literal["float32", "bfloat16"]
-FORMAT_VERSION = 2  # raise it when the same spec starts to give other files
+FORMAT_VERSION = 2  # increase it when the same spec starts to give different files
 
-# transformers 5 names -> names of the published checkpoints, by model type; a type that is not here keeps its
-# names. vLLM 0.32 insists on `vision_model`, which save_pretrained leaves out; transformers reads both.
+# transformers 5 names -> names in published checkpoints, by model type; other types keep their names. vLLM 0.32
+# requires `vision_model`, which save_pretrained leaves out; transformers reads both.
 _LLAVA_NAMES = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -46,10 +46,10 @@ _CHECKPOINT_NAMES = {
     "qwen2_5_vl": _QWEN2_NAMES,
 }
 
-# Standard deviation of a weight: the first pattern found in its name wins. Gains are divided by sqrt(fan_in):
-# models of any size behave alike. They were chosen by looking at photographs. The customary 0.02 makes every
-# attention uniform; these make the class token favour some patches (the first 64 get about half of its
-# attention) and put the normalised spectral entropy of the photos on both sides of PromPrune's mu = 0.42.
+# Standard deviation of a weight: the first pattern that matches its name applies. Gains are divided by
+# sqrt(fan_in), so that models of any size behave alike. They were tuned on photographs. The usual 0.02 makes all
+# attention uniform; these make the class token favor some patches (the first 64 get about half of its attention)
+# and put the normalized spectral entropy of the photos on both sides of PromPrune's mu = 0.42.
 _STD = (
     (r"class_embedding$|embed_tokens\.weight$", 1.0),
     (r"(position_embedding|pos_embed)\.weight$", 0.1),
@@ -65,7 +65,7 @@ _GAIN = (
 
 @dataclass(frozen=True, slots=True)
 class DemoModelSpec:
-    """All that decides the bytes of a demo model. vLLM's CPU attention wants heads of 32, 64, 80, ..."""
+    """Everything that determines the bytes of a demo model. vLLM's CPU attention needs heads of 32, 64, 80, ..."""
 
     seed: int = 0
     vision: Literal["clip", "siglip"] = "clip"  # SigLIP has no class token
@@ -74,7 +74,7 @@ class DemoModelSpec:
     vision_hidden: int = 128
     vision_heads: int = 4
     vision_mlp: int = 512
-    vision_layers: int = 5  # the last one is in the file, as in every LLaVA, but no feature is read from it
+    vision_layers: int = 5  # the last one is in the file, as in every LLaVA, but its output is not used
     hidden: int = 384
     heads: int = 6
     mlp: int = 1024
@@ -84,14 +84,14 @@ class DemoModelSpec:
 
     def __post_init__(self) -> None:
         if self.image_px % self.patch_px:
-            raise ValueError(f"image_px={self.image_px} is no multiple of patch_px={self.patch_px}")
+            raise ValueError(f"image_px={self.image_px} is not a multiple of patch_px={self.patch_px}")
         for width, heads in ((self.vision_hidden, self.vision_heads), (self.hidden, self.heads)):
             if width % heads:
                 raise ValueError(f"a width of {width} cannot be split over {heads} heads")
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of one unpruned image: one per patch."""
+        """Visual tokens of an unpruned image: one per patch."""
         return (self.image_px // self.patch_px) ** 2
 
 
@@ -100,20 +100,20 @@ _TEXT_SPEC = DemoModelSpec(hidden=64, heads=2, mlp=128, layers=2)
 
 
 def find_or_build_demo_model(spec: DemoModelSpec = DEFAULT_SPEC) -> Path:
-    """The directory of this model in the cache of the user, built (some seconds) if it is not there yet."""
+    """Return this model's directory in the user's cache; build it first (a few seconds) if it is missing."""
     digest = hashlib.sha256(stamp("llava", asdict(spec)).encode()).hexdigest()[:12]
     return build_demo_model(cache_directory() / f"demo-llava-{digest}", spec)
 
 
 def cache_directory() -> Path:
-    """Where the user's demo models are kept; it may not exist yet."""
+    """Return the directory of the user's demo models; it may not exist yet."""
     if own := os.environ.get("PROMPRUNE_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune"
 
 
 def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC) -> Path:
-    """Make `directory` a checkpoint of `spec` for vLLM and transformers; at once if it already is one."""
+    """Write a checkpoint of `spec` for vLLM and transformers; do nothing if `directory` already has it."""
 
     def write(target: Path) -> None:
         from transformers import LlavaForConditionalGeneration
@@ -129,7 +129,7 @@ def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC) -> Pat
 
 
 def build_text_model(directory: Path) -> Path:
-    """Make `directory` a tiny text-only Llama with the same tokenizer: a model with nothing to prune."""
+    """Write a tiny text-only Llama with the same tokenizer: a model with nothing to prune."""
 
     def write(target: Path) -> None:
         from transformers import LlamaForCausalLM
@@ -141,44 +141,43 @@ def build_text_model(directory: Path) -> Path:
 
 
 def stamp(kind: str, spec: Mapping[str, Any]) -> str:
-    """The text that identifies a built directory: all that decides its files."""
+    """Return the text that identifies a built directory: everything that determines its files."""
     return json.dumps({"format": FORMAT_VERSION, "kind": kind, "spec": spec}, indent=2) + "\n"
 
 
-def _holds(directory: Path, text: str) -> bool:
+def _has_stamp(directory: Path, text: str) -> bool:
     file = directory / STAMP
     return file.is_file() and file.read_text() == text
 
 
 def publish(directory: Path, text: str, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a temporary sibling, then rename it (over another demo model, if there is one).
+    """Let `write` fill a temporary sibling directory, then rename it, replacing another demo model if any.
 
-    At once if `directory` is already stamped with this `text`.
-
-    Nobody ever sees half a model, and of several processes with the same wish each finds a whole one.
+    Does nothing if `directory` already has a stamp with this `text`. Other processes never see a partial model,
+    and several processes can build the same model at once.
     """
-    if _holds(directory, text):
+    if _has_stamp(directory, text):
         return directory
     if directory.exists() and not (directory / STAMP).is_file() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} holds something else than a demo model; give a new directory")
+        raise FileExistsError(f"{directory} has files that are not a demo model; give a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as workshop:
-        fresh = Path(workshop) / "fresh"  # has the usual permissions, which the temporary directory has not
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        fresh = Path(scratch) / "fresh"  # with the usual permissions, unlike the temporary directory
         fresh.mkdir()
         write(fresh)
         (fresh / STAMP).write_text(text)
         try:
-            if directory.exists() and not _holds(directory, text):
-                directory.rename(Path(workshop) / "old")
+            if directory.exists() and not _has_stamp(directory, text):
+                directory.rename(Path(scratch) / "old")
             fresh.rename(directory)
         except OSError:
-            if not _holds(directory, text):  # otherwise another process was faster with the same model
+            if not _has_stamp(directory, text):  # else another process has just built the same model
                 raise
     return directory
 
 
 def llama_config(spec: DemoModelSpec) -> Any:
-    """The language model of a spec."""
+    """Return the configuration of a spec's language model."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -195,7 +194,7 @@ def llama_config(spec: DemoModelSpec) -> Any:
 
 
 def llava_config(spec: DemoModelSpec) -> Any:
-    """The configuration of the whole model of a spec."""
+    """Return the configuration of a spec's whole model."""
     from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
     sizes = {
@@ -222,7 +221,7 @@ def llava_config(spec: DemoModelSpec) -> Any:
 
 
 def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype: DType) -> None:
-    """Write config and weights of a model of which only names and shapes are ever made."""
+    """Write config and random weights of a model; the model itself is built on the meta device only."""
     import torch
 
     with torch.device("meta"):
@@ -235,26 +234,26 @@ def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype:
 
 
 def save_checkpoint(target: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
-    """Write weights, by the names of published checkpoints, and the configuration; no processor."""
+    """Write weights, with the names of published checkpoints, and the configuration, but no processor."""
     from safetensors.torch import save
     from transformers import GenerationConfig
 
-    # Not save_file: it makes a file that only its owner can read, useless to a server in a container.
+    # Not save_file, whose file only the owner can read: a server in a container could not.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     config.save_pretrained(target)
     GenerationConfig(**processing.ROLE_IDS).save_pretrained(target)
 
 
 def checkpoint_name(name: str, model_type: str) -> str:
-    """The name that published checkpoints have for a parameter of transformers' module tree."""
+    """Return the name of a transformers parameter in published checkpoints."""
     for ours, published in _CHECKPOINT_NAMES.get(model_type, (("", ""),)):
         if name.startswith(ours):
             return published + name.removeprefix(ours)
-    raise ValueError(f"no checkpoint name is known for the parameter {name}")
+    raise ValueError(f"there is no checkpoint name for the parameter {name}")
 
 
 def _random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The weight `name` of this seed, float32, whatever other weights the model has and in whatever order."""
+    """Return the weight `name` of this seed in float32; it does not depend on the model's other weights."""
     import torch
 
     if re.search(r"(norm\w*|ln_q)\.weight$", name):
@@ -268,6 +267,6 @@ def _random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
     # Uniform, not normal: the last bits of torch.randn depend on the CPU, those of torch.rand do not.
     weight = (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12.0))
     if name.endswith("lm_head.weight"):
-        # 0 is below the largest of 95 random logits: greedy answers are printable and never end early.
+        # 0 is below the largest of 95 random logits, so greedy answers are printable and never end early.
         weight[processing.unprintable_ids()] = 0.0
     return weight

@@ -1,4 +1,4 @@
-"""What can be done with the server that ``promprune demo`` leaves running."""
+"""Text with commands to try on the server that ``promprune demo`` leaves running."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from promprune_vllm.demo.trained import CARD
 
 
 def next_steps(url: str, model: str, image: Path, question: Question) -> str:
-    """Say how to ask the same with curl and with the OpenAI SDK.
+    """Return commands that ask the demo's question with curl and with the OpenAI SDK.
 
     Args:
         url: Base address of the server.
-        model: Its name there.
-        image: A PNG file to ask about.
-        question: What to ask.
+        model: Model name at the server.
+        image: PNG file to ask about.
+        question: Question to ask.
     """
     return f"""
-The server goes on at {url} (Ctrl-C ends it). Try it with curl:
+The server keeps running at {url} (Ctrl-C stops it). Try it with curl:
 
 curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<EOF
 {{"model": "{model}", "{FIELD}": 64, "max_tokens": 8, "messages": [{{"role": "user", "content": [
@@ -37,7 +37,7 @@ reply = OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(
         {{"type": "text", "text": "{question.text}"}}]}}])
 print(reply.choices[0].message.content, reply.usage.prompt_tokens, "prompt tokens")
 
-The model was trained on such scenes alone (the answer here is {question.answer}): what it can be asked is in
+The model was trained only on scenes like this (the answer here is {question.answer}). What you can ask it:
 {CARD}
 Metrics: curl -s {url}/metrics | grep promprune
 """

@@ -1,4 +1,4 @@
-"""The input side of the LLaVA demo models: a byte tokenizer, the chat template, the image preprocessing."""
+"""Input processing of the LLaVA demo models: byte tokenizer, chat template, image preprocessing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>")
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
 ROLE_IDS = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 FIRST_BYTE_ID = len(SPECIAL_TOKENS)  # byte b has the id FIRST_BYTE_ID + b
-VOCAB_SIZE = 320  # 260 tokens or some more, padded to a multiple of 64 by `unused_tokens`
+VOCAB_SIZE = 320  # at least 260 tokens, padded to a multiple of 64 by `unused_tokens`
 
-# Images first, as LLaVA-1.5 was trained. The template writes <s> and the tokenizer never adds one by itself:
-# there is exactly one, whether or not the caller asks the tokenizer for special tokens.
-# What stands for the images of a message is left open: `IMAGES_OPEN`.
+# Images first, as LLaVA-1.5 was trained. The template writes <s> and the tokenizer never adds one, so there is
+# exactly one whether or not the caller asks for special tokens. `IMAGES_OPEN` is a placeholder for the images.
 IMAGES_OPEN = "(images)"
 CHAT_FRAME = """\
 {{- bos_token }}
@@ -42,10 +41,10 @@ CHAT_TEMPLATE = CHAT_FRAME.replace(
 
 
 def unused_tokens(first: int, size: int) -> dict[str, int]:
-    """Return special tokens for the ids from `first` to `size - 1`: those that no model here was trained on.
+    """Return special tokens for the ids from `first` to `size - 1`, which no model here was trained on.
 
-    A model can emit every id that its last layer has a row for, and what reads its answers needs a name for each:
-    vLLM's server ends at an id without one (docs/upstream.md). As special tokens they do not show in answers.
+    A model can emit every id of its output layer, and each needs a name: vLLM's server crashes on an id without
+    one (docs/upstream.md). As special tokens they do not show in answers.
     """
     return {f"<unused_{i}>": i for i in range(first, size)}
 
@@ -57,12 +56,12 @@ def byte_tokenizer(
     more: Mapping[str, str] = MappingProxyType({}),
     chat_template: str = CHAT_TEMPLATE,
 ) -> Any:
-    """A `PreTrainedTokenizerFast` of `VOCAB_SIZE` tokens; n bytes of text are n, and a special token is one.
+    """Return a `PreTrainedTokenizerFast` of `VOCAB_SIZE` tokens: one per byte of text, one per special token.
 
     Args:
-        max_tokens: The longest text, in tokens.
+        max_tokens: Maximum length of a text in tokens.
         special: The tokens of `PAD_ID`, `BOS_ID`, `EOS_ID` and `IMAGE_ID`.
-        more: Special tokens with ids from `FIRST_BYTE_ID + 256` on, by the attribute they get on the tokenizer.
+        more: Special tokens with ids from `FIRST_BYTE_ID + 256`, by their attribute name on the tokenizer.
         chat_template: Jinja source.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -90,17 +89,17 @@ def byte_tokenizer(
 
 
 def unprintable_ids() -> list[int]:
-    """All ids but those of the 95 printable ASCII characters."""
+    """Return all ids except those of the 95 printable ASCII characters."""
     return [token for token in range(VOCAB_SIZE) if not 0x20 <= token - FIRST_BYTE_ID < 0x7F]
 
 
 def llava_processor(image_px: int, patch_px: int, tokenizer: Any, *, class_token: bool = True) -> Any:
-    """A `LlavaProcessor`: CLIP's preprocessing for a tower with a class token, SigLIP's for one without.
+    """Return a `LlavaProcessor`, with CLIP's preprocessing if the tower has a class token, else SigLIP's.
 
     Args:
-        image_px: Side of what the tower sees, in pixels.
-        patch_px: Side of a patch, in pixels.
-        tokenizer: With a chat template.
+        image_px: Width and height of the tower's input in pixels.
+        patch_px: Width and height of a patch in pixels.
+        tokenizer: Tokenizer with a chat template.
         class_token: Whether the tower has one.
     """
     from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
@@ -121,13 +120,13 @@ def llava_processor(image_px: int, patch_px: int, tokenizer: Any, *, class_token
 
 
 def llava_next_processor(tile_px: int, patch_px: int, grids: list[list[int]], *, max_tokens: int) -> Any:
-    """A `LlavaNextProcessor` for CLIP: the whole image and its crops are tiles of `tile_px` a side.
+    """Return a `LlavaNextProcessor` for CLIP; the whole image and its crops are tiles of `tile_px` squared.
 
     Args:
-        tile_px: Side of a tile, in pixels.
-        patch_px: Side of a patch, in pixels.
-        grids: The sizes (height, width) an image may be fitted into, in pixels.
-        max_tokens: The longest prompt, in tokens.
+        tile_px: Width and height of a tile in pixels.
+        patch_px: Width and height of a patch in pixels.
+        grids: Sizes (height, width) in pixels that an image may be resized to.
+        max_tokens: Maximum length of a prompt in tokens.
     """
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 

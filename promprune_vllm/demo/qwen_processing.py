@@ -1,4 +1,4 @@
-"""The input side of the Qwen-VL demo models: their special tokens, chat template and processors."""
+"""Input processing of the Qwen-VL demo models: special tokens, chat template, processors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer
 
-# In the roles and with the ids of `processing`: pad, begin, end, image.
+# Same roles and ids as in `processing`: pad, begin, end, image.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
 MORE_TOKENS: Mapping[str, str] = MappingProxyType(
     {
@@ -19,7 +19,7 @@ MORE_TOKENS: Mapping[str, str] = MappingProxyType(
 )
 VIDEO_ID, VISION_START_ID, VISION_END_ID = range(FIRST_BYTE_ID + 256, FIRST_BYTE_ID + 259)
 
-# Parts stay in the order they were given, as these models were trained.
+# Parts stay in the given order, as these models were trained.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
   {{- '<|im_start|>' + message['role'] + '\\n' }}
@@ -39,26 +39,26 @@ CHAT_TEMPLATE = """\
 CLASSES: Mapping[str, str] = MappingProxyType(
     {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 )
-"""What the names of transformers' classes begin with, by ``model_type``."""
+"""Prefix of the transformers class names, by ``model_type``."""
 
-# Visual tokens of an image, and of the whole of a video. Prompts of some photos fit a short context.
+# Limits of visual tokens per image, and per whole video, so that several photos fit into a short context.
 _MIN_TOKENS, _MAX_TOKENS = 4, 256
 
 
 def qwen_processor(model_type: str, patch_px: int, merge: int, *, max_tokens: int) -> Any:
-    """The processor of a `model_type`: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
+    """Return the processor of a model type.
 
     Args:
-        model_type: As in config.json.
-        patch_px: Side of a patch, in pixels.
+        model_type: As in config.json: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
+        patch_px: Width and height of a patch in pixels.
         merge: Patches per visual token along each axis.
-        max_tokens: The longest prompt, in tokens.
+        max_tokens: Maximum length of a prompt in tokens.
     """
     import transformers
 
     videos = "Qwen3VLVideoProcessor" if model_type == "qwen3_vl" else "Qwen2VLVideoProcessor"
     geometry: dict[str, Any] = {"patch_size": patch_px, "merge_size": merge, "temporal_patch_size": 2}
-    if model_type == "qwen3_vl":  # normalised to [-1, 1]; the others keep the default, CLIP's mean and deviation
+    if model_type == "qwen3_vl":  # normalized to [-1, 1]; the others keep the default, CLIP's mean and deviation
         geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     token_px = (patch_px * merge) ** 2
     size = {"shortest_edge": _MIN_TOKENS * token_px, "longest_edge": _MAX_TOKENS * token_px}  # areas, in pixels

@@ -1,4 +1,4 @@
-"""``promprune demo``: one scene, one question, four budgets, what each costs and gets answered; or traffic."""
+"""``promprune demo``: cost and answer of one question about one scene at four budgets; or traffic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from promprune_vllm.errors import DemoError
 BUDGETS = (None, 256, 128, 64)
 SCENE = ("scattered", 0)  # kind and number of a held-out scene
 WARM_UP_SCENE = ("scattered", 1)
-TASK = "digit"  # the first question of the scene that is of this task
+TASK = "digit"  # the demo asks the scene's first question of this task
 MODEL_NAME = "demo"
 DEFAULT_PORT = 8000
 _ANSWER_TOKENS = 8
@@ -35,17 +35,17 @@ _BLOCK_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one request cost, as the server's own accounting tells it.
+    """Cost of one request, as the server reports it.
 
     Args:
-        budget: What was asked, ``None`` for nothing.
+        budget: Budget of the request; ``None`` for none.
         seen: Visual tokens of the image before pruning.
         kept: Visual tokens that entered the language model.
         prompt_tokens: ``usage.prompt_tokens`` of the reply.
-        kv_blocks: KV-cache blocks the prompt fills: vLLM gives out one for every ``_BLOCK_TOKENS`` tokens begun.
-        first_token_ms: From sending the request to the first streamed token.
-        selection_ms: Time the selection took; ``None`` where nothing was selected.
-        answer: What the model answered.
+        kv_blocks: KV-cache blocks of the prompt, ``_BLOCK_TOKENS`` tokens each, rounded up.
+        first_token_ms: Time from the request to the first streamed token.
+        selection_ms: Time of the selection; ``None`` if every token was kept.
+        answer: The model's answer.
     """
 
     budget: int | None
@@ -59,22 +59,22 @@ class Row:
 
 
 def run_demo(*, once: bool, as_json: bool, port: int | None, traffic: Traffic | None = None) -> None:
-    """Serve the demo model, measure, show, and keep serving unless ``once``.
+    """Serve the demo model, measure, print the results, and keep serving unless ``once``.
 
     Args:
-        once: End after the table.
-        as_json: One JSON document on standard output instead of the table.
-        port: ``None`` is 8000, or any free port with ``once``; 0 is any free port.
-        traffic: Sent instead of the four budgets.
+        once: Stop after printing the results.
+        as_json: Print one JSON document on stdout instead of the table.
+        port: Port; ``None`` for 8000, or for any free port with ``once``; 0 for any free port.
+        traffic: Traffic to send instead of the four budgets.
 
     Raises:
-        DemoError: The server could not be started, or ended by itself.
+        DemoError: The server could not be started, or ended unexpectedly.
     """
     err = Console(stderr=True)
-    chosen = port if port is not None else (0 if once else DEFAULT_PORT)
-    with _demo_server(err, chosen, traffic) as server:
+    server_port = port if port is not None else (0 if once else DEFAULT_PORT)
+    with _demo_server(err, server_port, traffic) as server:
         if traffic is None:
-            _show_budgets(list(_measured(err, server)), as_json=as_json)
+            _show_budgets(list(_measure_budgets(err, server)), as_json=as_json)
         else:
             run_traffic(server.url, traffic, None, as_json=as_json)
         if not once:
@@ -87,19 +87,19 @@ def run_demo(*, once: bool, as_json: bool, port: int | None, traffic: Traffic | 
 
 
 def run_traffic(url: str, traffic: Traffic, api_key: str | None, *, as_json: bool) -> Report:
-    """Send traffic to a running server and show what came of it.
+    """Send traffic to a running server and print the results.
 
     Args:
         url: Base address of a server that runs the plugin.
-        traffic: How much.
-        api_key: The server's, if it asks for one.
-        as_json: One JSON document on standard output instead of the table.
+        traffic: How much to send.
+        api_key: API key of the server, if it requires one.
+        as_json: Print one JSON document on stdout instead of the table.
 
     Raises:
-        DemoError: There is no such server, it wants another key, or it went away.
+        DemoError: No such server answers, it rejects the key, or it went away.
     """
     what = f"{traffic.seconds:g} s of traffic to {url}, {traffic.concurrency} requests at a time"
-    with _telling(Console(stderr=True), f"Sending {what} …"):
+    with _progress(Console(stderr=True), f"Sending {what} …"):
         report = send(url, traffic, api_key)
     if as_json:
         print(json.dumps(report.as_document(), indent=2), flush=True)
@@ -121,8 +121,8 @@ def _show_budgets(rows: list[Row], *, as_json: bool) -> None:
 def _demo_server(err: Console, port: int, traffic: Traffic | None) -> Iterator[Server]:
     if traffic is None:
         model = TRAINED
-    else:  # its larger sibling, whose answers never end early
-        with _telling(err, "Making a model for traffic: a small LLaVA-1.5 with seeded random weights …"):
+    else:  # the larger model with random weights, whose answers never end early
+        with _progress(err, "Building a model for traffic: a small LLaVA-1.5 with seeded random weights …"):
             model = find_or_build_demo_model()
     options = ["--served-model-name", MODEL_NAME, "--enforce-eager", "--max-model-len", "2048"]
     options += ["--block-size", str(_BLOCK_TOKENS), "--visual-token-detail", *_device_options()]
@@ -131,13 +131,13 @@ def _demo_server(err: Console, port: int, traffic: Traffic | None) -> Iterator[S
     options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     started = time.monotonic()
     with ExitStack() as stack:
-        with _telling(err, "Starting the server …") as tell:
+        with _progress(err, "Starting the server …") as update:
             starting = serving(
                 model,
                 *options,
                 port=port,
                 environment=environment,
-                on_stage=lambda stage: tell(f"Starting the server: {stage} …"),
+                on_stage=lambda stage: update(f"Starting the server: {stage} …"),
             )
             server = stack.enter_context(starting)
         err.print(f"The server is up at {server.url} after {time.monotonic() - started:.0f} s.", highlight=False)
@@ -145,8 +145,8 @@ def _demo_server(err: Console, port: int, traffic: Traffic | None) -> Iterator[S
 
 
 @contextmanager
-def _telling(err: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done: a line that moves on a terminal, plain lines in a log."""
+def _progress(err: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Show the progress: a status line on a terminal, plain lines in a log. Yields a function that updates it."""
     if err.is_terminal:
         with err.status(text) as status:
             yield status.update
@@ -158,24 +158,24 @@ def _telling(err: Console, text: str) -> Iterator[Callable[[str], None]]:
 def _device_options() -> tuple[str, ...]:
     import torch
 
-    # On a CPU float32 is the fastest type vLLM computes exactly in; GPUs take the model's default.
+    # On a CPU, float32 is the fastest type in which vLLM is exact; GPUs use the model's default.
     return () if torch.cuda.is_available() else ("--dtype", "float32")
 
 
 def _simple_methods() -> list[str]:
-    """Return the methods that look at the tokens alone: to be compared with the default on a dashboard."""
+    """Return the methods that need nothing but the projected tokens, to compare with the default on dashboards."""
     from promprune_vllm.core.features import Need
     from promprune_vllm.core.registry import get_method, methods
 
     return [name for name in methods() if get_method(name).needs == Need.PROJECTED]
 
 
-def _measured(err: Console, server: Server) -> Iterator[Row]:
-    with _telling(err, "Warming up with another scene …"):
+def _measure_budgets(err: Console, server: Server) -> Iterator[Row]:
+    with _progress(err, "Warming up with another scene …"):
         for budget in BUDGETS:
             _ask(server, make_scene(*WARM_UP_SCENE), budget)
     for budget in BUDGETS:
-        with _telling(err, f"Asking about the scene with {_asked(budget)} …"):
+        with _progress(err, f"Asking about the scene with {_describe_budget(budget)} …"):
             row = _measure(server, budget)
         yield row
 
@@ -185,14 +185,14 @@ def _measure(server: Server, budget: int | None) -> Row:
     first_token_ms, prompt_tokens, answer = _ask(server, make_scene(*SCENE), budget)
     after = server.metrics("promprune")
 
-    def grown(name: str) -> float:
+    def increase(name: str) -> float:
         return after[name] - before[name]
 
-    seconds = grown("promprune_selection_seconds_sum")
+    seconds = increase("promprune_selection_seconds_sum")
     return Row(
         budget=budget,
-        seen=round(grown("promprune_visual_tokens_seen_total")),
-        kept=round(grown("promprune_visual_tokens_kept_total")),
+        seen=round(increase("promprune_visual_tokens_seen_total")),
+        kept=round(increase("promprune_visual_tokens_kept_total")),
         prompt_tokens=prompt_tokens,
         kv_blocks=-(-prompt_tokens // _BLOCK_TOKENS),
         first_token_ms=round(first_token_ms, 1),
@@ -205,7 +205,7 @@ def _ask(server: Server, scene: Scene, budget: int | None) -> tuple[float, int, 
     """Stream one answer with the OpenAI SDK.
 
     Returns:
-        Milliseconds to the first token, the prompt's tokens, and the answer.
+        Milliseconds to the first token, the number of prompt tokens, and the answer.
     """
     from openai import OpenAI
 
@@ -254,8 +254,8 @@ def _table(rows: list[Row]) -> Table:
     title = f"One scene, four budgets: “{question.text}” It is {question.answer}."
     table = Table(title=title, title_justify="left")
     table.add_column("budget")
-    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "choosing", "answer"):
-        table.add_column(name, justify="right", no_wrap=" " not in name)  # in 80 columns, others give way
+    for name in ("tokens seen", "kept", "prompt tokens", "KV blocks", "first token", "selection", "answer"):
+        table.add_column(name, justify="right", no_wrap=" " not in name)  # in 80 columns, the others wrap
     for row in rows:
         table.add_row(
             "none" if row.budget is None else str(row.budget),
@@ -270,7 +270,7 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _asked(budget: int | None) -> str:
+def _describe_budget(budget: int | None) -> str:
     return "no budget" if budget is None else f"{FIELD}={budget}"
 
 

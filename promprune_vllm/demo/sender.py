@@ -1,4 +1,4 @@
-"""Sends the traffic of ``promprune demo --traffic`` to a server, with the OpenAI SDK, a few requests at a time."""
+"""Sends the traffic of ``promprune demo --traffic`` to a server with the OpenAI SDK, a few requests at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from promprune_vllm.client import authorization, base_url, counted_tokens
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.demo import images
-from promprune_vllm.demo.traffic import Ask, Line, Picture, Sent, lines, plan, total
+from promprune_vllm.demo.traffic import Line, Picture, Request, Result, lines, plan, total
 from promprune_vllm.errors import DemoError
 
 _LONGEST_SIDE_PX = 448
@@ -31,9 +31,9 @@ class Traffic:
     """How much to send.
 
     Args:
-        seconds: No request starts later than this.
+        seconds: Duration; no request starts later.
         concurrency: Requests in flight at any time.
-        seed: The same seed sends the same requests, as many of them as the server answers in the time.
+        seed: Random seed; the same seed sends the same requests, as many as the server answers in time.
     """
 
     seconds: float
@@ -43,7 +43,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was sent and what came of it."""
+    """Results of the traffic."""
 
     url: str
     model: str
@@ -53,11 +53,11 @@ class Report:
     total: Line
 
     def as_document(self) -> dict[str, Any]:
-        """Return everything for JSON."""
+        """Return all results, ready for JSON."""
         return {**asdict(self), "seconds": round(self.seconds, 2)}
 
     def as_table(self) -> Table:
-        """Return the table for a terminal."""
+        """Return the results as a table for the terminal."""
         title = f"{self.seconds:.0f} s of traffic to {self.model}"
         table = Table(title=title, title_justify="left", show_footer=True)
         every = asdict(self.total)
@@ -73,15 +73,15 @@ class Report:
 
 
 def send(url: str, traffic: Traffic, api_key: str | None = None) -> Report:
-    """Send traffic to a server until the time is over.
+    """Send traffic to a server until the time is up.
 
     Args:
         url: Base address of a server that runs the plugin.
-        traffic: How much.
-        api_key: The server's, if it asks for one.
+        traffic: How much to send.
+        api_key: API key of the server, if it requires one.
 
     Raises:
-        DemoError: There is no such server, it wants another key, or it went away.
+        DemoError: No such server answers, it rejects the key, or it went away.
     """
     from openai import OpenAI
 
@@ -89,14 +89,15 @@ def send(url: str, traffic: Traffic, api_key: str | None = None) -> Report:
     methods = _other_methods(url, key)
     with OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=_TIMEOUT_SECONDS) as client:
         model = client.models.list().data[0].id
-        asks, guard, over, sent = plan(traffic.seed, methods), threading.Lock(), threading.Event(), list[Sent]()
+        requests, sent = plan(traffic.seed, methods), list[Result]()
+        guard, over = threading.Lock(), threading.Event()
 
         def work() -> None:
             try:
-                for ask in _taken(asks, guard, over):
-                    sent.append(_send(client, model, ask))
+                for request in _take(requests, guard, over):
+                    sent.append(_send(client, model, request))
             finally:
-                over.set()  # when one worker fails, the others need not go on
+                over.set()  # if one worker fails, the others stop too
 
         started = time.monotonic()
         pool = ThreadPoolExecutor(traffic.concurrency)
@@ -104,7 +105,7 @@ def send(url: str, traffic: Traffic, api_key: str | None = None) -> Report:
         try:
             over.wait(traffic.seconds)
         except BaseException:
-            pool.shutdown(wait=False)  # a server that is stopped next ends what is in flight
+            pool.shutdown(wait=False)  # the caller stops the server, which ends the requests in flight
             raise
         finally:
             over.set()
@@ -114,70 +115,70 @@ def send(url: str, traffic: Traffic, api_key: str | None = None) -> Report:
     return Report(url, model, traffic, time.monotonic() - started, lines(sent), total(sent))
 
 
-def _taken(asks: Iterator[Ask], guard: threading.Lock, over: threading.Event) -> Iterator[Ask]:
-    """Yield what no other worker has taken, until it is over."""
+def _take(requests: Iterator[Request], guard: threading.Lock, over: threading.Event) -> Iterator[Request]:
+    """Yield requests that no other worker has taken, until ``over`` is set."""
     while not over.is_set():
         with guard:
-            ask = next(asks)
-        yield ask
+            request = next(requests)
+        yield request
 
 
 def _other_methods(url: str, key: str) -> list[str]:
-    """Return the methods a request may name beside the server's own; makes sure that it is a server of ours."""
+    """Return the methods that a request may select besides the default; check that the server runs the plugin."""
     try:
         reply = httpx.get(f"{url}/v1/visual_tokens", headers=authorization(key), timeout=30)
     except httpx.TransportError as error:
         raise DemoError(f"No server answers at {url}: {error}.") from error
     if reply.status_code == httpx.codes.UNAUTHORIZED:
-        raise DemoError(f"{url} wants its API key: give it as --api-key or in OPENAI_API_KEY.")
+        raise DemoError(f"{url} requires an API key: set it with --api-key or OPENAI_API_KEY.")
     if reply.status_code != httpx.codes.OK:
-        raise DemoError(f"{url}/v1/visual_tokens is HTTP {reply.status_code}: is promprune-vllm installed there?")
+        raise DemoError(f"{url}/v1/visual_tokens answered {reply.status_code}: is promprune-vllm installed there?")
     state = reply.json()
     if not state["prunable"]:
         raise DemoError(f"The model at {url} cannot be pruned: {state['reason']}")
     return [each["name"] for each in state["allowed_methods"] if each["name"] != state["method"]["name"]]
 
 
-def _send(client: Any, model: str, ask: Ask) -> Sent:
+def _send(client: Any, model: str, request: Request) -> Result:
     from openai import APIConnectionError, APIError, APITimeoutError, BadRequestError
 
     try:
-        return _answered(client, model, ask)
+        return _post(client, model, request)
     except BadRequestError:
-        return Sent(ask.kind, "refused")
+        return Result(request.kind, "refused")
     except APIConnectionError as error:
         if isinstance(error, APITimeoutError):
-            return Sent(ask.kind, "failed")
+            return Result(request.kind, "failed")
         raise DemoError(f"The server at {client.base_url} went away: {error.__cause__ or error}.") from error
-    except httpx.TransportError as error:  # in the middle of a stream, where the SDK does not wrap it
+    except httpx.TransportError as error:  # during a stream, where the SDK does not wrap it
         raise DemoError(f"The server at {client.base_url} went away: {error}.") from error
     except APIError:
-        return Sent(ask.kind, "failed")
+        return Result(request.kind, "failed")
 
 
-def _answered(client: Any, model: str, ask: Ask) -> Sent:
-    extra = {FIELD: ask.budget, METHOD_FIELD: ask.method}
+def _post(client: Any, model: str, request: Request) -> Result:
+    extra = {FIELD: request.budget, METHOD_FIELD: request.method}
     reply = client.chat.completions.with_raw_response.create(
         model=model,
-        messages=[{"role": "user", "content": _content(ask)}],
-        max_tokens=ask.answer_tokens,
+        messages=[{"role": "user", "content": _content(request)}],
+        max_tokens=request.answer_tokens,
         temperature=0,
-        stream=ask.stream,
+        stream=request.stream,
         extra_body={name: value for name, value in extra.items() if value is not None},
     )
     outcome = "answered"
-    if ask.stream:
+    if request.stream:
         with reply.parse() as stream:
             for chunk in stream:
-                if ask.abort and chunk.choices and chunk.choices[0].delta.content:
+                if request.abort and chunk.choices and chunk.choices[0].delta.content:
                     outcome = "aborted"
-                    break  # closes the connection, as a user does who has read enough
-    return Sent(ask.kind, outcome, *counted_tokens(reply.headers))
+                    break  # closes the connection, like a user who has read enough
+    return Result(request.kind, outcome, *counted_tokens(reply.headers))
 
 
-def _content(ask: Ask) -> list[dict[str, Any]]:
-    parts = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in ask.pictures]
-    return [*parts, {"type": "text", "text": ask.question}]
+def _content(request: Request) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in request.pictures]
+    return [*parts, {"type": "text", "text": request.question}]
 
 
 @lru_cache(maxsize=64)
@@ -195,8 +196,8 @@ def _data_url(picture: Picture) -> str:
 
 @lru_cache(maxsize=1)
 def _pool() -> list[Image.Image]:
-    """Return the demo's photographs, quarters of them and made images, none larger than a small photograph."""
-    pool = [image.copy() for image in (*images.photographs().values(), *images.made().values())]
+    """Return the demo's photographs, their quarters and synthetic images, all scaled down."""
+    pool = [image.copy() for image in (*images.photographs().values(), *images.synthetic().values())]
     for image in pool:
         image.thumbnail((_LONGEST_SIDE_PX, _LONGEST_SIDE_PX))
     return pool

@@ -1,4 +1,4 @@
-"""Starts ``promprune serve`` as a process of its own and waits until it answers."""
+"""Starts ``promprune serve`` as a separate process and waits until it answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import DemoError
 
-# What a newcomer is told while vLLM starts, by what its log says.
+# Stages of vLLM's start that we show to the user, by the log line that begins them.
 _STAGES = (
     ("Resolved architecture", "starting the engine"),
     ("Starting to load model", "loading the weights"),
@@ -28,17 +28,17 @@ _STAGES = (
     ("Starting vLLM server", "opening the port"),
 )
 _SERVE = (sys.executable, "-m", "promprune_vllm", "serve")
-_SOCKET_NAME_ROOM = 60  # bytes: the system takes 103 or 107, and vLLM names them by 36 characters
+_MAX_SOCKET_FOLDER = 60  # bytes: socket paths are limited to 103 or 107, and vLLM adds a name of 36
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that answers.
+    """A running server.
 
     Args:
-        url: Base address, without a slash at the end.
-        log: Everything the server printed.
-        process: The process that watches over it; the server and its workers are its descendants.
+        url: Base address, without a trailing slash.
+        log: File with the server's output.
+        process: Its supervising process; the server and its workers are descendants.
     """
 
     url: str
@@ -46,7 +46,7 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def families(self, prefix: str = "") -> list[Metric]:
-        """Return the metric families of ``/metrics``, or only the samples whose name starts with ``prefix``."""
+        """Return the metric families of ``/metrics``, only with samples whose name starts with ``prefix``."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
         if prefix:
             text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(prefix))
@@ -70,7 +70,7 @@ def is_healthy(url: str, timeout_seconds: float = 60) -> bool:
 
 
 def free_port() -> int:
-    """Return a port nobody listens on at this moment."""
+    """Return a port that nobody is listening on right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -86,21 +86,21 @@ def serving(
     timeout_seconds: float = 600,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Server]:
-    """Serve a model on the loopback interface while the block is open.
+    """Serve a model on the loopback interface inside the block.
 
-    The server never outlives this process, and its temporary files are removed, whatever ends this process.
+    The server never outlives this process, and its temporary files are removed, however this process ends.
 
     Args:
         model: Directory of the checkpoint.
         options: Options of ``promprune serve`` after the model.
-        log: File that gets the server's output; by default a temporary one.
-        port: 0 takes a free one.
-        environment: Added to this process's environment.
-        timeout_seconds: How long the server may take until ``/health`` is 200.
-        on_stage: Told what the server is doing while it starts.
+        log: File for the server's output; a temporary one by default.
+        port: Port; 0 for a free one.
+        environment: Variables added to this process's environment.
+        timeout_seconds: Time limit until ``/health`` is 200.
+        on_stage: Called with each stage of the start.
 
     Raises:
-        DemoError: The port is taken, or the server ended or did not answer in time; with the end of its log.
+        DemoError: The port is in use, or the server ended or did not answer in time; includes the end of its log.
     """
     port = port or free_port()
     _require_free(port)
@@ -119,14 +119,15 @@ def serving(
 
 
 def _temporary(folder: Path) -> dict[str, str]:
-    """Return the variable that puts the server's temporary files into a folder: vLLM leaves its sockets behind."""
-    return {"TMPDIR": str(folder)} if len(os.fsencode(folder)) <= _SOCKET_NAME_ROOM else {}
+    """Return the variable that moves temporary files to a folder, since vLLM does not remove its sockets."""
+    return {"TMPDIR": str(folder)} if len(os.fsencode(folder)) <= _MAX_SOCKET_FOLDER else {}
 
 
 def one_worker(options: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Add to a server's options and environment that on a CPU the engine works in one process.
+    """Add options and variables that make the engine use a single process on a CPU.
 
-    vLLM takes two, and each polls while it waits for the other: on two cores, a fifth of what the server can do.
+    By default vLLM uses two, and each polls while it waits for the other: on two cores, that costs a fifth of the
+    throughput.
     """
     import torch
 
@@ -138,7 +139,7 @@ def one_worker(options: Sequence[str], environment: Mapping[str, str]) -> tuple[
     )
 
 
-# Threads that spin while they wait starve a machine of two cores: requests took 0.3 to 2.6 s instead of 0.2 s.
+# Spinning threads starve a machine with two cores: requests took 0.3 to 2.6 s instead of 0.2 s.
 _DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
 _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -149,30 +150,30 @@ def _require_free(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise DemoError(f"Port {port} is taken ({error.strerror}). Choose another with --port.") from error
+            raise DemoError(f"Port {port} is in use ({error.strerror}). Choose another with --port.") from error
 
 
 def wait_until_healthy(
     server: Server, timeout_seconds: float = 600, on_stage: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Wait until a server that was just started answers.
+    """Wait until a newly started server answers.
 
     Args:
-        server: Its address, log and process.
-        timeout_seconds: Patience.
-        on_stage: Called with what it does, whenever that changes.
+        server: The server.
+        timeout_seconds: Time limit.
+        on_stage: Called with each new stage of the start.
 
     Raises:
-        DemoError: It ended, or the time was over; with the end of its log.
+        DemoError: The server ended, or did not answer in time; includes the end of its log.
     """
     deadline = time.monotonic() + timeout_seconds
-    told = ""
+    last_stage = ""
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
-            raise DemoError(f"The server ended with status {server.process.returncode}.\n{log_end(server.log)}")
+            raise DemoError(f"The server exited with status {server.process.returncode}.\n{log_end(server.log)}")
         stage = _stage(server.log)
-        if stage != told:
-            told = stage
+        if stage != last_stage:
+            last_stage = stage
             on_stage(stage)
         if is_healthy(server.url, timeout_seconds=5):
             return
@@ -182,11 +183,11 @@ def wait_until_healthy(
 
 def _stage(log: Path) -> str:
     text = log.read_text(errors="replace")
-    reached = "importing vLLM"
+    latest = "importing vLLM"
     for mark, stage in _STAGES:
         if mark in text:
-            reached = stage
-    return reached
+            latest = stage
+    return latest
 
 
 def log_end(log: Path, lines: int = 25) -> str:

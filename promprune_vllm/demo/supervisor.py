@@ -1,8 +1,8 @@
-"""Runs a command while whoever wants it lives: ``python -m promprune_vllm.demo.supervisor FOLDER COMMAND``.
+"""Runs a command that must not outlive its owner: ``python -m promprune_vllm.demo.supervisor FOLDER COMMAND``.
 
-Standard input is a pipe that nobody writes to, and only the process that wants the command holds its other end.
-The system closes it however that process ends, also by SIGKILL. At the end of file the command is stopped, with
-everything it started, and FOLDER is removed. The status is the command's, 128 + N where signal N ended it.
+Standard input is a pipe that nobody writes to, and only the owner process holds its other end. The system closes
+it however the owner ends, even by SIGKILL. At end of file, the command and everything it started are stopped, and
+FOLDER is removed. The exit status is the command's, or 128 + N if signal N ended it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from pathlib import Path
 import psutil
 
 GRACE_SECONDS = 20
-"""How long a command may take to end by itself, before it and what it started are killed."""
+"""Time for a command to end by itself before it and its children are killed."""
 _LINGER_SECONDS = 5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def supervise(folder: Path | None, words: Sequence[str]) -> int:
-    """Run a command until it ends, or until standard input does.
+    """Run a command until it ends, or until end of file on standard input.
 
     Args:
-        folder: Removed after the command was stopped; of one that ended by itself, the parent still reads it.
-        words: The command.
+        folder: Folder to remove if the command was stopped; if it ended by itself, the owner still reads it.
+        words: Command and arguments.
 
     Returns:
-        Its exit status.
+        Exit status of the command.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # Whoever signals every process of ours has signalled the command too, and it is waited for. Not SIG_IGN,
-        # which the command would inherit.
+        # A signal to all of our processes has reached the command too, so just wait for it. Not SIG_IGN, which the
+        # command would inherit.
         signal.signal(number, lambda *_: None)
-    # In a session of its own: its process group is all it starts, and a terminal's signals do not reach it.
+    # In its own session: its process group has all it starts, and a terminal's signals do not reach it.
     command = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_ended_with_us(),  # noqa: PLW1509  # no thread has been started yet
+        preexec_fn=_parent_death_signal(),  # noqa: PLW1509  # no thread has been started yet
     )
     over = threading.Event()
     threading.Thread(target=_stop_at_end_of_file, args=(command, over), daemon=True).start()
@@ -58,9 +58,9 @@ def supervise(folder: Path | None, words: Sequence[str]) -> int:
 
 
 def kill_group(group: int) -> None:
-    """Kill what is left of a process group and wait until it is gone.
+    """Kill the rest of a process group and wait until it is gone.
 
-    Python's resource tracker is left to end by itself: once the others are gone, it removes their shared memory.
+    Python's resource tracker is not killed: once the others are gone, it removes their shared memory and exits.
     """
     deadline = time.monotonic() + _LINGER_SECONDS
     while (left := _members(group)) and time.monotonic() < deadline:
@@ -74,7 +74,7 @@ def kill_group(group: int) -> None:
 
 
 def _members(group: int) -> list[psutil.Process]:
-    """Return the processes of a group that run; dead ones stay in it where nobody asks for their status."""
+    """Return the running processes of a group, without zombies."""
     members = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError, PermissionError):
@@ -87,28 +87,27 @@ def _stop_at_end_of_file(command: subprocess.Popen[bytes], over: threading.Event
     while os.read(0, 1):
         pass
     over.set()
-    command.send_signal(
-        signal.SIGINT
-    )  # before it has handlers too, Python then cleans up, where SIGTERM just ends it
+    # Even before the command installs handlers, Python cleans up on SIGINT, whereas SIGTERM just ends it.
+    command.send_signal(signal.SIGINT)
     try:
         command.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         kill_group(command.pid)
 
 
-def _ended_with_us() -> Callable[[], None] | None:
-    """Return what a child calls on Linux so that it gets SIGTERM, should even this process be killed."""
+def _parent_death_signal() -> Callable[[], None] | None:
+    """Return a function for the child that requests SIGTERM if this process is killed; Linux only."""
     if sys.platform != "linux":
         return None
     prctl, us = ctypes.CDLL(None).prctl, os.getpid()
 
-    def ask() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the command is loaded, our handler would swallow it
+    def request_signal() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until exec, our own handler would ignore it
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != us:  # killed before it was asked for
+        if os.getppid() != us:  # the parent was killed before the request
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return ask
+    return request_signal
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many threads torch spreads an operation over, for a while."""
+"""A context manager for the number of torch threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads while the block is open, and afterwards as many as before.
+    """Use ``count`` torch threads inside the block, then restore the previous number.
 
-    Another number also rounds otherwise, so what else this process computes must not notice.
+    The number of threads affects rounding, so it must not change for anything else in this process.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""What ``promprune demo --traffic`` sends, decided by a seed, and the sums of what came of it; pure functions."""
+"""Generates the requests of ``promprune demo --traffic`` from a seed, and sums up the results; pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUESTIONS = (
     "Is there any text to be read?",
 )
 POOL = 27
-"""Pictures that come again; their names are numbers below this."""
+"""Number of pictures that are sent repeatedly; their names are the numbers below it."""
 _KINDS = {
     PLAIN: 14,
     "tokens": 24,
@@ -26,7 +26,7 @@ _KINDS = {
     TEXT: 8,
     REFUSED: 6,
 }
-"""Kinds of requests, and how often each comes."""
+"""Kinds of requests, with their relative frequency."""
 _BUDGETS: dict[str, tuple[object, ...]] = {
     "tokens": (32, 64, 128, 128, 256),
     "share": (0.1, "25%", "50%"),
@@ -41,11 +41,11 @@ _NO_METHOD = "no-such-method"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image, by what it is made from.
+    """An image: a picture of the pool, or a crop of one.
 
     Args:
-        name: Number of a picture of the pool.
-        box: Cut out of it: left, top and side as shares; ``None`` is the whole picture, which comes again.
+        name: Number of the picture in the pool.
+        box: Crop: left, top and side as shares; ``None`` for the whole picture, which is sent repeatedly.
     """
 
     name: int
@@ -53,18 +53,18 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Request:
     """One request to send.
 
     Args:
-        kind: A key of the mix: the form of the budget, or what else is special about the request.
-        pictures: None for a request without images.
+        kind: A key of ``_KINDS``: the form of the budget, or another property of the request.
+        pictures: Images; empty for a text-only request.
         budget: ``visual_token_budget``; ``None`` leaves it out.
         method: ``visual_token_method``; ``None`` leaves it out.
-        question: The text.
-        answer_tokens: Length of the answer.
+        question: Text of the request.
+        answer_tokens: Length of the answer in tokens.
         stream: Whether the answer is streamed.
-        abort: Whether the client goes away after the first piece of a stream.
+        abort: Whether the client disconnects after the first chunk of a stream.
     """
 
     kind: str
@@ -78,14 +78,14 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """What came of a request.
+class Result:
+    """Result of one request.
 
     Args:
-        kind: Of the ``Ask``.
+        kind: Kind of the request.
         outcome: ``answered``, ``aborted`` by the client, ``refused`` by the server, or ``failed``.
-        seen: Visual tokens of its images before pruning, as the reply says.
-        kept: Those that entered the language model.
+        seen: Visual tokens of its images before pruning, from the reply.
+        kept: Visual tokens that entered the language model, from the reply.
     """
 
     kind: str
@@ -108,12 +108,12 @@ class Line:
     failed: int
 
 
-def plan(seed: int, methods: Sequence[str] = ()) -> Iterator[Ask]:
-    """Yield requests without end: first one of every kind, then a mix; the same seed gives the same ones.
+def plan(seed: int, methods: Sequence[str] = ()) -> Iterator[Request]:
+    """Yield requests endlessly: first one of every kind, then a mix. The same seed gives the same requests.
 
     Args:
-        seed: Of everything that is drawn.
-        methods: Names the server allows beside its own; one request in five names one of them.
+        seed: Random seed.
+        methods: Methods that the server allows besides its default; one request in five selects one of them.
     """
     rng = random.Random(seed)
     tour = [_ask(rng, kind, ()) for kind in _KINDS]
@@ -127,7 +127,7 @@ def plan(seed: int, methods: Sequence[str] = ()) -> Iterator[Ask]:
         yield _ask(rng, kind, methods)
 
 
-def _ask(rng: random.Random, kind: str, methods: Sequence[str], refusal: int | None = None) -> Ask:
+def _ask(rng: random.Random, kind: str, methods: Sequence[str], refusal: int | None = None) -> Request:
     several = 2 if kind in ("list", "total") or (kind in ("tokens", "share") and rng.random() < 0.15) else 1
     pictures = tuple(_picture(rng) for _ in range(0 if kind == TEXT else several))
     budget = rng.choice(_BUDGETS[kind]) if kind in _BUDGETS else None
@@ -136,7 +136,7 @@ def _ask(rng: random.Random, kind: str, methods: Sequence[str], refusal: int | N
         wrong = rng.randrange(len(_BUDGETS[REFUSED]) + 1) if refusal is None else refusal
         budget, method = (64, _NO_METHOD) if wrong == len(_BUDGETS[REFUSED]) else (_BUDGETS[REFUSED][wrong], None)
     stream = rng.random() < 0.5
-    return Ask(
+    return Request(
         kind=kind,
         pictures=pictures,
         budget=budget,
@@ -149,7 +149,7 @@ def _ask(rng: random.Random, kind: str, methods: Sequence[str], refusal: int | N
 
 
 def _picture(rng: random.Random) -> Picture:
-    """Draw a picture: two of three from the pool, the first of it most often; else a new cut-out."""
+    """Draw a picture: two of three are whole pictures of the pool, low numbers most often; the rest new crops."""
     name = min(int(rng.expovariate(0.25)), POOL - 1)
     if rng.random() < 2 / 3:
         return Picture(name)
@@ -157,21 +157,21 @@ def _picture(rng: random.Random) -> Picture:
     return Picture(name, (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side))
 
 
-def lines(sent: Sequence[Sent]) -> list[Line]:
-    """Return one line for each kind that was sent, in the order of the mix."""
+def lines(sent: Sequence[Result]) -> list[Line]:
+    """Return one line for each kind that was sent, in the order of ``_KINDS``."""
     return [_sum(kind, [each for each in sent if each.kind == kind]) for kind in _KINDS if _has(sent, kind)]
 
 
-def total(sent: Sequence[Sent]) -> Line:
-    """Return the line of all requests together."""
+def total(sent: Sequence[Result]) -> Line:
+    """Return the line for all requests together."""
     return _sum("all", sent)
 
 
-def _has(sent: Sequence[Sent], kind: str) -> bool:
+def _has(sent: Sequence[Result], kind: str) -> bool:
     return any(each.kind == kind for each in sent)
 
 
-def _sum(kind: str, sent: Sequence[Sent]) -> Line:
+def _sum(kind: str, sent: Sequence[Result]) -> Line:
     seen, kept = sum(each.seen for each in sent), sum(each.kept for each in sent)
     of = {name: sum(each.outcome == name for each in sent) for name in ("refused", "aborted", "failed")}
     return Line(kind, requests=len(sent), seen=seen, kept=kept, saved=seen - kept, **of)

@@ -1,1 +1,1 @@
-"""What pruning costs in answers: asks a running server questions about generated scenes, over HTTP alone."""
+"""``promprune eval``: measures how pruning affects answers, by asking a server about scenes over HTTP."""

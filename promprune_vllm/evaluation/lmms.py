@@ -1,7 +1,7 @@
-"""``promprune eval --lmms``: drives lmms-eval against a server, once for every method and budget.
+"""``promprune eval --lmms``: runs lmms-eval against a server, once for every method and budget.
 
-lmms-eval builds requests of fixed fields, so each run talks to a forwarder that adds the method and the budget. It
-scores a request that failed as a wrong answer; here one failed request fails the run.
+lmms-eval cannot add request fields, so each run talks to a proxy that adds the method and the budget. lmms-eval
+scores a failed request as a wrong answer; here one failed request fails the run.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from rich.console import Console
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import EvaluationError
-from promprune_vllm.evaluation.asking import Way
-from promprune_vllm.evaluation.forwarding import Tally, forwarding
+from promprune_vllm.evaluation.proxy import Tally, proxy
 from promprune_vllm.evaluation.published import BENCHMARKS, REPORTED
 from promprune_vllm.evaluation.records import FULL_METHOD
+from promprune_vllm.evaluation.sender import Way
 from promprune_vllm.evaluation.target import Target
 from promprune_vllm.markdown import table as markdown_table
 
 NOT_MEASURED = "*not measured here*"
-_KNOWN = {benchmark.task: benchmark for benchmark in BENCHMARKS}
+_BENCHMARK_BY_TASK = {benchmark.task: benchmark for benchmark in BENCHMARKS}
 _LOG_LINES = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How lmms-eval is run.
+    """How to run lmms-eval.
 
     Args:
-        command: The program and its first words.
-        tasks: Its tasks.
-        words: Handed on to it as they are.
-        out: Folder of its results and logs.
+        command: The program and its first arguments.
+        tasks: lmms-eval tasks.
+        words: Extra arguments, passed through unchanged.
+        out: Folder for results and logs.
         concurrency: Requests in flight.
     """
 
@@ -53,14 +53,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one run scored.
+    """Scores of one run.
 
     Args:
-        method: ``full`` where every token was kept.
-        budget: As asked for.
-        requests: Answered.
-        kept_share: Visual tokens that entered the language model, over those before pruning.
-        scores: By task, as the papers print them.
+        method: Method, or ``full`` if every token was kept.
+        budget: Budget of the requests.
+        requests: Answered requests.
+        kept_share: Visual tokens that entered the language model, as a share of those before pruning.
+        scores: Scores by task, as the papers print them.
     """
 
     method: str
@@ -71,16 +71,16 @@ class Row:
 
 
 def drive(target: Target, ways: Sequence[Way], run: Run, err: Console) -> dict[str, Any]:
-    """Run lmms-eval once for every way and return the scores.
+    """Run lmms-eval once for every way, and return the scores.
 
     Args:
         target: The server.
-        ways: Every token first.
-        run: How.
-        err: Told what is being done.
+        ways: Methods with budgets, ``full`` first.
+        run: How to run lmms-eval.
+        err: Console that shows the progress.
 
     Raises:
-        EvaluationError: lmms-eval is not there or failed, or the server refused a request of its.
+        EvaluationError: lmms-eval is not installed or failed, or the server refused one of its requests.
     """
     target.require([way.method for way in ways if way.method != FULL_METHOD])
     rows = []
@@ -97,14 +97,14 @@ def drive(target: Target, ways: Sequence[Way], run: Run, err: Console) -> dict[s
     return document
 
 
-def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_KNOWN)) -> str:
-    """Return the papers' layout as Markdown: rows measured here, then those of the papers.
+def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_BENCHMARK_BY_TASK)) -> str:
+    """Return a Markdown table in the papers' layout: rows measured here, then rows from the papers.
 
     Args:
-        rows: Every token first; without any, a row each says that nothing was measured here.
-        tasks: The columns.
+        rows: Measured rows, ``full`` first; if there are none, placeholder rows say so.
+        tasks: lmms-eval tasks, one per column.
     """
-    titles = [_KNOWN[task].title if task in _KNOWN else task for task in tasks]
+    titles = [_BENCHMARK_BY_TASK[task].title if task in _BENCHMARK_BY_TASK else task for task in tasks]
     head = ["", "tokens", *titles, "relative, %", "whose figures"]
     lines: list[list[str]] = []
     full = next((row for row in rows if row.method == FULL_METHOD), None)
@@ -137,13 +137,13 @@ def _row(target: Target, way: Way, run: Run) -> Row:
     folder = run.out / f"{way.method}-{way.budget_text.strip('%')}"
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.rglob("*_results.json"))
-    with forwarding(target, way.fields) as (address, key, tally):
+    with proxy(target, way.fields) as (address, key, tally):
         _run(_words(target, run, address, folder), key, folder / "log.txt")
     if tally.refused or not tally.answered:
-        what = tally.last_refusal or "it asked nothing"
+        what = tally.last_refusal or "it sent no request"
         raise EvaluationError(
-            f"{tally.refused} requests of lmms-eval with {way.fields} failed at {target.url}, and it scores those "
-            f"as wrong answers ({what}): see {folder / 'log.txt'}."
+            f"{tally.refused} requests of lmms-eval with {way.fields} failed at {target.url}, and it would score "
+            f"them as wrong answers ({what}): see {folder / 'log.txt'}."
         )
     found = sorted(set(folder.rglob("*_results.json")) - before)
     if not found:
@@ -161,8 +161,8 @@ def _words(target: Target, run: Run, address: str, folder: Path) -> list[str]:
 def _run(words: Sequence[str], key: str, log: Path) -> None:
     if shutil.which(words[0]) is None:
         raise EvaluationError(
-            f"lmms-eval cannot be run: there is no program {words[0]}. Install it in an environment of its own "
-            "with `pip install lmms-eval`, and say how to run it with --lmms-command."
+            f"lmms-eval cannot be run: there is no program {words[0]}. Install it in a separate environment with "
+            "`pip install lmms-eval`, and set --lmms-command to the command that runs it."
         )
     environment = {**os.environ, "OPENAI_API_KEY": key}
     with (
@@ -172,24 +172,24 @@ def _run(words: Sequence[str], key: str, log: Path) -> None:
         status = process.wait()
     if status:
         end = "\n".join(log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:])
-        raise EvaluationError(f"lmms-eval ended with status {status}; the end of {log}:\n{end}")
+        raise EvaluationError(f"lmms-eval exited with status {status}; the end of {log}:\n{end}")
 
 
 def scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return one figure per task out of lmms-eval's results: what the papers print, or the first metric."""
-    found = {}
+    """Return one score per task from lmms-eval's results: the one that the papers print, or the first metric."""
+    score_by_task = {}
     for task, metrics in results.items():
         values = {
             name.partition(",")[0]: float(value)
             for name, value in metrics.items()
             if "," in name and "_stderr" not in name and isinstance(value, int | float)
         }
-        known = _KNOWN.get(task)
-        if known is not None and set(known.metrics) <= set(values):
-            found[task] = round(known.scale * sum(values[name] for name in known.metrics), 4)
+        benchmark = _BENCHMARK_BY_TASK.get(task)
+        if benchmark is not None and set(benchmark.metrics) <= set(values):
+            score_by_task[task] = round(benchmark.scale * sum(values[name] for name in benchmark.metrics), 4)
         elif values:
-            found[task] = next(iter(values.values()))
-    return found
+            score_by_task[task] = next(iter(values.values()))
+    return score_by_task
 
 
 def _share(tally: Tally) -> float:

@@ -1,4 +1,4 @@
-"""What the options of ``promprune eval`` ask for."""
+"""Parses the options of ``promprune eval`` into a plan of questions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from promprune_vllm.core.budget import AUTO, FULL, Budget
 from promprune_vllm.errors import BudgetError, EvaluationError
-from promprune_vllm.evaluation.asking import Way
 from promprune_vllm.evaluation.records import FULL_METHOD
-from promprune_vllm.evaluation.tasks import Task, chosen, limited
+from promprune_vllm.evaluation.sender import Way
+from promprune_vllm.evaluation.tasks import Task, split_limit, tasks_by_name
 
 REST = "*"
-"""In a method's place: every other one that the server allows."""
+"""Instead of a method's name: all other methods that the server allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked.
+    """The questions to ask.
 
     Args:
-        ways: Methods with budgets, every token first.
-        tasks: Of which questions are asked.
+        ways: Methods with budgets, ``full`` first.
+        tasks: Tasks to ask questions of.
         concurrency: Requests in flight.
     """
 
@@ -32,24 +32,24 @@ class Plan:
 
     @property
     def questions(self) -> int:
-        """The most that any way asks of a task."""
+        """The largest number of questions per task that any way asks."""
         return max(way.questions for way in self.ways)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that choose tokens."""
+        """The methods that select tokens."""
         return tuple(dict.fromkeys(way.method for way in self.ways if way.method != FULL_METHOD))
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The options, checked as far as they can be without a server.
+class Options:
+    """The options, checked as far as possible without a server.
 
     Args:
-        tasks: At least one.
-        budgets: At least one.
-        methods: With the number of questions of each; none for all that the server allows.
-        questions: Of a method that names no number.
+        tasks: At least one task.
+        budgets: At least one budget.
+        methods: Methods with their number of questions; empty for all that the server allows.
+        questions: Number of questions of methods that set none.
         concurrency: Requests in flight.
     """
 
@@ -60,10 +60,10 @@ class Wanted:
     concurrency: int
 
     def plan(self, allowed: Sequence[str]) -> Plan:
-        """Return every way to ask.
+        """Return the plan for a server.
 
         Args:
-            allowed: The methods of the server.
+            allowed: Methods that the server allows.
         """
         methods = dict(self.methods or ((REST, self.questions),))
         if (rest := methods.pop(REST, None)) is not None:
@@ -73,31 +73,33 @@ class Wanted:
         return Plan((Way.full(most), *pruned), self.tasks, self.concurrency)
 
 
-def wanted(
+def parse_options(
     tasks: str, budgets: str, methods: str, *, questions: int, concurrency: int, check: Callable[[str], object]
-) -> Wanted:
-    """Read the options.
+) -> Options:
+    """Parse the options.
 
     Args:
-        tasks: Names with commas between; empty for all.
-        budgets: Tokens or shares with commas between.
-        methods: Names with commas between, each with ``:N`` after it or not; ``*`` for all others.
-        questions: Of a method that names no number.
+        tasks: Comma-separated names; empty for all.
+        budgets: Comma-separated tokens or shares.
+        methods: Comma-separated names, each optionally with ``:N``; ``*`` for all others.
+        questions: Number of questions of methods without ``:N``.
         concurrency: Requests in flight.
-        check: Refuses the name of a method.
+        check: Raises an error for an unknown method.
 
     Raises:
-        EvaluationError: An unknown task, or a budget or number of questions that is none.
+        EvaluationError: A task is unknown, or a budget or a number of questions is invalid.
     """
-    named = tuple((name, most or questions) for name, most in map(limited, listed(methods)))
+    named = tuple((name, most or questions) for name, most in map(split_limit, split_list(methods)))
     for name, _ in named:
         if name != REST:
             check(name)
-    return Wanted(chosen(listed(tasks)), tuple(map(_budget, listed(budgets))), named, questions, concurrency)
+    return Options(
+        tasks_by_name(split_list(tasks)), tuple(map(_budget, split_list(budgets))), named, questions, concurrency
+    )
 
 
-def listed(text: str) -> list[str]:
-    """Return the parts of an option that takes several, with commas between."""
+def split_list(text: str) -> list[str]:
+    """Split a comma-separated option."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -110,10 +112,10 @@ def _budget(text: str) -> int | float | str:
         try:
             Budget.parse(text)
         except BudgetError:
-            raise EvaluationError(f"--budgets cannot have {text!r}: {error}") from error
+            raise EvaluationError(f"--budgets has an invalid entry {text!r}: {error}") from error
         value = text
     if value in (AUTO, FULL):
         raise EvaluationError(
-            f"--budgets cannot have {text!r}: every token is asked anyway; give tokens or shares."
+            f"--budgets cannot have {text!r}: give tokens or shares (all tokens are always measured too)."
         )
     return value

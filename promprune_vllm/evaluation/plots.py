@@ -16,30 +16,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SUBJECT_COLOUR, _FULL_COLOUR, _CONTROL_COLOUR = "#b2182b", "#222222", "#777777"
-# Neither red nor grey: those are the subject's and the controls'. Splits have one hue, darker with their share.
+# No red or grey: those are for the subject and the controls. Fixed splits share one hue, darker for larger shares.
 _COLOURS = ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#c49c00", "#006d5b")
 _SPLIT_COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08306b")
 _FORMATS = ("png", "svg")
-_AS_LEVEL = "that of all tokens, less what is lost on the same questions"
+_AS_LEVEL = "that of all tokens, minus the loss on the same questions"
 _CURVES, _HEAT = "accuracy-budget", "tasks"
 
 
 def require() -> None:
-    """Refuse to go on without matplotlib, before an hour is spent on asking.
+    """Fail without matplotlib, before an hour is spent on asking.
 
     Raises:
-        EvaluationError: It is not installed.
+        EvaluationError: matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise EvaluationError(
-            f"Plots need matplotlib ({error}): pip install 'promprune-vllm[eval]', or give --no-plots."
+            f"Plots need matplotlib ({error}): run `pip install 'promprune-vllm[eval]'`, or pass --no-plots."
         ) from error
 
 
 def save(report: Report, folder: Path) -> list[Path]:
-    """Draw accuracy over budget, and a heat map of tasks for every budget.
+    """Save a plot of accuracy by budget, and a heat map of tasks for every budget.
 
     Returns:
         The files written.
@@ -49,7 +49,7 @@ def save(report: Report, folder: Path) -> list[Path]:
     figures = {_CURVES: curves(report)}
     figures |= {f"{_HEAT}-{budget.strip('%')}": heat_map(report, budget) for budget in report.budgets}
     written = []
-    # The same answers give the same bytes, so that plots can be committed.
+    # Reproducible bytes, so that plots can be committed.
     with mpl.rc_context({"svg.hashsalt": "promprune", "svg.fonttype": "path"}):
         for name, figure in figures.items():
             for kind in _FORMATS:
@@ -61,7 +61,7 @@ def save(report: Report, folder: Path) -> list[Path]:
 
 
 def curves(report: Report) -> Figure:
-    """Draw the macro accuracy, and that of every task, over the tokens kept: :meth:`Report.level`."""
+    """Plot the macro accuracy and that of every task by tokens kept: :meth:`Report.level`."""
     figure = _figure(11, 2.7 * (1 + math.ceil(len(report.tasks) / 3)) + 1.2)
     rows = 2 + math.ceil(len(report.tasks) / 3)
     grid = figure.add_gridspec(rows, 3)
@@ -74,7 +74,7 @@ def curves(report: Report) -> Figure:
 
 
 def heat_map(report: Report, budget: str) -> Figure:
-    """Draw :meth:`Report.level` of every task (columns) with every method (rows) at one budget."""
+    """Plot :meth:`Report.level` for every task (columns) and method (rows) at one budget."""
     tasks: list[str | None] = [*report.tasks, None]
     values, names = [], []
     full = report.cell(FULL_METHOD)
@@ -103,7 +103,7 @@ def heat_map(report: Report, budget: str) -> Figure:
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # not pyplot: no window system, nothing global
+    from matplotlib.figure import Figure  # not pyplot: needs no display, and has no global state
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -1,6 +1,6 @@
-"""The benchmarks of the papers as lmms-eval names them, and the figures the papers report. Nothing here is ours.
+"""The papers' benchmarks by their lmms-eval names, and the figures that the papers report. None are ours.
 
-The figures are for LLaVA-1.5-7B, as far as we have them; ``relative`` averages over each paper's own benchmarks.
+The figures are for LLaVA-1.5-7B, where we have them; ``relative`` averages over each paper's own benchmarks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Benchmark:
     Args:
         task: Its name in lmms-eval.
         title: Its name in the papers.
-        metrics: Added up; what lmms-eval calls them.
-        scale: Times this is what the papers print.
+        metrics: lmms-eval metrics that are added up.
+        scale: Factor from lmms-eval's figure to the papers'.
     """
 
     task: str
@@ -41,11 +41,11 @@ class Reported:
     """A row of a paper about LLaVA-1.5-7B.
 
     Args:
-        method: As we call it, or in words.
-        tokens: Kept of 576.
-        source: Whose figures these are.
-        relative: Per cent of the unpruned model's, averaged over that paper's own benchmarks.
-        scores: By task, where we know them.
+        method: Our name of the method, or a description.
+        tokens: Tokens kept of 576.
+        source: Paper that reports the figures.
+        relative: Percentage of the unpruned model's score, averaged over that paper's own benchmarks.
+        scores: Scores by task, where we have them.
     """
 
     method: str

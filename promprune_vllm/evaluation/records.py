@@ -1,4 +1,4 @@
-"""Answers as lines of a file: written one by one, read back after an interruption."""
+"""The file of answers: written line by line, read back after an interruption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Self
 from promprune_vllm.errors import EvaluationError
 
 FULL_METHOD = "full"
-"""What stands in a method's place where every token is kept."""
+"""Used instead of a method's name if every token is kept."""
 FILE = "answers.jsonl"
 _FORMAT = 1
 Key = tuple[str, int, int, str, str]
@@ -23,19 +23,19 @@ class Answer:
     """One answer.
 
     Args:
-        kind: Of the scene asked about.
-        seed: That it was drawn from.
-        index: Of the question among the scene's.
-        task: The question's.
-        method: That chose the tokens; ``full`` where all were kept.
-        budget: As it was asked for, in JSON.
-        question: What was asked.
+        kind: Kind of the scene.
+        seed: Seed of the scene.
+        index: Index of the question among the scene's.
+        task: Task of the question.
+        method: Method that selected the tokens; ``full`` if all were kept.
+        budget: Budget of the request, in JSON.
+        question: Question text.
         expected: The right answer.
-        said: What the model said.
-        correct: Whether that is the right answer.
+        said: The model's answer.
+        correct: Whether it is right.
         seen: Visual tokens of the image.
-        kept: Those that entered the language model, as the server counts them.
-        seconds: From sending the request to its reply.
+        kept: Visual tokens that entered the language model, as counted by the server.
+        seconds: Time from the request to the reply.
     """
 
     kind: str
@@ -54,28 +54,28 @@ class Answer:
 
     @property
     def key(self) -> Key:
-        """What it answers."""
+        """Identifies the question, the method and the budget."""
         return (self.kind, self.seed, self.index, self.method, self.budget)
 
     @property
     def image(self) -> tuple[str, int]:
-        """What it is about."""
+        """Identifies the scene."""
         return (self.kind, self.seed)
 
 
-def right(said: str, expected: str) -> bool:
-    """Whether an answer is the expected one: letter case, spaces around it and a full stop do not count."""
+def is_right(said: str, expected: str) -> bool:
+    """Return whether an answer is the expected one, ignoring case, surrounding spaces and a final period."""
     return said.strip().removesuffix(".").strip().lower() == expected.strip().lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What a file of answers holds.
+    """Contents of a file of answers.
 
     Args:
-        settings: Everything that decides what a question is answered with.
-        runs: Where, when and how each session asked.
-        answers: By key.
+        settings: Everything that influences the answers.
+        runs: Provenance of each session.
+        answers: Answers by key.
     """
 
     settings: Mapping[str, Any]
@@ -84,25 +84,25 @@ class Records:
 
 
 def read(file: Path) -> Records:
-    """Read a file of answers; a last line that was cut off in writing is left out.
+    """Read a file of answers; an incomplete last line is ignored.
 
     Raises:
-        EvaluationError: There is no such file, or it is none of ours.
+        EvaluationError: There is no such file, or it is not a file of answers.
     """
     records, _ = _read(file)
     return records
 
 
 class Log:
-    """A file of answers that grows. Opening one that is there goes on with it.
+    """An open file of answers. Opening an existing file continues it.
 
     Args:
-        file: Made where there is none.
-        settings: Everything that decides what a question is answered with.
-        run: Where, when and how this session asks.
+        file: Path of the file; created if missing.
+        settings: Everything that influences the answers.
+        run: Provenance of this session.
 
     Raises:
-        EvaluationError: The file was made with other settings, or is none of ours.
+        EvaluationError: The file has other settings, or is not a file of answers.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ class Log:
         self._write({"run": run})
 
     def add(self, answer: Answer) -> None:
-        """Write one answer; it is in the operating system's hands when this returns."""
+        """Write one answer and flush it to the operating system."""
         self.answers[answer.key] = answer
         self._write(asdict(answer))
 
@@ -139,12 +139,12 @@ class Log:
 
 
 def _read(file: Path) -> tuple[Records, int]:
-    """Return what a file holds, and how many of its bytes are whole lines."""
+    """Return the contents of a file, and the number of bytes in its complete lines."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise EvaluationError(
-            f"{file} cannot be read ({error.strerror}): name the folder of a run with --out."
+            f"{file} cannot be read ({error.strerror}): set --out to the folder of a run."
         ) from error
     whole = content.rfind(b"\n") + 1
     try:
@@ -156,15 +156,15 @@ def _read(file: Path) -> tuple[Records, int]:
         return Records(head["settings"], runs, answers), whole
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
-            f"{file} is no file of answers ({error}). Name another folder with --out, or remove the file."
+            f"{file} is not a file of answers ({error}). Choose another folder with --out, or remove the file."
         ) from error
 
 
 def _require_same(file: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differing = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
     if differing:
-        changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in differing)
+        changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in differing)
         raise EvaluationError(
-            f"{file} has answers under other settings: {changes}. "
-            "Name another folder with --out, or remove the file."
+            f"{file} has answers with other settings: {changes}. "
+            "Choose another folder with --out, or remove the file."
         )

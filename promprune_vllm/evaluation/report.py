@@ -1,4 +1,4 @@
-"""What a file of answers says: accuracies by method, budget and task, and each method against its rivals."""
+"""Computes a report from answers: accuracies by method, budget and task, and paired comparisons of methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from promprune_vllm.evaluation.statistics import Comparison, Estimate, Sums, by_
 from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS
 
 FIXED_SPLITS = ("split-0", "split-25", "split-50", "split-75", "fastervlm")
-"""PromPrune with a fixed salient share; ``fastervlm`` is the share of 1."""
+"""PromPrune with a fixed salient share; ``fastervlm`` has a share of 1."""
 CONTROLS = ("random", "uniform")
 SUBJECT = "promprune"
 BEST_SPLIT, ALL_TOKENS = "best fixed split", "all tokens"
@@ -19,14 +19,14 @@ BEST_SPLIT, ALL_TOKENS = "best fixed split", "all tokens"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One method with one budget.
+    """Accuracy of one method with one budget.
 
     Args:
-        method: ``full`` where every token was kept.
-        budget: As asked for.
-        kept: Tokens kept of an image, on average.
-        macro: Over all tasks asked.
-        tasks: Each by itself.
+        method: Method, or ``full`` if every token was kept.
+        budget: Budget of the requests.
+        kept: Mean number of tokens kept per image.
+        macro: Macro accuracy over all tasks asked.
+        tasks: Accuracy of each task.
     """
 
     method: str
@@ -36,20 +36,20 @@ class Cell:
     tasks: dict[str, Estimate]
 
     def estimate(self, task: str | None) -> Estimate | None:
-        """Return that of a task, if it was asked; without one, the macro accuracy."""
+        """Return the accuracy of a task, if it was asked; for ``None``, the macro accuracy."""
         return self.macro if task is None else self.tasks.get(task)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One method against another way of keeping tokens, at one budget.
+    """One method compared with another at one budget.
 
     Args:
-        method: The first.
-        budget: Of both, but where the second keeps all tokens.
-        against: What the second is to it: a control's name, ``best fixed split`` or ``all tokens``.
-        other: The second's method.
-        comparison: On the questions both were asked.
+        method: The first method.
+        budget: Budget of both, unless the second keeps all tokens.
+        against: Role of the second: a control's name, ``best fixed split`` or ``all tokens``.
+        other: The second method.
+        comparison: Comparison on the questions that both were asked.
     """
 
     method: str
@@ -61,12 +61,12 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything, ready to be shown.
+    """All figures of an evaluation.
 
     Args:
-        cells: Those of ``full`` first, then by budget from the largest, and by method.
-        pairs: Every method against the controls, the best fixed split and all tokens.
-        records: What it was made of.
+        cells: ``full`` first, then by budget in descending order, then by method.
+        pairs: Every method compared with the controls, the best fixed split and all tokens.
+        records: The answers that the figures are computed from.
     """
 
     cells: tuple[Cell, ...]
@@ -75,13 +75,13 @@ class Report:
 
     @property
     def budgets(self) -> tuple[str, ...]:
-        """The budgets of pruned cells, from the largest."""
+        """The budgets of pruned cells, in descending order."""
         return tuple(dict.fromkeys(cell.budget for cell in self.cells if cell.method != FULL_METHOD))
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods of pruned cells: PromPrune, the published ones, fixed splits, controls."""
-        return tuple(sorted({c.method for c in self.cells if c.method != FULL_METHOD}, key=_place))
+        return tuple(sorted({c.method for c in self.cells if c.method != FULL_METHOD}, key=_rank))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -90,24 +90,24 @@ class Report:
         return tuple(task.name for task in TASKS if task.name in asked)
 
     def cell(self, method: str, budget: str | None = None) -> Cell | None:
-        """Return the figures of a method, where it was asked."""
-        found = (c for c in self.cells if c.method == method and budget in (None, c.budget))
-        return next(found, None)
+        """Return the cell of a method (and a budget), if there is one."""
+        matches = (c for c in self.cells if c.method == method and budget in (None, c.budget))
+        return next(matches, None)
 
     def against(self, method: str) -> list[Pair]:
         """Return the comparisons of one method."""
         return [pair for pair in self.pairs if pair.method == method]
 
     def level(self, method: str, budget: str, task: str | None = None) -> Estimate | None:
-        """Return an accuracy that may be set beside those of methods which were asked other questions.
+        """Return an accuracy that is comparable between methods that were asked different questions.
 
-        That of all tokens, on everything they were asked, plus the paired difference from them; its error is the
-        difference's. Where all tokens were not asked, the plain accuracy.
+        It is the accuracy of all tokens, on all their questions, plus the paired difference of the method to it;
+        its error is that of the difference. Without answers with all tokens, it is the method's own accuracy.
 
         Args:
-            method: Of a pruned cell.
-            budget: As asked for.
-            task: One task; without one, the macro accuracy.
+            method: Method of a pruned cell.
+            budget: Budget of the cell.
+            task: One task; ``None`` for the macro accuracy.
         """
         cell, full = self.cell(method, budget), self.cell(FULL_METHOD)
         if cell is None or cell.estimate(task) is None:
@@ -122,7 +122,7 @@ class Report:
         return replace(difference, value=base + difference.value)
 
     def as_document(self) -> dict[str, Any]:
-        """Everything but the answers, ready for JSON."""
+        """Return everything except the answers, ready for JSON."""
         return {
             "settings": dict(self.records.settings),
             "runs": [dict(run) for run in self.records.runs],
@@ -131,14 +131,14 @@ class Report:
         }
 
 
-def summarise(records: Records) -> Report:
-    """Work out every figure from answers alone."""
+def summarize(records: Records) -> Report:
+    """Compute every figure from the answers."""
     groups: dict[tuple[str, str], list[Answer]] = {}
     for answer in records.answers.values():
         groups.setdefault((answer.method, answer.budget), []).append(answer)
     cells = [_cell(*way, answers) for way, answers in groups.items()]
     kept = {cell.budget: cell.kept for cell in sorted(cells, key=lambda cell: cell.kept)}
-    cells.sort(key=lambda c: (c.method != FULL_METHOD, -kept[c.budget], c.budget, _place(c.method)))
+    cells.sort(key=lambda c: (c.method != FULL_METHOD, -kept[c.budget], c.budget, _rank(c.method)))
     return Report(tuple(cells), tuple(_pairs(cells, groups)), records)
 
 
@@ -156,39 +156,39 @@ def _pairs(cells: Sequence[Cell], groups: dict[tuple[str, str], list[Answer]]) -
     for cell in cells:
         if cell.method == FULL_METHOD:
             continue
-        there = {other.method: other for other in cells if other.budget == cell.budget}
-        others = {name: there[name] for name in CONTROLS if name in there}
-        splits = [there[name] for name in FIXED_SPLITS if name in there]
-        if splits:  # chosen by these very answers, which flatters it
+        at_budget = {other.method: other for other in cells if other.budget == cell.budget}
+        others = {name: at_budget[name] for name in CONTROLS if name in at_budget}
+        splits = [at_budget[name] for name in FIXED_SPLITS if name in at_budget]
+        if splits:  # selected by these same answers, which favors it
             others[BEST_SPLIT] = max(splits, key=lambda split: split.macro.value)
         if full is not None:
             others[ALL_TOKENS] = full
         for against, other in others.items():
             if other.method == cell.method:
                 continue
-            found = _compared(groups[cell.method, cell.budget], groups[other.method, other.budget])
-            if found is not None:
-                yield Pair(cell.method, cell.budget, against, other.method, found)
+            comparison = _compare(groups[cell.method, cell.budget], groups[other.method, other.budget])
+            if comparison is not None:
+                yield Pair(cell.method, cell.budget, against, other.method, comparison)
 
 
-def _compared(first: Sequence[Answer], second: Sequence[Answer]) -> Comparison | None:
+def _compare(first: Sequence[Answer], second: Sequence[Answer]) -> Comparison | None:
     def question(answer: Answer) -> Key:
         return (*answer.key[:3], "", "")
 
-    known = {question(answer): answer.correct for answer in second}
-    both = [answer for answer in first if question(answer) in known]
+    second_correct = {question(answer): answer.correct for answer in second}
+    both = [answer for answer in first if question(answer) in second_correct]
     if not both:
         return None
     return compare(
         [answer.correct for answer in both],
-        [known[question(answer)] for answer in both],
+        [second_correct[question(answer)] for answer in both],
         [answer.image for answer in both],
         [answer.task for answer in both],
         WEIGHTS,
     )
 
 
-def _place(method: str) -> tuple[int, str]:
+def _rank(method: str) -> tuple[int, str]:
     if method == SUBJECT:
         return (0, method)
     if method in CONTROLS:

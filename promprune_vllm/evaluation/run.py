@@ -1,4 +1,4 @@
-"""``promprune eval``: asks what is still to be asked, keeps every answer, and works out the report."""
+"""``promprune eval``: asks the questions that have no answer yet, stores the answers, and computes the report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rich.progress import (
 )
 
 from promprune_vllm.bench.provenance import provenance
-from promprune_vllm.evaluation.asking import ANSWER_TOKENS, ask_all, jobs
 from promprune_vllm.evaluation.plan import Plan
 from promprune_vllm.evaluation.records import FILE, Answer, Log, read
-from promprune_vllm.evaluation.report import Report, summarise
+from promprune_vllm.evaluation.report import Report, summarize
+from promprune_vllm.evaluation.sender import ANSWER_TOKENS, ask_all, jobs
 from promprune_vllm.evaluation.target import Target
 from promprune_vllm.evaluation.tasks import SPLIT, Draw, Picture, fingerprint, gather
 from promprune_vllm.evaluation.text import markdown
@@ -31,17 +31,17 @@ _SECONDS_BETWEEN_LINES = 30
 
 
 def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | None = None) -> Report:
-    """Ask what the folder has no answers to yet, and return what all of its answers say.
+    """Ask the questions that the folder has no answers to yet, and report on all of its answers.
 
     Args:
-        target: Whom to ask.
-        plan: What.
-        out: Folder of the answers; an earlier run's is gone on with.
-        err: Shows the progress.
-        draw: Makes a scene; that of the demo by default.
+        target: Server to ask.
+        plan: Questions to ask.
+        out: Folder of the answers; an earlier run there is resumed.
+        err: Console that shows the progress.
+        draw: Draws a scene; the demo's generator by default.
 
     Raises:
-        EvaluationError: The server cannot be asked this, or the folder's answers are of other settings.
+        EvaluationError: The server does not allow a method, or the folder's answers have other settings.
     """
     target.require(plan.methods)
     settings = target.settings() | {
@@ -52,7 +52,7 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
     with Log(out / FILE, settings, provenance()) as log:
         todo = list(jobs(pictures, plan.ways, log.answers))
         asked = sum(1 for _ in jobs(pictures, plan.ways))
-        err.print(_told(asked, len(todo), pictures, out / FILE), highlight=False)
+        err.print(_describe(asked, len(todo), pictures, out / FILE), highlight=False)
         if todo:
             with _progress(err, len(todo)) as advance:
 
@@ -65,40 +65,40 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
 
 
 def write(out: Path) -> Report:
-    """Work out the report of a folder's answers and write it beside them, as JSON and as Markdown.
+    """Compute the report on a folder's answers and write it next to them, as JSON and as Markdown.
 
     Args:
         out: Folder with a file of answers.
     """
-    report = summarise(read(out / FILE))
+    report = summarize(read(out / FILE))
     (out / "summary.json").write_text(json.dumps(report.as_document(), indent=2) + "\n", encoding="utf-8")
     (out / "summary.md").write_text(markdown(report), encoding="utf-8")
     return report
 
 
-def _told(asked: int, missing: int, pictures: Sequence[Picture], file: Path) -> str:
-    there = f", {asked - missing} of them answered before" if missing < asked else ""
-    return f"{asked} questions about {len(pictures)} images{there}; answers go to {file}"
+def _describe(asked: int, missing: int, pictures: Sequence[Picture], file: Path) -> str:
+    earlier = f", {asked - missing} of them answered before" if missing < asked else ""
+    return f"{asked} questions about {len(pictures)} images{earlier}; answers go to {file}"
 
 
 @contextmanager
 def _progress(err: Console, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal, and a line now and then in a log."""
+    """Show a progress bar on a terminal, or a line from time to time in a log."""
     if err.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(TextColumn("asking"), *columns, console=err) as bar:
             task = bar.add_task("asking", total=total)
             yield lambda: bar.advance(task)
         return
-    started = told = time.monotonic()
+    started = last_line = time.monotonic()
     done = 0
 
     def line() -> None:
-        nonlocal done, told
+        nonlocal done, last_line
         done += 1
         now = time.monotonic()
-        if done == total or now - told >= _SECONDS_BETWEEN_LINES:
-            told = now
+        if done == total or now - last_line >= _SECONDS_BETWEEN_LINES:
+            last_line = now
             rate = done / max(now - started, 1e-9)
             left = f", {(total - done) / rate / 60:.0f} min left" if done < total else ""
             err.print(f"{done} of {total} answers, {rate:.1f} per second{left}", highlight=False)

@@ -1,6 +1,6 @@
-"""Accuracies with standard errors clustered by image, and paired comparisons. Knows numbers only.
+"""Accuracies with standard errors clustered by image, and paired comparisons. Pure numerics.
 
-Questions about one image share its luck: the tokens kept of it serve them all. So images are what is drawn, and
+Questions about one image are not independent: they share its kept tokens. So images are the sampling unit, and
 every error here is that of a mean over images. With weights ``w_t`` of tasks, the macro accuracy is
 ``sum_t w_t p_t``; image ``c`` moves it by ``d_c = sum_t w_t sum_{i in c, t} (x_i - p_t) / n_t``, and its variance
 is ``C / (C - 1) * sum_c d_c**2`` (linearisation of a ratio; for one task with one question per image it is the
@@ -29,9 +29,9 @@ class Estimate:
 
     Args:
         value: The mean.
-        error: Its standard error; not a number where fewer than two images were asked about.
-        questions: Answers it is made of.
-        images: Images they are about.
+        error: Its standard error; NaN for fewer than two images.
+        questions: Number of answers.
+        images: Number of images.
     """
 
     value: float
@@ -42,16 +42,16 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One way of keeping tokens against another, on the same questions.
+    """Paired comparison of two methods on the same questions.
 
     Args:
-        difference: Of the macro accuracies, first less second.
-        low: 2.5th percentile of it when images are drawn anew.
+        difference: Macro accuracy of the first minus that of the second.
+        low: 2.5th percentile of the difference in a bootstrap over images.
         high: 97.5th percentile.
-        gained: Questions only the first answers rightly.
-        lost: Questions only the second answers rightly.
-        p_value: McNemar's exact test on these two, as if questions were independent.
-        tasks: The difference in each task by itself.
+        gained: Questions that only the first answers correctly.
+        lost: Questions that only the second answers correctly.
+        p_value: McNemar's exact test on ``gained`` and ``lost``, as if questions were independent.
+        tasks: Difference in each task.
     """
 
     difference: Estimate
@@ -65,12 +65,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Scores added up by image and task: all that any of these figures needs.
+    """Scores summed by image and task, from which all figures here are computed.
 
     Args:
         scores: ``(C, T)`` sums of scores.
         counts: ``(C, T)`` numbers of questions.
-        weights: ``(T,)`` of the tasks, adding up to 1.
+        weights: ``(T,)`` weights of the tasks; they add up to 1.
     """
 
     scores: Numbers
@@ -81,24 +81,24 @@ class Sums:
     def of(
         cls, scores: Sequence[float], images: Sequence[Any], tasks: Sequence[str], weights: Mapping[str, float]
     ) -> Sums:
-        """Add up scores, one per question.
+        """Sum up scores, one per question.
 
         Args:
-            scores: 1 for right, 0 for wrong; for a comparison the difference of two such.
-            images: What each question is about: anything hashable.
-            tasks: The task of each.
-            weights: Of each task in the macro accuracy; tasks without questions are left out, the rest fills in.
+            scores: 1 for a right answer, 0 for a wrong one; for a comparison, differences of these.
+            images: Image of each question; any hashable value.
+            tasks: Task of each question.
+            weights: Weight of each task in the macro accuracy; rescaled over the tasks that have questions.
         """
         present = sorted(set(tasks))
         total = sum(weights[task] for task in present)
         clusters = {image: row for row, image in enumerate(dict.fromkeys(images))}
         columns = {task: column for column, task in enumerate(present)}
         rows = np.array([clusters[image] for image in images], dtype=np.int64)
-        places = np.array([columns[task] for task in tasks], dtype=np.int64)
+        column_of = np.array([columns[task] for task in tasks], dtype=np.int64)
         sums = np.zeros((len(clusters), len(present)))
         counts = np.zeros_like(sums)
-        np.add.at(sums, (rows, places), np.asarray(scores, dtype=np.float64))
-        np.add.at(counts, (rows, places), 1.0)
+        np.add.at(sums, (rows, column_of), np.asarray(scores, dtype=np.float64))
+        np.add.at(counts, (rows, column_of), 1.0)
         return cls(sums, counts, np.array([weights[task] / total for task in present]))
 
     def estimate(self) -> Estimate:
@@ -111,10 +111,10 @@ class Sums:
         return Estimate(float(means @ self.weights), error, int(asked.sum()), images)
 
     def interval(self, resamples: int = RESAMPLES, seed: int = _BOOTSTRAP_SEED) -> tuple[float, float]:
-        """Return the 95 % percentile interval of the macro mean when images are drawn anew, with replacement.
+        """Return the 95 % percentile interval of the macro mean, bootstrapped over images.
 
-        Draws that leave a task without questions say nothing and are left out; with a handful of images there are
-        such. Not numbers where fewer than two images were asked about.
+        Resamples that leave a task without questions are skipped; they occur if there are only a few images. NaN
+        for fewer than two images.
         """
         images = len(self.counts)
         if images < 2:
@@ -129,7 +129,7 @@ class Sums:
 
 @functools.lru_cache(maxsize=4)
 def _draws(images: int, resamples: int, seed: int) -> Numbers:
-    """Return ``(R, C)``: how often each draw of as many images takes each. Equal for all comparisons."""
+    """Return ``(R, C)`` counts: how often each resample contains each image. The same for all comparisons."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.float64)
 
@@ -141,14 +141,14 @@ def compare(
     tasks: Sequence[str],
     weights: Mapping[str, float],
 ) -> Comparison:
-    """Compare two ways on the same questions.
+    """Compare two methods on the same questions.
 
     Args:
         first: Whether each answer of the first is right.
-        second: Those of the second, in the same order.
-        images: What each question is about.
-        tasks: The task of each.
-        weights: Of the tasks in the macro accuracy.
+        second: Whether each answer of the second is right, in the same order.
+        images: Image of each question.
+        tasks: Task of each question.
+        weights: Weights of the tasks in the macro accuracy.
     """
     differences = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
     sums = Sums.of(differences, images, tasks, weights)
@@ -158,17 +158,17 @@ def compare(
 
 
 def by_task(scores: Sequence[float], images: Sequence[Any], tasks: Sequence[str]) -> dict[str, Estimate]:
-    """Return the estimate of each task by itself, in order of appearance; see ``Sums.of``."""
-    each = {}
+    """Return the estimate of each task, in order of appearance; see ``Sums.of``."""
+    estimates = {}
     for name in dict.fromkeys(tasks):
-        mine = [place for place, task in enumerate(tasks) if task == name]
-        some = [scores[place] for place in mine], [images[place] for place in mine]
-        each[name] = Sums.of(*some, [name] * len(mine), {name: 1.0}).estimate()
-    return each
+        positions = [position for position, task in enumerate(tasks) if task == name]
+        some = [scores[position] for position in positions], [images[position] for position in positions]
+        estimates[name] = Sums.of(*some, [name] * len(positions), {name: 1.0}).estimate()
+    return estimates
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided exact p-value that two ways are right equally often where they differ."""
+    """Return McNemar's two-sided exact p-value: both methods are equally likely to be right where they differ."""
     differing = gained + lost
     if not differing:
         return 1.0

@@ -1,4 +1,4 @@
-"""The questions: scenes from held-out seeds, drawn anew each time from those seeds alone."""
+"""The questions: scenes from held-out seeds, redrawn from their seeds each time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Task:
     """One kind of question.
 
     Args:
-        name: As scenes call it.
-        kind: Of the scenes it is asked about.
-        weight: In the macro accuracy: every task about scattered objects counts as much as those about a single
-            object together.
-        asks: What for, in a few words.
-        most: Questions of it, where fewer are wanted than of others.
+        name: Name of the task in scenes.
+        kind: Kind of scene that it is asked about.
+        weight: Weight in the macro accuracy. Each task about scattered objects counts as much as all tasks about a
+            single object together.
+        asks: What it asks, in a few words.
+        most: Maximum number of its questions, if lower than for other tasks.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Task:
     most: int | None = None
 
     def of(self, questions: int) -> int:
-        """Return how many of its questions are wanted where so many are of each task."""
+        """Return how many of its questions to ask, given the number per task."""
         return questions if self.most is None else min(self.most, questions)
 
 
@@ -53,34 +53,34 @@ WEIGHTS = {task.name: task.weight for task in TASKS}
 KINDS = tuple(dict.fromkeys(task.kind for task in TASKS))
 
 
-class Asked(Protocol):
-    """A question of a scene."""
+class SceneQuestion(Protocol):
+    """A question about a scene."""
 
     @property
     def task(self) -> str:
-        """Its task's name."""
+        """Name of its task."""
 
     @property
     def text(self) -> str:
-        """What is asked."""
+        """Text of the question."""
 
     @property
     def answer(self) -> str:
         """The right answer."""
 
 
-class Drawn(Protocol):
-    """A scene."""
+class Scene(Protocol):
+    """A scene, as the demo's generator draws it."""
 
     def image(self) -> Image:
-        """Return its pixels."""
+        """Return the picture."""
 
-    def questions(self) -> Sequence[Asked]:
-        """Return what can be asked about it, always in the same order."""
+    def questions(self) -> Sequence[SceneQuestion]:
+        """Return all questions about it, always in the same order."""
 
 
-Draw = Callable[[str, int, str], Drawn]
-"""Make a scene of a kind from a seed, of a split."""
+Draw = Callable[[str, int, str], Scene]
+"""Draws the scene of a kind, a seed and a split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,10 @@ class Item:
     """One question about one picture.
 
     Args:
-        task: Its task's name.
-        index: Its place among the questions of its scene.
-        rank: How many of its task come before it.
-        text: What is asked.
+        task: Name of its task.
+        index: Index among the questions of its scene.
+        rank: Number of questions of the same task before it.
+        text: Text of the question.
         answer: The right answer.
     """
 
@@ -104,84 +104,84 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A scene and what is asked about it."""
+    """A scene and the questions about it."""
 
     kind: str
     seed: int
     items: tuple[Item, ...]
 
 
-def chosen(names: Sequence[str]) -> tuple[Task, ...]:
-    """Return tasks by name, in the order of ``TASKS``; a kind of scene names all of its tasks.
+def tasks_by_name(names: Sequence[str]) -> tuple[Task, ...]:
+    """Return tasks by name, in the order of ``TASKS``; the name of a kind of scene stands for all of its tasks.
 
     Args:
-        names: Each with ``:N`` after it where N questions are the most that are wanted; none for all tasks.
+        names: Each optionally with ``:N``, the maximum number of its questions; empty for all tasks.
 
     Raises:
-        EvaluationError: There is no such task, or N is no number.
+        EvaluationError: A task is unknown, or N is not a number.
     """
-    found: dict[str, Task] = {}
+    task_by_name: dict[str, Task] = {}
     for each in names or KINDS:
-        name, most = limited(each)
+        name, most = split_limit(each)
         named = [task for task in TASKS if name in (task.name, task.kind)]
         if not named:
             raise EvaluationError(
-                f"There is no task {name!r}. Give some of {', '.join(task.name for task in TASKS)}, "
-                f"or {' or '.join(KINDS)} for all of that kind."
+                f"There is no task {name!r}. Choose from {', '.join(task.name for task in TASKS)}, "
+                f"or {' or '.join(KINDS)} for all tasks of that kind."
             )
-        found |= {task.name: replace(task, most=most) for task in named}
-    return tuple(found[task.name] for task in TASKS if task.name in found)
+        task_by_name |= {task.name: replace(task, most=most) for task in named}
+    return tuple(task_by_name[task.name] for task in TASKS if task.name in task_by_name)
 
 
-def limited(text: str) -> tuple[str, int | None]:
-    """Split ``name:N`` into the name and the most questions that are wanted; ``None`` for a name alone.
+def split_limit(text: str) -> tuple[str, int | None]:
+    """Split ``name:N`` into the name and the maximum number of questions; ``None`` for a name alone.
 
     Raises:
-        EvaluationError: N is no number above 0.
+        EvaluationError: N is not a number above 0.
     """
     name, colon, most = text.partition(":")
     if colon and not (most.isdecimal() and int(most)):
-        raise EvaluationError(f"{text!r} asks no number of questions: write it as {name}:100, or {name} alone.")
+        raise EvaluationError(f"{text!r} has no valid number of questions: write {name}:100, or {name} alone.")
     return name, int(most) if colon else None
 
 
 def gather(tasks: Sequence[Task], questions: int, draw: Draw | None = None) -> tuple[Picture, ...]:
-    """Go through the seeds of each kind from 0 until every task has its questions.
+    """Collect the questions of every task from scenes of each kind, starting at seed 0.
 
-    The questions of a shorter run are the first of a longer one's, so that the two are paired. Kinds take turns,
-    so that a run cut short has some of everything.
+    A shorter run asks the first questions of a longer one, so that the two are paired. Kinds alternate, so that an
+    interrupted run has some of every kind.
 
     Args:
-        tasks: At least one.
-        questions: Of each task that sets no smaller limit.
-        draw: Makes a scene; that of the demo by default.
+        tasks: At least one task.
+        questions: Number of questions per task, unless a task has a smaller maximum.
+        draw: Draws a scene; the demo's generator by default.
     """
     draw = draw or scenes()
     pictures: list[Picture] = []
     for kind in dict.fromkeys(task.kind for task in tasks):
-        wanted = {task.name: task.of(questions) for task in tasks if task.kind == kind}
-        missing = dict(wanted)
+        number_by_task = {task.name: task.of(questions) for task in tasks if task.kind == kind}
+        missing = dict(number_by_task)
         seed = 0
         while any(missing.values()):
             items = []
-            for index, asked in enumerate(draw(kind, seed, SPLIT).questions()):
-                if missing.get(asked.task):
-                    rank = wanted[asked.task] - missing[asked.task]
-                    missing[asked.task] -= 1
-                    items.append(Item(asked.task, index, rank, asked.text, asked.answer))
+            for index, question in enumerate(draw(kind, seed, SPLIT).questions()):
+                if missing.get(question.task):
+                    rank = number_by_task[question.task] - missing[question.task]
+                    missing[question.task] -= 1
+                    items.append(Item(question.task, index, rank, question.text, question.answer))
             if items:
                 pictures.append(Picture(kind, seed, tuple(items)))
             seed += 1
             if seed > 100 * questions + 100:
                 names = ", ".join(name for name, left in missing.items() if left)
                 raise EvaluationError(
-                    f"No {kind} scene of {seed} seeds asks about {names}: its generator is broken."
+                    f"None of {seed} {kind} scenes asks about {names}: the scene generator is broken."
                 )
     return tuple(sorted(pictures, key=lambda picture: min(item.rank for item in picture.items)))
 
 
 def fingerprint(draw: Draw | None = None, seeds: int = 2) -> str:
-    """Identify what the generator draws and asks, so that answers to other scenes are not taken for these."""
+    """Return a hash of what the generator draws and asks, to detect answers about other scenes."""
     draw = draw or scenes()
     digest = hashlib.sha256()
     for kind in KINDS:
@@ -193,7 +193,7 @@ def fingerprint(draw: Draw | None = None, seeds: int = 2) -> str:
 
 
 def scenes() -> Draw:
-    """Return the demo's generator of scenes."""
+    """Return the demo's scene generator."""
     from promprune_vllm.demo.scenes import make_scene
 
     return make_scene

@@ -1,4 +1,4 @@
-"""A report as Markdown, for the documentation, and as a table for the terminal."""
+"""Renders a report as Markdown, for the documentation, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from promprune_vllm.evaluation.statistics import Comparison, Estimate
 from promprune_vllm.markdown import table as markdown_table
 
 _NOTE = (
-    "± is one standard error, clustered by image. Methods were asked differently much, on questions that begin "
-    "alike: compare them by what they lose to all tokens on the same questions. Differences are paired, in points "
-    "with the 95 % interval of a bootstrap over images; p is McNemar's exact test, which takes questions as "
-    "independent. The best fixed split is chosen by these same answers, which flatters it."
+    "± is one standard error, clustered by image. Methods may have been asked different numbers of questions (the "
+    "first N of the same list): compare their difference to all tokens on the same questions. Differences "
+    "are paired, in points, with the 95 % interval of a bootstrap over images; p is McNemar's exact test, which "
+    "treats questions as independent. The best fixed split is selected by these same answers, which favors it."
 )
 
 
 def markdown(report: Report) -> str:
-    """Return the report: macro accuracies, PromPrune against the rest, and every task."""
+    """Return the whole report: macro accuracies, comparisons of PromPrune, and every task."""
     parts = ["### Macro accuracy, %", macro_table(report)]
     if any(report.against(method) for method in report.methods):
-        parts += ["### Less all tokens, on the same questions, points", lost_table(report)]
+        parts += ["### Difference to all tokens on the same questions, points", lost_table(report)]
     if report.against(SUBJECT):
-        parts += [f"### `{SUBJECT}` less the others, points", pairs_table(report)]
+        parts += [f"### `{SUBJECT}` minus the others, points", pairs_table(report)]
     for budget in report.budgets:
         parts += [f"### Every task, budget {budget}", tasks_table(report, budget)]
-    return "\n\n".join([*parts, _NOTE, asked(report)]) + "\n"
+    return "\n\n".join([*parts, _NOTE, provenance_line(report)]) + "\n"
 
 
 def macro_table(report: Report) -> str:
-    """Return macro accuracies, a row per method and a column per budget."""
+    """Return macro accuracies, one row per method and one column per budget."""
     head = ["method", *report.budgets]
     return markdown_table(head, _macro_rows(report))
 
 
 def lost_table(report: Report) -> str:
-    """Return what each method loses to all tokens, paired: comparable where some were asked less than others."""
+    """Return each method's paired difference to all tokens; comparable even if some were asked fewer questions."""
     rows = []
     for method in report.methods:
         lost = {pair.budget: pair.comparison for pair in report.against(method) if pair.against == ALL_TOKENS}
@@ -49,7 +49,7 @@ def lost_table(report: Report) -> str:
 
 
 def pairs_table(report: Report, method: str = SUBJECT) -> str:
-    """Return one method's paired differences, a row per budget."""
+    """Return one method's paired differences, one row per budget."""
     against = [*CONTROLS, BEST_SPLIT, ALL_TOKENS]
     rows = []
     for budget in report.budgets:
@@ -75,14 +75,14 @@ def tasks_table(report: Report, budget: str) -> str:
     return markdown_table(["method", *report.tasks, "macro"], rows)
 
 
-def asked(report: Report) -> str:
-    """Say who was asked how much, and on what."""
+def provenance_line(report: Report) -> str:
+    """Describe the answers in one sentence: how many, of which versions, and the command."""
     settings, run = report.records.settings, report.records.runs[-1]
     answers = len(report.records.answers)
     images = len({answer.image for answer in report.records.answers.values()})
     versions = f"promprune-vllm {settings['server']['version']}, vLLM {settings['server']['vllm_version']}"
     return (
-        f"{answers} answers about {images} images of split {settings['scenes']['split']}; {versions}; asked from "
+        f"{answers} answers about {images} images of split {settings['scenes']['split']}; {versions}; run on "
         f"{run['machine']}, {run['cores']} cores, commit {run['commit'] or 'unknown'}: `{run['command']}`."
     )
 
@@ -99,7 +99,7 @@ def terminal(report: Report) -> Table:
 
 
 def points(estimate: Estimate, form: str = ".1f") -> str:
-    """Write an accuracy in per cent, or a difference in points, with its standard error."""
+    """Format an accuracy in percent, or a difference in points, with its standard error."""
     error = "" if math.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}"
     return f"{100 * estimate.value + 0:{form}}{error}"
 

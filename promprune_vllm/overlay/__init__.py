@@ -1,1 +1,1 @@
-"""``promprune select``: pictures of what a server keeps of images."""
+"""``promprune select``: draws which visual tokens of images a server keeps."""

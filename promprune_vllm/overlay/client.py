@@ -1,4 +1,4 @@
-"""Asks a running server what it keeps of an image."""
+"""Client of a server's ``POST /v1/visual_tokens/inspect``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PATH = "/v1/visual_tokens/inspect"
 _TIMEOUT_SECONDS = 300
 
 
-class Inspecting:
+class InspectClient:
     """A connection to one server; a context manager.
 
     Args:
-        url: Its base address, with or without ``/v1``.
-        api_key: The server's, if it asks for one.
+        url: Base address of the server, with or without ``/v1``.
+        api_key: API key of the server, if it requires one.
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
@@ -38,27 +38,27 @@ class Inspecting:
     ) -> None:
         self._client.close()
 
-    def look(
+    def inspect(
         self, image: Path, budget: object, method: str | None = None, text: str | None = None
     ) -> dict[str, Any]:
         """Return the reply of ``POST /v1/visual_tokens/inspect``.
 
         Raises:
-            InspectError: Nobody answers, the server cannot inspect, or it refuses the image or the setting.
+            InspectError: No server answers, it has no inspector, or it refuses the image or a setting.
         """
-        asked = {"image": _data_url(image), FIELD: budget, METHOD_FIELD: method, "text": text}
-        body = {name: value for name, value in asked.items() if value is not None}
+        fields = {"image": _data_url(image), FIELD: budget, METHOD_FIELD: method, "text": text}
+        body = {name: value for name, value in fields.items() if value is not None}
         try:
             response = self._client.post(PATH, json=body)
         except httpx.TransportError as error:
             raise InspectError(
-                f"Nobody answers at {self.url} ({error or type(error).__name__}). Start a server, for "
+                f"No server answers at {self.url} ({error or type(error).__name__}). Start one, for "
                 "example with `promprune demo`, or give another address with --url."
             ) from error
         if response.status_code == httpx.codes.OK:
-            told: dict[str, Any] = response.json()
-            return told
-        raise InspectError(f"{image}: {_said(response, self.url)}")
+            reply: dict[str, Any] = response.json()
+            return reply
+        raise InspectError(f"{image}: {_error_text(response, self.url)}")
 
 
 def _data_url(image: Path) -> str:
@@ -70,14 +70,14 @@ def _data_url(image: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _said(response: httpx.Response, url: str) -> str:
+def _error_text(response: httpx.Response, url: str) -> str:
     if response.status_code == httpx.codes.NOT_FOUND:
         return (
-            f"{url} has no {PATH}. It runs without promprune-vllm, or was started with --no-inspector "
+            f"{url} has no {PATH}. The server runs without promprune-vllm, or was started with --no-inspector "
             "(PROMPRUNE_INSPECTOR=false)."
         )
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        return f"{url} asks for its API key: give it with --api-key or as OPENAI_API_KEY."
+        return f"{url} requires an API key: set it with --api-key or OPENAI_API_KEY."
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Draws what is kept of an image: kept tokens lit, dropped ones dark, each stage in a colour of its own."""
+"""Draws which tokens of an image are kept: kept tokens bright, dropped ones dark, one outline color per stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito's blue and orange: told apart by colour-blind eyes too, and light enough on the dark.
+# Okabe and Ito's blue and orange: safe for color-blind readers, and bright enough on dark.
 SALIENT, COVERING = (0, 114, 178), (230, 159, 0)
 _DARK, _PAPER, _INK = 0.25, (255, 255, 255), (20, 20, 20)
 _MIN_CELL_PX = 14
@@ -15,41 +15,43 @@ _GAP = 8
 _LETTER_PX = 15
 
 
-def overlay(image: Image.Image, told: Mapping[str, Any]) -> Image.Image:
-    """Draw one image with its tokens, its views side by side where the model has several.
+def overlay(image: Image.Image, reply: Mapping[str, Any]) -> Image.Image:
+    """Draw one image with its tokens; if the model has several views of it, side by side.
 
     Args:
-        image: As it was sent; as large as the reply says.
-        told: The reply of ``POST /v1/visual_tokens/inspect``.
+        image: The image that was sent, at the same size.
+        reply: The reply of ``POST /v1/visual_tokens/inspect``.
 
     Raises:
         ValueError: The reply is about an image of another size.
     """
-    if image.size != (told["width"], told["height"]):
+    if image.size != (reply["width"], reply["height"]):
         raise ValueError(
-            f"the reply is about an image of {told['width']} x {told['height']} pixels, not {image.size}"
+            f"the reply is about an image of {reply['width']} x {reply['height']} pixels, not {image.size}"
         )
-    ends = [*told["views"][1:], told["seen"]]
-    fates = colours(told)
-    return beside([_view(image, told["boxes"], fates, span) for span in zip(told["views"], ends, strict=True)])
+    ends = [*reply["views"][1:], reply["seen"]]
+    outlines = outline_colors(reply)
+    return beside(
+        [_view(image, reply["boxes"], outlines, span) for span in zip(reply["views"], ends, strict=True)]
+    )
 
 
-def colours(told: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]:
-    """Return the colour of each kept token: salient, or covering and everything else."""
-    salient = {token for group in told["groups"] for token in group["salient"] or ()}
-    return {token: SALIENT if token in salient else COVERING for token in told["indices"]}
+def outline_colors(reply: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]:
+    """Return the outline color of each kept token: salient, or covering (also if there are no stages)."""
+    salient = {token for group in reply["groups"] for token in group["salient"] or ()}
+    return {token: SALIENT if token in salient else COVERING for token in reply["indices"]}
 
 
-def caption(told: Mapping[str, Any]) -> str:
-    """Say in one line what an overlay shows."""
-    if told["method"] is None:
-        return f"all {told['seen']} tokens"
-    text = f"{told['method']['name']}: {told['kept']} of {told['seen']}"
-    stages = [group["salient"] for group in told["groups"] if group["salient"] is not None]
+def caption(reply: Mapping[str, Any]) -> str:
+    """Return a one-line caption for an overlay."""
+    if reply["method"] is None:
+        return f"all {reply['seen']} tokens"
+    text = f"{reply['method']['name']}: {reply['kept']} of {reply['seen']}"
+    stages = [group["salient"] for group in reply["groups"] if group["salient"] is not None]
     if stages:
         salient = sum(map(len, stages))
         text += f", {salient} salient"
-    entropies = [group["entropy"] for group in told["groups"] if group["entropy"] is not None]
+    entropies = [group["entropy"] for group in reply["groups"] if group["entropy"] is not None]
     return text + (f", H {sum(entropies) / len(entropies):.2f}" if entropies else "")
 
 
@@ -57,13 +59,13 @@ def titled(picture: Image.Image, title: str) -> Image.Image:
     """Put a line of text above a picture."""
     font = ImageFont.load_default(_LETTER_PX)
     high = _LETTER_PX + 8
-    made = Image.new("RGB", (picture.width, picture.height + high), _PAPER)
-    pen = ImageDraw.Draw(made)
+    canvas = Image.new("RGB", (picture.width, picture.height + high), _PAPER)
+    pen = ImageDraw.Draw(canvas)
     while title and pen.textlength(title, font) > picture.width - 4:
         title = title[:-2].rstrip(" ,:…") + "…" if len(title) > 2 else ""
     pen.text((2, 3), title, _INK, font)
-    made.paste(picture, (0, high))
-    return made
+    canvas.paste(picture, (0, high))
+    return canvas
 
 
 def beside(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -71,41 +73,41 @@ def beside(pictures: Sequence[Image.Image]) -> Image.Image:
     if len(pictures) == 1:
         return pictures[0]
     width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
-    made = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
     left = 0
     for picture in pictures:
-        made.paste(picture, (left, 0))
+        canvas.paste(picture, (left, 0))
         left += picture.width + _GAP
-    return made
+    return canvas
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
-    """Lay out pictures in rows of at most so many; each given row begins a new one."""
+    """Arrange pictures in lines of at most ``columns``; each given row starts a new line."""
     lines = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
     width = max(sum(p.width for p in line) + _GAP * (len(line) - 1) for line in lines)
-    made = Image.new("RGB", (width, sum(max(p.height for p in line) + _GAP for line in lines) - _GAP), _PAPER)
+    canvas = Image.new("RGB", (width, sum(max(p.height for p in line) + _GAP for line in lines) - _GAP), _PAPER)
     top = 0
     for line in lines:
-        made.paste(beside(line), (0, top))
+        canvas.paste(beside(line), (0, top))
         top += max(p.height for p in line) + _GAP
-    return made
+    return canvas
 
 
 def _view(
     image: Image.Image,
     boxes: Sequence[Sequence[float] | None],
-    fates: Mapping[int, tuple[int, int, int]],
+    outlines: Mapping[int, tuple[int, int, int]],
     span: tuple[int, int],
 ) -> Image.Image:
     cells = {i: box for i in range(*span) if (box := boxes[i]) is not None}
     smallest = min(min(right - left, bottom - top) for left, top, right, bottom in cells.values())
     scale = max(1.0, _MIN_CELL_PX / max(smallest, 1.0))
     large = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
-    made = Image.blend(Image.new("RGB", large.size), large, _DARK)
-    pen = ImageDraw.Draw(made)
-    for token, colour in fates.items():
+    canvas = Image.blend(Image.new("RGB", large.size), large, _DARK)
+    pen = ImageDraw.Draw(canvas)
+    for token, color in outlines.items():
         if token in cells:
             left, top, right, bottom = (round(edge * scale) for edge in cells[token])
-            made.paste(large.crop((left, top, right, bottom)), (left, top))
-            pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
-    return made
+            canvas.paste(large.crop((left, top, right, bottom)), (left, top))
+            pen.rectangle((left, top, right - 1, bottom - 1), outline=color, width=2)
+    return canvas

@@ -1,1 +1,1 @@
-"""``promprune plan``: what a budget is worth on a GPU, worked out from a model's config.json alone."""
+"""``promprune plan``: what a budget saves on a GPU, computed from a model's config.json alone."""

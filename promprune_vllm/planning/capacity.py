@@ -1,4 +1,4 @@
-"""From a model's sizes to what fits a GPU, budget by budget."""
+"""Computes what fits on a GPU at each budget, from a model's sizes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as its data sheet has it.
+    """A GPU by its data sheet.
 
     Args:
-        memory_gib: In GiB.
-        tflops: Dense bfloat16, in 10^12 operations a second.
+        memory_gib: Memory in GiB.
+        tflops: Peak dense bfloat16 throughput, in 10^12 operations per second.
     """
 
     memory_gib: float
@@ -38,13 +38,13 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a chat is like.
+    """A typical chat.
 
     Args:
         size: Width and height of its images in pixels.
-        images: How many it has.
-        text_tokens: Of its prompt besides them.
-        answer_tokens: That are generated.
+        images: Number of images.
+        text_tokens: Prompt tokens besides the images.
+        answer_tokens: Generated tokens.
     """
 
     size: tuple[int, int]
@@ -55,16 +55,16 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What the chats run on.
+    """The hardware and options of a server.
 
     Args:
-        gpu: Each of them.
-        ranks: How many share the model (tensor parallelism).
-        utilisation: Share of the memory vLLM may take.
-        reserve_gib: Of that, for activations and graphs, per GPU.
-        mfu: Share of the peak arithmetic that is reached.
-        cache_bytes: Of one number in the KV cache; that of the weights by default.
-        block_tokens: Of one block of it.
+        gpu: The kind of GPU.
+        ranks: GPUs that share the model (tensor parallel size).
+        utilisation: Share of GPU memory that vLLM may use.
+        reserve_gib: Part of that memory for activations and graphs, in GiB per GPU.
+        mfu: Share of peak throughput that is reached.
+        cache_bytes: Bytes per number in the KV cache; same as the weights by default.
+        block_tokens: Tokens per KV-cache block.
     """
 
     gpu: Gpu
@@ -78,15 +78,15 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one budget is worth.
+    """Estimates for one budget.
 
     Args:
-        budget: As it was asked.
-        kept: Tokens of one image.
-        prompt_tokens: Of a chat.
-        kv_bytes_per_image: That its kept tokens take.
-        chats: That are in the KV cache at once, with their answers.
-        images_per_s: At most, encoding and prefill alone.
+        budget: The budget.
+        kept: Tokens kept per image.
+        prompt_tokens: Prompt tokens of a chat.
+        kv_bytes_per_image: KV-cache bytes of an image's kept tokens.
+        chats: Number of chats, with their answers, that fit in the KV cache.
+        images_per_s: Upper limit of images per second, from encoding and prefill alone.
         arithmetic: Operations of encoding and prefill, as a share of those with all tokens.
     """
 
@@ -100,26 +100,26 @@ class Row:
 
 
 def kv_memory(facts: Facts, server: Server) -> int:
-    """Bytes that are left for the KV cache on all ranks together.
+    """Return the bytes left for the KV cache, summed over all ranks.
 
     Raises:
-        PlanError: The weights leave nothing.
+        PlanError: The weights leave no memory.
     """
     each = server.gpu.memory_gib * server.utilisation - server.reserve_gib
     left = round(each * GIB * server.ranks) - facts.parameters * facts.dtype_bytes
     if left <= 0:
         raise PlanError(
             f"{facts.name} has {facts.parameters * facts.dtype_bytes / GIB:.1f} GiB of weights, and "
-            f"{each * server.ranks:.1f} GiB may be used: take more GPUs (--ranks) or larger ones."
+            f"{each * server.ranks:.1f} GiB may be used: use more GPUs (--ranks) or larger ones."
         )
     return left
 
 
 def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[object]) -> list[Row]:
-    """Work out what each budget is worth; the first row is without one.
+    """Compute the estimates for each budget; the first row keeps every token.
 
     Raises:
-        PlanError: A budget that is none, or a model that does not fit.
+        PlanError: A budget is invalid, or the model does not fit.
     """
     seen = facts.visual_tokens(*traffic.size)
     memory = kv_memory(facts, server)

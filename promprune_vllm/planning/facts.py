@@ -1,4 +1,4 @@
-"""What a model's configuration says about the sizes that matter: weights, KV cache and arithmetic."""
+"""Reads a model's sizes from its configuration: weights, KV cache and arithmetic."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from promprune_vllm.core.savings import Decoder
 from promprune_vllm.errors import PlanError
 from promprune_vllm.planning import images
 
-_OF_ALL = "processor_config.json"  # where transformers 5 writes what earlier ones gave a file of its own
-_PROCESSORS = ("preprocessor_config.json", _OF_ALL)
+_NEW_STYLE = "processor_config.json"  # transformers 5 writes the image processor's configuration into this file
+_PROCESSORS = ("preprocessor_config.json", _NEW_STYLE)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -22,11 +22,11 @@ class Tower:
     """A vision tower.
 
     Args:
-        layers: That are computed.
+        layers: Number of layers that are computed.
         hidden: Width.
-        mlp_weights: Weights of a layer's MLP.
-        window_patches: Patches that see each other in a windowed layer; 0 where every layer is global.
-        full_layers: How many layers are global.
+        mlp_weights: Weights in the MLP of one layer.
+        window_patches: Patches per attention window in a windowed layer; 0 if every layer is global.
+        full_layers: Number of global layers.
     """
 
     layers: int
@@ -36,14 +36,14 @@ class Tower:
     full_layers: int
 
     def flops(self, patches: int) -> int:
-        """Operations of encoding so many patches, a multiply-add being two; the projector is left out."""
+        """Return the operations of encoding patches: two per multiply-add, without the projector."""
         local = min(self.window_patches or patches, patches)
         pairs = self.full_layers * patches**2 + (self.layers - self.full_layers) * patches * local
         return 2 * self.weights * patches + 4 * self.hidden * pairs
 
     @property
     def weights(self) -> int:
-        """Number of weights, embeddings of patches left out."""
+        """Number of weights, without the patch embedding."""
         return self.layers * (4 * self.hidden**2 + self.mlp_weights)
 
 
@@ -52,14 +52,14 @@ class Facts:
     """A model's sizes.
 
     Args:
-        name: Of its directory.
+        name: Name of its directory.
         kind: Its ``model_type``.
         config: The whole config.json.
-        processor: preprocessor_config.json, or nothing.
+        processor: Configuration of the image processor, or empty.
         decoder: The language model.
         tower: The vision tower.
-        parameters: About, of all of it.
-        dtype_bytes: Of one weight.
+        parameters: Approximate number of parameters of the whole model.
+        dtype_bytes: Bytes per weight.
     """
 
     name: str
@@ -72,64 +72,66 @@ class Facts:
     dtype_bytes: int
 
     def kv_bytes_per_token(self, cache_bytes: int | None = None) -> int:
-        """Bytes one token takes of the KV cache over all layers and ranks."""
+        """Return the KV-cache bytes per token, over all layers and ranks."""
         numbers = self.decoder.layers * self.decoder.kv_heads * self.decoder.head * 2  # keys and values
         return numbers * (cache_bytes or self.dtype_bytes)
 
     def visual_tokens(self, width: int, height: int) -> int:
-        """Visual tokens of an image before pruning."""
+        """Return the visual tokens of an image before pruning."""
         return images.visual_tokens(self.config, self.processor, width, height)
 
     def encoder_flops(self, width: int, height: int) -> int:
-        """Operations of encoding an image: the same at every budget."""
+        """Return the operations of encoding an image, which are the same at every budget."""
         return self.tower.flops(images.patches(self.config, self.processor, width, height))
 
 
 def read(model: str) -> Facts:
-    """Read a model's configuration; what it leaves out is filled in as transformers does.
+    """Read a model's configuration; transformers fills in missing values.
 
     Args:
-        model: A directory, a config.json, or a name on the Hugging Face hub, of which two small files are fetched.
+        model: A directory, a config.json, or a Hugging Face name (two small files are downloaded).
 
     Raises:
-        PlanError: There is none, or it is not of a model whose sizes are known.
+        PlanError: There is no configuration, or its model type is not supported.
     """
     from transformers import AutoConfig
 
     path = Path(model)
     try:
         config = AutoConfig.from_pretrained(model).to_dict()
-        processor = _beside(model)
+        processor = _read_image_processor(model)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise PlanError(
-            f"{model} has no configuration to plan with ({first}). Give a model's directory, its config.json, or "
-            "its name on the hub."
+            f"{model} has no configuration to plan with ({first}). Give a model directory, its config.json, or "
+            "its Hugging Face name."
         ) from error
     kind = str(config.get("model_type"))
     if kind not in images.COUNTERS:
-        raise PlanError(f"{model} is of type {kind!r}; plans are made for {', '.join(images.COUNTERS)}.")
+        raise PlanError(f"{model} is of type {kind!r}; supported types are {', '.join(images.COUNTERS)}.")
     name = path.parent.name if path.is_file() else path.name
     return _facts(name, kind, config, processor)
 
 
-def _beside(model: str) -> dict[str, Any]:
-    """Return the configuration of the image processor, of whichever age of transformers."""
+def _read_image_processor(model: str) -> dict[str, Any]:
+    """Return the configuration of the image processor, as written by any version of transformers."""
     for name in _PROCESSORS:
-        if (file := _file(model, name)) is not None:
-            told = dict(json.loads(Path(file).read_text()))
-            return dict(told["image_processor"]) if name == _OF_ALL and "image_processor" in told else told
+        if (file := _find_file(model, name)) is not None:
+            config = dict(json.loads(Path(file).read_text()))
+            return (
+                dict(config["image_processor"]) if name == _NEW_STYLE and "image_processor" in config else config
+            )
     return {}
 
 
-def _file(model: str, name: str) -> str | None:
+def _find_file(model: str, name: str) -> str | None:
     from transformers.utils import cached_file
 
     path = Path(model)
     if path.is_file():
         return str(path.with_name(name)) if path.with_name(name).is_file() else None
-    found: str | None = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    return found
+    file: str | None = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return file
 
 
 def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
@@ -163,9 +165,9 @@ def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
     vision = config["vision_config"]
     if kind.startswith("llava"):
         hidden, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
-        read = config["vision_feature_layer"]
-        chosen = [read] if isinstance(read, int) else list(read)
-        used = max(layer % (layers + 1) for layer in chosen)  # counted with the embeddings: -2 leaves one out
+        feature = config["vision_feature_layer"]
+        feature_layers = [feature] if isinstance(feature, int) else list(feature)
+        used = max(layer % (layers + 1) for layer in feature_layers)  # 0 is the embeddings: -2 skips one layer
         return Tower(used, hidden, 2 * hidden * int(vision["intermediate_size"]), 0, used)
     layers = int(vision["depth"])
     if kind == "qwen2_vl":

@@ -1,4 +1,4 @@
-"""How many visual tokens a model makes of an image, from its configuration and the image's size alone."""
+"""Counts a model's visual tokens for an image, from its configuration and the image's size alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from promprune_vllm.errors import PlanError
 
 Config = Mapping[str, Any]
-# Published image processors' limits in pixels, where no processor's configuration lies beside the model's.
+# Pixel limits (min, max) of the published image processors, for models without a processor configuration.
 _QWEN_PIXELS = {"qwen2_vl": (3136, 12_845_056), "qwen2_5_vl": (3136, 12_845_056), "qwen3_vl": (65_536, 16_777_216)}
 
 
@@ -17,20 +17,22 @@ def visual_tokens(config: Config, processor: Config, width: int, height: int) ->
 
     Args:
         config: The model's config.json.
-        processor: That of its image processor, or nothing.
-        width, height: In pixels.
+        processor: Configuration of its image processor, or empty.
+        width, height: Image size in pixels.
 
     Raises:
-        PlanError: A model whose tokens cannot be counted this way.
+        PlanError: The model type is not supported.
     """
     kind = str(config.get("model_type"))
     if kind not in COUNTERS:
-        raise PlanError(f"Visual tokens of a {kind!r} cannot be counted; known are {', '.join(COUNTERS)}.")
+        raise PlanError(
+            f"Visual tokens of model type {kind!r} cannot be counted; supported types are {', '.join(COUNTERS)}."
+        )
     return COUNTERS[kind](config, processor, width, height)
 
 
 def patches(config: Config, processor: Config, width: int, height: int) -> int:
-    """Return how many patches the vision tower sees of an image, all tiles together."""
+    """Return the number of patches that the vision tower encodes for an image, over all tiles."""
     kind = str(config.get("model_type"))
     if kind.startswith("qwen"):
         return (
@@ -56,12 +58,12 @@ def _tiles(config: Config, width: int, height: int) -> int:
 
 
 def _resolution(config: Config, width: int, height: int) -> tuple[int, int]:
-    """The canvas (height, width) that shows most of the image's pixels, then the one that wastes least."""
+    """Return the canvas (height, width) that shows the most pixels of the image; on a tie, the least waste."""
 
     def fit(canvas: tuple[int, int]) -> tuple[int, int]:
         scale = min(canvas[1] / width, canvas[0] / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - canvas[0] * canvas[1]
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - canvas[0] * canvas[1]
 
     return max(((int(h), int(w)) for h, w in config["image_grid_pinpoints"]), key=fit)
 
@@ -101,4 +103,4 @@ COUNTERS: Mapping[str, Callable[[Config, Config, int, int], int]] = {
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
 }
-"""By ``model_type``."""
+"""Functions that count visual tokens, by ``model_type``."""

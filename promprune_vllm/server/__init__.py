@@ -1,1 +1,1 @@
-"""What the HTTP server says about visual tokens; knows neither vLLM nor torch."""
+"""Our part of the HTTP API: routes, schemas, reply headers, the inspector page. Imports neither vLLM nor torch."""

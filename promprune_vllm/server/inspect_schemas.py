@@ -1,4 +1,4 @@
-"""What ``POST /v1/visual_tokens/inspect`` takes and gives."""
+"""Request and reply of ``POST /v1/visual_tokens/inspect``."""
 
 from __future__ import annotations
 
@@ -13,53 +13,52 @@ MAX_TEXT_CHARACTERS = 4096
 
 
 class InspectRequest(Strict):
-    """One image and what is to be kept of it."""
+    """One image, and how to prune it."""
 
     image: str = Field(
         min_length=1,
-        description="Its address, as in a chat request: a data: URL, or http(s) where the server fetches images.",
+        description="Image URL, as in a chat request: a data: URL, or http(s) if the server fetches images.",
         examples=["data:image/png;base64,..."],
     )
     visual_token_budget: AnyBudget = None
-    visual_token_method: Any = Field(default=None, description=f"As {METHOD_FIELD} of a chat request.")
+    visual_token_method: Any = Field(default=None, description=f"Same as {METHOD_FIELD} in a chat request.")
     detail: Literal["low", "high", "auto"] | None = Field(
-        default=None, description="OpenAI's detail of the image."
+        default=None, description="OpenAI's detail for the image."
     )
     text: str | None = Field(
-        default=None, max_length=MAX_TEXT_CHARACTERS, description="What is asked, for methods that look at it."
+        default=None, max_length=MAX_TEXT_CHARACTERS, description="The question, for methods that use it."
     )
 
 
 class Group(BaseModel):
-    """Tokens that were selected from on their own statistics: the image, or one of its crops."""
+    """Tokens that were pruned together, by their own statistics: the whole image, or one of its crops."""
 
-    tokens: list[int] = Field(description="Which tokens of the image these are.")
-    kept: list[int] = Field(description="Which of the image's tokens stay, of these.")
+    tokens: list[int] = Field(description="Indices of the group's tokens in the image.")
+    kept: list[int] = Field(description="The indices among them that are kept.")
     salient: list[int] | None = Field(
-        description="Those taken for their saliency; the others cover. Null where the method has no such stages."
+        description="The kept indices selected for saliency; the others were selected for coverage. Null if the "
+        "method has no such stages."
     )
-    saliency: list[float] | None = Field(
-        description="Attention each of the tokens gets, if the method looked at it."
-    )
-    entropy: float | None = Field(description="That decided how the budget was split, 0 to 1.")
-    report: dict[str, float] = Field(description="All that the method tells of itself.")
+    saliency: list[float] | None = Field(description="Attention that each token receives, if the method uses it.")
+    entropy: float | None = Field(description="Entropy by which the budget was split, 0 to 1.")
+    report: dict[str, float] = Field(description="All figures that the method reports.")
 
 
 class InspectReply(BaseModel):
-    """What became of an image."""
+    """Which of an image's tokens are kept, and why."""
 
-    width: int = Field(description="Of the image, in pixels.")
-    height: int
+    width: int = Field(description="Image width in pixels.")
+    height: int = Field(description="Image height in pixels.")
     seen: int = Field(description="Visual tokens before pruning.")
-    kept: int = Field(description="That enter the language model.")
-    method: Method | None = Field(description="Null where every token was kept.")
+    kept: int = Field(description="Visual tokens that enter the language model.")
+    method: Method | None = Field(description="Null if every token is kept.")
     boxes: list[tuple[float, float, float, float] | None] = Field(
-        description="Where each token looks: left, top, right, bottom in pixels; null for one that shows nothing."
+        description="Pixel box of each token: left, top, right, bottom; null for a newline token."
     )
     views: list[int] = Field(
-        description="The first token of each view the model has of the image: all of it, or that and then crops."
+        description="Index of the first token of each view: the whole image, then its crops if there are any."
     )
-    indices: list[int] = Field(description="The kept tokens, ascending.")
-    groups: list[Group] = Field(description="Empty where every token was kept.")
+    indices: list[int] = Field(description="Indices of the kept tokens, ascending.")
+    groups: list[Group] = Field(description="Empty if every token is kept.")
     selection_ms: float | None
     kv_cache: CacheBytes | None

@@ -1,7 +1,7 @@
-"""Names in a request that were meant to be ours: a misspelled field, or a field in the wrong place.
+"""Refuses misspelled or misplaced fields: names in a request that are close to ours.
 
-vLLM's schemas ignore what they do not know, so without this check such a request would keep every token, and its
-reply would not say why. Only names close to our own are refused.
+vLLM's schemas ignore unknown fields, so without this check such a request would keep every token, and its reply
+would not say why. Only names close to our own are refused.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from promprune_vllm.errors import BudgetError
 FIELDS = (FIELD, METHOD_FIELD)
 XARGS = "vllm_xargs"
 WRAPPERS = ("extra_body", "extra_args", "sampling_params", "chat_template_kwargs")
-"""Objects in which clients send our fields by mistake. A literal ``extra_body`` is what the OpenAI SDK unpacks."""
+"""Objects in which clients send our fields by mistake. (The OpenAI SDK unpacks ``extra_body``; other clients send
+it literally.)"""
 CONTENT = ("messages", "input", "inputs", "documents", "queries", "content_parts", "data_1", "data_2")
-"""Where a request's image parts are."""
+"""Request fields that can contain image parts."""
 MEDIA_TYPES = ("image_url", "input_image", "image", "image_pil", "image_embeds", "video_url", "video")
 _PREFIX = "visual_token_"
-_CLOSE = 0.82  # "vision_token_budget" is as close as 0.84; "thinking_token_budget", which is vLLM's own, 0.70
+_CLOSE = 0.82  # "vision_token_budget" scores 0.84; vLLM's own "thinking_token_budget" scores 0.70
 _LONGEST_NAME = 40
 _DEEPEST = 8
 
 
 def check(body: Mapping[str, Any]) -> None:
-    """Look through the names of a request.
+    """Check the field names of a request.
 
     Args:
         body: The decoded JSON of the request.
 
     Raises:
-        BudgetError: A name is close to one of ours, or one of ours is where it would be ignored; or its value is
-            of a type that vLLM does not read there.
+        BudgetError: A name is close to one of ours; one of ours is where it would be ignored; or its value has a
+            type that vLLM does not accept there.
     """
     for where, names in (("", body), (f" in {XARGS!r}", body.get(XARGS))):
         for name in _names(names):
-            if name not in FIELDS and (meant := meant_by(name)):
+            if name not in FIELDS and (meant := closest_field(name)):
                 raise BudgetError(
                     f"Unknown field {name!r}{where}. Did you mean {meant!r}?", param=name, reason="field"
                 )
@@ -54,7 +55,7 @@ def check(body: Mapping[str, Any]) -> None:
 
 
 def _check_xargs(values: object) -> None:
-    """Refuse what vLLM's schema of ``vllm_xargs`` has no room for: some routes do so without a word on why."""
+    """Refuse values that vLLM's schema of ``vllm_xargs`` cannot hold; some routes refuse them without a reason."""
     if not isinstance(values, Mapping):
         return
     for name in FIELDS:
@@ -71,8 +72,8 @@ def _fits_xargs(value: object) -> bool:
     return all(isinstance(one, str | int | float) for one in each)
 
 
-def meant_by(name: str) -> str | None:
-    """Return which of our fields a name was meant to be, or ``None`` if it is about something else."""
+def closest_field(name: str) -> str | None:
+    """Return our field that a name was probably meant to be, or ``None`` if it is not close to any."""
     if len(name) > _LONGEST_NAME:
         return None
     spelled = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
@@ -84,7 +85,7 @@ def meant_by(name: str) -> str | None:
 
 def _refuse_misplaced(names: Iterator[str], where: str) -> None:
     for name in names:
-        if meant := meant_by(name):
+        if meant := closest_field(name):
             raise BudgetError(
                 f"{name!r} inside {where!r} would be ignored. Send {meant!r} at the top level of the request, "
                 f"next to 'model', or in {XARGS!r}. For a budget per image, send a list.",
@@ -99,7 +100,7 @@ def _names(value: object) -> Iterator[str]:
 
 
 def _media_parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
-    """Yield the image and video parts in messages. Arguments of tool calls are not looked at."""
+    """Yield the image and video parts in messages. Arguments of tool calls are skipped."""
     if depth == 0:
         return
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Our fields in the server's own API document, /openapi.json and /docs."""
+"""Adds our request fields to the server's OpenAPI document: /openapi.json and /docs."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ _SCHEMAS = "#/components/schemas/"
 
 
 def document(app: FastAPI, fields: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the fields' schemas to the document the app makes of itself.
+    """Add our fields' schemas to the app's OpenAPI document.
 
     Args:
-        app: FastAPI makes its document when first asked for it, and keeps it.
+        app: FastAPI builds its document on the first request for it, and keeps it.
         fields: Name -> JSON schema.
     """
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
-        made = original()
-        add_fields(made, fields)
-        return made
+        schema = original()
+        add_fields(schema, fields)
+        return schema
 
-    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual does it
 
 
-def add_fields(made: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
+def add_fields(openapi: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
     """Add the fields to the request schemas of every route that obeys them. Idempotent."""
-    schemas: dict[str, Any] = made.get("components", {}).get("schemas", {})
-    taking = [schemas[name] for name in request_schemas(made) if "properties" in schemas.get(name, {})]
-    for schema in taking:
+    schemas: dict[str, Any] = openapi.get("components", {}).get("schemas", {})
+    requests = [schemas[name] for name in request_schemas(openapi) if "properties" in schemas.get(name, {})]
+    for request in requests:
         for name in fields:
-            schema["properties"].setdefault(name, {"$ref": f"{_SCHEMAS}{name}"})
-    if taking:
+            request["properties"].setdefault(name, {"$ref": f"{_SCHEMAS}{name}"})
+    if requests:
         schemas.update({name: dict(schema) for name, schema in fields.items()})
 
 
-def request_schemas(made: Mapping[str, Any]) -> list[str]:
-    """Return the names of the request schemas in an OpenAPI document that take a budget, in its order."""
+def request_schemas(openapi: Mapping[str, Any]) -> list[str]:
+    """Return the names of an OpenAPI document's request schemas that take a budget, in document order."""
     names: dict[str, None] = {}
-    for path, methods in made.get("paths", {}).items():
+    for path, methods in openapi.get("paths", {}).items():
         route = POST_ROUTES.get(path)
         if route is not None and route.effect == "obeys":
             names.update(dict.fromkeys(_body_schemas(methods.get("post", {}))))

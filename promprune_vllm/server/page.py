@@ -1,4 +1,4 @@
-"""The inspector page at /promprune: a few static files, and nothing from anywhere else."""
+"""The inspector page at /promprune: a few static files, nothing loaded from other hosts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATIC = Path(str(files("promprune_vllm") / "server" / "static"))
 _PHOTOS = Path(str(files("promprune_vllm") / "demo" / "photos"))
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".jpg": "image/jpeg"}
 _HEADERS = {
-    # The browser itself refuses whatever is not from this server; images are shown from memory.
+    # The browser refuses anything that is not from this server; images are shown from memory (data: and blob:).
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
@@ -25,12 +25,12 @@ _HEADERS = {
 
 
 def page() -> APIRouter:
-    """Return the page's routes. They need no API key: what the page asks the server for does."""
+    """Return the page's routes. They need no API key; the routes that the page calls do."""
     routes = APIRouter(prefix=PATH, include_in_schema=False)
-    known = {folder: {path.name: path for path in folder.iterdir()} for folder in (_STATIC, _PHOTOS)}
+    files_by_name = {folder: {path.name: path for path in folder.iterdir()} for folder in (_STATIC, _PHOTOS)}
 
     def file(folder: Path, name: str) -> FileResponse:
-        path = known[folder].get(name)
+        path = files_by_name[folder].get(name)
         if path is None or path.suffix not in _TYPES:
             raise HTTPException(404, f"{PATH} has no file {name!r}.")
         return FileResponse(path, media_type=_TYPES[path.suffix], headers=_HEADERS)

@@ -1,4 +1,4 @@
-"""``x-visual-tokens-seen`` and ``x-visual-tokens-kept``: headers of every reply to a request with images."""
+"""Adds ``x-visual-tokens-seen`` and ``x-visual-tokens-kept`` to every reply to a request with images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT_HEADER = "x-visual-tokens-kept"
 
 
 class VisualTokenHeaders:
-    """ASGI middleware: a reply to a request with images carries their counts in its headers."""
+    """ASGI middleware that adds the visual token counts of a request's images to the reply headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,7 +1,7 @@
-"""Our fields as JSON schemas, and what our routes take and give; inspecting has a file of its own.
+"""JSON schemas of our request fields, and the bodies of our routes (those of inspect: ``inspect_schemas.py``).
 
-Clients read these in the server's OpenAPI document. A budget is checked by ``core.budget`` alone; a test compares
-the schema with it.
+Clients read them in the server's OpenAPI document. Only ``core.budget`` validates a budget; a test compares the
+schema with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from promprune_vllm.core.budget import AUTO, FIELD, FULL, MAX_BUDGET_TOKENS, MAX
 
 MAX_COUNTED_IMAGES = 64
 MAX_SIDE_PX = 65_535
-"""Largest side of an image to count; that of a JPEG."""
+"""Largest width or height of an image to count; JPEG's limit."""
 
 # Above 0 and at most 100, written with up to three digits and nine decimals.
 _PERCENT = r"^(?!0+(\.0+)?%$)([0-9]{1,2}|0[0-9]{2}|100(?=%|\.0+%))(\.[0-9]{1,9})?%$"
@@ -27,20 +27,20 @@ _FORMS: tuple[dict[str, Any], ...] = (
         "minimum": 1,
         "maximum": MAX_BUDGET_TOKENS,
         "title": "Tokens",
-        "description": "So many tokens of each image, or all of them where it has fewer.",
+        "description": "Number of tokens to keep per image; an image with fewer keeps all.",
     },
     {
         "type": "number",
         "exclusiveMinimum": 0,
         "exclusiveMaximum": 1,
         "title": "Share",
-        "description": "This share of each image's tokens, rounded up.",
+        "description": "Share of each image's tokens to keep, rounded up.",
     },
     {
         "type": "string",
         "pattern": _PERCENT,
         "title": "Percentage",
-        "description": 'A share: "25%".',
+        "description": 'A share, such as "25%".',
     },
     {
         "type": "string",
@@ -52,7 +52,7 @@ _FORMS: tuple[dict[str, Any], ...] = (
         "type": "string",
         "enum": [FULL, AUTO],
         "title": "Word",
-        "description": f'"{FULL}" keeps every token, "{AUTO}" leaves it to the server.',
+        "description": f'"{FULL}" keeps every token, "{AUTO}" lets the server decide.',
     },
 )
 
@@ -65,7 +65,7 @@ def budget_schema() -> dict[str, Any]:
         "minItems": 1,
         "maxItems": MAX_IMAGES,
         "title": "One entry per image",
-        "description": "A budget for each image, in order of appearance.",
+        "description": "One budget per image, in order of appearance.",
     }
     total = {
         "type": "object",
@@ -80,12 +80,12 @@ def budget_schema() -> dict[str, Any]:
         "required": ["total"],
         "additionalProperties": False,
         "title": "Total",
-        "description": "Tokens for all images together, split in proportion to their own tokens.",
+        "description": "Tokens for all images together, split in proportion to their token counts.",
     }
-    nothing = {"type": "null", "title": "Nothing", "description": "As if the field were left out."}
+    nothing = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
     return {
         "title": "Visual token budget",
-        "description": "How many visual tokens of each image enter the language model. PromPrune chooses which.",
+        "description": "How many visual tokens of each image enter the language model. PromPrune selects which.",
         "oneOf": [*_FORMS, each, total, nothing],
         "examples": [64, 0.25, "25%", FULL, AUTO, [64, FULL], {"total": 256}],
     }
@@ -95,11 +95,11 @@ def method_schema(allowed: Sequence[str]) -> dict[str, Any]:
     """Return the JSON schema of ``visual_token_method``.
 
     Args:
-        allowed: Methods the operator allows, the server's own first.
+        allowed: Methods the operator allows, the server's default first.
     """
     return {
         "title": "Visual token method",
-        "description": "The method that chooses the tokens; the server's own where the field is left out.",
+        "description": "Method that selects the tokens; the server's default if the field is left out.",
         "enum": [*allowed, None],
         "examples": [allowed[0]],
     }
@@ -115,43 +115,43 @@ AnyBudget = Annotated[Any, WithJsonSchema(budget_schema())]
 
 
 class Strict(BaseModel):
-    """A misspelt name is refused: it would be ignored otherwise, and the counts be those of another request."""
+    """Refuses unknown fields: a misspelled one would be ignored, and the counts would be for another request."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ImageSize(Strict):
-    """An image, of which only the size matters."""
+    """Size of an image; counting needs nothing else of it."""
 
-    width: int = Field(ge=1, le=MAX_SIDE_PX, strict=True, description="Pixels.")
-    height: int = Field(ge=1, le=MAX_SIDE_PX, strict=True, description="Pixels.")
+    width: int = Field(ge=1, le=MAX_SIDE_PX, strict=True, description="In pixels.")
+    height: int = Field(ge=1, le=MAX_SIDE_PX, strict=True, description="In pixels.")
 
 
 class CountRequest(Strict):
-    """Images and a budget to count with."""
+    """Image sizes and a budget, for counting."""
 
     images: list[ImageSize] = Field(
         min_length=1,
         max_length=MAX_COUNTED_IMAGES,
-        description="In order of appearance. The server's limit of images per request is not looked at.",
+        description="In order of appearance. The server's limit of images per request is not applied.",
         examples=[[{"width": 1024, "height": 768}]],
     )
     visual_token_budget: AnyBudget = None
     detail: list[Literal["low", "high", "auto"]] | None = Field(
         default=None,
-        description="OpenAI's detail of each image. Counts where the server honours it and no budget is given.",
+        description="OpenAI's detail for each image. Used if the server honors it and there is no budget.",
     )
 
 
 class ImageCount(BaseModel):
-    """One image's visual tokens."""
+    """Visual tokens of one image."""
 
-    seen: int = Field(description="Before pruning.")
-    kept: int = Field(description="That enter the language model.")
+    seen: int = Field(description="Visual tokens before pruning.")
+    kept: int = Field(description="Visual tokens that enter the language model.")
 
 
 class CacheBytes(BaseModel):
-    """What visual tokens take of the KV cache: of the whole model, all layers and ranks, not rounded to blocks."""
+    """KV cache used by visual tokens, in all layers and on all ranks, not rounded up to blocks."""
 
     bytes_per_token: int
     seen: int = Field(description="Bytes without pruning.")
@@ -160,18 +160,18 @@ class CacheBytes(BaseModel):
 
 
 class CountReply(BaseModel):
-    """What a request with these images and this budget would use, right now."""
+    """Tokens and KV cache that a request with these images and this budget would use right now."""
 
     seen: int
     kept: int
     images: list[ImageCount]
     kv_cache: CacheBytes | None = Field(
-        description="Null where bytes per token are not a plain product, as with packed cache types."
+        description="Null if bytes per token cannot be computed, as with packed cache types."
     )
 
 
 class ProcessorCache(BaseModel):
-    """Images as the processor prepared them, in the API server that answers."""
+    """Preprocessed images in the API server that answers."""
 
     images: int
     bytes: int
@@ -179,7 +179,7 @@ class ProcessorCache(BaseModel):
 
 
 class EncoderCache(BaseModel):
-    """Encoded images in one engine, pruned ones with the rows that are kept of them."""
+    """Encoded images in one engine; a pruned image counts with its kept rows."""
 
     images: int
     rows: int
@@ -187,21 +187,21 @@ class EncoderCache(BaseModel):
 
 
 class CachesReply(BaseModel):
-    """What the caches of images hold at this moment."""
+    """What the image caches hold right now."""
 
-    processor: ProcessorCache | None = Field(description="Null where it is switched off or shared memory.")
-    encoder: list[EncoderCache] = Field(description="Of each engine.")
+    processor: ProcessorCache | None = Field(description="Null if the cache is off or in shared memory.")
+    encoder: list[EncoderCache] = Field(description="One entry per engine.")
 
 
 class Method(BaseModel):
-    """A method with every option in force, calibration for the model's family included."""
+    """A method with every option in force, including the calibration for the model's family."""
 
     name: str
     options: dict[str, Any]
 
 
 class Limits(BaseModel):
-    """What the operator allows, and what images keep that nobody asked anything for."""
+    """The operator's limits, and the default for requests that set no budget."""
 
     default: int | float | str
     min: int
@@ -213,25 +213,25 @@ class Limits(BaseModel):
 
 
 class Adaptation(BaseModel):
-    """Whether "auto" keeps less at times."""
+    """Whether "auto" and the default budget adapt to load or content."""
 
     to_load: bool
     to_content: bool
-    level: float = Field(description="Share of the default that an image keeps at this moment.")
+    level: float = Field(description="Share of the default that an image keeps right now.")
 
 
 class VisualTokens(BaseModel):
-    """This server and its visual tokens."""
+    """The server's model, methods, limits and request fields."""
 
-    version: str = Field(description="Of promprune-vllm.")
+    version: str = Field(description="Version of promprune-vllm.")
     vllm_version: str
     model: str
     architecture: str
     family: str | None
     prunable: bool
-    reason: str | None = Field(description="Why the model cannot be pruned.")
+    reason: str | None = Field(description="Why the model cannot be pruned; null if it can.")
     method: Method
     allowed_methods: list[Method]
     limits: Limits
     adaptation: Adaptation
-    fields: dict[str, dict[str, Any]] = Field(description="JSON schemas of the fields added to requests.")
+    fields: dict[str, dict[str, Any]] = Field(description="JSON schemas of the fields that requests may add.")

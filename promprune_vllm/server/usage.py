@@ -1,7 +1,7 @@
-"""What a reply says of its images: how many visual tokens they had, and how many were kept.
+"""Visual token counts of the request being handled, for its reply.
 
-The counts of a request are known deep inside its handling; a reply is made around it. They meet in a context
-variable that the middleware sets for each request.
+The counts become known deep inside request handling, and the middleware outside needs them for the reply. Both
+use a context variable that the middleware sets for each request.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ USAGE_FIELD = "visual_tokens"
 
 @dataclass(slots=True)
 class ImageUsage:
-    """What is known about one HTTP request's images, in order of appearance.
+    """The images of one HTTP request, in order of appearance.
 
     Args:
-        images: ``(seen, kept)`` of each.
-        identifiers: What they are called in the engine's caches.
-        sizes: Width and height of each in pixels; ``None`` of one that came encoded.
+        images: ``(seen, kept)`` of each image.
+        identifiers: Their keys in the engine's caches.
+        sizes: Width and height of each in pixels; ``None`` for an image that was sent as embeddings.
     """
 
     images: list[tuple[int, int]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class ImageUsage:
         return sum(kept for _, kept in self.images)
 
     def usage(self) -> dict[str, Any]:
-        """Return what stands in a reply's ``usage.visual_tokens``."""
+        """Return a reply's ``usage.visual_tokens``."""
         images = [{"seen": seen, "kept": kept} for seen, kept in self.images]
         return {"seen": self.seen, "kept": self.kept, "images": images}
 
@@ -53,7 +53,7 @@ def record_images(
     identifiers: Sequence[str] = (),
     sizes: Sequence[tuple[int, int] | None] = (),
 ) -> None:
-    """Add images to the usage of the request being handled, see ``ImageUsage``; do nothing outside of one."""
+    """Add images to the usage of the request being handled (see ``ImageUsage``); outside of one, do nothing."""
     current = _usage.get()
     if current is not None:
         current.images.extend(images)
@@ -62,14 +62,14 @@ def record_images(
 
 
 def current_usage() -> ImageUsage | None:
-    """Return what is known of the request being handled, or ``None`` where it has no images."""
+    """Return the usage of the request being handled, or ``None`` if it has no images."""
     current = _usage.get()
     return current if current is not None and current.images else None
 
 
 @contextmanager
 def recording() -> Iterator[ImageUsage]:
-    """Record the images of the request that is handled inside the block."""
+    """Record the images of the request that is handled in this block."""
     current = ImageUsage()
     token = _usage.set(current)
     try:

@@ -215,7 +215,7 @@ def test_photos_have_every_shape_and_a_licence():
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="image_px=60 is no multiple of patch_px=14"):
+    with pytest.raises(ValueError, match="image_px=60 is not a multiple of patch_px=14"):
         replace(TINY, image_px=60)
     with pytest.raises(ValueError, match="a width of 64 cannot be split over 3 heads"):
         replace(TINY, heads=3)

@@ -227,7 +227,7 @@ def test_the_command_refuses_what_it_cannot_build(tmp_path: Path) -> None:
     arguments = ["demo-model", "--out", str(tmp_path / "model"), "--family"]
     unknown = CliRunner().invoke(cli.app, [*arguments, "gpt"])
     assert unknown.exit_code == 2
-    assert "no model family is called 'gpt'; there are llava, llava_next, qwen2_vl" in unknown.stderr
+    assert "there is no model family 'gpt'; choose from llava, llava_next, qwen2_vl" in unknown.stderr
     assert not (tmp_path / "model").exists()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "diary.txt").write_text("dear diary")

@@ -59,7 +59,7 @@ def test_says_that_there_is_no_gpu() -> None:
 def test_says_what_memory_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.machine, "available_memory", lambda: 2**30)
     (row,) = [
-        kernels._measured(case, 1, torch.float32, lambda _: 0.0)
+        kernels._measure(case, 1, torch.float32, lambda _: 0.0)
         for case in kernel_cases.cases(["16384x3584:512"], large=False)
     ]
     assert row["skipped"] == "the reference needs about 11 GiB"

@@ -49,7 +49,7 @@ def test_the_table_says_how_many_layers_were_run() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--model", "two"], "is none of one, tiles, attention"), (["--device", "tpu"], "not 'tpu'")],
+    [(["--model", "two"], "must be one of one, tiles, attention, got two"), (["--device", "tpu"], "got 'tpu'")],
 )
 def test_what_is_not_there_is_refused(options: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["bench", "prefill", *options])

@@ -31,7 +31,7 @@ COMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "bench serving": ("bench/serving.py", ("bench", "serving")),
     "bench serving --url": ("bench/load.py", ("bench", "serving", "--url", "{url}")),
     "bench soak": ("bench/soak_server.py", ("bench", "soak")),
-    "eval": ("evaluation/serving.py", ("eval", "--no-plots", "--out", "{out}")),
+    "eval": ("evaluation/server.py", ("eval", "--no-plots", "--out", "{out}")),
     "eval --lmms": (
         "evaluation/lmms.py",
         ("eval", "--out", "{out}", "--url", "{url}", "--lmms", "pope", "--lmms-command", "sh -c 'sleep 600'"),

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.server, pytest.mark.release]
 def test_mixed_traffic_is_answered_as_one_by_one(server: Server) -> None:
     # Answers long enough for some of the clients that leave to do so before the end, on a fast machine too.
     soak = Soak(requests=250, minutes=8, concurrency=8, distinct=24, output_tokens=12)
-    document = run(server.url, soak, server.process.pid, tell=print)
+    document = run(server.url, soak, server.process.pid, show_progress=print)
     counts = document["counts"]
     assert not {"wrong", "lost", "refused", "failed"} & counts.keys(), document["troubles"]
     assert counts["answered"] > 50

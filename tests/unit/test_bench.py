@@ -12,7 +12,7 @@ import pytest
 from promprune_vllm.bench import load as module
 from promprune_vllm.bench import serving
 from promprune_vllm.bench.load import Load, Result, arguments
-from promprune_vllm.bench.processes import Held, growth, held
+from promprune_vllm.bench.processes import ProcessUsage, growth, measure_usage
 from promprune_vllm.errors import BenchError
 
 RESULT = Result("full", 4, 8, 0, 2.0, 4.0, 100.0, 200.0, 0.5, 0.9, 1.0, 1.0)
@@ -54,21 +54,21 @@ def test_a_server_without_the_plugin_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_growth_is_told_of_what_is_held_after_warming_up() -> None:
-    looks = [Held(float(1000 + 10 * min(i, 20)), 0.1 if i < 20 else 0.0, 100, 50) for i in range(80)]
-    assert growth(looks, 0.25) == {
+    samples = [ProcessUsage(float(1000 + 10 * min(i, 20)), 0.1 if i < 20 else 0.0, 100, 50) for i in range(80)]
+    assert growth(samples, 0.25) == {
         "memory_mib": 0.0,
         "shared_mib": pytest.approx(0, abs=0.11),
         "descriptors": 0.0,
         "threads": 0.0,
     }
-    leaking = [Held(float(1000 + i), 0.0, 100 + i, 50) for i in range(80)]
+    leaking = [ProcessUsage(float(1000 + i), 0.0, 100 + i, 50) for i in range(80)]
     assert growth(leaking, 0.25)["memory_mib"] == pytest.approx(40 / 1029.5)
     assert growth(leaking, 0.25)["descriptors"] > 0.3
-    assert growth(looks[:2], 0.25) == {}
+    assert growth(samples[:2], 0.25) == {}
 
 
 def test_a_look_at_this_process() -> None:
-    look = held(os.getpid())
-    assert look.memory_mib > 5
-    assert look.descriptors > 0
-    assert look.threads > 0
+    sample = measure_usage(os.getpid())
+    assert sample.memory_mib > 5
+    assert sample.descriptors > 0
+    assert sample.threads > 0

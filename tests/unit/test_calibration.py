@@ -94,7 +94,7 @@ def test_the_saturated_zone_begins_at_three_tau() -> None:
     measured = report((0.43,), (0.48,), (0.5,), (0.55,), (0.57,))
     assert measured.saturated(0.5) == 2 / 5  # 0.43 and 0.57
     assert measured.as_document()["saturated_share"] == {"mu": 2 / 5, "mu_in_force": 3 / 5}
-    assert "40 % lie there with this mu, 60 % with the one in force, 0.42." in shown(measured)
+    assert "that is 40 % with this mu, 60 % with the mu in force, 0.42." in shown(measured)
 
 
 def test_the_suggestion_can_be_pasted_and_keeps_the_operators_options() -> None:
@@ -157,7 +157,7 @@ def test_an_option_in_the_models_place_is_named() -> None:
     photos = str(photo_path("coffee").parent)
     result = CliRunner().invoke(cli.app, ["calibrate", "--dtype", "float32", "MODEL", "--images", photos])
     assert result.exit_code == 2
-    assert "MODEL comes before vLLM's options, and --dtype stands in its place" in result.output
+    assert "MODEL must come before vLLM's options, got --dtype first" in result.output
 
 
 def model_config(**own: Any) -> Any:

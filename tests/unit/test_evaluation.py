@@ -14,23 +14,23 @@ from promprune_vllm.cli import app
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.scenes.record import CONCENTRATED_TASKS, SCATTERED_TASKS
 from promprune_vllm.errors import EvaluationError, UnknownMethodError
-from promprune_vllm.evaluation import asking, run
-from promprune_vllm.evaluation.asking import Way, jobs
-from promprune_vllm.evaluation.plan import Plan, wanted
-from promprune_vllm.evaluation.records import FILE, Log, read, right
+from promprune_vllm.evaluation import run, sender
+from promprune_vllm.evaluation.plan import Plan, parse_options
+from promprune_vllm.evaluation.records import FILE, Log, is_right, read
 from promprune_vllm.evaluation.report import CONTROLS, FIXED_SPLITS, SUBJECT
-from promprune_vllm.evaluation.target import look
-from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS, chosen, fingerprint, gather
+from promprune_vllm.evaluation.sender import Way, jobs
+from promprune_vllm.evaluation.target import find_target
+from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS, fingerprint, gather, tasks_by_name
 from tests.unit.evaluated import RUN, STATE, answers, draw, reply, server
 
-TWO = chosen(["presence", "big-shape"])
+TWO = tasks_by_name(["presence", "big-shape"])
 PLAN = Plan((Way.full(4), Way("promprune", 64, 4), Way("random", 64, 2)), TWO, concurrency=3)
 ASKED = 2 * 4 + 2 * 4 + 2 * 2
 QUIET = Console(quiet=True)
 
 
 def evaluate(url: str, out: Path, plan: Plan = PLAN) -> run.Report:
-    return run.evaluate(look(url), plan, out, QUIET, draw)
+    return run.evaluate(find_target(url), plan, out, QUIET, draw)
 
 
 def test_every_question_is_asked_once_with_its_method_and_budget(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_broken_connection_is_tried_again_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(sender, "_PAUSE_SECONDS", 0)
     breaks = iter([True, True])
 
     def shaky(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -109,7 +109,7 @@ def test_a_broken_connection_is_tried_again_but_not_for_ever(
 def test_a_failed_answer_is_asked_for_again_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(sender, "_PAUSE_SECONDS", 0)
     fails = iter([True, True])
     failure = (500, {"error": {"message": "cache drift"}})
     one = Plan((Way.full(1),), TWO[:1], 1)
@@ -150,7 +150,7 @@ def test_answers_of_another_server_are_not_gone_on_with(
         evaluate(url, tmp_path)
     with (
         server(state={**STATE, **change}) as (url, got),
-        pytest.raises(EvaluationError, match="under other settings") as refused,
+        pytest.raises(EvaluationError, match="with other settings") as refused,
     ):
         evaluate(url, tmp_path)
     assert named in str(refused.value)
@@ -161,13 +161,15 @@ def test_other_scenes_are_other_questions(tmp_path: Path) -> None:
     with server() as (url, _):
         evaluate(url, tmp_path)
         with pytest.raises(EvaluationError, match="scenes was"):
-            run.evaluate(look(url), PLAN, tmp_path, QUIET, lambda kind, seed, split: draw(kind, seed + 1, split))
+            run.evaluate(
+                find_target(url), PLAN, tmp_path, QUIET, lambda kind, seed, split: draw(kind, seed + 1, split)
+            )
 
 
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / FILE
     file.write_text("notes\n")
-    with pytest.raises(EvaluationError, match="is no file of answers"):
+    with pytest.raises(EvaluationError, match="is not a file of answers"):
         Log(file, {}, RUN)
     assert file.read_text() == "notes\n"
     with pytest.raises(EvaluationError, match="cannot be read"):
@@ -175,11 +177,11 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("said", "is_right"),
+    ("said", "expected"),
     [("Yes", True), (" yes.\n", True), ("yes .", True), ("yes it is", False), ("", False), ("no", False)],
 )
-def test_letter_case_spaces_and_a_full_stop_do_not_count(said: str, is_right: bool) -> None:
-    assert right(said, "yes") is is_right
+def test_letter_case_spaces_and_a_full_stop_do_not_count(said: str, expected: bool) -> None:
+    assert is_right(said, "yes") is expected
 
 
 # What is refused.
@@ -200,10 +202,10 @@ def test_a_server_without_the_plugin_is_refused_in_one_sentence() -> None:
 
 
 def test_no_server_another_model_another_key_and_an_unprunable_model_are_refused() -> None:
-    assert "Nothing answers at http://127.0.0.1:9 " in refused("--url", "http://127.0.0.1:9")
+    assert "No server answers at http://127.0.0.1:9 " in refused("--url", "http://127.0.0.1:9")
     with server(api_key="secret") as (url, _):
-        assert "wants another API key" in refused("--url", url)
-        assert look(url, api_key="secret").model == "demo"
+        assert "rejects the API key" in refused("--url", url)
+        assert find_target(url, api_key="secret").model == "demo"
         assert "serves no model 'gpt', only demo" in refused("--url", url, "--api-key", "secret", "--model", "gpt")
     with server(state={**STATE, "prunable": False, "reason": "no tower"}) as (url, _):
         assert "cannot be pruned (no tower)" in refused("--url", url)
@@ -220,12 +222,12 @@ def test_a_method_the_server_does_not_allow_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--tasks", "presence,ocr"), "There is no task 'ocr'. Give some of presence, count"),
-        (("--tasks", "scattered,plate:0"), "'plate:0' asks no number of questions"),
+        (("--tasks", "presence,ocr"), "There is no task 'ocr'. Choose from presence, count"),
+        (("--tasks", "scattered,plate:0"), "'plate:0' has no valid number of questions"),
         (("--methods", "promrune"), "Did you mean 'promprune'"),
-        (("--methods", "random:many"), "'random:many' asks no number of questions"),
-        (("--budgets", "64,lots"), "--budgets cannot have 'lots'"),
-        (("--budgets", "full"), "every token is asked anyway"),
+        (("--methods", "random:many"), "'random:many' has no valid number of questions"),
+        (("--budgets", "64,lots"), "--budgets has an invalid entry 'lots'"),
+        (("--budgets", "full"), "all tokens are always measured too"),
     ],
 )
 def test_options_are_checked_before_a_server_is_started(arguments: tuple[str, ...], says: str) -> None:
@@ -245,14 +247,14 @@ def test_replies_without_counts_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_every_method_the_server_allows_with_every_budget() -> None:
-    asked = wanted("", "64,25%", "", questions=7, concurrency=2, check=str)
+    asked = parse_options("", "64,25%", "", questions=7, concurrency=2, check=str)
     ways = asked.plan(["promprune", "random"]).ways
     assert ways[0] == Way.full(7)
     assert {(way.method, way.budget) for way in ways[1:]} == {
         (method, budget) for method in ("promprune", "random") for budget in (64, "25%")
     }
     assert asked.tasks == TASKS
-    some = wanted("concentrated", "8", "random:3,promprune", questions=7, concurrency=2, check=str)
+    some = parse_options("concentrated", "8", "random:3,promprune", questions=7, concurrency=2, check=str)
     assert [task.name for task in some.tasks] == ["big-shape", "big-colour", "plate"]
     assert [(way.method, way.questions) for way in some.plan([]).ways] == [
         ("full", 7),
@@ -262,14 +264,18 @@ def test_the_plan_is_every_method_the_server_allows_with_every_budget() -> None:
 
 
 def test_a_task_may_be_asked_less_than_others() -> None:
-    tasks = chosen(["concentrated", "big-shape:3"])
+    tasks = tasks_by_name(["concentrated", "big-shape:3"])
     assert [(task.name, task.of(10)) for task in tasks] == [("big-shape", 3), ("big-colour", 10), ("plate", 10)]
-    items = [item for picture in gather(chosen(["scattered:4", "count:1"])[:2], 9, draw) for item in picture.items]
+    items = [
+        item
+        for picture in gather(tasks_by_name(["scattered:4", "count:1"])[:2], 9, draw)
+        for item in picture.items
+    ]
     assert sorted((item.task, item.rank) for item in items) == [("count", 0), *(("presence", i) for i in range(4))]
 
 
 def test_a_star_is_every_other_method() -> None:
-    asked = wanted("", "8", "random:3,*:5", questions=7, concurrency=2, check=_registered)
+    asked = parse_options("", "8", "random:3,*:5", questions=7, concurrency=2, check=_registered)
     ways = asked.plan(["promprune", "random", "uniform"]).ways
     assert {way.method: way.questions for way in ways} == {"full": 5, "random": 3, "promprune": 5, "uniform": 5}
 
@@ -294,7 +300,7 @@ def test_the_names_the_report_knows_are_in_the_registry() -> None:
     assert {SUBJECT, *CONTROLS, *FIXED_SPLITS} <= set(methods())
     assert sum(WEIGHTS.values()) == pytest.approx(1)
     with pytest.raises(UnknownMethodError):
-        wanted("", "8", "nothing-like-it", questions=1, concurrency=1, check=_registered)
+        parse_options("", "8", "nothing-like-it", questions=1, concurrency=1, check=_registered)
 
 
 def _registered(name: str) -> object:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from promprune_vllm.cli import app
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation import lmms
-from promprune_vllm.evaluation.asking import Way
-from promprune_vllm.evaluation.forwarding import forwarding
-from promprune_vllm.evaluation.target import look
+from promprune_vllm.evaluation.proxy import proxy
+from promprune_vllm.evaluation.sender import Way
+from promprune_vllm.evaluation.target import find_target
 from tests.unit.evaluated import reply, server
 
 STAND_IN = """
@@ -95,7 +95,7 @@ def test_a_failed_request_fails_the_run(tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "says"),
-    [("/no/such/lmms-eval", "pip install lmms-eval"), (f"{sys.executable} -c exit(3)", "ended with status 3")],
+    [("/no/such/lmms-eval", "pip install lmms-eval"), (f"{sys.executable} -c exit(3)", "exited with status 3")],
 )
 def test_lmms_eval_that_is_not_there_or_fails_is_told(tmp_path: Path, command: str, says: str) -> None:
     with server() as (url, _):
@@ -113,7 +113,7 @@ def test_it_needs_a_server_with_the_plugin() -> None:
 def test_the_forwarder_keeps_the_servers_key_and_wants_its_own() -> None:
     with (
         server(api_key=None) as (url, got),
-        forwarding(look(url, api_key="secret"), {"visual_token_budget": 64}) as (address, key, tally),
+        proxy(find_target(url, api_key="secret"), {"visual_token_budget": 64}) as (address, key, tally),
     ):
         chat, body = f"{address}/v1/chat/completions", {"model": "demo", "messages": []}
         assert httpx.post(chat, json=body).status_code == 401
@@ -129,7 +129,7 @@ def test_the_forwarder_keeps_the_servers_key_and_wants_its_own() -> None:
 def test_a_method_the_server_does_not_allow_is_refused(tmp_path: Path) -> None:
     run = lmms.Run(("true",), ("pope",), (), tmp_path, 1)
     with server() as (url, _), pytest.raises(EvaluationError, match="does not allow method 'fsr'"):
-        lmms.drive(look(url), [Way.full(1), Way("fsr", 64, 1)], run, Console(quiet=True))
+        lmms.drive(find_target(url), [Way.full(1), Way("fsr", 64, 1)], run, Console(quiet=True))
 
 
 def test_without_figures_the_table_says_so_beside_the_papers() -> None:

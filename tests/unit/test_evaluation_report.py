@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 from promprune_vllm.cli import app
 from promprune_vllm.evaluation import plots
 from promprune_vllm.evaluation.records import FILE, Log
-from promprune_vllm.evaluation.report import Report, summarise
+from promprune_vllm.evaluation.report import Report, summarize
 from promprune_vllm.evaluation.text import lost_table, macro_table, markdown, pairs_table, tasks_table, terminal
 from tests.unit.evaluated import RUN, answers, records
 
 
 @pytest.fixture
 def report() -> Report:
-    return summarise(
+    return summarize(
         records(
             answers("full", "full", lambda *_: True),
             *(answers("promprune", budget, lambda seed, _: seed % 5 != 0) for budget in ("64", "8")),
@@ -46,11 +46,11 @@ def test_losses_to_all_tokens_are_paired(report: Report) -> None:
     # The plates that all tokens were not asked about are questions, and no part of the difference.
     assert lines[2] == "| `promprune` | 160 | -20.0 ± 6.4 | -20.0 ± 6.4 |"
     assert lines[3] == "| `split-0` | 80 | -25.0 ± 6.9 | - |"
-    assert "### Less all tokens, on the same questions, points" in markdown(report)
+    assert "### Difference to all tokens on the same questions, points" in markdown(report)
 
 
 def test_levels_are_comparable_though_methods_were_asked_differently_much() -> None:
-    report = summarise(
+    report = summarize(
         records(
             answers("full", "full", lambda seed, _: seed < 30),
             answers("promprune", "64", lambda seed, _: seed < 20),
@@ -70,7 +70,7 @@ def test_levels_are_comparable_though_methods_were_asked_differently_much() -> N
 
 
 def test_without_all_tokens_a_level_is_the_plain_accuracy() -> None:
-    report = summarise(records(answers("promprune", "64", lambda seed, _: seed < 20)))
+    report = summarize(records(answers("promprune", "64", lambda seed, _: seed < 20)))
     cell = report.cell("promprune", "64")
     assert cell is not None
     assert report.level("promprune", "64") == cell.macro
@@ -103,7 +103,7 @@ def test_tasks_and_macro_weights(report: Report) -> None:
 
 def test_the_text_says_what_it_is_made_of(report: Report) -> None:
     text = markdown(report)
-    assert "vLLM 0.32.0; asked from a machine, 2 cores, commit 0123456789ab: `promprune eval`." in text
+    assert "vLLM 0.32.0; run on a machine, 2 cores, commit 0123456789ab: `promprune eval`." in text
     assert "one standard error, clustered by image" in text
     assert "### Every task, budget 8" in text
     assert terminal(report).row_count == 5

@@ -8,7 +8,7 @@ import pytest
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.errors import BudgetError
-from promprune_vllm.server.near_misses import CONTENT, MEDIA_TYPES, WRAPPERS, check, meant_by
+from promprune_vllm.server.near_misses import CONTENT, MEDIA_TYPES, WRAPPERS, check, closest_field
 
 URL = {"url": "data:image/png;base64,AAAA"}
 MISSPELLED = {
@@ -40,7 +40,7 @@ def test_a_misspelled_field_is_refused_with_what_was_meant(name: str, meant: str
 
 @pytest.mark.parametrize("name", OTHERS, ids=lambda name: name[:24])
 def test_other_names_are_left_alone(name: str) -> None:
-    assert meant_by(name) is None
+    assert closest_field(name) is None
     check({name: 1, "vllm_xargs": {name: 1}, "extra_body": {name: 1}})
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from promprune_vllm.cli import app
 from promprune_vllm.core.geometry import Box, grid
 from promprune_vllm.errors import InspectError
-from promprune_vllm.overlay.client import Inspecting
+from promprune_vllm.overlay.client import InspectClient
 from promprune_vllm.overlay.drawing import COVERING, SALIENT, caption, overlay, sheet, titled
 
 
@@ -84,12 +84,12 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     Image.new("RGB", (8, 8)).save(image)
     nobody = "http://127.0.0.1:9"
-    assert "Nobody answers at http://127.0.0.1:9" in run(str(image), "--url", nobody).output
+    assert "No server answers at http://127.0.0.1:9" in run(str(image), "--url", nobody).output
     assert "cannot be read" in run(str(tmp_path / "none.png"), "--url", nobody).output
     for both in (("--budget", "64", "--budgets", "1,2"), ("--method", "random", "--compare", "random,uniform")):
         result = run(str(image), *both)
         assert result.exit_code == 2
-        assert "give one of the two" in " ".join(result.output.replace("│", " ").split())
+        assert "give only one of these options" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_what_a_server_refuses_is_said(tmp_path: Path, status: int, body: Any, s
     image = tmp_path / "image.png"
     Image.new("RGB", (8, 8)).save(image)
     content = "bad gateway" if body is None else json.dumps(body)
-    with Inspecting("http://server/v1/", None) as server:
+    with InspectClient("http://server/v1/", None) as server:
         server._client = httpx.Client(
             base_url=server.url, transport=httpx.MockTransport(lambda _: httpx.Response(status, text=content))
         )
         with pytest.raises(InspectError, match=said):
-            server.look(image, 64)
+            server.inspect(image, 64)

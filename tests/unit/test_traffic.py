@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from promprune_vllm import cli, client
 from promprune_vllm.core.budget import BudgetRequest as Budgets
 from promprune_vllm.demo import sender
-from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, Picture, Sent, lines, plan, total
+from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, Picture, Result, lines, plan, total
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.metrics.catalog import FORMS
 
@@ -59,10 +59,10 @@ def test_budgets_are_budgets_and_those_refused_on_purpose_cannot_be_honoured() -
 
 def test_sums() -> None:
     sent = [
-        Sent("share", "answered", 576, 144),
-        Sent("tokens", "answered", 1152, 128),
-        Sent("tokens", "aborted", 576, 64),
-        Sent(REFUSED, "refused"),
+        Result("share", "answered", 576, 144),
+        Result("tokens", "answered", 1152, 128),
+        Result("tokens", "aborted", 576, 64),
+        Result(REFUSED, "refused"),
     ]
     assert [line.kind for line in lines(sent)] == ["tokens", "share", REFUSED]
     tokens = lines(sent)[0]

@@ -1,7 +1,7 @@
-"""Pictures that a small model can be asked about: drawn from a seed, with every question and its answer.
+"""Pictures for a small model: drawn from a seed, with all questions about them and the answers.
 
-Importable without torch. The split decides which handwritten digits, which photographs behind the things and which
-random numbers a scene is made of: no scene of "held-out" shares any of the three with one of "train".
+Importable without torch. The split determines a scene's handwritten digits, background photographs and random
+numbers: a "held-out" scene shares none of the three with a "train" scene.
 """
 
 from promprune_vllm.demo.scenes.record import KINDS, PIXELS, SPLITS, TASKS, Question, Thing

@@ -1,4 +1,4 @@
-"""Handwritten digits and photographs, divided between the splits."""
+"""Handwritten digits and photographs of each split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from promprune_vllm.demo import PHOTOS, photo_path
 
-# Pictures packaged with scikit-image that look like surfaces or views, and none of the demo's own four.
+# Pictures from scikit-image that look like surfaces or views; none of the demo's own four.
 TRAINING_PHOTOS = (
     "brick.png",
     "camera.png",
@@ -27,7 +27,7 @@ TRAINING_PHOTOS = (
     "motorcycle_right.png",
     "retina.jpg",
 )
-_HELD_OUT_EVERY = 5  # of five digits of the data set, one is held out
+_HELD_OUT_EVERY = 5  # every fifth digit of the data set is held out
 _LONGEST_SIDE = 640
 
 
@@ -39,7 +39,7 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 @cache
 def digit_samples(split: str) -> tuple[tuple[int, ...], ...]:
-    """Which samples of the data set each digit 0 to 9 may be drawn with in a split."""
+    """Return the indices of a split's samples in the data set, for each digit 0 to 9."""
     _, labels = _digits()
     held_out = np.arange(len(labels)) % _HELD_OUT_EVERY == 0
     mine = held_out if split == "held-out" else ~held_out
@@ -48,7 +48,7 @@ def digit_samples(split: str) -> tuple[tuple[int, ...], ...]:
 
 @lru_cache(maxsize=2048)
 def digit_image(sample: int) -> Image.Image:
-    """One handwritten digit as a mask, (8, 8) px of 0 (paper) to 255 (ink), with a border of one empty pixel."""
+    """Return a handwritten digit as a mask: (8, 8) px of 0 (paper) to 255 (ink), plus a border of one pixel."""
     images, _ = _digits()
     ink = np.minimum(images[sample].astype(np.uint16) * 16, 255).astype(np.uint8)
     return Image.fromarray(np.pad(ink, 1))
@@ -56,16 +56,16 @@ def digit_image(sample: int) -> Image.Image:
 
 @cache
 def photo_names(split: str) -> tuple[str, ...]:
-    """The photographs of a split; those for training come with the package's extra `train`."""
+    """Return the photographs of a split; those for training need the package's extra `train`."""
     return PHOTOS if split == "held-out" else TRAINING_PHOTOS
 
 
 @cache
 def photo(split: str, name: str) -> Image.Image:
-    """One photograph, RGB, at most `_LONGEST_SIDE` px long.
+    """Return a photograph, RGB, with at most `_LONGEST_SIDE` px per side.
 
     Raises:
-        ModuleNotFoundError: It is one for training, and scikit-image is not installed.
+        ModuleNotFoundError: It is a training photograph, and scikit-image is not installed.
     """
     if split == "held-out":
         path = photo_path(name)
@@ -73,7 +73,7 @@ def photo(split: str, name: str) -> Image.Image:
         spec = find_spec("skimage")
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
-                "Training backgrounds are pictures of scikit-image: pip install 'promprune-vllm[train]'"
+                "Training backgrounds come from scikit-image: pip install 'promprune-vllm[train]'"
             )
         path = Path(spec.origin).parent / "data" / name
     with Image.open(path) as file:

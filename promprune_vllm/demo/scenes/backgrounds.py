@@ -1,4 +1,4 @@
-"""What lies behind the things: flat colours, gradients, textures of several kinds, pieces of photographs."""
+"""Backgrounds of scenes: flat colors, gradients, several kinds of textures, crops of photographs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from PIL import Image, ImageOps
 from promprune_vllm.demo.scenes.assets import photo, photo_names
 from promprune_vllm.demo.scenes.record import PIXELS
 
-# How often each is behind scattered things; concentrated scenes have the last two alone, where every patch differs
-# from its neighbours, so that tokens chosen only to differ from each other are spent on the background.
+# Relative frequency of each background. Concentrated scenes only use the last two, where each patch differs from
+# its neighbors, so that a selection for diversity alone spends its tokens on the background.
 BACKGROUNDS = ("plain", "gradient", "texture", "photo")
 SCATTERED_WEIGHTS = (0.15, 0.15, 0.35, 0.35)
 CONCENTRATED_WEIGHTS = (0.0, 0.0, 0.5, 0.5)
-_MAX_SATURATION = 0.35  # things are more colourful than what is behind them
+_MAX_SATURATION = 0.35  # things are more saturated than backgrounds
 _SMOOTH = Image.Resampling.BICUBIC
 
 
 def background(name: str, rng: np.random.Generator, split: str) -> Image.Image:
-    """Paint one of `BACKGROUNDS`, RGB, `PIXELS` a side."""
+    """Draw one of `BACKGROUNDS`, RGB, `PIXELS` per side."""
     if name == "photo":
         return _photo(rng, split)
     first, second = _dull(rng), _dull(rng)
@@ -43,7 +43,7 @@ def _gradient(rng: np.random.Generator) -> Image.Image:
 
 
 def _noise(rng: np.random.Generator, cells: int, filtered: Image.Resampling = _SMOOTH) -> Image.Image:
-    """Grey noise with `cells` bumps a side, `PIXELS` a side."""
+    """Return gray noise with `cells` bumps per side, `PIXELS` per side."""
     coarse = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
     return coarse.resize((PIXELS, PIXELS), filtered)
 
@@ -78,7 +78,7 @@ _TEXTURES = (_clouds, _marble, _stripes, _grain, _patchwork)
 
 
 def _photo(rng: np.random.Generator, split: str) -> Image.Image:
-    """Cut a random square out of a photograph, paler and darker than it was."""
+    """Return a random square crop of a photograph, paler and darker than the original."""
     names = photo_names(split)
     whole = photo(split, names[rng.integers(len(names))])
     side = min(whole.size) * rng.uniform(0.5, 1.0)

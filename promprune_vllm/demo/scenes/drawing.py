@@ -1,4 +1,4 @@
-"""Drawing things with smooth edges."""
+"""Draws things with smooth edges."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw(canvas: Image.Image, thing: Thing) -> None:
 
 
 def cover(canvas: Image.Image, thing: Thing) -> None:
-    """Paint a thing all white on a grey canvas; of a digit, the square it is written in."""
+    """Fill a thing's area with white on a gray canvas; a digit's area is its square."""
     mask = _mask(thing)
     canvas.paste(255, _box(thing, mask), mask)
 
@@ -73,7 +73,7 @@ def _shape(thing: Thing) -> Image.Image:
 
 
 def _corners(shape: str, full: float, turn: float) -> list[tuple[float, float]]:
-    """The corners of a polygon that fills a square of `full` pixels, rotated about the square's centre."""
+    """Return the corners of a polygon that fills a square of `full` pixels, rotated about its center."""
     angle = math.radians(turn)
     cosine, sine = math.cos(angle) * full / 2, math.sin(angle) * full / 2
     centre = full / 2

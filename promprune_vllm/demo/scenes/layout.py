@@ -1,4 +1,4 @@
-"""Which things a scene holds, and where."""
+"""Places things in scenes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from random import Random
 from promprune_vllm.demo.scenes.assets import digit_samples
 from promprune_vllm.demo.scenes.record import COLOURS, HUES, MAX_COUNT, PIXELS, SHAPES, Thing
 
-_BUSY = 0.4  # share of the scattered scenes with many small things instead of a few larger ones
-_SPARSE = 0.4  # share of those for training with very few things: finding one is learnt on these first
-_GAP = 3.0  # pixels between two things, at least
+_BUSY = 0.4  # share of scattered scenes with many small things instead of a few larger ones
+_SPARSE = 0.4  # share of training scenes with very few things, on which the model first learns to find one
+_GAP = 3.0  # minimum distance between two things, in pixels
 
 
 def scattered_things(rng: Random, split: str) -> tuple[tuple[Thing, ...], str, str]:
-    """Six to eleven shapes of 28-42 px or 18-26 of 20-30 px, and two to four cards of one digit each.
+    """Place 6 to 11 shapes of 28-42 px or 18 to 26 of 20-30 px, and two to four cards with one digit each.
 
-    Some of the scenes for training have three to five shapes and one or two cards.
+    Some training scenes have only three to five shapes and one or two cards.
 
     Returns:
-        The things, and a shape and a colour that equally often have 0 to `MAX_COUNT` shapes: what to count.
+        The things, and the shape and the color to count; each count from 0 to `MAX_COUNT` is equally likely.
     """
     busy = rng.random() < _BUSY
     sizes = (20.0, 30.0) if busy else (28.0, 42.0)
@@ -36,7 +36,7 @@ def scattered_things(rng: Random, split: str) -> tuple[tuple[Thing, ...], str, s
     cards = rng.sample(COLOURS, rng.randint(most_cards // 2, most_cards))
     taken: list[tuple[float, float, float]] = []
     things = []
-    for colour in cards:  # the largest first: the small ones find room between them
+    for colour in cards:  # largest first: small things fit in between
         size = rng.uniform(34, 42)
         things.append(_written(rng, split, ("card", colour), _place(rng, taken, size), size))
     for shape, colour in zip(kinds, colours, strict=True):
@@ -46,7 +46,7 @@ def scattered_things(rng: Random, split: str) -> tuple[tuple[Thing, ...], str, s
 
 
 def _shapes(rng: Random, total: int, counted: str) -> list[str]:
-    """`total` shapes: `counted` 0 to `MAX_COUNT` times, two others once each, the rest whatever else there is."""
+    """Return `total` shapes: `counted` 0 to `MAX_COUNT` times, two others once each, and random others."""
     others = [shape for shape in SHAPES if shape != counted]
     rng.shuffle(others)
     kinds = [counted] * min(rng.randint(0, MAX_COUNT), total - 1)
@@ -57,13 +57,13 @@ def _shapes(rng: Random, total: int, counted: str) -> list[str]:
 
 
 def concentrated_things(rng: Random, split: str) -> tuple[Thing, ...]:
-    """One large shape of 90-190 px, or a plate of 100-230 px with three to six digits, each of its own colour."""
+    """Place one shape of 90-190 px, or one plate of 100-230 px with three to six digits in different colors."""
     if rng.random() < 0.5:
         size = rng.uniform(90, 190)
         x, y = rng.uniform(size / 2, PIXELS - size / 2), rng.uniform(size / 2, PIXELS - size / 2)
         return (_painted(rng, (rng.choice(SHAPES), rng.choice(COLOURS)), (x, y), size),)
     inks = rng.sample(COLOURS, rng.randint(3, 6))
-    glyph = rng.uniform(27, 33)  # its box; the ink of a narrow digit fills less
+    glyph = rng.uniform(27, 33)  # side of a digit's box; narrow digits fill less of it
     pitch = glyph * rng.uniform(1.0, 1.15)
     width = len(inks) * pitch + rng.uniform(10, 22)
     height = glyph + rng.uniform(10, 60)
@@ -78,7 +78,7 @@ def concentrated_things(rng: Random, split: str) -> tuple[Thing, ...]:
 
 
 def _place(rng: Random, taken: list[tuple[float, float, float]], size: float) -> tuple[float, float]:
-    """Find room for a square of `size` pixels; at a free place, or (hardly ever) the last one tried."""
+    """Return a free position for a square of `size` pixels, or (rarely) the last one tried."""
     x = y = PIXELS / 2
     for _ in range(200):
         x, y = rng.uniform(size / 2 + 1, PIXELS - size / 2 - 1), rng.uniform(size / 2 + 1, PIXELS - size / 2 - 1)
@@ -104,7 +104,7 @@ def _written(rng: Random, split: str, name: tuple[str, str], at: tuple[float, fl
 
 
 def _rgb(rng: Random, colour: str, *, lightest: bool = False) -> tuple[int, int, int]:
-    """A colour of that name; a light one where thin lines must show on a dark plate."""
+    """Return a color of that name; with `lightest`, one that shows as thin lines on a dark plate."""
     hue = (HUES[colour] + rng.uniform(-11, 11)) % 360 / 360
     saturation, value = (0.72, 1.0) if lightest else (rng.uniform(0.7, 1.0), rng.uniform(0.75, 1.0))
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)

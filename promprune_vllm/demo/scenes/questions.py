@@ -1,4 +1,4 @@
-"""Every question that can be asked of a scene, with as many of each answer as can be had."""
+"""Generates all questions about a scene, with balanced answers where possible."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from promprune_vllm.demo.scenes.record import (
     Thing,
 )
 
-_CLEAR_PX = 18.0  # what is said to lie in a quarter lies this far from the others at least
-_APART_PX = 40.0  # what is left of, right of, above or below something lies this far apart that way
-_EACH = 3  # questions of one task about one scene, about
+_CLEAR_PX = 18.0  # "where" questions: minimum distance from the other quarters
+_APART_PX = 40.0  # "relation" questions: minimum distance along the axis in question
+_EACH = 3  # approximate number of questions per task and scene
 
 
 def scattered_questions(
     rng: Random, things: tuple[Thing, ...], counted_shape: str, counted_colour: str
 ) -> list[Question]:
-    """Questions about shapes and cards; what is called "the red star" is there exactly once."""
+    """Return questions about shapes and cards; "the red star" always refers to exactly one thing."""
     shapes = [thing for thing in things if thing.what in SHAPES]
     cards = [thing for thing in things if thing.what == "card"]
     names = Counter(thing.name for thing in shapes)
@@ -42,7 +42,10 @@ def scattered_questions(
 
 
 def _presence(rng: Random, shapes: list[Thing], single: list[Thing]) -> list[Question]:
-    """Two that are there, once if possible, and two that are not, one of them with its shape and colour there."""
+    """Ask for two names that are in the scene (unique if possible) and two that are not.
+
+    Of the latter, one has a shape and a color that are both in the scene.
+    """
     there = {thing.name for thing in shapes}
     yes = [thing.name for thing in rng.sample(single or shapes, min(2, len(single or shapes)))]
     absent = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in there]
@@ -93,7 +96,7 @@ def _relations(rng: Random, findable: list[Thing]) -> list[Question]:
 
 
 def concentrated_questions(rng: Random, things: tuple[Thing, ...]) -> list[Question]:
-    """Questions about the one large thing: its shape and colour, or the digits of a plate."""
+    """Return questions about the single large thing: its shape and color, or the digits of a plate."""
     if things[0].what != "plate":
         asked = [
             Question("big-shape", "what shape is it?", things[0].what),
@@ -109,5 +112,5 @@ def concentrated_questions(rng: Random, things: tuple[Thing, ...]) -> list[Quest
 
 
 def shown(things: tuple[Thing, ...]) -> set[str]:
-    """What a scene can be said to show, such as "red star" or "plate"."""
+    """Return the names of everything that a scene shows, such as "red star" or "plate"."""
     return {"plate" if t.what == "plate" else t.name for t in things if t.what != "glyph"}

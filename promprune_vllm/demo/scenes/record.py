@@ -1,4 +1,4 @@
-"""What scenes are written down in: things, questions, and the words both use."""
+"""Data types of scenes: things, questions, and the vocabulary of both."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ MAX_COUNT = 4
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One thing of a scene.
+    """One thing in a scene.
 
     Args:
-        what: A shape, "card" (a coloured card with one digit), "plate", or "glyph" (a digit on a plate).
-        colour: Its name; of a plate "", of a glyph that of its ink.
-        x: Centre, in pixels from the left edge.
-        y: Centre, in pixels from the top.
-        width: In pixels.
-        height: In pixels.
-        turn: Degrees that it is rotated by.
-        rgb: The very colour it is painted in.
-        sample: Which handwritten digit, as an index of the data set, of a card or a glyph.
-        digit: What that digit is, 0 to 9.
+        what: A shape, "card" (a colored card with one digit), "plate", or "glyph" (a digit on a plate).
+        colour: Name of its color; "" for a plate, the ink's color for a glyph.
+        x: Center, in pixels from the left edge.
+        y: Center, in pixels from the top.
+        width: Width in pixels.
+        height: Height in pixels.
+        turn: Rotation in degrees.
+        rgb: Exact color.
+        sample: Index of the handwritten digit in the data set, for a card or a glyph.
+        digit: Value of that digit, 0 to 9.
     """
 
     what: str
@@ -51,7 +51,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """How questions call it, such as "red star"."""
+        """Its name in questions, such as "red star"."""
         return f"{self.colour} {self.what}"
 
 
@@ -61,8 +61,8 @@ class Question:
 
     Args:
         task: One of `TASKS`, or "which-image" about two scenes.
-        text: As it is sent to a server.
-        answer: The one right answer: a word or a digit, in lower case.
+        text: Text that is sent to a server.
+        answer: The only right answer: a word or a digit, in lower case.
     """
 
     task: str

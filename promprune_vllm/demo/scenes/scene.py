@@ -1,4 +1,4 @@
-"""Scenes: from a seed to a picture, its questions and the patches that matter."""
+"""Makes a scene from a seed: its picture, its questions, and the patches that matter."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from promprune_vllm.demo.scenes.layout import concentrated_things, scattered_thi
 from promprune_vllm.demo.scenes.questions import concentrated_questions, scattered_questions, shown
 from promprune_vllm.demo.scenes.record import KINDS, PATCH, PIXELS, SPLITS, Question, Thing
 
-_HELD = 0.25  # the share of a patch that things cover, for the patch to hold them
+_HELD = 0.25  # a patch counts as part of a thing if things cover at least this share of it
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One scene; equal ones look equal on any machine.
+    """One scene; its picture is the same on any machine.
 
     Args:
         kind: One of `KINDS`: many things all over the picture, or one large thing.
-        seed: Which of them.
+        seed: Seed of the scene.
         split: One of `SPLITS`.
-        things: All that is drawn on the background, in this order.
-        behind: The kind of background.
-        counted: The shape and the colour whose numbers are asked for; empty in a concentrated scene.
+        things: Everything drawn on the background, in this order.
+        backdrop: The kind of background.
+        counted: The shape and the color that "count" questions ask for; empty in a concentrated scene.
     """
 
     kind: str
     seed: int
     split: str
     things: tuple[Thing, ...]
-    behind: str
+    backdrop: str
     counted: tuple[str, ...]
 
     def image(self) -> Image.Image:
-        """The picture, RGB, `PIXELS` a side."""
+        """Return the picture, RGB, `PIXELS` per side."""
         generator = np.random.default_rng(Random(self._key("paint")).getrandbits(64))
-        canvas = background(self.behind, generator, self.split)
+        canvas = background(self.backdrop, generator, self.split)
         for thing in self.things:
             draw(canvas, thing)
         return canvas
 
     def questions(self) -> tuple[Question, ...]:
-        """All its questions, in an order that depends on the seed alone."""
+        """Return all its questions, in an order that depends only on the seed."""
         rng = Random(self._key("ask"))
         if self.kind == "scattered":
             return tuple(scattered_questions(rng, self.things, *self.counted))
         return tuple(concentrated_questions(rng, self.things))
 
     def mask(self, *, faces: bool = True) -> NDArray[np.bool_]:
-        """The (24, 24) patches, top row first, that hold a good part of a thing.
+        """Return a (24, 24) mask of the patches, top row first, that are covered by things.
 
         Args:
-            faces: Of a plate, all of it; otherwise the digits on it only.
+            faces: Whether the whole face of a plate counts; otherwise only its digits.
         """
         covered = Image.new("L", (PIXELS, PIXELS))
         for thing in self.things:
@@ -79,7 +79,7 @@ def _key(kind: str, seed: int, split: str, purpose: str) -> str:
 
 
 def make_scene(kind: str, seed: int, split: str = "held-out") -> Scene:
-    """Scene number `seed` of a kind and a split."""
+    """Return the scene of a kind, a seed and a split."""
     if kind not in KINDS or split not in SPLITS:
         raise ValueError(f"no scene is {kind!r} and {split!r}: kinds are {KINDS}, splits {SPLITS}")
     rng = Random(_key(kind, seed, split, "compose"))
@@ -89,15 +89,15 @@ def make_scene(kind: str, seed: int, split: str = "held-out") -> Scene:
         counted, weights = tuple(counted_names), SCATTERED_WEIGHTS
     else:
         things, weights = concentrated_things(rng, split), CONCENTRATED_WEIGHTS
-    (behind,) = rng.choices(BACKGROUNDS, weights)
-    return Scene(kind, seed, split, things, behind, counted)
+    (backdrop,) = rng.choices(BACKGROUNDS, weights)
+    return Scene(kind, seed, split, things, backdrop, counted)
 
 
 def pair_question(first: Scene, second: Scene) -> Question:
-    """Ask about two images, `first` before `second`, which of them shows something.
+    """Return a question about two images, `first` before `second`: which of them shows a thing.
 
     Raises:
-        ValueError: Neither scene shows anything that the other does not.
+        ValueError: Both scenes show the same things.
     """
     rng = Random(f"{first._key('pair')}/{second._key('pair')}")
     here, there = shown(first.things), shown(second.things)

@@ -1,17 +1,17 @@
-// Talks to the server that this page comes from, and to nobody else.
+// Talks only to the server that this page comes from.
 
 export class Refused extends Error {}
 
 async function checked(response) {
   if (response.ok) return response;
-  let said = "";
+  let message = "";
   try {
     const body = await response.json();
-    said = body.error?.message ?? body.error ?? body.detail ?? "";
-  } catch { /* no JSON: the status has to do */ }
-  if (response.status === 401) said = "The server asks for its API key: write it into the field “API key”.";
-  if (response.status === 413) said ||= "The image is too large for the server.";
-  throw new Refused(typeof said === "string" && said ? said : `The server answered ${response.status} ${response.statusText}.`);
+    message = body.error?.message ?? body.error ?? body.detail ?? "";
+  } catch { /* not JSON: show the status instead */ }
+  if (response.status === 401) message = "The server requires an API key: enter it in the field “API key”.";
+  if (response.status === 413) message ||= "The image is too large for the server.";
+  throw new Refused(typeof message === "string" && message ? message : `The server answered ${response.status} ${response.statusText}.`);
 }
 
 async function request(path, options) {
@@ -34,19 +34,19 @@ export async function inspect(body, key, signal) {
   return (await checked(await request("v1/visual_tokens/inspect", options))).json();
 }
 
-// Streams one answer; returns milliseconds to its first token and the prompt's tokens.
+// Streams one answer; returns the milliseconds to its first token, and the usage.
 export async function chat(body, key, signal, onText) {
   const started = performance.now();
-  const asked = { ...body, stream: true, stream_options: { include_usage: true }, temperature: 0 };
-  const options = { method: "POST", headers: headers(key), body: JSON.stringify(asked), signal };
+  const fields = { ...body, stream: true, stream_options: { include_usage: true }, temperature: 0 };
+  const options = { method: "POST", headers: headers(key), body: JSON.stringify(fields), signal };
   const response = await checked(await request("v1/chat/completions", options));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let waiting = "", first = null, usage = null;
+  let rest = "", first = null, usage = null;
   for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
-    const lines = (waiting + value).split("\n");
-    waiting = lines.pop();
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
       const event = JSON.parse(line.slice(6));
@@ -62,13 +62,13 @@ export async function chat(body, key, signal, onText) {
   return { first, usage };
 }
 
-// Sums of our counters over all their labels, by name.
+// Our counters by name, each summed over its labels.
 export async function metrics() {
   const text = await (await checked(await request("metrics"))).text();
   const sums = {};
   for (const line of text.split("\n")) {
-    const found = /^(promprune_[a-z_]+_total)(?:\{[^}]*\})? (\S+)/.exec(line);
-    if (found) sums[found[1]] = (sums[found[1]] ?? 0) + Number(found[2]);
+    const match = /^(promprune_[a-z_]+_total)(?:\{[^}]*\})? (\S+)/.exec(line);
+    if (match) sums[match[1]] = (sums[match[1]] ?? 0) + Number(match[2]);
   }
   return sums;
 }

@@ -6,9 +6,9 @@ const get = (id) => document.getElementById(id);
 const MAX_BYTES = 32 * 2 ** 20;
 const SETTLE_MS = 150, STRIP_MS = 2000, ANSWER_TOKENS = 128;
 const image = { url: null, name: "" };
-let server = null, looking = null, asking = null;
+let server = null, pendingInspection = null, pendingChat = null;
 
-function say(sentence) {
+function showError(sentence) {
   get("error").textContent = sentence;
   get("error").hidden = !sentence;
 }
@@ -18,8 +18,8 @@ async function guarded(work) {
     return await work();
   } catch (error) {
     if (error.name === "AbortError") return undefined;
-    if (error instanceof api.Refused) say(error.message);
-    else { say(`The page made a mistake: ${error.message}.`); console.error(error); }
+    if (error instanceof api.Refused) showError(error.message);
+    else { showError(`Internal error in this page: ${error.message}.`); console.error(error); }
     return undefined;
   }
 }
@@ -32,17 +32,17 @@ const wanted = () => ({ visual_token_budget: budget(), ...(method() ? { visual_t
 // ---- the image -------------------------------------------------------------------------------------------------
 
 async function take(files) {
-  say("");
-  if (files.length > 1) return say(`One image at a time, please: these are ${files.length}.`);
+  showError("");
+  if (files.length > 1) return showError(`One image at a time, please: these are ${files.length}.`);
   const [file] = files;
   if (!file) return undefined;
   if (file.size > MAX_BYTES) {
-    return say(`${file.name} has ${(file.size / 2 ** 20).toFixed(0)} MB; this page sends at most ${MAX_BYTES / 2 ** 20} MB.`);
+    return showError(`${file.name} has ${(file.size / 2 ** 20).toFixed(0)} MB; this page sends at most ${MAX_BYTES / 2 ** 20} MB.`);
   }
   try {
     (await createImageBitmap(file)).close();
   } catch {
-    return say(`${file.name || "This"} is not an image that the browser can read.`);
+    return showError(`${file.name || "This"} is not an image that the browser can read.`);
   }
   const url = await new Promise((done) => {
     const reader = new FileReader();
@@ -52,7 +52,7 @@ async function take(files) {
   Object.assign(image, { url, name: file.name || "image" });
   get("send").disabled = false;
   for (const id of ["answer-full", "answer-pruned", "time-full", "time-pruned"]) get(id).textContent = "";
-  return look();
+  return inspectImage();
 }
 
 async function takeSample(name) {
@@ -65,56 +65,56 @@ async function takeSample(name) {
 
 // ---- what is kept ----------------------------------------------------------------------------------------------
 
-async function look() {
+async function inspectImage() {
   if (!image.url) return;
-  looking?.abort();
-  looking = new AbortController();
-  const { signal } = looking;
+  pendingInspection?.abort();
+  pendingInspection = new AbortController();
+  const { signal } = pendingInspection;
   get("picture").setAttribute("aria-busy", "true");
   const body = { image: image.url, text: get("question").value || null, ...wanted() };
-  const told = await guarded(() => api.inspect(body, key(), signal));
+  const reply = await guarded(() => api.inspect(body, key(), signal));
   if (signal.aborted) return;
   get("picture").setAttribute("aria-busy", "false");
-  if (told === undefined) return;
-  say("");
-  show(told);
+  if (reply === undefined) return;
+  showError("");
+  show(reply);
 }
 
-function show(told) {
-  for (const id of ["budget", "budget-number"]) get(id).max = told.seen;
-  const { fate, warmth, cut } = view.draw(get("views"), told, image.url, image.name);
+function show(reply) {
+  for (const id of ["budget", "budget-number"]) get(id).max = reply.seen;
+  const { states, heat, cropped } = view.draw(get("views"), reply, image.url, image.name);
   get("legend").hidden = false;
-  const stages = fate.includes("salient") || fate.includes("covering");
+  const stages = states.includes("salient") || states.includes("covering");
   get("legend-salient").hidden = !stages;
   get("legend-covering").textContent = stages ? "covering" : "kept";
-  get("legend-unseen").hidden = !cut;
-  get("heat").disabled = !warmth;
-  get("heat-row").title = warmth ? "" : "This method did not look at saliency.";
-  curve.draw(get("curve"), told);
+  get("legend-unseen").hidden = !cropped;
+  get("heat").disabled = !heat;
+  get("heat-row").title = heat ? "" : "This method does not use saliency.";
+  curve.draw(get("curve"), reply);
   const bytes = (n) => (n >= 2 ** 20 ? `${(n / 2 ** 20).toFixed(1)} MiB` : `${(n / 1024).toFixed(0)} KiB`);
   const rows = [
-    ["seen", told.seen], ["kept", told.kept],
-    ["saved", `${told.seen - told.kept} (${(100 * (1 - told.kept / told.seen)).toFixed(1)} %)`],
-    ["KV cache saved", told.kv_cache ? `${bytes(told.kv_cache.saved)} of ${bytes(told.kv_cache.seen)}` : "not known"],
-    ["method", told.method?.name ?? "none needed"],
-    ["selection", told.selection_ms === null ? "–" : `${told.selection_ms.toFixed(1)} ms`],
-    ["image", `${told.width} × ${told.height} px`],
+    ["seen", reply.seen], ["kept", reply.kept],
+    ["saved", `${reply.seen - reply.kept} (${(100 * (1 - reply.kept / reply.seen)).toFixed(1)} %)`],
+    ["KV cache saved", reply.kv_cache ? `${bytes(reply.kv_cache.saved)} of ${bytes(reply.kv_cache.seen)}` : "unknown"],
+    ["method", reply.method?.name ?? "none (all kept)"],
+    ["selection", reply.selection_ms === null ? "–" : `${reply.selection_ms.toFixed(1)} ms`],
+    ["image", `${reply.width} × ${reply.height} px`],
   ];
   get("counts").replaceChildren(...rows.flatMap(([name, value]) => {
     const term = document.createElement("dt"), data = document.createElement("dd");
     term.textContent = name; data.textContent = value; data.dataset.name = name;
     return [term, data];
   }));
-  get("title-pruned").textContent = `${told.kept} of ${told.seen} tokens`;
+  get("title-pruned").textContent = `${reply.kept} of ${reply.seen} tokens`;
 }
 
 // ---- answers ---------------------------------------------------------------------------------------------------
 
 async function ask() {
-  asking?.abort();
-  asking = new AbortController();
-  const { signal } = asking;
-  say("");
+  pendingChat?.abort();
+  pendingChat = new AbortController();
+  const { signal } = pendingChat;
+  showError("");
   get("note").hidden = false;
   get("send").disabled = true;
   const content = [{ type: "image_url", image_url: { url: image.url } }, { type: "text", text: get("question").value }];
@@ -148,30 +148,30 @@ async function strip() {
   before = { now, requests };
 }
 
-// ---- beginning -------------------------------------------------------------------------------------------------
+// ---- start -----------------------------------------------------------------------------------------------------
 
-async function begin() {
+async function start() {
   server = (await guarded(() => api.state(key()))) ?? server;
   if (!server) return;
   get("model").textContent = `· ${server.model} (${server.family ?? server.architecture})`;
-  if (!server.prunable) return say(`This server cannot prune: ${server.reason}.`);
-  say("");
+  if (!server.prunable) return showError(`This server cannot prune: ${server.reason}.`);
+  showError("");
   get("method").replaceChildren(...server.allowed_methods.map(({ name }) => new Option(name)));
   get("method-row").hidden = server.allowed_methods.length < 2;
   return undefined;
 }
 
 function listen() {
-  let settling = 0;
-  const soon = () => { clearTimeout(settling); settling = setTimeout(look, SETTLE_MS); };
+  let timer = 0;
+  const soon = () => { clearTimeout(timer); timer = setTimeout(inspectImage, SETTLE_MS); };
   get("budget").addEventListener("input", () => { get("budget-number").value = budget(); soon(); });
   get("budget-number").addEventListener("input", () => {
     const value = Math.round(Number(get("budget-number").value));
     if (value >= 1) { get("budget").value = value; soon(); }
   });
-  get("method").addEventListener("change", look);
+  get("method").addEventListener("change", inspectImage);
   get("heat").addEventListener("change", () => get("views").classList.toggle("heat", get("heat").checked));
-  get("key").addEventListener("change", begin);
+  get("key").addEventListener("change", start);
   get("file").addEventListener("change", () => guarded(() => take([...get("file").files])));
   get("ask").addEventListener("submit", (event) => { event.preventDefault(); if (image.url) ask(); });
   get("question").addEventListener("keydown", (event) => {
@@ -195,6 +195,6 @@ function listen() {
 }
 
 listen();
-await begin();
+await start();
 await strip();
 setInterval(() => { if (!document.hidden) strip(); }, STRIP_MS);

@@ -1,12 +1,12 @@
-// The curve by which entropy splits the budget, and where this image lies on it.
+// Draws the curve by which entropy splits the budget, and this image's point on it.
 
 import { element } from "./view.js";
 
 const LEFT = 46, RIGHT = 310, TOP = 12, BOTTOM = 146;
 
-export function draw(figure, told) {
-  const options = told.method?.options ?? {};
-  const groups = told.groups.filter((group) => group.entropy !== null && group.salient !== null);
+export function draw(figure, reply) {
+  const options = reply.method?.options ?? {};
+  const groups = reply.groups.filter((group) => group.entropy !== null && group.salient !== null);
   figure.hidden = !(groups.length && "mu" in options && "tau" in options);
   if (figure.hidden) return;
   const { mu, tau, kr_min: low = 0, kr_max: high = 1 } = options;
@@ -34,5 +34,5 @@ export function draw(figure, told) {
   const kept = groups.reduce((sum, group) => sum + group.kept.length, 0);
   const entropies = groups.map((group) => group.entropy.toFixed(3)).join(", ");
   figure.querySelector("figcaption").textContent =
-    `Entropy ${entropies}: ${salient} tokens for what is salient, ${kept - salient} to cover the rest.`;
+    `Entropy ${entropies}: ${salient} tokens selected for saliency, ${kept - salient} for coverage.`;
 }

@@ -1,31 +1,31 @@
-// Draws the image with its tokens: one figure for each view that the model has of it.
+// Draws the image with its tokens: one figure for each view (the whole image, or its crops).
 
 const SVG = "http://www.w3.org/2000/svg";
 
 export function element(name, attributes, parent) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  parent?.append(made);
-  return made;
+  const node = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  parent?.append(node);
+  return node;
 }
 
-// What became of each token: "salient", "covering", "kept" (no stages known) or "dropped".
-function fates(told) {
-  const fate = new Array(told.seen).fill("dropped");
-  for (const i of told.indices) fate[i] = "kept";
-  for (const group of told.groups) {
+// State of each token: "salient", "covering", "kept" (the method has no stages) or "dropped".
+function tokenStates(reply) {
+  const states = new Array(reply.seen).fill("dropped");
+  for (const i of reply.indices) states[i] = "kept";
+  for (const group of reply.groups) {
     if (group.salient === null) continue;
-    for (const i of group.kept) fate[i] = "covering";
-    for (const i of group.salient) fate[i] = "salient";
+    for (const i of group.kept) states[i] = "covering";
+    for (const i of group.salient) states[i] = "salient";
   }
-  return fate;
+  return states;
 }
 
-// Saliency of each token as its rank in its group, 0 to 1 (a few tokens may have nearly all of it), or null where
-// nobody looked at it.
-function heat(told) {
-  const values = new Array(told.seen).fill(null);
-  for (const group of told.groups) {
+// Saliency of each token as its rank in its group, 0 to 1 (a few tokens may have nearly all the saliency), or null
+// if the method does not use it.
+function saliencyRanks(reply) {
+  const values = new Array(reply.seen).fill(null);
+  for (const group of reply.groups) {
     if (group.saliency === null) continue;
     const order = group.tokens.map((_, i) => i).sort((a, b) => group.saliency[a] - group.saliency[b]);
     order.forEach((i, rank) => { values[group.tokens[i]] = rank / Math.max(1, order.length - 1); });
@@ -33,48 +33,48 @@ function heat(told) {
   return values.some((value) => value !== null) ? values : null;
 }
 
-// Marks what no token looks at: a tower that sees a square cuts off the rest. Returns whether there is any.
-function hatch(svg, told, boxes) {
+// Hatches the part of the image that no token covers: some towers crop to a square. Returns whether there is any.
+function hatch(svg, reply, boxes) {
   const [left, top] = [0, 1].map((edge) => Math.min(...boxes.map((box) => box[edge])));
   const [right, bottom] = [2, 3].map((edge) => Math.max(...boxes.map((box) => box[edge])));
-  if (left <= 0.5 && top <= 0.5 && right >= told.width - 0.5 && bottom >= told.height - 0.5) return false;
+  if (left <= 0.5 && top <= 0.5 && right >= reply.width - 0.5 && bottom >= reply.height - 0.5) return false;
   const pattern = element("pattern", { id: "hatch", width: 8, height: 8, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg);
   element("rect", { width: 8, height: 8, fill: "#000", "fill-opacity": 0.75 }, pattern);
   element("rect", { width: 3, height: 8, fill: "#888", "fill-opacity": 0.75 }, pattern);
-  const frame = `M0 0H${told.width}V${told.height}H0Z`, hole = `M${left} ${top}V${bottom}H${right}V${top}Z`;
+  const frame = `M0 0H${reply.width}V${reply.height}H0Z`, hole = `M${left} ${top}V${bottom}H${right}V${top}Z`;
   element("path", { d: frame + hole, class: "unseen" }, svg);
   return true;
 }
 
-export function draw(place, told, url, name) {
-  const fate = fates(told), warmth = heat(told);
-  let cut = false;
-  place.replaceChildren();
-  told.views.forEach((from, number) => {
-    const to = told.views[number + 1] ?? told.seen;
+export function draw(container, reply, url, name) {
+  const states = tokenStates(reply), heat = saliencyRanks(reply);
+  let cropped = false;
+  container.replaceChildren();
+  reply.views.forEach((from, number) => {
+    const to = reply.views[number + 1] ?? reply.seen;
     const figure = document.createElement("figure");
-    const svg = element("svg", { viewBox: `0 0 ${told.width} ${told.height}`, role: "img" }, figure);
-    element("image", { href: url, width: told.width, height: told.height, preserveAspectRatio: "none" }, svg);
-    let lit = 0;
+    const svg = element("svg", { viewBox: `0 0 ${reply.width} ${reply.height}`, role: "img" }, figure);
+    element("image", { href: url, width: reply.width, height: reply.height, preserveAspectRatio: "none" }, svg);
+    let kept = 0;
     for (let token = from; token < to; token++) {
-      const box = told.boxes[token];
-      if (fate[token] !== "dropped") lit++;
+      const box = reply.boxes[token];
+      if (states[token] !== "dropped") kept++;
       if (box === null) continue;
       const [left, top, right, bottom] = box;
       const cell = element("rect", {
         x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top),
-        class: `cell ${fate[token]}`, "data-token": token,
+        class: `cell ${states[token]}`, "data-token": token,
       }, svg);
-      if (warmth) cell.style.setProperty("--heat", (0.9 * (warmth[token] ?? 0) ** 3).toFixed(3));
+      if (heat) cell.style.setProperty("--heat", (0.9 * (heat[token] ?? 0) ** 3).toFixed(3));
     }
-    if (number === 0) cut = hatch(svg, told, told.boxes.slice(from, to).filter((box) => box !== null));
-    const what = told.views.length === 1 ? name : number === 0 ? `${name}, whole` : `${name}, in crops at full size`;
-    const caption = `${what}: ${lit} of ${to - from} tokens kept`;
+    if (number === 0) cropped = hatch(svg, reply, reply.boxes.slice(from, to).filter((box) => box !== null));
+    const what = reply.views.length === 1 ? name : number === 0 ? `${name}, whole` : `${name}, in crops at full size`;
+    const caption = `${what}: ${kept} of ${to - from} tokens kept`;
     svg.setAttribute("aria-label", caption);
     const line = document.createElement("figcaption");
     line.textContent = caption;
     figure.append(line);
-    place.append(figure);
+    container.append(figure);
   });
-  return { fate, warmth, cut };
+  return { states, heat, cropped };
 }

@@ -1,7 +1,7 @@
-"""Asks questions about pictures over the OpenAI API, many at a time, one picture after the other.
+"""Sends questions about pictures over the OpenAI API, many at a time, one picture after the other.
 
-All questions about a picture with one method and one budget follow each other, so that the server encodes and
-prunes it once and finds it in its prefix cache afterwards.
+All questions about a picture with one method and budget are sent together, so that the server encodes and prunes
+the picture once and then finds it in its prefix cache.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import httpx
 
 from promprune_vllm.core.budget import FIELD, FULL, METHOD_FIELD
 from promprune_vllm.errors import EvaluationError
-from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, right
-from promprune_vllm.evaluation.target import Target, trusted
+from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, is_right
+from promprune_vllm.evaluation.target import Target, tls_context
 from promprune_vllm.evaluation.tasks import SPLIT, Draw, Item, Picture, scenes
 
 ANSWER_TOKENS = 16
@@ -32,12 +32,12 @@ _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to keep tokens: a cell of the matrix.
+    """A method with a budget: one cell of the matrix.
 
     Args:
         method: A method of the server; ``full`` keeps every token.
-        budget: What a request asks for.
-        questions: Asked of each task.
+        budget: Budget of the requests.
+        questions: Number of questions per task.
     """
 
     method: str
@@ -46,17 +46,17 @@ class Way:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a request says beside its messages."""
+        """The request fields for it."""
         return {FIELD: self.budget} | ({} if self.method == FULL_METHOD else {METHOD_FIELD: self.method})
 
     @property
     def budget_text(self) -> str:
-        """The budget as answers carry it."""
+        """The budget as it is written in answers."""
         return self.budget if isinstance(self.budget, str) else json.dumps(self.budget)
 
     @classmethod
     def full(cls, questions: int) -> Way:
-        """Return the way that keeps every token."""
+        """Return the one that keeps every token."""
         return cls(FULL_METHOD, FULL, questions)
 
 
@@ -70,17 +70,17 @@ class Job:
 
     @property
     def key(self) -> Key:
-        """What its answer will be kept under."""
+        """The key of its answer."""
         return (self.picture.kind, self.picture.seed, self.item.index, self.way.method, self.way.budget_text)
 
 
 def jobs(pictures: Sequence[Picture], ways: Sequence[Way], done: Collection[Key] = ()) -> Iterator[Job]:
-    """Yield what is still to be asked, picture by picture and way by way.
+    """Yield the questions still to be asked, picture by picture and way by way.
 
     Args:
-        pictures: In this order.
-        ways: Each asks the questions of its first ranks.
-        done: Answered already.
+        pictures: Pictures in the order in which to ask about them.
+        ways: Methods with budgets; each asks the first ``way.questions`` questions of a task.
+        done: Keys of the questions that have answers.
     """
     for picture in pictures:
         for way in ways:
@@ -91,25 +91,29 @@ def jobs(pictures: Sequence[Picture], ways: Sequence[Way], done: Collection[Key]
 
 
 def ask_all(
-    target: Target, todo: Iterator[Job], concurrency: int, tell: Callable[[Answer], None], draw: Draw | None = None
+    target: Target,
+    todo: Iterator[Job],
+    concurrency: int,
+    on_answer: Callable[[Answer], None],
+    draw: Draw | None = None,
 ) -> None:
-    """Ask everything and return when the last answer is there.
+    """Ask all questions; return after the last answer.
 
     Args:
-        target: Whom.
-        todo: What, in this order.
+        target: Server to ask.
+        todo: Questions, in this order.
         concurrency: Requests in flight.
-        tell: Gets each answer as it comes.
-        draw: Makes a scene; that of the demo by default.
+        on_answer: Called with each answer as it arrives.
+        draw: Draws a scene; the demo's generator by default.
 
     Raises:
-        EvaluationError: The server refuses a request, fails, or goes away. Answers told before stay good.
+        EvaluationError: The server refuses a request, fails, or goes away. Earlier answers remain valid.
     """
-    asyncio.run(_ask_all(target, todo, concurrency, tell, _Images(draw or scenes())))
+    asyncio.run(_ask_all(target, todo, concurrency, on_answer, _Images(draw or scenes())))
 
 
 class _Images:
-    """Pictures as data URLs; the last few are held, for the questions in flight."""
+    """Pictures as data URLs; keeps the last few for the questions in flight."""
 
     def __init__(self, draw: Draw) -> None:
         self._draw = draw
@@ -127,17 +131,17 @@ class _Images:
 
 
 async def _ask_all(
-    target: Target, todo: Iterator[Job], concurrency: int, tell: Callable[[Answer], None], images: _Images
+    target: Target, todo: Iterator[Job], concurrency: int, on_answer: Callable[[Answer], None], images: _Images
 ) -> None:
-    # Servers close a connection that was idle for some seconds, uvicorn after five: none about to be is used.
+    # Servers close idle connections (uvicorn after five seconds), so never reuse one that is about to be closed.
     limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=_IDLE_SECONDS)
     async with httpx.AsyncClient(
-        headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits, verify=trusted()
+        headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits, verify=tls_context()
     ) as client:
 
         async def work() -> None:
-            for job in todo:  # shared: each worker takes what is next
-                tell(await _ask(client, target, job, images.url(job.picture)))
+            for job in todo:  # shared: each worker takes the next one
+                on_answer(await _ask(client, target, job, images.url(job.picture)))
 
         workers = [asyncio.create_task(work()) for _ in range(concurrency)]
         try:
@@ -154,17 +158,17 @@ async def _ask(client: httpx.AsyncClient, target: Target, job: Job, image_url: s
     seconds = time.perf_counter() - started
     if reply.status_code != httpx.codes.OK:
         raise EvaluationError(
-            f"The server at {target.url} answers a question with {job.way.fields} with status "
+            f"The server at {target.url} answered a question with {job.way.fields} with status "
             f"{reply.status_code}: {_message(reply)}"
         )
     return _answer(job, reply.json(), seconds)
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> httpx.Response:
-    """Post, and again where a connection broke or the server failed: a question changes nothing there.
+    """Post a question; retry if the connection breaks or the server fails, since questions have no side effects.
 
-    vLLM by itself answers with status 500 where a request about the same image was given up before, as by an
-    evaluation that was stopped. The plugin mends that (``engine.resending``), so what fails each time is news.
+    vLLM by itself answers with status 500 if an earlier request with the same image was aborted, for example by
+    stopping an evaluation. The plugin fixes that (``engine.vllm_fixes.resending``), so repeated failures are real.
     """
     for left in reversed(range(_ATTEMPTS)):
         try:
@@ -174,8 +178,8 @@ async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> ht
         except httpx.HTTPError as error:
             if not left:
                 raise EvaluationError(
-                    f"The server at {url} went away ({type(error).__name__}: {error}). Start it again and give "
-                    "the same command: what was answered is kept."
+                    f"The server at {url} went away ({type(error).__name__}: {error}). Restart it and run the "
+                    "same command again: all answers so far are kept."
                 ) from error
         await asyncio.sleep(_PAUSE_SECONDS)
     raise AssertionError("every attempt returns or raises")
@@ -202,8 +206,8 @@ def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
         seen, kept = counted["seen"], counted["kept"]
     except (KeyError, TypeError) as error:
         raise EvaluationError(
-            "The server's replies have no usage.visual_tokens, by which the tokens kept are known: a proxy before "
-            "it may drop what it does not know, so give the server's own address with --url."
+            "The server's replies have no usage.visual_tokens, which counts the kept tokens. A proxy in front of "
+            "it may drop unknown fields: give the server's own address with --url."
         ) from error
     said = reply["choices"][0]["message"]["content"] or ""
     return Answer(
@@ -216,7 +220,7 @@ def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
         question=job.item.text,
         expected=job.item.answer,
         said=said,
-        correct=right(said, job.item.answer),
+        correct=is_right(said, job.item.answer),
         seen=seen,
         kept=kept,
         seconds=round(seconds, 4),

@@ -1,4 +1,4 @@
-"""The server that ``promprune eval`` starts where none is named: the demo's model, every method allowed."""
+"""The server that ``promprune eval`` starts without ``--url``: the demo model, with every method allowed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from promprune_vllm.demo.trained import TRAINED
 
 @contextmanager
 def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]:
-    """Yield the address of the server to ask: the one given, or one started here.
+    """Yield the address of the server to ask: the given one, or one started here.
 
     Args:
-        url: A running server; then the model does not matter.
+        url: A running server; the model is then unused.
         model: Checkpoint to serve; the demo model by default.
-        err: Told what is being done.
+        err: Console that shows the progress.
     """
     if url is not None:
         yield url
@@ -37,8 +37,8 @@ def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]
 
 
 def _demo_model(err: Console) -> Path:
-    """Return the trained model, or where a checkout has none, the one with random weights."""
+    """Return the trained model, or if there is none in this checkout, the one with random weights."""
     if (TRAINED / "config.json").is_file():
         return TRAINED
-    err.print("There is no trained model in this checkout: the answers of random weights mean nothing.")
+    err.print("This checkout has no trained model: the random weights used instead give meaningless answers.")
     return find_or_build_demo_model()

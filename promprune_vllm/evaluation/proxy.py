@@ -1,6 +1,6 @@
-"""A server on the loopback interface that adds our fields to every chat request and hands it on.
+"""A proxy on the loopback interface that adds our fields to every chat request and forwards it.
 
-Clients that build requests of fixed fields, as lmms-eval does, reach a server with a budget through it unchanged.
+It lets clients that cannot add request fields, such as lmms-eval, send a budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from promprune_vllm.client import counted_tokens
-from promprune_vllm.evaluation.target import Target, trusted
+from promprune_vllm.evaluation.target import Target, tls_context
 
 CHAT = "/v1/chat/completions"
 _TIMEOUT_SECONDS = 600
@@ -25,13 +25,14 @@ _TIMEOUT_SECONDS = 600
 
 @dataclass(slots=True)
 class Tally:
-    """What went through.
+    """Counts of the forwarded chat requests.
 
     Args:
-        answered: Chat requests the server answered.
-        refused: Those it did not, with what it said of the last.
+        answered: Chat requests that the server answered.
+        refused: Chat requests that it did not answer.
+        last_refusal: Status and text of the last of these.
         seen: Visual tokens of all images.
-        kept: Those that entered the language model.
+        kept: Visual tokens that entered the language model.
     """
 
     answered: int = 0
@@ -55,22 +56,24 @@ class Tally:
 
 
 @contextmanager
-def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Tally]]:
-    """Hand requests on while the block is open.
+def proxy(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Tally]]:
+    """Forward requests inside the block.
 
     Args:
-        target: The server they go to, with its API key.
-        fields: Put into the body of every chat request.
+        target: The server to forward to, with its API key.
+        fields: Fields added to the body of every chat request.
 
     Yields:
-        The address to use in the server's place, without ``/v1``; the API key to use there, so that nobody else on
-        this machine spends the server's; and what goes through.
+        The address to use instead of the server's, without ``/v1``; an API key for it, so that no one else on this
+        machine can use the server's key; and the counts.
     """
     tally, key = Tally(), secrets.token_hex(16)
     limits = httpx.Limits(
         max_connections=None, keepalive_expiry=2
-    )  # before the server ends it, which is a failure
-    with httpx.Client(headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits, verify=trusted()) as client:
+    )  # close idle connections before the server does, which would be an error
+    with httpx.Client(
+        headers=target.headers, timeout=_TIMEOUT_SECONDS, limits=limits, verify=tls_context()
+    ) as client:
 
         def ask(method: str, path: str, body: bytes | None) -> httpx.Response:
             if path == CHAT and body is not None:
@@ -96,7 +99,7 @@ def forwarding(target: Target, fields: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def _handler(ask: Callable[[str, str, bytes | None], httpx.Response], key: str) -> type[BaseHTTPRequestHandler]:
-    """Return what answers one request, given what asks the server."""
+    """Return the request handler, given a function that sends a request to the server."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -119,6 +122,6 @@ def _handler(ask: Callable[[str, str, bytes | None], httpx.Response], key: str) 
             self.wfile.write(reply.content)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing: the tally counts."""
+            """Log nothing: the tally counts."""
 
     return Handler
