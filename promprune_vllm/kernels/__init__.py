@@ -1,1 +1,1 @@
-"""Numerical building blocks of the methods: torch, numba and Triton, and nothing of ours."""
+"""Numerical building blocks of the methods, on torch, numba and Triton; independent of the rest of the package."""

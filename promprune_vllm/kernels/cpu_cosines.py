@@ -1,16 +1,17 @@
-"""One float32 Gram for the entropy and the DPP of a group, with every choice of the DPP taken in float64.
+"""One float32 Gram for the entropy and the DPP of a group, with every choice of the DPP made in float64.
 
-Summed in float32, costs of tokens are wrong by about 1e-7, and the next choice is often as close as that. But few
-tokens come close to a choice at all:
+In float32, the costs of tokens are off by about 1e-7, and the best candidates are often that close. But only few
+tokens ever come close to being chosen:
 
 1. Propose: run the greedy loop on the float32 Gram, marking the tokens within ``MARGIN`` of each choice.
-2. Decide: take the float64 cosines of the marked tokens, a few more than K, and run the loop on them alone. A
-   token that was never close cannot have been chosen, so the outcome is that of the whole float64 matrix.
-3. Where the two first differ, the proposal is repeated from the choice that was decided.
+2. Decide: compute the float64 cosines of the marked tokens, a few more than K, and run the loop on those alone. A
+   token that was never close cannot be chosen, so the result is the same as with the whole float64 matrix.
+3. If the two results differ, propose again, with the decided tokens fixed up to the first difference.
 
-The rounding error is not bounded in advance but measured: over the choices, costs in float32 may differ from
-those in float64 by an eighth of the margin. Where they differ by more, where hardly anything is left to explain
-(the order then fills up, by a threshold), or where proposals do not settle, the whole matrix is taken in float64.
+The rounding error is not bounded in advance but measured: at every choice, the costs in float32 and float64 may
+differ by at most an eighth of the margin. If they differ by more, if hardly anything is left to explain (a
+threshold then decides when to fill up from the order), or if the proposals do not converge, the whole matrix is
+computed in float64.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from torch import Tensor
 from promprune_vllm.kernels import cpu_gram, cpu_ops, torch_ops
 
 MARGIN = 2e-5
-"""Costs closer than this are decided in float64. Proposals were off by at most 1.6e-6, over 23 spectra."""
+"""Costs closer than this are compared in float64. Proposals were off by at most 1.6e-6, over 23 spectra."""
 SAFETY = 8
-"""How many times the measured error fits into the margin."""
+"""How many times the measured error must fit into the margin."""
 PROPOSALS = 4
 DEEPEST = 0.999
-"""Explained volume of a choice beyond which the float64 matrix is taken: exhaustion is at 1 - 1e-5."""
+"""Explained volume of a choice beyond which the float64 matrix is used: exhaustion is at 1 - 1e-5."""
 
 
 class Cosines:
-    """The cosines of one group of tokens, as ``torch_cosines.Cosines``.
+    """The cosines of one group of tokens, like ``torch_cosines.Cosines``.
 
     Args:
         features: ``(N, D)`` tokens of any floating type.
@@ -44,7 +45,7 @@ class Cosines:
 
     @cached_property
     def single(self) -> tuple[Tensor, Tensor]:
-        """Return ``(N, N)`` float32 cosines, and features whose rows are in range."""
+        """Return ``(N, N)`` float32 cosines, and the features, scaled if needed to stay in range."""
         return cpu_gram.cosines(self._features, torch.float32)
 
     def matrix(self) -> Tensor:
@@ -65,38 +66,38 @@ class Cosines:
         salient = int(given)
         if salient >= keep:
             return order[:keep].clone()
-        picks = self._proposed(order, salient, keep) if cpu_ops.single_is_exact() else None
+        picks = self._propose_and_decide(order, salient, keep) if cpu_ops.single_is_exact() else None
         return cpu_ops.greedy_dpp(self.matrix(), order, given, keep) if picks is None else picks
 
-    def _proposed(self, order: Tensor, given: int, keep: int) -> Tensor | None:
-        """Propose in float32 and decide in float64; ``None`` where that would not be sound."""
+    def _propose_and_decide(self, order: Tensor, given: int, keep: int) -> Tensor | None:
+        """Propose in float32 and decide in float64; ``None`` if that would not be reliable."""
         from promprune_vllm.kernels import cpu_loops
 
         gram, features = self.single
-        ranked = order.contiguous().numpy()
-        known, everything = np.empty(0, np.int64), np.empty(0)
+        ranking = order.contiguous().numpy()
+        prefix, no_quality = np.empty(0, np.int64), np.empty(0)
         marked = np.zeros(gram.shape[0], np.bool_)
-        marked[ranked[:given]] = True
+        marked[ranking[:given]] = True
         for _ in range(PROPOSALS):
-            proposed, rough, near, deepest = cpu_loops.greedy_dpp(
-                gram.numpy(), ranked, given, keep, everything, known, MARGIN
+            proposal, single_costs, near, deepest = cpu_loops.greedy_dpp(
+                gram.numpy(), ranking, given, keep, no_quality, prefix, MARGIN
             )
             marked |= near
-            marked[proposed] = True
-            if deepest > DEEPEST or not np.isfinite(rough).all():
+            marked[proposal] = True
+            if deepest > DEEPEST or not np.isfinite(single_costs).all():
                 return None
-            tokens = np.flatnonzero(marked)  # ascending, so that the lowest of equal tokens stays the lowest
+            tokens = np.flatnonzero(marked)  # ascending, so that ties still go to the lowest token
             exact = cpu_gram.cosines(features, torch.float64, torch.from_numpy(tokens))[0].numpy()
-            lineup = (np.cumsum(marked) - 1)[ranked[marked[ranked]]]
-            chosen, costs, _, _ = cpu_loops.greedy_dpp(
-                exact, lineup, given, keep, everything, np.empty(0, np.int64), 0.0
+            lineup = (np.cumsum(marked) - 1)[ranking[marked[ranking]]]
+            picks, costs, _, _ = cpu_loops.greedy_dpp(
+                exact, lineup, given, keep, no_quality, np.empty(0, np.int64), 0.0
             )
-            decided = tokens[chosen]
-            differ = np.flatnonzero(decided != proposed)
-            agreed = differ[0] if differ.size else keep
-            if SAFETY * np.abs(rough[:agreed] - costs[:agreed]).max() > MARGIN:
+            decision = tokens[picks]
+            differences = np.flatnonzero(decision != proposal)
+            agreement = differences[0] if differences.size else keep
+            if SAFETY * np.abs(single_costs[:agreement] - costs[:agreement]).max() > MARGIN:
                 return None
-            if not differ.size:
-                return torch.from_numpy(decided)
-            known = decided[given : agreed + 1]
+            if not differences.size:
+                return torch.from_numpy(decision)
+            prefix = decision[given : agreement + 1]
         return None

@@ -1,10 +1,10 @@
-"""The loops of the CPU path that go token by token, compiled by numba; single-threaded, no Python inside.
+"""The token-by-token loops of the CPU path, compiled by numba; single-threaded, no Python inside.
 
-torch pays a dozen calls of microseconds for each chosen token, more than the arithmetic itself. Everything here
-works on numpy arrays of either precision; the rules are those of ``torch_greedy`` and ``torch_ops``.
+torch needs a dozen calls of microseconds per chosen token, more than the arithmetic itself. Everything here works
+on numpy arrays of either precision, by the rules of ``torch_greedy`` and ``torch_ops``.
 
-Importing this module imports numba (half a second) and compiles nothing; the first call of each function and
-precision does, or takes it from numba's cache on disk. ``cpu_ops.warm_up`` makes those calls.
+Importing this module imports numba (half a second) and compiles nothing. The first call of each function and
+precision compiles it, or loads it from numba's cache on disk. ``cpu_ops.warm_up`` makes those calls.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+_Growth = tuple[Array, Array, Array, float]
 _STEP = 2.0**32
 _EXHAUSTED = 1e-5  # torch_greedy.EXHAUSTED, which a test compares
-_BLOCK = 64  # tokens whose least is looked at before they are
-# No reordering of sums; only what lets a minimum and a multiply-add become vector instructions.
+_BLOCK = 64  # tokens per block; only blocks with a small enough minimum are searched
+# No reordering of sums; only what lets minimum and multiply-add become vector instructions.
 _FASTMATH = {"nnan", "nsz", "contract"}
 
 
 def _hide_namespace() -> None:
-    """Let llvmlite's handle of its library say that it has no ``__dict__``, as is true.
+    """Make llvmlite's library handle raise ``AttributeError`` for ``__dict__``, which it does not have.
 
-    It answers any name with a function. vLLM for CPU looks into the ``__dict__`` of everything it finds in loaded
-    modules when an engine starts, and would trip over that answer.
+    The handle returns a function for any attribute name. When an engine starts, vLLM for CPU reads ``__dict__`` of
+    everything it finds in loaded modules, and would fail on a function.
     """
     from llvmlite.binding import ffi  # type: ignore[import-untyped]
 
     handle = type(ffi.lib)
-    answer = handle.__getattr__
+    original = handle.__getattr__
 
-    def honest(self: Any, name: str) -> Any:
+    def without_namespace(self: Any, name: str) -> Any:
         if name == "__dict__":
             raise AttributeError(name)
-        return answer(self, name)
+        return original(self, name)
 
-    handle.__getattr__ = honest
+    handle.__getattr__ = without_namespace
 
 
 _hide_namespace()
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile, and keep the machine code on disk where a cache directory can be written."""
+    """Compile a function, and keep the machine code on disk if a cache directory can be written."""
     try:
-        compiled = numba.njit(cache=True, nogil=True, fastmath=_FASTMATH)(function)
-    except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
+        compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, fastmath=_FASTMATH)(function)
+    except RuntimeError:  # "no locator available": neither next to this file nor in the user's cache
         compiled = numba.njit(nogil=True, fastmath=_FASTMATH)(function)
-    wrapped: Callable[..., Any] = compiled
-    return wrapped
+    return compiled
 
 
 @_compiled
 def mirror(matrix: Array, down: bool) -> None:
-    """Copy one triangle of ``(N, N)`` over the other, in place, in tiles that stay in the nearest cache."""
+    """Copy one triangle of ``(N, N)`` to the other, in place, in tiles that stay in the nearest cache."""
     n = matrix.shape[0]
     for top in range(0, n, _BLOCK):
         bottom = min(n, top + _BLOCK)
@@ -72,11 +72,11 @@ def mirror(matrix: Array, down: bool) -> None:
 
 
 @_compiled
-def centre(gram: Array) -> None:
-    """Take the mean token out of ``(N, N)`` float32 cosines, on and below the diagonal only, in place."""
+def center(gram: Array) -> None:
+    """Remove the mean token from ``(N, N)`` float32 cosines, on and below the diagonal only, in place."""
     n = gram.shape[0]
     mean = np.zeros(n)
-    for i in range(n):  # down the columns, which are the rows: no sum waits for the one before
+    for i in range(n):  # adds whole rows, so that no sum waits for the one before; the matrix is symmetric
         row = gram[i]
         for j in range(n):
             mean[j] += row[j]
@@ -90,11 +90,11 @@ def centre(gram: Array) -> None:
 
 @_compiled
 def least(keys: Array, margin: float, near: Array) -> tuple[int, float]:
-    """Find the token of least cost; of costs in equal steps, the lowest index.
+    """Find the token of least cost; ties, in steps of 2**-32, go to the lowest index.
 
     Args:
-        keys: ``(N,)`` float64 costs; infinite for tokens that may not be chosen.
-        margin: Tokens whose cost exceeds the least one by no more than this are marked in ``near``.
+        keys: ``(N,)`` float64 costs; infinite for tokens that must not be chosen.
+        margin: Tokens whose cost exceeds the least one by at most this are marked in ``near``.
         near: ``(N,)`` bool, written to.
 
     Returns:
@@ -117,13 +117,13 @@ def least(keys: Array, margin: float, near: Array) -> tuple[int, float]:
 
 @_compiled
 def least_explained(acc: Array, bits: Array, lows: Array, margin: float, near: Array) -> tuple[int, float]:
-    """Find the token of which least is explained, as ``least`` does with the square roots as costs.
+    """Find the least explained token, as ``least`` does with the square roots of ``acc`` as costs.
 
     Args:
-        acc: ``(T,)`` explained volume, T a multiple of ``_BLOCK``; infinite for tokens that may not be chosen.
-        bits: ``(T,)`` the same memory as integers, which order floats that are not negative, and of which the
-            least is found in vector instructions.
-        lows: ``(T / _BLOCK,)`` of the type of ``bits``, scratch.
+        acc: ``(T,)`` explained volume, T a multiple of ``_BLOCK``; infinite for tokens that must not be chosen.
+        bits: ``(T,)`` the same memory as integers: they order floats that are not negative, and vector
+            instructions find their minimum.
+        lows: ``(T / _BLOCK,)`` scratch memory of the type of ``bits``.
         margin, near: See ``least``.
     """
     for c in range(lows.shape[0]):
@@ -151,14 +151,14 @@ def least_explained(acc: Array, bits: Array, lows: Array, margin: float, near: A
 
 @_compiled
 def explain(row: Array, factors: Array, used: int, pick: int, acc: Array) -> None:
-    """Add what a new token explains: one row of the Cholesky factor, eight earlier rows at a time.
+    """Add what a new token explains: one row of the Cholesky factor, from eight earlier rows at a time.
 
     Args:
-        row: ``(N,)`` the new token's cosines.
+        row: ``(N,)`` cosines of the new token.
         factors: ``(R, N)``, zero from row ``used`` on; R is a multiple of 8. Row ``used`` is written.
-        used: Rows in use.
+        used: Number of rows in use.
         pick: The new token.
-        acc: ``(T,)`` explained volume so far, T at least N; brought up to date.
+        acc: ``(T,)`` explained volume so far, T at least N; updated.
     """
     e = row.copy()
     for s in range(0, used, 8):
@@ -180,7 +180,7 @@ def explain(row: Array, factors: Array, used: int, pick: int, acc: Array) -> Non
 
 @_compiled
 def seed_keys(gram: Array, given: Array, acc: Array) -> Array:
-    """Return each token's largest cosine to a given one, ``(N,)`` float64; infinite where it may not be chosen."""
+    """Return each token's largest cosine to a given one, ``(N,)`` float64; infinite if it must not be chosen."""
     nearest = np.full(gram.shape[0], -np.inf)
     for g in given:
         row = gram[g]
@@ -194,7 +194,7 @@ def seed_keys(gram: Array, given: Array, acc: Array) -> Array:
 
 @_compiled
 def weighted_keys(quality: Array, acc: Array) -> Array:
-    """Return the negative gain of each token under a quality, ``(N,)`` float64; infinite as above."""
+    """Return the negative gain of each token, weighted by quality, ``(N,)`` float64; infinite as above."""
     keys = np.full(quality.shape[0], np.inf)
     for j in range(quality.shape[0]):
         if acc[j] < 1 - _EXHAUSTED:
@@ -202,33 +202,37 @@ def weighted_keys(quality: Array, acc: Array) -> Array:
     return keys
 
 
-def greedy_dpp(  # noqa: PLR0917  # as the loop inside, which takes no keyword-only arguments
-    gram: Array, order: Array, given: int, keep: int, quality: Array, known: Array, margin: float
-) -> tuple[Array, Array, Array, float]:
+def greedy_dpp(  # noqa: PLR0917  # like the loop inside, which takes no keyword-only arguments
+    gram: Array, order: Array, given: int, keep: int, quality: Array, prefix: Array, margin: float
+) -> _Growth:
     """Grow a set as ``torch_greedy.greedy_dpp`` does.
 
     Args:
         gram: ``(N, N)`` cosines, symmetric.
         order: ``(N,)`` tokens by descending saliency.
-        given: The first so many of ``order`` are in the set, at most ``keep``.
+        given: Number of tokens at the start of ``order`` that are already in the set, at most ``keep``.
         keep: Size of the set.
         quality: ``(N,)``, or empty for none.
-        known: New tokens whose choice is already quantized, in their order; may be empty.
+        prefix: The first new tokens, if already decided, in order; may be empty.
         margin: See ``least``.
 
     Returns:
-        The tokens ``(keep,)``; the cost at which each new one was chosen ``(keep,)``, infinite for those filled
-        up from ``order``; which tokens came within the margin of a choice ``(N,)``; and the largest explained
-        volume of a choice.
+        The tokens ``(keep,)``; the cost at which each new one was chosen ``(keep,)``, infinite if it was filled
+        from ``order``; which tokens came within the margin of a choice ``(N,)``; the largest explained volume of
+        a choice.
     """
     n = gram.shape[0]
     acc = np.full(-(-n // _BLOCK) * _BLOCK, np.inf, gram.dtype)
-    acc[:n] = 0
-    acc[:n][gram.diagonal() < 0.5] = 1
+    acc[:n] = gram.diagonal() < 0.5  # zero rows count as explained
     acc[order[:given]] = np.inf
     bits = acc.view(f"i{acc.itemsize}")
     factors = np.zeros((-(-(keep - given) // 8) * 8, n), gram.dtype)
+<<<<<<< HEAD
     return _grow(gram, order, given, keep, quality, known, margin, acc, bits, factors)  # type: ignore[no-any-return]
+=======
+    result: _Growth = _grow(gram, order, given, keep, quality, prefix, margin, acc, bits, factors)
+    return result
+>>>>>>> english-core
 
 
 @_compiled
@@ -238,18 +242,18 @@ def _grow(  # noqa: PLR0917
     given: int,
     keep: int,
     quality: Array,
-    known: Array,
+    prefix: Array,
     margin: float,
     acc: Array,
     bits: Array,
     factors: Array,
-) -> tuple[Array, Array, Array, float]:
-    """The loop of ``greedy_dpp``, on its state: see ``explain`` and ``least_explained``."""
+) -> _Growth:
+    """Run the loop of ``greedy_dpp`` on its state: see ``explain`` and ``least_explained``."""
     n = gram.shape[0]
     picks, costs, near = order[:keep].copy(), np.zeros(keep), np.zeros(n, np.bool_)
     is_open, lows = np.ones(n, np.bool_), np.empty_like(bits[: bits.shape[0] // _BLOCK])
     is_open[order[:given]] = False
-    used, place, deepest = 0, given, 0.0
+    used, rank, deepest = 0, given, 0.0
     for t in range(given, keep):
         if t == given and given > 0:
             pick, cost = least(seed_keys(gram, order[:given], acc), margin, near)
@@ -257,26 +261,26 @@ def _grow(  # noqa: PLR0917
             pick, cost = least(weighted_keys(quality, acc), margin, near)
         else:
             pick, cost = least_explained(acc, bits, lows, margin, near)
-        if t - given < known.shape[0]:
-            pick = known[t - given]
+        if t - given < prefix.shape[0]:
+            pick = prefix[t - given]
         costs[t] = cost
         if pick >= 0:
             deepest = max(deepest, np.float64(acc[pick]))
             explain(gram[pick], factors, used, pick, acc)
             used += 1
         else:
-            while not is_open[order[place]]:
-                place += 1
-            pick = order[place]
+            while not is_open[order[rank]]:
+                rank += 1
+            pick = order[rank]
         picks[t], is_open[pick], acc[pick] = pick, False, np.inf
     return picks, costs, near, deepest
 
 
 @_compiled
 def max_min_select(gram: Array, keep: int) -> Array:
-    """Choose tokens as ``torch_ops.max_min_select`` does, ``(keep,)``, holding two rows beside the matrix.
+    """Choose tokens as ``torch_ops.max_min_select`` does, ``(keep,)``, with only two rows besides the matrix.
 
-    Distances are compared in the same steps; rounding is monotone, so the nearest neighbour is found on cosines.
+    Distances are compared in the same steps. Rounding is monotone, so cosines give the nearest neighbor.
     """
     n = gram.shape[0]
     nearest, closest = np.full(n, -np.inf), np.full(n, -np.inf)  # largest cosine to another; to a chosen token

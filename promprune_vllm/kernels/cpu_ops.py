@@ -1,12 +1,12 @@
-"""The CPU path: half the arithmetic for a Gram, float32 where it cannot decide anything, compiled loops.
+"""The CPU path: half the arithmetic for a Gram, float32 wherever it cannot change a choice, compiled loops.
 
-What is summed in which precision:
+The precision of each sum:
 
-* Matrices handed to methods are float64: their near-ties are as close as 1e-7.
-* The spectral entropy comes from a float32 Gram, centred afterwards, and a float32 eigen-solve. Where that is not
-  to be trusted (``LEAST_SPREAD``, ``FEWEST``, ``MOST_NEGATIVE``), it comes from the float64 reference.
-* ``Cosines.greedy_dpp`` proposes tokens from the same float32 Gram, then takes the decision again in float64
-  among the tokens that came close to one: see ``cpu_cosines``.
+* Matrices returned to methods are float64: near-ties in them are as close as 1e-7.
+* The spectral entropy comes from a float32 Gram, centered afterwards, and a float32 eigen-solve. If that is not
+  accurate enough (``LEAST_SPREAD``, ``FEWEST``, ``MOST_NEGATIVE``), it comes from the float64 reference.
+* ``Cosines.greedy_dpp`` proposes tokens from the same float32 Gram, then decides in float64 among the tokens that
+  came close: see ``cpu_cosines``.
 
 The matrix products and the eigen-solve use torch's threads; the compiled loops use one.
 """
@@ -23,24 +23,24 @@ from torch import Tensor
 from promprune_vllm.kernels import cpu_gram, torch_ops
 
 LEAST_SPREAD = 0.005
-"""Mean squared distance of the unit tokens from their mean below which float32 is not trusted with the entropy.
+"""Mean squared distance of the unit tokens from their mean below which the entropy is not computed in float32.
 
-Centring subtracts numbers near 1 then, each rounded to 6e-8: errors were 6e-7 at 0.005 and 1e-5 at 0.001. Also the
-guard of tokens that do not differ at all.
+Below it, centering subtracts numbers near 1, each rounded to 6e-8: errors were 6e-7 at 0.005 and 1e-5 at 0.001.
+This also catches identical tokens.
 """
 FEWEST = 128
-"""Smaller spectra are taken in float64, which costs less than a millisecond there.
+"""Smaller spectra are computed in float64, which takes less than a millisecond for them.
 
-Two or three eigenvalues that should be 0 need not show as negative ones: see ``MOST_NEGATIVE``.
+The check by ``MOST_NEGATIVE`` can miss two or three eigenvalues that should be 0: they need not become negative.
 """
 MOST_NEGATIVE = 5e-7
-"""Share of negative eigenvalues in the trace above which float32 is not trusted with the entropy.
+"""Share of negative eigenvalues in the trace above which the float32 entropy is not used.
 
-True ones are never negative. Where the tokens' rank is below min(N, D), as of repeated tokens, hundreds are 0, and
-rounding makes half of them negative and as much positive: errors were up to 5e-4.
+True eigenvalues are never negative. If the tokens' rank is below min(N, D), as with repeated tokens, hundreds are
+0; rounding makes half of them negative and the other half positive: errors were up to 5e-4.
 """
 SCORES = 2**18
-"""Scores of an attention map held at a time: 1 MiB of float32, which stays in a core's cache."""
+"""Scores of an attention map computed at a time: 1 MiB of float32, which stays in a core's cache."""
 
 
 def cosine_gram(features: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def cosine_gram(features: Tensor) -> Tensor:
 
 
 def single_is_exact() -> bool:
-    """Whether products of float32 are float32: torch can be told to round them to fewer bits."""
+    """Return whether float32 products have full precision: torch can be set to round them to fewer bits."""
     return torch.get_float32_matmul_precision() == "highest"
 
 
@@ -63,17 +63,17 @@ def spectral_entropy(features: Tensor) -> Tensor:
 
 
 def entropy_of_gram(features: Tensor, single: Tensor | None) -> Tensor:
-    """Return the entropy of tokens whose Gram is at hand.
+    """Return the entropy of tokens, given their Gram.
 
     Args:
         features: ``(N, D)``, both at least ``FEWEST``.
-        single: ``(N, N)`` float32 cosines; not looked at where N > D.
+        single: ``(N, N)`` float32 cosines; not used if N > D.
     """
     n, d = features.shape
     with (
         nullcontext(cpu_gram.covariance(features))
         if n > d or single is None
-        else cpu_gram.centred(single) as lower
+        else cpu_gram.centered(single) as lower
     ):
         if not float(lower.diagonal().sum(dtype=torch.float64)) >= LEAST_SPREAD * n:
             return torch_ops.spectral_entropy(features)
@@ -91,14 +91,14 @@ def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: T
     from promprune_vllm.kernels import cpu_loops
 
     weights = np.empty(0) if quality is None else quality.detach().double().contiguous().numpy()
-    nothing = np.empty(0, np.int64)
+    no_prefix = np.empty(0, np.int64)
     picks, *_ = cpu_loops.greedy_dpp(
         gram.detach().contiguous().numpy(),
         order.contiguous().numpy(),
         min(int(given), keep),
         keep,
         weights,
-        nothing,
+        no_prefix,
         0.0,
     )
     return torch.from_numpy(picks)
@@ -112,7 +112,7 @@ def max_min_select(gram: Tensor, keep: int) -> Tensor:
 
 
 def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Return ``(P,)`` float32 as ``torch_ops.received_attention`` does, a megabyte of the map at a time."""
+    """Return ``(P,)`` float32 as ``torch_ops.received_attention`` does, one megabyte of the map at a time."""
     patches, heads, _ = queries.shape
     queries, keys = queries.detach(), keys.detach()
     total = torch.zeros(patches, dtype=torch.float64)
@@ -130,14 +130,14 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def warm_up(device: torch.device | None = None) -> None:  # noqa: ARG001  # there is one
-    """Compile every loop for both precisions, so that no request waits for it (a second, or a cache's read)."""
+    """Compile every loop for both precisions, so that no request has to wait (a second, or a read from cache)."""
     from promprune_vllm.kernels import cpu_loops
 
-    order, nothing = np.arange(3), np.empty(0, np.int64)
+    order, no_prefix = np.arange(3), np.empty(0, np.int64)
     for dtype in (np.float32, np.float64):
         for weights in (np.empty(0), np.ones(3)):
             for given in (0, 1):
-                cpu_loops.greedy_dpp(np.eye(3, dtype=dtype), order, given, 2, weights, nothing, 0.0)
+                cpu_loops.greedy_dpp(np.eye(3, dtype=dtype), order, given, 2, weights, no_prefix, 0.0)
         cpu_loops.mirror(np.eye(3, dtype=dtype), True)
-    cpu_loops.centre(np.eye(3, dtype=np.float32))
+    cpu_loops.center(np.eye(3, dtype=np.float32))
     cpu_loops.max_min_select(np.eye(3), 2)

@@ -1,14 +1,15 @@
-"""Spectral entropy without an eigen-solve: a chain of matrix products whose traces are the answer.
+"""Spectral entropy without an eigen-solve: a chain of matrix products whose traces give the result.
 
 ``sum f(lambda)`` over the eigenvalues of A, ``f(x) = -x ln x``, is the trace of ``f(A)``, and a polynomial in A
-needs products only. From ``X_0 = A / L``, with L above every eigenvalue, each step ``X_(k+1) = 2 X_k - X_k X_k``
-doubles the degree and moves every eigenvalue towards 1, the small ones last: that is the resolution the logarithm
-asks for near 0. ``L = trace(A^4)^(1/4)`` comes with the first product. What is read off are traces and inner
-products of matrices that follow each other; ``entropy_fit`` derives the coefficients below and their error bound.
+needs only products. From ``X_0 = A / L``, with L above every eigenvalue, each step ``X_(k+1) = 2 X_k - X_k X_k``
+doubles the degree and moves every eigenvalue toward 1, the small ones last. This gives the resolution that the
+logarithm needs near 0. ``L = trace(A^4)^(1/4)`` comes from the first product. The result is a linear combination
+of traces and of inner products of consecutive matrices; ``entropy_fit`` derives the coefficients and their error
+bound.
 
-No solver, no branch on values, nothing copied to the host, and the same work for every matrix of a size. The
-products must be float32: rounded to TF32 they would be wrong by 1e-3. Everything here is torch, on any device; the
-CUDA path brings its own products (``triton_gram``).
+No solver, no branch on values, nothing copied to the host, and the same work for every matrix of one size. The
+products must be float32: rounded to TF32 they would be off by 1e-3. Everything here is torch and runs on any
+device; the CUDA path has its own products (``triton_gram``).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import torch
 from torch import Tensor
 
 LEAST_SPREAD = 1e-6
-"""Mean squared distance of the unit tokens from their mean below which they count as not differing.
+"""Mean squared distance of the unit tokens from their mean below which they count as identical.
 
-The matrix the chain starts from is right to about 1e-8, so less than a hundredth of this is rounding.
+The matrix that the chain starts from is accurate to about 1e-8, so rounding is less than a hundredth of this.
 """
 
-# |error| <= 3.36e-07 (1 + 30 x): printed, like these rows, by `python -m promprune_vllm.kernels.entropy_fit`.
-# Row k: the factors of the trace of X_k, and of its inner products with itself, X_(k-1) and X_(k-2).
+# |error| <= 3.36e-07 (1 + 30 x). `python -m promprune_vllm.kernels.entropy_fit` prints this bound and these rows.
+# Row k: coefficients of the trace of X_k, and of its inner products with itself, X_(k-1) and X_(k-2).
 COEFFICIENTS = (
     (-0.37975579257367681, 0.0, 0.0, 0.0),
     (0.21717484190879627, 0.0, -0.21484017554120957, 0.0),
@@ -50,7 +51,7 @@ COEFFICIENTS = (
 
 
 class Chain(Protocol):
-    """The products of a chain, on ``(B, M, M)`` float32 symmetric matrices."""
+    """Matrix products of the chain, on ``(B, M, M)`` float32 symmetric matrices."""
 
     def square(self, x: Tensor) -> Tensor:
         """Return ``x x``."""
@@ -60,7 +61,7 @@ class Chain(Protocol):
 
 
 class TorchChain:
-    """Plain torch."""
+    """The products in plain torch."""
 
     def square(self, x: Tensor) -> Tensor:
         """Return ``x x``."""
@@ -74,54 +75,54 @@ class TorchChain:
 
 def moments(new: Tensor, *earlier: Tensor) -> Tensor:
     """Return a matrix's trace, and its inner products with itself and with up to two earlier ones, ``(B, 4)``."""
-    found = [new.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float64)]
-    found += [(new * other).sum(dim=(1, 2), dtype=torch.float64) for other in (new, *earlier)]
-    while len(found) < 4:
-        found.append(torch.zeros_like(found[0]))
-    return torch.stack(found, dim=1)
+    values = [new.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=torch.float64)]
+    values += [(new * other).sum(dim=(1, 2), dtype=torch.float64) for other in (new, *earlier)]
+    while len(values) < 4:
+        values.append(torch.zeros_like(values[0]))
+    return torch.stack(values, dim=1)
 
 
 def spectral_entropy(scatter: Tensor, chain: Chain | None = None) -> Tensor:
-    """Normalised entropy of the eigenvalues of some matrices.
+    """Return the normalized entropy of the eigenvalues of each matrix.
 
     Args:
-        scatter: ``(B, M, M)`` float64, symmetric without negative eigenvalues, of unit tokens less their mean:
-            inner products of the tokens, or of the columns. M is at least 2.
-        chain: Multiplies; plain torch by default.
+        scatter: ``(B, M, M)`` float64, symmetric without negative eigenvalues: the inner products of centered unit
+            tokens, or of their columns. M is at least 2.
+        chain: The matrix products; plain torch by default.
 
     Returns:
-        ``(B,)`` float64 in [0, 1]; 1 where tokens do not differ.
+        ``(B,)`` float64 in [0, 1]; 1 for identical tokens.
     """
     chain = chain or TorchChain()
     size = scatter.shape[1]
     total = scatter.diagonal(dim1=1, dim2=2).sum(dim=1)
     flat = ~(total >= LEAST_SPREAD * size)
     length = torch.where(flat, 1, torch.linalg.vector_norm(scatter, dim=(1, 2)))[:, None, None]
-    a = _padded((scatter / length).float())
+    a = _pad((scatter / length).float())
     square = chain.square(a)
     top = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float64).sqrt()  # trace(a^4)^(1/4)
     top = torch.where(flat, 1, top).float()[:, None, None]
     before = a / top
     x = 2 * before - square / (top * top)
-    found = [moments(before), moments(x, before)]
+    rows = [moments(before), moments(x, before)]
     for _ in range(len(COEFFICIENTS) - 2):
-        new, moment = chain.advance(x, before)
-        found.append(moment)
+        new, row = chain.advance(x, before)
+        rows.append(row)
         x, before = new, x
-    spread = found[0][:, 0]  # trace(A) / L
+    spread = rows[0][:, 0]  # trace(A) / L
     entropy = (
-        spread.log() + (torch.stack(found, dim=1) * _coefficients(scatter.device)).sum(dim=(1, 2)) / spread
+        spread.log() + (torch.stack(rows, dim=1) * _coefficients(scatter.device)).sum(dim=(1, 2)) / spread
     ) / math.log(size)
     return torch.where(flat, 1, entropy).clamp(0, 1)
 
 
 @functools.cache
 def _coefficients(device: torch.device) -> Tensor:
-    """Return the coefficients on a device, copied there once: a CUDA graph captures no copy from the host."""
+    """Return the coefficients on a device, copied there once: CUDA graphs cannot capture copies from the host."""
     return torch.tensor(COEFFICIENTS, dtype=torch.float64).to(device)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """Return matrices with rows and columns of zeros up to a multiple of 16, which add nothing to any moment."""
+def _pad(x: Tensor) -> Tensor:
+    """Pad matrices with rows and columns of zeros to a multiple of 16; zeros add nothing to any moment."""
     missing = -x.shape[1] % 16
     return torch.nn.functional.pad(x, (0, missing, 0, missing)) if missing else x

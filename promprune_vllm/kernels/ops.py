@@ -1,7 +1,7 @@
-"""The public operations. Methods import from here; which implementation runs is decided here, by device.
+"""The operations that methods import. The device of the tensors decides which implementation runs.
 
-Tensors on a CPU take ``cpu_ops``, those on CUDA ``triton_ops`` where Triton is installed; other devices take the
-float64 reference, and with ``PROMPRUNE_KERNELS=reference`` all do. A further device is one more line in ``_path``.
+Tensors on a CPU use ``cpu_ops``, tensors on CUDA ``triton_ops`` if Triton is installed. Other devices use the
+float64 reference; with ``PROMPRUNE_KERNELS=reference`` all devices do. To add a device, add one line to ``_path``.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ logger = logging.getLogger("vllm.promprune")
 
 
 class Cosines(Protocol):
-    """The cosines of B groups of tokens, for a method that asks more than one thing of them."""
+    """The cosines of B groups of tokens, for methods that use them more than once."""
 
     def matrices(self) -> list[Tensor]:
-        """Return ``(N, N)`` float64 of each group."""
+        """Return the ``(N, N)`` float64 cosines of each group."""
 
     def entropies(self, *, exact: bool = False) -> list[Tensor]:
-        """Return the 0-d float64 spectral entropy of each; ``exact``: from float64 eigenvalues."""
+        """Return the 0-d float64 spectral entropy of each group; ``exact``: from float64 eigenvalues."""
 
     def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
-        """Return the ``(keep,)`` tokens of a DPP for each; see ``torch_greedy.greedy_dpp``, ``given <= keep``."""
+        """Return the ``(keep,)`` tokens of a DPP per group; see ``torch_greedy.greedy_dpp``, ``given <= keep``."""
 
 
-class _Alone:
-    """A group by itself, on a path that takes one after the other; see ``torch_cosines``, ``cpu_cosines``."""
+class _SingleGroup:
+    """A batch of one group, for paths that process one group at a time: ``torch_cosines``, ``cpu_cosines``."""
 
     def __init__(self, cosines: torch_cosines.Cosines | cpu_cosines.Cosines) -> None:
         self._cosines = cosines
@@ -92,24 +92,27 @@ class _Alone:
 
 
 def batches(groups: Sequence[Tensor]) -> list[list[int]]:
-    """Return which of some groups, ``(N, D)`` tokens each, to take together: the numbers of each batch.
+    """Split groups of ``(N, D)`` tokens into batches to process together; returns the group numbers of each batch.
 
-    On CUDA those of one shape and type share every launch. Elsewhere each is a batch of its own, so that no more
-    than one Gram is held at a time.
+    On CUDA, groups of one shape and dtype share every launch. Elsewhere each group is its own batch, so that only
+    one Gram is in memory at a time.
     """
-    alike: dict[tuple[Any, ...], list[int]] = {}
+    numbers_by_kind: dict[tuple[Any, ...], list[int]] = {}
     for number, group in enumerate(groups):
-        together = _path(group.device)[0] == "Triton"
-        alike.setdefault((group.shape, group.dtype, group.device) if together else (number,), []).append(number)
-    found = []
-    for numbers in alike.values():
-        most = _on(groups[numbers[0]].device).together(groups[numbers[0]].shape) if len(numbers) > 1 else 1
-        found += [numbers[start : start + most] for start in range(0, len(numbers), most)]
-    return found
+        batched = _path(group.device)[0] == "Triton"
+        kind = (group.shape, group.dtype, group.device) if batched else (number,)
+        numbers_by_kind.setdefault(kind, []).append(number)
+    result = []
+    for numbers in numbers_by_kind.values():
+        most = (
+            _module(groups[numbers[0]].device).most_per_launch(groups[numbers[0]].shape) if len(numbers) > 1 else 1
+        )
+        result += [numbers[start : start + most] for start in range(0, len(numbers), most)]
+    return result
 
 
 def cosines(groups: Sequence[Tensor]) -> Cosines:
-    """Return the cosines of one of the ``batches``, shared by everything that is asked of them."""
+    """Return the cosines of the groups of one batch, computed once however often they are used."""
     name, path, _ = _path(groups[0].device)
     if name == "Triton":
         shared: Cosines = path.Cosines(groups)
@@ -118,61 +121,61 @@ def cosines(groups: Sequence[Tensor]) -> Cosines:
     if name == "numba":
         from promprune_vllm.kernels import cpu_cosines
 
-        return _Alone(cpu_cosines.Cosines(group))
-    return _Alone(torch_cosines.Cosines(group))
+        return _SingleGroup(cpu_cosines.Cosines(group))
+    return _SingleGroup(torch_cosines.Cosines(group))
 
 
 def cosine_gram(features: Tensor) -> Tensor:
     """See ``torch_ops.cosine_gram``."""
-    result: Tensor = _on(features.device).cosine_gram(features)
+    result: Tensor = _module(features.device).cosine_gram(features)
     return result
 
 
 def spectral_entropy(features: Tensor) -> Tensor:
     """See ``torch_ops.spectral_entropy``."""
-    result: Tensor = _on(features.device).spectral_entropy(features)
+    result: Tensor = _module(features.device).spectral_entropy(features)
     return result
 
 
 def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
     """See ``torch_greedy.greedy_dpp``."""
-    path = _on(gram.device)
+    path = _module(gram.device)
     result: Tensor = (torch_greedy if path is torch_ops else path).greedy_dpp(gram, order, given, keep, quality)
     return result
 
 
 def max_min_select(gram: Tensor, keep: int) -> Tensor:
     """See ``torch_ops.max_min_select``."""
-    result: Tensor = _on(gram.device).max_min_select(gram, keep)
+    result: Tensor = _module(gram.device).max_min_select(gram, keep)
     return result
 
 
 def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """See ``torch_ops.received_attention``."""
-    result: Tensor = _on(queries.device).received_attention(queries, keys, scale)
+    result: Tensor = _module(queries.device).received_attention(queries, keys, scale)
     return result
 
 
 def in_force(device: torch.device) -> str:
-    """Return the path tensors of a device take, in words."""
-    name, _, why = _path(device)
-    return f"{name} on {device.type}{why and f' ({why})'}"
+    """Return a description of the implementation that runs for a device."""
+    name, _, reason = _path(device)
+    return f"{name} on {device.type}{reason and f' ({reason})'}"
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile what the path of a device needs, and log which one it is: at start-up, before any request.
+    """Compile the kernels for a device, and log which implementation runs: at start-up, before any request.
 
     Raises:
-        RuntimeError: It cannot be compiled. No other path is taken instead, which would be slower unnoticed.
+        RuntimeError: The kernels cannot be compiled. There is no silent fallback to a slower implementation.
     """
-    path = _on(device)
+    path = _module(device)
     if path is not torch_ops:
         try:
             path.warm_up(device)
         except Exception as error:
             raise RuntimeError(
                 f"The selection kernels for {device.type} could not be compiled: {error}. "
-                f"{VARIABLE}=reference (--visual-token-kernels reference) selects without them, slower."
+                f"{VARIABLE}=reference (--visual-token-kernels reference) runs without them, more slowly."
             ) from error
     _log(in_force(device))
 
@@ -182,16 +185,16 @@ def _log(path: str) -> None:
     logger.info("selection kernels: %s", path)
 
 
-def _on(device: torch.device) -> ModuleType:
+def _module(device: torch.device) -> ModuleType:
     return _path(device)[1]
 
 
 def _path(device: torch.device) -> tuple[str, ModuleType, str]:
-    """Return the path of a device: its name, its module, and where it is not the fast one, why not."""
-    chosen = os.environ.get(VARIABLE, "fast")
-    if chosen not in PATHS:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(PATHS)}, got {chosen!r}.")
-    if chosen == "reference":
+    """Return the implementation for a device: its name, its module and, unless it is the fast one, why not."""
+    setting = os.environ.get(VARIABLE, "fast")
+    if setting not in PATHS:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(PATHS)}, got {setting!r}.")
+    if setting == "reference":
         return "torch reference", torch_ops, f"{VARIABLE}=reference"
     if device.type == "cpu":
         from promprune_vllm.kernels import cpu_ops
@@ -205,7 +208,7 @@ def _path(device: torch.device) -> tuple[str, ModuleType, str]:
 
 @functools.cache
 def _triton() -> tuple[ModuleType | None, str]:
-    """Return the path of CUDA, or why there is none. vLLM puts a placeholder in the place of a missing Triton."""
+    """Return the module for CUDA, or why it cannot be used. vLLM replaces a missing Triton with a placeholder."""
     try:
         from promprune_vllm.kernels import triton_ops
     except (ImportError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The cosines of one group of tokens, for methods that ask more than one thing of them: plain torch reference."""
+"""The cosines of one group of tokens, for methods that use them more than once: plain torch reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from promprune_vllm.kernels.torch_ops import cosine_gram, spectral_entropy
 
 
 class Cosines:
-    """Everything is computed anew when it is asked for, in float64, by the reference operations.
+    """Cosines by the reference operations, in float64; every call computes them again.
 
     Args:
         features: ``(N, D)`` tokens of any floating type.
@@ -19,10 +19,10 @@ class Cosines:
         self._features = features
 
     def matrix(self) -> Tensor:
-        """Return ``(N, N)`` float64; see ``torch_ops.cosine_gram``."""
+        """Return the ``(N, N)`` float64 cosines; see ``torch_ops.cosine_gram``."""
         return cosine_gram(self._features)
 
-    def entropy(self, *, exact: bool = False) -> Tensor:  # noqa: ARG002  # it always is
+    def entropy(self, *, exact: bool = False) -> Tensor:  # noqa: ARG002  # always exact
         """Return the 0-d float64 entropy; see ``torch_ops.spectral_entropy``."""
         return spectral_entropy(self._features)
 

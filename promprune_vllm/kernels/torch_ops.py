@@ -1,4 +1,4 @@
-"""Plain torch reference of every operation: correct first, and the oracle of every faster path.
+"""Plain torch reference of every operation: correctness first. Faster paths are tested against it.
 
 Everything is computed in float64, whatever the input: near-ties of the greedy choice are as close as 1e-7,
 where float32 sums already depend on the order of the features' columns. Nothing is copied to the host, so the
@@ -13,32 +13,32 @@ import torch
 from torch import Tensor
 
 ATTENTION_SCORES = 2**22
-"""Scores of an attention map held at a time, in float32: 16 MiB."""
+"""Scores of an attention map computed at a time, in float32: 16 MiB."""
 
 
 def cosine_gram(features: Tensor) -> Tensor:
-    """Cosine of every pair of tokens.
+    """Return the cosine of every pair of tokens.
 
     Args:
         features: ``(N, D)`` tokens of any floating type.
 
     Returns:
-        ``(N, N)`` float64. A zero row has cosine 0 with everything, and so has a row that is not finite.
+        ``(N, N)`` float64. Zero rows and rows that are not finite have cosine 0 with everything.
     """
     x = unit_rows(features)
     return x @ x.T
 
 
 def cross_cosine(features: Tensor, others: Tensor) -> Tensor:
-    """Cosine of every token with every row of another set, ``(N, M)`` float64; rules as for ``cosine_gram``."""
+    """Return the cosine of every token with every row of another set, ``(N, M)`` float64; see ``cosine_gram``."""
     return unit_rows(features) @ unit_rows(others).T
 
 
 def quantized(values: Tensor) -> Tensor:
-    """Cosines or distances in whole steps of 2**-32, ``float64``, so that equal ones compare equal.
+    """Return cosines or distances in whole steps of 2**-32, float64, so that equal ones compare equal.
 
-    The last bits of a float64 sum depend on the order of the columns and on the matrix product's tiling; a
-    step is far above that and far below any difference that means something.
+    The last bits of a float64 sum depend on the order of the columns and on the tiling of the matrix product. A
+    step is far above that, and far below any meaningful difference.
     """
     steps: Tensor = (values.double() * 2.0**32).round()
     return steps
@@ -47,8 +47,8 @@ def quantized(values: Tensor) -> Tensor:
 def max_min_select(gram: Tensor, keep: int) -> Tensor:
     """Choose tokens one by one, each as far as possible from the nearest one chosen before.
 
-    The distance is ``1 - cosine``. The first token is the one farthest from its own nearest neighbour; equal
-    ones go to the lowest index, also when every distance left is 0; a chosen token never returns.
+    The distance is ``1 - cosine``. The first token is the one farthest from its own nearest neighbor. Ties go to
+    the lowest index, even if every distance left is 0; a token is chosen at most once.
 
     Args:
         gram: ``(N, N)`` cosines.
@@ -60,11 +60,11 @@ def max_min_select(gram: Tensor, keep: int) -> Tensor:
     n = gram.shape[0]
     distance = quantized(1 - gram)
     itself = torch.eye(n, dtype=torch.bool, device=gram.device)
-    room = distance.masked_fill(itself, torch.inf).amin(dim=0)  # (N,) to the nearest other token
-    closest = torch.full_like(room, torch.inf)  # (N,) to the nearest chosen token; -inf for the chosen ones
+    isolation = distance.masked_fill(itself, torch.inf).amin(dim=0)  # (N,) to the nearest other token
+    closest = torch.full_like(isolation, torch.inf)  # (N,) to the nearest chosen token; -inf for the chosen ones
     picks = torch.empty(keep, dtype=torch.int64, device=gram.device)
     for t in range(keep):
-        pick = (room if t == 0 else closest).argmax(dim=0, keepdim=True)  # (1,) the first of equal ones
+        pick = (isolation if t == 0 else closest).argmax(dim=0, keepdim=True)  # (1,) ties: the lowest index
         picks[t : t + 1] = pick
         closest = torch.minimum(closest, distance.index_select(0, pick).squeeze(0))
         closest.index_fill_(0, pick, -torch.inf)
@@ -72,28 +72,28 @@ def max_min_select(gram: Tensor, keep: int) -> Tensor:
 
 
 def complement(chosen: Tensor, total: int) -> Tensor:
-    """Tokens that are not among the K chosen ones, which differ: ``(total - K,)`` int64 in raster order."""
-    taken = torch.zeros(total, dtype=torch.int8, device=chosen.device).index_fill_(0, chosen, 1)
-    return torch.argsort(taken, stable=True)[: total - chosen.shape[0]]
+    """Return the tokens not among the K distinct chosen ones, ``(total - K,)`` int64 in raster order."""
+    is_chosen = torch.zeros(total, dtype=torch.int8, device=chosen.device).index_fill_(0, chosen, 1)
+    return torch.argsort(is_chosen, stable=True)[: total - chosen.shape[0]]
 
 
 def finite_rows(features: Tensor) -> Tensor:
-    """``(N, D)`` float64, with a zero row in place of every row that holds NaN or infinity."""
+    """Return ``(N, D)`` float64, where rows with NaN or infinity are replaced by zero rows."""
     return features.masked_fill(~features.isfinite().all(dim=1, keepdim=True), 0).double()
 
 
 def spectral_entropy(features: Tensor) -> Tensor:
-    """Normalised spectral entropy of a set of tokens.
+    """Return the normalized spectral entropy of a set of tokens.
 
-    ``S = -sum p ln p`` over the eigenvalues of the covariance of the unit-length, centred tokens, divided by
-    ``ln min(N, D)``: 0 when the tokens lie on one line, 1 when they spread over every direction evenly.
+    ``S = -sum p ln p`` over the eigenvalues of the covariance of the unit-length, centered tokens, divided by
+    ``ln min(N, D)``: 0 if the tokens lie on one line, 1 if they spread evenly in every direction.
 
     Args:
         features: ``(N, D)`` tokens of any floating type.
 
     Returns:
-        0-d float64 in [0, 1]. Tokens that do not differ at all (trace below 1e-9) have no spectrum; they are
-        given 1, which asks for covering tokens.
+        0-d float64 in [0, 1]. Identical tokens (trace below 1e-9) have no spectrum; their entropy is defined as
+        1, which leads to covering tokens.
     """
     n, d = features.shape
     if min(n, d) < 2:
@@ -102,7 +102,7 @@ def spectral_entropy(features: Tensor) -> Tensor:
     x = x - x.mean(dim=0)
     gram = x @ x.T if n <= d else x.T @ x  # the smaller of the two has the same non-zero eigenvalues
     flat = ~(gram.diagonal().sum() >= 1e-9)
-    # A flat spectrum is replaced before the solver sees it: eigvalsh need not converge on pure rounding noise.
+    # Replace a flat spectrum before the solver runs: eigvalsh may not converge on pure rounding noise.
     solvable = torch.where(flat, torch.eye(min(n, d), dtype=gram.dtype, device=gram.device), gram)
     eigenvalues = torch.linalg.eigvalsh(solvable).clamp_min(1e-12)
     p = eigenvalues / eigenvalues.sum()
@@ -111,14 +111,14 @@ def spectral_entropy(features: Tensor) -> Tensor:
 
 
 def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """How much attention each patch gets from all patches of its image.
+    """Return how much attention each patch receives from all patches of its image.
 
     ``c[j] = mean over heads h and queries i of softmax_j(scale * q_hi . k_hj)``: the column mean of the attention
-    map, which is never held as a whole. Memory is O(P), a few rows of the map at a time.
+    map, which is never in memory as a whole. Memory is O(P): a few rows of the map at a time.
 
     Args:
-        queries: ``(P, H, d)`` of one image, after its rotary positions.
-        keys: ``(P, H, d)``, likewise.
+        queries: ``(P, H, d)`` queries of one image, after rotary embedding.
+        keys: ``(P, H, d)`` keys, likewise.
         scale: Factor of the scores, ``d ** -0.5`` in every tower here.
 
     Returns:
@@ -136,14 +136,14 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def share_entropy(weights: Tensor) -> Tensor:
-    """Normalised entropy of weights taken as shares of their sum.
+    """Return the normalized entropy of weights, taken as shares of their sum.
 
     Args:
-        weights: ``(N,)`` of any floating type. What is negative or not finite counts as 0.
+        weights: ``(N,)`` of any floating type. Weights that are negative or not finite count as 0.
 
     Returns:
-        0-d float64 in [0, 1]: 0 when one token has all the weight, 1 when all have the same. Weights that sum
-        to 0 favour nobody; they are given 1.
+        0-d float64 in [0, 1]: 0 if one token has all the weight, 1 if all have the same, or if the weights sum
+        to 0.
     """
     n = weights.shape[0]
     if n < 2:
@@ -156,16 +156,16 @@ def share_entropy(weights: Tensor) -> Tensor:
 
 
 def descending_order(scores: Tensor) -> Tensor:
-    """Tokens from the highest to the lowest score, ``(N,)`` int64. Equal ones: lowest index first; NaN last."""
-    ranked = torch.where(scores.isnan(), -torch.inf, scores.double())
-    return torch.argsort(ranked, descending=True, stable=True)
+    """Return the tokens from highest to lowest score, ``(N,)`` int64. Ties: lowest index first; NaN last."""
+    comparable = torch.where(scores.isnan(), -torch.inf, scores.double())
+    return torch.argsort(comparable, descending=True, stable=True)
 
 
 def min_max(scores: Tensor) -> Tensor:
-    """Scores scaled to [0, 1], ``(N,)`` float64.
+    """Return scores scaled to [0, 1], ``(N,)`` float64.
 
-    Scores that do not differ (by more than 1e-12 of the largest) are all 1, so that as a factor or a weight
-    they leave the decision to others. NaN and -inf give 0, +inf gives 1.
+    Scores that do not differ by more than 1e-12 of the largest all become 1, so that as a factor or a weight
+    they have no influence. NaN and -inf give 0, +inf gives 1.
     """
     x = torch.where(scores.isnan(), -torch.inf, scores.double())
     finite = x.isfinite()
@@ -177,28 +177,28 @@ def min_max(scores: Tensor) -> Tensor:
 
 
 def merge_rows(features: Tensor, indices: Tensor, into: Tensor, weights: Tensor) -> Tensor:
-    """Kept rows, each averaged by weight with the rows that are merged into it.
+    """Return the kept rows, each a weighted mean with the rows merged into it.
 
     Args:
         features: ``(N, D)``. Rows that are not finite are merged as zero rows.
         indices: ``(K,)`` int64, the kept tokens.
-        into: ``(N,)`` int64: the token a token is merged into, -1 for none; kept tokens have -1.
+        into: ``(N,)`` int64: the kept token each token is merged into; -1 for none, and for kept tokens.
         weights: ``(N,)`` at least 0.
 
     Returns:
-        ``(K, D)`` in the type of the features. A kept token nothing is merged into keeps its row bit by bit.
+        ``(K, D)`` in the type of the features. A kept token with nothing merged into it keeps its exact row.
     """
     weights = weights.double()
     share = (into[None, :] == indices[:, None]) * weights[None, :]  # (K, N)
-    added = share.sum(dim=1, keepdim=True)
+    merged = share.sum(dim=1, keepdim=True)
     own = weights[indices][:, None]
     x = finite_rows(features)
-    mean = (own * x[indices] + share @ x) / (own + added).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.where(added > 0, mean.to(features.dtype), features[indices])
+    mean = (own * x[indices] + share @ x) / (own + merged).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(merged > 0, mean.to(features.dtype), features[indices])
 
 
 def token_keys(features: Tensor, seed: int) -> Tensor:
-    """Pseudo-random integers, one per token, that depend on the content of the whole image.
+    """Return pseudo-random integers, one per token, that depend on the content of the whole image.
 
     Integer arithmetic only, so the same image gives the same keys on every device and in every batch.
 
@@ -207,7 +207,7 @@ def token_keys(features: Tensor, seed: int) -> Tensor:
         seed: Any integer.
 
     Returns:
-        ``(N,)`` int64, to be ranked.
+        ``(N,)`` int64 sort keys.
     """
     bits = features.float().contiguous().view(torch.int32).to(torch.int64)
     n, d = bits.shape
@@ -218,7 +218,7 @@ def token_keys(features: Tensor, seed: int) -> Tensor:
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """Return ``(N, D)`` float64 rows of length 1; a row that is zero or not finite becomes zero."""
+    """Return ``(N, D)`` float64 rows of length 1; rows that are zero or not finite become zero."""
     x = features.double()
     norm = x.norm(dim=1, keepdim=True)
     unit: Tensor = x / norm

@@ -1,6 +1,6 @@
-"""Received attention on CUDA in two passes over the scores, neither of which ever holds them.
+"""Received attention on CUDA in two passes over the scores, which are never stored.
 
-A column of the attention map needs the sums of all rows first: pass 1 takes each row's log-sum-exp, pass 2 adds up
+A column of the attention map needs the sums of all rows first: pass 1 computes each row's log-sum-exp, pass 2 sums
 each column of ``exp(score - log-sum-exp)``. Memory is O(P H). Sums over rows and over heads have a fixed order.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from promprune_vllm.kernels.triton_launch import INTERPRETED, blocks, launch
 
 BLOCKS = {2: 64, 4: 32}
-"""Side of a tile by bytes of a number: larger ones of float32 do not fit into registers."""
+"""Side of a tile, by bytes per number: larger float32 tiles do not fit into registers."""
 
 
 @triton.jit
 def _scores(q, k, i, j, patches, heads, width, scale, WIDEN: tl.constexpr, WIDTH: tl.constexpr):
-    """Scores of some queries with some keys of one head, ``(BLOCK, BLOCK)`` float32; -inf beyond the keys."""
+    """Return scores of a block of queries and keys of one head, ``(BLOCK, BLOCK)`` float32; -inf past the keys."""
     column = tl.arange(0, WIDTH)
     left = tl.load(
         q + i.to(tl.int64)[:, None] * heads * width + column[None, :],
@@ -41,7 +41,7 @@ def _scores(q, k, i, j, patches, heads, width, scale, WIDEN: tl.constexpr, WIDTH
 def _log_sums(
     q, k, scale, out, patches, heads, width, WIDEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``log sum_j exp(score_ij)`` of the rows of one block and head."""
+    """Store ``log sum_j exp(score_ij)`` for the rows of one block and head."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -69,7 +69,7 @@ def _columns(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum of one block of columns of one head's map."""
+    """Store the sums of one block of columns of one head's map."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -94,7 +94,7 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     block = BLOCKS[q.element_size()]
     log_sums = q.new_empty((heads, patches), dtype=torch.float32)
     columns = q.new_empty((heads, patches), dtype=torch.float64)
-    factor = torch.full((), scale, dtype=torch.float32, device=q.device)  # an argument would be compiled for 1.0
+    factor = torch.full((), scale, dtype=torch.float32, device=q.device)  # a float argument is specialized for 1.0
     sizes = {"WIDEN": INTERPRETED, "WIDTH": max(16, triton.next_power_of_2(width)), "BLOCK": block}
     grid = (blocks(patches, block), heads)
     launch(_log_sums, grid, q, k, factor, log_sums, patches, heads, width, **sizes)

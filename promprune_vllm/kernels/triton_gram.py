@@ -1,12 +1,12 @@
-"""Products of rows with rows on CUDA: cosines in float64, and the squares of the entropy's chain in float32.
+"""Products of rows with rows on CUDA: cosines in float64, and the squares of the entropy chain in float32.
 
-Tokens are multiplied as they come, so that those of 16 bits go through tensor cores, whose products are exact.
-They are summed in float32 for ``CHUNK`` columns at a time and in float64 beyond: N^2 D / 64 additions of that. A
-cosine is then right to about 1e-8 where all columns weigh alike, and to 1e-6 where those of one chunk outweigh all
-others. Lengths divide the sums afterwards, in float64.
+Tokens are multiplied in their own dtype, so that 16-bit tokens use tensor cores, whose products are exact. They
+are summed in float32 within ``CHUNK`` columns and in float64 across chunks: N^2 D / 64 float64 additions. A cosine
+is then accurate to about 1e-8 if all columns weigh the same, and to 1e-6 if those of one chunk outweigh all
+others. The sums are divided by the lengths afterwards, in float64.
 
-Tiles are of one size whatever the GPU and the batch, every sum has one order, and only tiles on and below the
-diagonal are computed: the result is symmetric to the last bit, and the same in every run on one kind of GPU.
+The tile size does not depend on the GPU or the batch, every sum has a fixed order, and only tiles on and below the
+diagonal are computed: the result is symmetric to the last bit, and the same in every run on one type of GPU.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from promprune_vllm.kernels.triton_launch import INTERPRETED, blocks, launch
 
 TILES = (32, 64)
-"""Side of a tile up to 1024 rows and beyond: small matrices need many tiles to fill a GPU."""
+"""Side of a tile up to 1024 rows, and beyond: small matrices need many tiles to fill a GPU."""
 CHUNK, CHAIN_CHUNK = 64, 32
-"""Columns summed in float32 before they are added to the rest: of tokens, and in the chain."""
+"""Columns summed in float32 before they are added to the total, for tokens and for the chain."""
 
 
 @triton.jit(do_not_specialize=["d"])
 def _prepare(x, out, inverse, d, RESCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """Scale each row by a power of two so that its largest entry is about 1, and note 1 / length.
+    """Scale each row by a power of two so that its largest entry is about 1, and store 1 / length.
 
-    Rows that are not finite become zero; zero rows have the inverse length 0.
+    Rows that are not finite become zero; zero rows get the inverse length 0.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -61,15 +61,17 @@ def _prepare(x, out, inverse, d, RESCALE: tl.constexpr, BLOCK: tl.constexpr):
 def _products(
     x, rows, columns, n, d, TYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Inner products of some rows with others, ``(BLOCK, BLOCK)``."""
+    """Return the inner products of a block of rows with another block, ``(BLOCK, BLOCK)``."""
     total = tl.zeros((rows.shape[0], columns.shape[0]), TYPE)
     for start in range(0, d, CHUNK):
-        place = start + tl.arange(0, CHUNK)
+        column = start + tl.arange(0, CHUNK)
         left = tl.load(
-            x + rows[:, None] * d + place[None, :], mask=(rows < n)[:, None] & (place < d)[None, :], other=0
+            x + rows[:, None] * d + column[None, :], mask=(rows < n)[:, None] & (column < d)[None, :], other=0
         )
         right = tl.load(
-            x + columns[:, None] * d + place[None, :], mask=(columns < n)[:, None] & (place < d)[None, :], other=0
+            x + columns[:, None] * d + column[None, :],
+            mask=(columns < n)[:, None] & (column < d)[None, :],
+            other=0,
         )
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
@@ -81,7 +83,7 @@ def _products(
 def _gram(
     x, inverse, out, n, d, COSINES: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One tile of the rows' inner products in float64, or of their cosines, and its mirror image."""
+    """Store one tile of the rows' inner products in float64, or of their cosines, and its mirror image."""
     image = tl.program_id(2).to(tl.int64)
     if tl.program_id(1) <= tl.program_id(0):
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -111,7 +113,7 @@ def _square(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One tile of ``x x``, or of ``2 x - x x`` and what it adds to the moments; n is a multiple of 16."""
+    """Store one tile of ``x x``, or of ``2 x - x x`` with its part of the moments; n is a multiple of 16."""
     image = tl.program_id(2).to(tl.int64)
     if tl.program_id(1) <= tl.program_id(0):
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -126,26 +128,27 @@ def _square(
             earlier = tl.load(before + image * n * n + tile, mask=lower, other=0)
             twice = tl.where(j[None, :] < i[:, None], 2.0, 1.0) * value
             number = (image * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-            place = moments + number * 4
+            slot = moments + number * 4
             diagonal = tl.where(i[:, None] == j[None, :], value, 0)
-            tl.store(place, tl.sum(tl.sum(diagonal, 1).to(tl.float64), 0))
-            tl.store(place + 1, tl.sum(tl.sum(twice * value, 1).to(tl.float64), 0))
-            tl.store(place + 2, tl.sum(tl.sum(twice * current, 1).to(tl.float64), 0))
-            tl.store(place + 3, tl.sum(tl.sum(twice * earlier, 1).to(tl.float64), 0))
+            tl.store(slot, tl.sum(tl.sum(diagonal, 1).to(tl.float64), 0))
+            tl.store(slot + 1, tl.sum(tl.sum(twice * value, 1).to(tl.float64), 0))
+            tl.store(slot + 2, tl.sum(tl.sum(twice * current, 1).to(tl.float64), 0))
+            tl.store(slot + 3, tl.sum(tl.sum(twice * earlier, 1).to(tl.float64), 0))
         out += image * n * n
         tl.store(out + tile, value, mask=lower)
         tl.store(out + j[None, :] * n + i[:, None], value, mask=lower)
 
 
-def prepared(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows in range, and the inverse of their lengths.
+def prepare(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows, scaled to stay in range, and the inverse of their lengths.
 
     Args:
         features: ``(B, N, D)`` float32, bfloat16 or float16.
 
     Returns:
-        ``(B, N, D)`` of the same type, zero where a row is not finite, each row times a power of two (but not in
-        float16, whose products never sum up to more than float32 holds); and ``(B, N)`` float64, 0 for zero rows.
+        ``(B, N, D)`` of the same type, with each row scaled by a power of two and rows that are not finite set to
+        zero (float16 is not scaled: its sums of products always fit into float32); and ``(B, N)`` float64, 0 for
+        zero rows.
     """
     x = features.detach().contiguous()
     count, n, d = x.shape
@@ -155,20 +158,21 @@ def prepared(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cosines(features: Tensor) -> Tensor:
-    """Return ``(B, N, N)`` float64 cosines of ``(B, N, D)`` tokens, with the rules of ``torch_ops.cosine_gram``.
+    """Return ``(B, N, N)`` float64 cosines of ``(B, N, D)`` tokens, by the rules of ``torch_ops.cosine_gram``.
 
     The diagonal is exactly 1, or 0 for zero rows.
     """
-    rows, inverse = prepared(features)
+    rows, inverse = prepare(features)
     return _products_of(rows, inverse)
 
 
 def scatter(features: Tensor) -> Tensor:
-    """Return ``(B, D, D)`` float64: the columns' inner products over the unit tokens less their mean.
+    """Return the ``(B, D, D)`` float64 inner products of the columns of the centered unit tokens.
 
-    It has the eigenvalues of the tokens' own, and is smaller where N > D. The unit tokens are float32.
+    This matrix has the same non-zero eigenvalues as the tokens' own, and is smaller if N > D. The unit tokens are
+    float32.
     """
-    rows, inverse = prepared(features)
+    rows, inverse = prepare(features)
     unit = rows.float().mul_(inverse[..., None].float())
     unit -= unit.mean(dim=1, keepdim=True)
     return _products_of(unit.transpose(1, 2).contiguous(), None)
@@ -196,43 +200,43 @@ def _products_of(rows: Tensor, inverse: Tensor | None) -> Tensor:
 
 
 class TritonChain:
-    """The products of ``entropy_chain``: half the arithmetic of a matrix product, and the moments on the way.
+    """The products of ``entropy_chain``: half the arithmetic of a matrix product, with moments in the same pass.
 
-    On tensor cores each factor is split into TF32 parts (``tf32x3``), which is as close as float32, and sums of 32
-    columns are added up in float32. torch's own products are not used: a global switch may round them to TF32.
+    On tensor cores, each factor is split into TF32 parts (``tf32x3``), which is as accurate as float32, and sums
+    of 32 columns are added in float32. torch's own products are not used: a global switch may round them to TF32.
     """
 
     def square(self, x: Tensor) -> Tensor:
         """Return ``x x``."""
-        return self._launched(x, x, advance=False)[0]
+        return self._launch(x, x, advance=False)[0]
 
     def advance(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``2 x - x x`` and its ``(B, 4)`` moments."""
-        out, found = self._launched(x, before, advance=True)
-        return out, found.sum(dim=1)
+        out, moments = self._launch(x, before, advance=True)
+        return out, moments.sum(dim=1)
 
-    def _launched(self, x: Tensor, before: Tensor, *, advance: bool) -> tuple[Tensor, Tensor]:
+    def _launch(self, x: Tensor, before: Tensor, *, advance: bool) -> tuple[Tensor, Tensor]:
         count, n, _ = x.shape
         block = TILES[n > 1024]
         tiles = blocks(n, block)
-        out, found = torch.empty_like(x), x.new_zeros((count, tiles * tiles, 4), dtype=torch.float64)
+        out, moments = torch.empty_like(x), x.new_zeros((count, tiles * tiles, 4), dtype=torch.float64)
         launch(
             _square,
             (tiles, tiles, count),
             x,
             before,
             out,
-            found,
+            moments,
             n,
             ADVANCE=advance,
             PRECISION=_precision(x.device),
             BLOCK=block,
             CHUNK=CHAIN_CHUNK,
         )
-        return out, found
+        return out, moments
 
 
 def _precision(device: torch.device) -> str:
     """Return how float32 is multiplied: TF32 exists from compute capability 8 on."""
-    new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "tf32x3" if new else "ieee"
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32x3" if has_tf32 else "ieee"

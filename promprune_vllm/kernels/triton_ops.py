@@ -1,26 +1,25 @@
-"""The CUDA path: Triton kernels, nothing that asks the host, the same work for every image of a size.
+"""The CUDA path: Triton kernels, no synchronization with the host, the same work for every image of one size.
 
-What is computed in which precision, and what that guarantees:
+The precision of each step, and what it guarantees:
 
-* Cosines are float64, right to 1e-8 ... 1e-6 (``triton_gram``). The greedy choice is made on them in float64 by
-  the reference's rules, ties in steps of 2**-32 included. Repeated tokens have the same bits, so they tie exactly.
-  The tokens kept are those of the float64 reference unless two costs are that close: an emulation of these sums
-  kept the same tokens of 72 of 72 images (12 spectra, 576 tokens of bfloat16, K = 64).
-* The entropy comes from those cosines, centred in float64, by products in float32 (``entropy_chain``): right to
-  1e-5. Where a split of the budget is that close to a half it can differ by one token. ``exact`` takes the
-  reference's eigenvalues instead; the solver makes the host wait.
-* The same image on the same kind of GPU with the same versions gives the same tokens, whatever is computed beside
-  it: only groups of one image share a launch, their tiles depend on shapes alone, no sum is taken in the order in
-  which programs happen to finish, and up to ``DENSE`` tokens no matrix product is left to a library that chooses
-  its own order.
+* Cosines are float64, accurate to 1e-8 ... 1e-6 (``triton_gram``). The greedy choice is made on them in float64 by
+  the reference's rules, including ties in steps of 2**-32. Repeated tokens have the same bits and tie exactly.
+  The kept tokens are those of the float64 reference unless two costs are that close: an emulation of these sums
+  kept the same tokens for 72 of 72 images (12 spectra, 576 tokens in bfloat16, K = 64).
+* The entropy comes from those cosines, centered in float64, by products in float32 (``entropy_chain``): accurate
+  to 1e-5. If a split of the budget is that close to a half, it can differ by one token. ``exact`` uses the
+  reference's eigenvalues instead; that solver makes the host wait.
+* The same image on the same type of GPU with the same versions gives the same tokens, whatever else is running:
+  only groups of one image share a launch, their tiles depend only on shapes, no sum depends on the order in which
+  programs finish, and up to ``DENSE`` tokens no matrix product is left to a library that chooses its own order.
 * Nothing is copied to the host and nothing depends on a value there: everything can be captured in a CUDA graph.
 
-What an image of very many tokens may take is bounded. Beyond ``DENSE`` tokens the choice makes no N x N matrix:
-rows of cosines are taken one by one, by torch in float64, and memory is O(N (D + K)). The entropy's matrix has the
-side ``min(N, D)``; where both exceed ``SIDE``, wider than any model today, it is that of ``SIDE`` tokens, evenly
-spread over the image: another entropy, of a smaller set.
+Memory is bounded for images with very many tokens. Beyond ``DENSE`` tokens, the greedy choice builds no N x N
+matrix: rows of cosines are computed one by one, by torch in float64, and memory is O(N (D + K)). The entropy's
+matrix has the side ``min(N, D)``. If both exceed ``SIDE``, more than the width of any model today, the entropy is
+that of ``SIDE`` tokens evenly spread over the image, which is a different value.
 
-Features of float64 come from no model; they take the reference.
+No model produces float64 features; they use the reference.
 """
 
 from __future__ import annotations
@@ -62,15 +61,15 @@ def spectral_entropy(features: Tensor) -> Tensor:
 
 
 def entropies_of_grams(grams: Tensor) -> Tensor:
-    """Return the ``(B,)`` entropies of images whose ``(B, N, N)`` cosines are at hand, N at most D."""
+    """Return the ``(B,)`` entropies of images, given their ``(B, N, N)`` cosines; N is at most D."""
     mean = grams.mean(dim=2)
     offset = mean - mean.mean(dim=1, keepdim=True) / 2
-    centred = (grams - offset[:, :, None]).sub_(offset[:, None, :])
-    return entropy_chain.spectral_entropy(centred, triton_gram.TritonChain())
+    centered = (grams - offset[:, :, None]).sub_(offset[:, None, :])
+    return entropy_chain.spectral_entropy(centered, triton_gram.TritonChain())
 
 
 def sample(features: Tensor) -> Tensor:
-    """Return at most ``SIDE`` tokens, evenly spread over those there are."""
+    """Return at most ``SIDE`` tokens, evenly spread over all tokens."""
     n = features.shape[0]
     if n <= SIDE:
         return features
@@ -86,7 +85,7 @@ def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: T
 
 
 def max_min_select(gram: Tensor, keep: int) -> Tensor:
-    """Return ``(keep,)`` tokens: the reference, which does not ask the host either."""
+    """Return ``(keep,)`` tokens by the reference, which does not synchronize with the host either."""
     return torch_ops.max_min_select(gram, keep)
 
 
@@ -97,16 +96,16 @@ def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     return triton_attention.received_attention(queries, keys, scale)
 
 
-def together(shape: torch.Size) -> int:
-    """Return how many groups of ``(N, D)`` share a launch: together no more memory than one of ``DENSE``."""
+def most_per_launch(shape: torch.Size) -> int:
+    """Return how many groups of ``(N, D)`` share a launch, in at most the memory of one group of ``DENSE``."""
     return max(1, (DENSE // shape[0]) ** 2)
 
 
 class Cosines:
-    """The cosines of B groups of one shape and type, as ``ops.Cosines``; one launch for all of them.
+    """The cosines of B groups of one shape and dtype, like ``ops.Cosines``; one launch for all of them.
 
     Args:
-        groups: ``(N, D)`` tokens each, of any floating type.
+        groups: ``(N, D)`` tokens of each group, of any floating type.
     """
 
     def __init__(self, groups: Sequence[Tensor]) -> None:
@@ -116,15 +115,15 @@ class Cosines:
     def _grams(self) -> Tensor:
         if self._groups[0].dtype not in _TYPES:
             return torch.stack([torch_ops.cosine_gram(group) for group in self._groups])
-        alone = len(self._groups) == 1
-        return triton_gram.cosines(self._groups[0][None] if alone else torch.stack(self._groups))
+        single = len(self._groups) == 1
+        return triton_gram.cosines(self._groups[0][None] if single else torch.stack(self._groups))
 
     def matrices(self) -> list[Tensor]:
-        """Return ``(N, N)`` float64 of each."""
+        """Return the ``(N, N)`` float64 cosines of each group."""
         return list(self._grams)
 
     def entropies(self, *, exact: bool = False) -> list[Tensor]:
-        """Return the 0-d float64 entropy of each."""
+        """Return the 0-d float64 entropy of each group."""
         n, d = self._groups[0].shape
         if exact:
             return [torch_ops.spectral_entropy(group) for group in self._groups]
@@ -133,7 +132,7 @@ class Cosines:
         return [spectral_entropy(group) for group in self._groups]
 
     def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
-        """Return the tokens of each. All are chosen up to the largest of ``keeps``; the first stay the same."""
+        """Return the tokens of each group: the first ``keep`` of as many choices as the largest of ``keeps``."""
         if self._groups[0].shape[0] > DENSE:
             return [
                 torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(group), order, count, keep)
@@ -146,12 +145,12 @@ class Cosines:
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile the kernels for tokens of 16 bits, for every size of block: at start-up, before any request."""
+    """Compile the kernels for 16-bit tokens, for every block size: at start-up, before any request."""
     for dtype in (torch.bfloat16, torch.float16):
         for n, d, keep in ((600, 1024, 64), (1040, 1024, 80), (2080, 1040, 80)):
-            shared = Cosines([torch.ones((n, d), dtype=dtype, device=device)])
-            shared.entropies()
+            cosines = Cosines([torch.ones((n, d), dtype=dtype, device=device)])
+            cosines.entropies()
             order = torch.arange(n, device=device)
-            shared.greedy_dpp([order], [order[3]], [keep])
+            cosines.greedy_dpp([order], [order[3]], [keep])
         patches = torch.ones((2, 64, 1, 80), dtype=dtype, device=device)
         received_attention(patches[0], patches[1], 1.0)

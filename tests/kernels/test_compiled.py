@@ -33,7 +33,11 @@ def _cases() -> list[Any]:
     cases = [
         _case(triton_gram._prepare, f"*bf16 *bf16 {F64} i32", {"RESCALE": True, "BLOCK": 1024}),
         _case(triton_greedy._nearest, f"{F64} *i64 *i64 {F64} i32 i32", {"ROWS": 16, "BLOCK": triton_greedy.TILE}),
-        _case(triton_greedy._take_out, f"{F64} {F64} *i64 i32 i32 i32", {"SIZE": 32, "BLOCK": triton_greedy.TILE}),
+        _case(
+            triton_greedy._subtract_panel,
+            f"{F64} {F64} *i64 i32 i32 i32",
+            {"SIZE": 32, "BLOCK": triton_greedy.TILE},
+        ),
         _case(
             triton_greedy._panel,
             greedy,
