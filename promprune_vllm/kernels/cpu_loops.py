@@ -227,12 +227,8 @@ def greedy_dpp(  # noqa: PLR0917  # like the loop inside, which takes no keyword
     acc[order[:given]] = np.inf
     bits = acc.view(f"i{acc.itemsize}")
     factors = np.zeros((-(-(keep - given) // 8) * 8, n), gram.dtype)
-<<<<<<< HEAD
-    return _grow(gram, order, given, keep, quality, known, margin, acc, bits, factors)  # type: ignore[no-any-return]
-=======
     result: _Growth = _grow(gram, order, given, keep, quality, prefix, margin, acc, bits, factors)
     return result
->>>>>>> english-core
 
 
 @_compiled
