@@ -193,15 +193,15 @@ def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch
     expected = [engine.generate([ask])[0].outputs[0].token_ids for ask in (good, bad)]
     engine.forget()
     victim = engine.tokens("landscape")
-    original = EncodedImage.choose
+    original = EncodedImage.select
 
-    def choose(image: EncodedImage, keep: int, method: Any) -> Any:
+    def select(image: EncodedImage, keep: int, method: Any) -> Any:
         if len(image.rows) == victim:
             raise RuntimeError("no luck")
         return original(image, keep, method)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EncodedImage, "choose", choose)
+        patch.setattr(EncodedImage, "select", select)
         outputs = engine.generate([good, bad])
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error"]
     assert outputs[0].outputs[0].token_ids == expected[0]
@@ -320,7 +320,7 @@ def test_what_is_told_of_an_image_is_what_entered_the_language_model(engine: Fam
         engine.generate([engine.ask(shape, budget=budget)], tokens=1)
         (told,) = engine.told()
         _, places = engine.kept(shape, budget)
-        kept = sorted([place for part in told["parts"] for place in part["kept"]] + told["spare"])
+        kept = sorted([place for part in told["parts"] for place in part["kept"]] + told["newlines"])
         assert kept == places.tolist()
         assert told["seconds"] > 0
         for part in told["parts"]:

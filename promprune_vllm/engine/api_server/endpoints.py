@@ -58,7 +58,7 @@ class Endpoints:
 
     name = "promprune"
     required_tasks = None
-    """None: also on servers that cannot prune, so that they can say so."""
+    """None means every task: a server that cannot prune says so."""
 
     def __init__(self) -> None:
         versions.require_names(versions.SERVER_NAMES)
