@@ -215,7 +215,7 @@ def test_each_conversation_of_a_batch_has_its_own_images(generating: Server) -> 
     assert headers(response) == (str(4 * FULL), str(2 * (ASKED + FULL)))
     refused = post(generating, "/v1/chat/completions/batch", {**batch, BUDGET: [1, 2, 3, 4]})
     assert refused.status_code == 400
-    assert "In a batch of conversations" in refused.json()["error"]["message"]
+    assert "In batched chat and scoring requests" in refused.json()["error"]["message"]
 
 
 def _rendered(server: Server, **fields: Any) -> dict[str, Any]:
