@@ -1,7 +1,8 @@
-"""Every test is in exactly one tier: `make test` runs it, or `make test-release` does."""
+"""Every test is in exactly one tier, `make test` or `make test-release`, and one of two processes runs it."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -55,6 +56,57 @@ def test_a_target_runs_one_tier(target: str, expected: set[str], tmp_path: Path)
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert set(re.findall(r"::(test_\S+)", shown.stdout)) == expected
+
+
+SLOW_TESTS = """
+import time
+import pytest
+TOGETHER = {together}
+
+@pytest.mark.parametrize("i", range(2))
+def test_slow(i):
+    time.sleep(0.2)
+"""
+MODULES = {
+    **{f"unit/test_{i}.py": None for i in range(4)},
+    **{f"server/test_{i}.py": None for i in range(4)},
+    **{f"engine/test_{i}.py": "shared" for i in range(3)},
+}
+"""Modules of tests, and what those are called that must not be parted."""
+
+
+def test_two_processes_run_each_module_once(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name, together in MODULES.items():
+        file = tmp_path / "tests" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(SLOW_TESTS.format(together=repr(together)))
+    for folder in ("", "unit", "server", "engine"):
+        (tmp_path / "tests" / folder / "__init__.py").touch()
+    shutil.copy(ROOT / "tests" / "module_queue.py", tmp_path / "tests")
+    (tmp_path / "queue").mkdir()
+    words = [sys.executable, "-m", "pytest", "-ptests.module_queue", "--no-cov", "-v", "-pno:randomly"]
+    processes = [
+        subprocess.Popen(
+            words,
+            cwd=tmp_path,
+            env={**os.environ, "SUITE_QUEUE": str(tmp_path / "queue"), "SUITE_SERVERS": servers},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for servers in ("1", "")
+    ]
+    shown = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    ran = [re.findall(r"tests/(\S+)::(test_slow\[\d\]) PASSED", each) for each in shown]
+    assert sorted(ran[0] + ran[1]) == sorted((name, f"test_slow[{i}]") for name in MODULES for i in range(2))
+    for each, begins_with_servers in zip(ran, (True, False), strict=True):
+        if each:  # one may start when the other is done
+            assert each[0][0].startswith("server/") == begins_with_servers
+    modules = [{name for name, _ in each} for each in ran]
+    assert not modules[0] & modules[1]
+    together = {name for name, shared in MODULES.items() if shared}
+    assert together <= modules[0] or together <= modules[1]
 
 
 def test_continuous_integration_runs_both() -> None:
