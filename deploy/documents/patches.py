@@ -1,4 +1,4 @@
-"""What is patched of vLLM, and what is set on its objects, as the documentation shows it."""
+"""The tables of our patches of vLLM, and of the attributes that we set on its objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from promprune_vllm.markdown import table
 
 
 def markdown() -> str:
-    """Render every patch, in the order in which a request meets the processes."""
+    """Render every patch, in the order in which a request passes through the processes."""
     columns = ("patched", "where", "for", "by")
     return table(
         columns, ((_target(each), each.stage.value, each.reason.feature, _file(each)) for each in PATCHES)
@@ -19,13 +19,13 @@ def markdown() -> str:
 
 
 def reasons_markdown() -> str:
-    """Render why vLLM is patched, and which change of vLLM's would let us delete how many rows."""
+    """Render why vLLM is patched, and which change in vLLM would let us delete how many patches."""
     columns = ("for", "why it takes a patch", "what would let us delete it", "rows")
     return table(columns, _reasons())
 
 
 def writes_markdown() -> str:
-    """Render which attributes of other programs' objects are set."""
+    """Render the attributes that we set on objects of other packages."""
     return table(("attribute", "why it is set"), ((f"`{name}`", why) for name, why in WRITES.items()))
 
 
@@ -40,8 +40,8 @@ def _reasons() -> Iterator[tuple[str, ...]]:
 def _target(patch: Patch) -> str:
     module, _, name = patch.target.partition(":")
     limits = (f"since {patch.since}" if patch.since else "", f"before {patch.before}" if patch.before else "")
-    noted = ", ".join(limit for limit in limits if limit)
-    return f"`{name}` of `{module.removeprefix('vllm.')}`" + (f" ({noted})" if noted else "")
+    versions = ", ".join(limit for limit in limits if limit)
+    return f"`{name}` of `{module.removeprefix('vllm.')}`" + (f" ({versions})" if versions else "")
 
 
 def _file(patch: Patch) -> str:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Run the whole suite in two processes side by side, and hold it to its coverage: `whole_suite.py`.
+"""Run the whole suite in two parallel processes, and check its coverage: `whole_suite.py`.
 
-Servers spend much of their start on one core, so on two the suite takes two thirds of the time. The folder of the
-servers' tests makes one process; all others the other. Arguments go to both.
+Servers use a single core for much of their start, so with two processes the suite takes two thirds of the time.
+tests/server runs in one process, all other folders in the other. Arguments go to both.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 APART = "server"
-"""The folder below tests/ that takes about as long as all others."""
+"""The folder below tests/ that takes about as long as all others together."""
 
 
 def folders() -> dict[str, list[str]]:
-    """Return the folders of each process."""
+    """Return the test folders of each process."""
     tests = ROOT / "tests"
     found = sorted({path.parent.relative_to(tests).parts[0] for path in tests.glob("*/**/test_*.py")})
     return {APART: [f"tests/{APART}"], "rest": [f"tests/{each}" for each in found if each != APART]}
 
 
 def start(name: str, paths: Sequence[str], options: Sequence[str]) -> subprocess.Popen[str]:
-    """Start the tests of some folders; coverage goes to a file of their own."""
+    """Start the tests of some folders, with coverage in a separate file."""
     coverage = ("--cov", "--cov-report=", "--cov-fail-under=0")
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", *coverage, *options, *paths],
@@ -40,7 +40,7 @@ def start(name: str, paths: Sequence[str], options: Sequence[str]) -> subprocess
 
 
 def show(process: subprocess.Popen[str], lock: threading.Lock) -> None:
-    """Print whole lines, so that those of two processes are not mixed up."""
+    """Print whole lines, so that the output of two processes does not mix within a line."""
     assert process.stdout is not None
     for line in process.stdout:
         with lock:
