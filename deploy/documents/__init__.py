@@ -1,1 +1,1 @@
-"""Builds the tables of README.md and docs/ from the code: ``make docs``. No wheel carries it."""
+"""Builds the tables of README.md and docs/ from the code: ``make docs``. Not part of the wheel."""

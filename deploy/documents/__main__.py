@@ -1,4 +1,4 @@
-"""``python -m deploy.documents`` writes every generated table into its page, and names the pages it changed."""
+"""``python -m deploy.documents`` writes every generated table into its page, and prints the pages it changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated blocks: what is between ``<!-- name -->`` and ``<!-- /name -->`` on a page."""
+"""The generated blocks of pages, between the marks ``<!-- name -->`` and ``<!-- /name -->``."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "writes": patches.writes_markdown,
     "lmms": lambda: lmms.table([]),
 }
-"""Name -> what renders it. Tables of measurements are written by what measures them: `make compatibility`."""
+"""Name -> function that renders the block. Tables of measurements are written by the measurement itself, such as
+`make compatibility`."""
 
 
 def write(pages: Sequence[Path]) -> list[Path]:
-    """Write every block into the page that has its marks.
+    """Write every block into the page with its marks.
 
     Returns:
         The pages that changed.
 
     Raises:
-        ValueError: Not exactly one page has the marks of a block.
+        ValueError: The marks of a block do not occur exactly once.
     """
     before = {page: page.read_text(encoding="utf-8") for page in pages}
     after = dict(before)
     for name, render in BLOCKS.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        found = [page for page, text in after.items() for _ in marks.finditer(text)]
-        if len(found) != 1:
+        matches = [page for page, text in after.items() for _ in marks.finditer(text)]
+        if len(matches) != 1:
             raise ValueError(
-                f"the marks <!-- {name} --> and <!-- /{name} --> are there {len(found)} times, not once"
+                f"the marks <!-- {name} --> and <!-- /{name} --> must occur once, but occur {len(matches)} times"
             )
-        (page,) = found
+        (page,) = matches
         start, opening, closing, end = marks.split(after[page])
         after[page] = f"{start}{opening}{render()}{closing}{end}"
     changed = [page for page in pages if after[page] != before[page]]

@@ -1,4 +1,4 @@
-"""The methods, as the README shows them, with how often they agree with the authors' own code."""
+"""The table of methods, with how often each agrees with its authors' own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AGREEMENT = Path(__file__).parents[2] / "tests" / "golden" / "agreement.json"
 UNSERVABLE = {
     "fastv": (
         "arXiv 2403.06764",
-        "Not servable this way: it prunes inside the decoder, behind layer 2, after the KV blocks of all N "
+        "Not servable this way: it prunes inside the decoder, after layer 2, when the KV blocks of all N "
         "tokens are allocated.",
     ),
     "sparsevlm": (
@@ -25,7 +25,7 @@ UNSERVABLE = {
         "N tokens are allocated.",
     ),
 }
-"""Published methods that need the decoder's attention maps: name -> paper, and why they cannot be here."""
+"""Published methods that need the decoder's attention maps: name -> paper, and why they cannot be supported."""
 
 _COLUMNS = ("method", "paper", "needs", "what it does", "merges or drops", "golden agreement")
 _ABSENT = "-"

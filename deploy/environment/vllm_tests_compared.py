@@ -1,4 +1,4 @@
-"""What two runs of vLLM's tests have in common, what differs and why: what vllm_tests.py does without running."""
+"""Compares two runs of vLLM's tests: the part of vllm_tests.py that runs nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ REASONS = Path(__file__).with_name("vllm_tests.toml")
 
 @dataclass(frozen=True)
 class Reason:
-    """Why tests differ: a pattern of their names, with * for anything, and a sentence."""
+    """Why tests differ: a pattern for their names, with * for anything, and a sentence."""
 
     tests: str
     reason: str
 
     def covers(self, test: str) -> bool:
-        # fnmatch would take the brackets of parameters for a set of characters.
+        # fnmatch would treat the brackets of parameters as a character set.
         return fnmatchcase(test, self.tests.replace("[", "[[]"))
 
 
@@ -35,11 +35,11 @@ class Difference:
 
 
 Outcomes = Mapping[str, tuple[str, str]]
-"""Test -> its outcome, and what it failed with."""
+"""Test -> its outcome, and its failure text."""
 
 
 def compare(without: Outcomes, with_plugin: Outcomes, reasons: Iterable[Reason]) -> dict[str, Any]:
-    """Return what came of two runs of the same tests, as printed by --json."""
+    """Compare two runs of the same tests; the result is what --json prints."""
     names = sorted(without.keys() | with_plugin.keys())
     known, none = list(reasons), ("did not run", "")
     differences = []
@@ -61,22 +61,22 @@ def compare(without: Outcomes, with_plugin: Outcomes, reasons: Iterable[Reason])
 
 
 def passes(result: Mapping[str, Any]) -> bool:
-    """Whether every difference has a reason, and every reason a difference."""
+    """Return whether every difference has a reason, and every reason a difference."""
     return not result["stale_reasons"] and all(each["reason"] for each in result["differences"])
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """Return the result as people read it."""
+    """Return the result as text."""
     equal = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result["equal_by_outcome"].items()))
     lines = [
-        f"{result['ran_both_ways']} tests of vLLM {result['vllm']} ran with the plugin and without it.",
-        f"equal: {result['equal']} ({equal}); those that fail without the plugin too tell nothing",
+        f"{result['ran_both_ways']} tests of vLLM {result['vllm']} ran with and without the plugin.",
+        f"equal: {result['equal']} ({equal}); tests that fail in both runs prove nothing",
         f"differing: {result['differing']}",
     ]
     for each in result["differences"]:
         lines.append(f"  {each['test']}: {each['without']} without, {each['with_plugin']} with")
         lines.append(f"    {each['reason'] or 'NO REASON: ' + (each['failure'].splitlines() or ['?'])[-1]}")
-    lines += [f"no longer differs, take it out of {REASONS.name}: {tests}" for tests in result["stale_reasons"]]
+    lines += [f"no longer differs, remove it from {REASONS.name}: {tests}" for tests in result["stale_reasons"]]
     return "\n".join(lines)
 
 

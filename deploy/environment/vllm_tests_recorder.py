@@ -1,6 +1,6 @@
-"""What pytest loads to run vLLM's own tests: loads vLLM's general plugins, records outcomes, keeps off the net.
+"""pytest plugin for vLLM's own tests: loads vLLM's general plugins, records outcomes, blocks network access.
 
-`vllm_tests.py` starts pytest with this, once with our plugin among those in ``VLLM_PLUGINS``, once without.
+`vllm_tests.py` starts pytest with it twice, with and without our plugin in ``VLLM_PLUGINS``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = "VLLM_TESTS_OUTCOMES"
-"""Variable that names the file: one JSON array for each test, its name, outcome and what it failed with."""
+"""Variable with the path of the output file: one JSON array per test with its name, outcome and failure text."""
 _KEPT = 2000  # characters of a failure
 _look_up = socket.getaddrinfo
 
 
 def pytest_configure(config: Any) -> None:
     config.pluginmanager.register(_Recorder())
-    # A test that wants something from the net fails at once, instead of after a minute of retries.
+    # A test that needs the network fails at once, instead of after a minute of retries.
     socket.getaddrinfo = _look_up_here
 
 
@@ -28,15 +28,15 @@ def pytest_sessionstart() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    # Some of the plugin's wraps wait until an engine asks for its scheduler; tests make schedulers themselves.
+    # Some of our patches are applied when an engine requests its scheduler; tests create schedulers themselves.
     from vllm.config.scheduler import SchedulerConfig
 
     SchedulerConfig.default_factory().get_scheduler_cls()
 
 
 def pytest_collection_finish() -> None:
-    # vLLM's suite collects garbage after every test. What was imported need not be looked through each time, which
-    # would be nine tenths of all it takes; and nobody is to thaw it.
+    # vLLM's suite runs the garbage collector after every test. Freezing what is imported makes that ten times
+    # faster, and nothing may unfreeze it.
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
@@ -48,7 +48,7 @@ def pytest_collectreport(report: Any) -> None:
 
 
 class _Recorder:
-    """Puts the reports of a test's set-up, call and teardown into one outcome."""
+    """Combines the reports of a test's setup, call and teardown into one outcome."""
 
     def __init__(self) -> None:
         self.outcome = "passed"
@@ -72,7 +72,7 @@ def _look_up_here(host: Any, *args: Any, **kwargs: Any) -> Any:
     numeric = not name or name[-1].isdigit() or ":" in name
     if numeric or name in ("localhost", socket.gethostname()):
         return _look_up(host, *args, **kwargs)
-    raise socket.gaierror(socket.EAI_NONAME, f"{name} is not looked up while vLLM's tests are run")
+    raise socket.gaierror(socket.EAI_NONAME, f"{name} is not resolved while vLLM's tests run")
 
 
 def _write(name: str, outcome: str, report: Any) -> None:

@@ -1,7 +1,8 @@
-"""Make what vLLM's tests would download: `vllm_tests_stand_ins.py FOLDER`, run in the environment with vLLM.
+"""Build stand-ins for what vLLM's tests would download: `vllm_tests_stand_ins.py FOLDER`, in vLLM's environment.
 
-Tiny checkpoints of ours under the names that the tests use of the Hugging Face hub, laid out as its cache, and
-pictures and a video under those of vLLM's assets. Tests that need the real ones fail with and without the plugin.
+They are our tiny checkpoints under the Hugging Face names that the tests use, in the layout of the hub's cache,
+and pictures and a video under the names of vLLM's assets. Tests that need the real ones fail with and without the
+plugin.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from promprune_vllm.demo.model import build_text_model
 
 FAMILIES: Mapping[str, str] = {
     "llava-hf/llava-1.5-7b-hf": "llava",
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": "llava",  # for tests of caches, to which any image model will do
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": "llava",  # for tests of caches, where any image model will do
     "llava-hf/llava-v1.6-mistral-7b-hf": "llava_next",
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
@@ -40,7 +41,7 @@ PICTURES = {
     "cherry_blossom.jpg": "RGB",
 }
 VIDEO, FRAMES, SIDE = "sample_demo_1.mp4", 40, 64
-POSITIONS = 32_768  # the tests' prompts are longer than what ours were made for
+POSITIONS = 32_768  # the tests' prompts are longer than our models' contexts
 _REVISION = "0" * 40
 
 
@@ -59,7 +60,7 @@ def publish(checkpoint: Path, hub: Path, name: str) -> None:
 
 
 def film(file: Path) -> None:
-    """Write a short video of one colour after another."""
+    """Write a short video that fades from black to white."""
     import cv2
     import numpy as np
 

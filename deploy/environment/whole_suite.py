@@ -44,7 +44,7 @@ def start(name: str, queue: str, options: Sequence[str]) -> subprocess.Popen[str
 
 
 def show(process: subprocess.Popen[str], lock: threading.Lock) -> None:
-    """Print whole lines, so that those of two processes are not mixed up."""
+    """Print whole lines, so that the output of two processes does not mix within a line."""
     assert process.stdout is not None
     for line in process.stdout:
         with lock:

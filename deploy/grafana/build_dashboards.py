@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the dashboards: `python deploy/grafana/build_dashboards.py`. What is committed is what this writes."""
+"""Write the dashboards: `python deploy/grafana/build_dashboards.py`. A test checks that they are up to date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # the next three lie beside this file
+sys.path.insert(0, str(HERE))  # for the three modules next to this file
 
 import overview  # noqa: E402
 import selection  # noqa: E402
@@ -24,21 +24,21 @@ INTERVALS = ("1m", "5m", "15m", "1h", "6h")
 
 
 def main() -> None:
-    """Write both files."""
+    """Write both dashboards."""
     FOLDER.mkdir(exist_ok=True)
     for name, text in documents().items():
         (FOLDER / name).write_text(text)
 
 
 def documents() -> dict[str, str]:
-    """Return the files by name."""
-    made = {"overview.json": build(overview, selection), "selection.json": build(selection, overview)}
-    return {name: _text(JSONEncoder().encode(each)) for name, each in made.items()}
+    """Return the text of each file, by name."""
+    dashboards = {"overview.json": build(overview, selection), "selection.json": build(selection, overview)}
+    return {name: _text(JSONEncoder().encode(each)) for name, each in dashboards.items()}
 
 
 def _text(encoded: str) -> str:
     document = json.loads(encoded)
-    # What the SDK writes unasked, and the Grafana we start does not know.
+    # Remove fields that the SDK adds but our version of Grafana does not know.
     for variable in document["templating"]["list"]:
         for name in ("auto", "auto_min", "auto_count"):
             variable.pop(name, None)
@@ -51,7 +51,7 @@ def build(page: ModuleType, other: ModuleType) -> model.Dashboard:
     """Build one dashboard, with a link to the other one."""
     link = dashboard.DashboardLink(other.TITLE).type(model.DashboardLinkType.LINK).url(f"/d/{other.UID}")
     link = link.icon("dashboard").tooltip(other.DESCRIPTION).include_vars(True).keep_time(True)
-    made = (
+    built = (
         dashboard.Dashboard(page.TITLE)
         .uid(page.UID)
         .description(page.DESCRIPTION)
@@ -64,20 +64,20 @@ def build(page: ModuleType, other: ModuleType) -> model.Dashboard:
         .link(link)
     )
     for variable in _variables(with_method=page is selection):
-        made = made.with_variable(variable)
+        built = built.with_variable(variable)
     number = 0
     for title, panels in page.rows():
         number += 1
-        made = made.with_row(dashboard.Row(title).id(number))
+        built = built.with_row(dashboard.Row(title).id(number))
         for panel in panels:
             number += 1
-            made = made.with_panel(panel.id(number))
-    return made.build()
+            built = built.with_panel(panel.id(number))
+    return built.build()
 
 
 def _variables(*, with_method: bool) -> list[object]:
     source = dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus")
-    # All is any model, also one that shows no build info; of methods it is those that select, without `none`.
+    # "All" models includes ones without build info; "All" methods are those that select tokens, not `none`.
     model_name = _label("model", "Model", "label_values(promprune_build_info, model_name)").all_value(".*")
     method = _label(
         "method", "Method", 'label_values(promprune_selection_seconds_count{model_name=~"$model"}, method)'
@@ -85,7 +85,7 @@ def _variables(*, with_method: bool) -> list[object]:
     interval = (
         dashboard.IntervalVariable("interval")
         .label("Averaged over")
-        .description("Window of every rate: short follows closely, long is smooth. At least four scrapes.")
+        .description("Time window of every rate: short reacts fast, long is smooth. Use at least four scrapes.")
         .values(",".join(INTERVALS))
         .auto(False)
         .current(_choice(INTERVALS[0], selected=True))

@@ -1,4 +1,4 @@
-"""The dashboard *Overview*: what pruning saves, what is asked for, and how the server does meanwhile."""
+"""The *Overview* dashboard: what pruning saves, what clients request, and how the server is doing."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from panels import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, YELLOW, facts, lines,
 
 UID = "promprune-overview"
 TITLE = "PromPrune: overview"
-DESCRIPTION = "What keeping fewer visual tokens saves, what clients ask for, and what the server does meanwhile."
+DESCRIPTION = "What keeping fewer visual tokens saves, what clients request, and how the server is doing."
 _OF_MODEL = 'model_name=~"$model"'
 _KEPT, _SEEN, _SAVED = (f"promprune_visual_tokens_{what}_total" for what in ("kept", "seen", "saved"))
 _OUTCOMES = {"pruned": GREEN, "full": BLUE, "text": GRAY, "refused": ORANGE, "failed": RED}
 
 
 def in_range(name: str, **labels: str) -> str:
-    """Return how much a counter grew in the time range on screen."""
+    """Return the PromQL for a counter's increase over the dashboard's time range."""
     return f"sum(increase({name}{{{_matchers(labels)}}}[$__range]))"
 
 
 def per_second(name: str, by: str = "", **labels: str) -> str:
-    """Return how fast a counter grows."""
+    """Return the PromQL for a counter's rate per second."""
     return f"sum{f' by ({by}) ' if by else ''}(rate({name}{{{_matchers(labels)}}}[$interval]))"
 
 
 def quantile(q: float, name: str, by: str = "", **labels: str) -> str:
-    """Return a quantile of a histogram."""
+    """Return the PromQL for a quantile of a histogram."""
     le = f"le, {by}" if by else "le"
     return f"histogram_quantile({q}, sum by ({le}) (rate({name}_bucket{{{_matchers(labels)}}}[$interval])))"
 
@@ -36,39 +36,39 @@ def _matchers(labels: dict[str, str]) -> str:
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
-    """Yield the rows, from the figures at the top to what runs."""
-    yield "In the time range on screen", _figures()
+    """Yield the rows, from the key figures at the top to the load."""
+    yield "Over the selected time range", _figures()
     yield "What pruning saves", _savings()
-    yield "What clients ask for", _requests()
-    yield "The server meanwhile (vLLM's own series)", _server()
-    yield "Load and what runs", _load()
+    yield "What clients request", _requests()
+    yield "Server performance (mostly vLLM's own metrics)", _server()
+    yield "Load and versions", _load()
 
 
 def _figures() -> list[Any]:
     return [
         number(
             "Visual tokens saved",
-            "Visual tokens of images that never entered the language model. A prompt counts once, also where "
-            "a cache already had its image.",
+            "Visual tokens that never entered the language model. Each prompt counts, even if its image was "
+            "already cached.",
             f"round({in_range(_SAVED)})",
             "short",
             base=GREEN,
         ),
         number(
             "Share kept",
-            "Visual tokens that entered the language model, of all that the images had. 100 % means that "
+            "Visual tokens that entered the language model, as a share of all visual tokens. 100 % means that "
             "nothing was pruned.",
             f"{in_range(_KEPT)} / ({in_range(_SEEN)} > 0)",
             "percentunit",
             base=GREEN,
             steps=((0.5, BLUE), (0.999, GRAY)),
             decimals=1,
-            empty="no image yet",
+            empty="no images yet",
         ),
         number(
             "KV cache saved",
-            "Bytes of KV cache that prompts did not fill because of pruning, over all layers and ranks, "
-            "added up over prompts (they did not all hold them at the same time).",
+            "Bytes of KV cache that prompts did not need because of pruning, over all layers and ranks, "
+            "summed over prompts (not all of them were in the cache at the same time).",
             in_range("promprune_kv_cache_saved_bytes_total"),
             "bytes",
             base=GREEN,
@@ -76,8 +76,8 @@ def _figures() -> list[Any]:
         ),
         number(
             "Prefill avoided",
-            "Floating-point operations of the language model's prefill that pruning made unnecessary, by the "
-            "formula in the metric's help text.",
+            "Floating-point operations of the language model's prefill that pruning avoided, by the formula in "
+            "the metric's help text.",
             in_range("promprune_prefill_flops_avoided_total"),
             "si:FLOP",
             base=GREEN,
@@ -88,16 +88,17 @@ def _figures() -> list[Any]:
 
 
 def _health() -> list[Any]:
-    # A failed request was counted before, by what it asked for.
-    asked = in_range("promprune_requests_total", outcome="pruned|full|text|refused")
-    unhappy = in_range("promprune_requests_total", outcome="refused|failed")
+    # A failed request is also counted under its other outcome.
+    total = in_range("promprune_requests_total", outcome="pruned|full|text|refused")
+    unsuccessful = in_range("promprune_requests_total", outcome="refused|failed")
     return [
-        number("Requests", "Prompts of every outcome, those without images too.", f"round({asked})", "short"),
+        number(
+            "Requests", "Prompts of every outcome, including those without images.", f"round({total})", "short"
+        ),
         number(
             "Refused or failed",
-            "Requests whose budget could not be honoured (HTTP 400), and requests whose selection went wrong "
-            "(HTTP 500), of all requests.",
-            f"{unhappy} / ({asked} > 0)",
+            "Share of requests whose budget was refused (HTTP 400), or whose token selection failed (HTTP 500).",
+            f"{unsuccessful} / ({total} > 0)",
             "percentunit",
             base=GREEN,
             steps=((0.05, YELLOW), (0.2, RED)),
@@ -105,8 +106,8 @@ def _health() -> list[Any]:
         ),
         number(
             "Policy level",
-            "Share of the server's default that images keep now where nothing else is asked. Below 100 % the "
-            "server is under load and adapts; without --visual-token-adapt-to-load it stays at 100 %.",
+            "Share of the server's default budget that is currently kept for requests without a budget. Below "
+            "100 %, the server is adapting to load; without --visual-token-adapt-to-load it stays at 100 %.",
             f"min(promprune_policy_level{{{_OF_MODEL}}})",
             "percentunit",
             base=RED,
@@ -114,7 +115,7 @@ def _health() -> list[Any]:
         ),
         number(
             "Alerts",
-            "Alerts of this project that are firing; Prometheus shows under /alerts which, and what to do.",
+            "Firing alerts of this project. Prometheus lists them under /alerts, with what to do.",
             'count(ALERTS{alertname=~"PromPrune.+", alertstate="firing"}) or vector(0)',
             "none",
             base=GREEN,
@@ -127,8 +128,8 @@ def _savings() -> list[Any]:
     return [
         lines(
             "Visual tokens",
-            "The height of both areas together is what the images had; the green part never entered the "
-            "language model. More green is more saved.",
+            "Both areas together are the visual tokens before pruning. The green part never entered the "
+            "language model: more green is more saved.",
             (per_second(_KEPT), "kept"),
             (per_second(_SAVED), "saved"),
             unit="tokens/s",
@@ -137,17 +138,17 @@ def _savings() -> list[Any]:
         ),
         lines(
             "Share kept, by method",
-            "Kept of seen, for each method that selects; `none` are images that keep everything. A gap: no "
-            "image of that method came.",
+            "Kept tokens as a share of all visual tokens, by method; `none` means images that keep every "
+            "token. A gap means that the method got no images.",
             (f"{per_second(_KEPT, 'method')} / ({per_second(_SEEN, 'method')} > 0)", "{{method}}"),
             unit="percentunit",
             share=True,
-            empty="no image yet",
+            empty="no images yet",
         ),
         lines(
             "KV cache and prefill saved",
-            "Left axis: bytes of KV cache each second of traffic did not fill. Right axis: floating-point "
-            "operations each second of traffic did not need.",
+            "Left axis: bytes of KV cache saved per second of traffic. Right axis: floating-point operations of "
+            "prefill avoided per second of traffic.",
             (per_second("promprune_kv_cache_saved_bytes_total"), "KV cache"),
             (per_second("promprune_prefill_flops_avoided_total"), "prefill"),
             unit="binBps",
@@ -163,8 +164,8 @@ def _requests() -> list[Any]:
     return [
         lines(
             "Requests by outcome",
-            "pruned: at least one image lost tokens. full: images kept every token. text: no image. refused: "
-            "HTTP 400 for the budget. failed: selecting went wrong; such a request is counted again, as failed.",
+            "pruned: at least one image lost tokens. full: all images kept every token. text: no images. "
+            "refused: HTTP 400 for the budget. failed: selection failed; also counted under its other outcome.",
             (per_second("promprune_requests_total", "outcome"), "{{outcome}}"),
             unit="reqps",
             colors=_OUTCOMES,
@@ -173,8 +174,8 @@ def _requests() -> list[Any]:
         ),
         lines(
             "Budgets by form",
-            "How the budgets of requests with images were written: a number of tokens, a share, full, auto, "
-            "a list with one entry for each image, or a total they share. Requests without one do not count.",
+            "Form of the budgets in requests with images: a number of tokens, a share, full, auto, a list with "
+            "one entry per image, or a total for all images. Requests without a budget are not counted.",
             (per_second("promprune_budgets_total", "form"), "{{form}}"),
             unit="reqps",
             stacked=True,
@@ -182,22 +183,22 @@ def _requests() -> list[Any]:
         ),
         lines(
             "Refused, by reason",
-            "invalid: not a budget. limits: outside the server's. images: does not fit the number of images. "
-            "method: not allowed here. unsupported: this model or image cannot be pruned. All at zero is good.",
+            "invalid: not a budget. limits: outside the server's limits. images: wrong number of entries for the "
+            "images. method: not allowed. unsupported: model or image cannot be pruned. All at zero is good.",
             (per_second("promprune_refused_requests_total", "reason"), "{{reason}}"),
             unit="reqps",
             width=6,
         ),
         lines(
-            "Images, and how many were known",
-            "Left axis: images each second, by whether vLLM's processor cache already had the image under "
-            "the same setting. Right axis: the share it had.",
+            "Images and processor cache hits",
+            "Left axis: images per second, by whether vLLM's processor cache already had the image with the "
+            "same settings. Right axis: share of images that were cached.",
             (per_second("promprune_images_total", cached="false"), "new"),
-            (hits, "known"),
-            (f"{hits} / ({per_second('promprune_images_total')} > 0)", "share known"),
+            (hits, "cached"),
+            (f"{hits} / ({per_second('promprune_images_total')} > 0)", "share cached"),
             unit="images/s",
-            colors={"new": BLUE, "known": GREEN, "share known": GRAY},
-            right={"share known": "percentunit"},
+            colors={"new": BLUE, "cached": GREEN, "share cached": GRAY},
+            right={"share cached": "percentunit"},
             width=6,
         ),
     ]
@@ -205,30 +206,30 @@ def _requests() -> list[Any]:
 
 def _server() -> list[Any]:
     first, whole = "vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds"
-    chosen = "promprune_selection_seconds"
+    selection = "promprune_selection_seconds"
     return [
         lines(
-            "Time to first token, and selecting in it",
-            "How long users wait for the first token (vLLM), with the time to choose one image's tokens "
-            "(ours) below it: selecting is worth it while its line stays far beneath.",
-            (quantile(0.5, first), "first token, half within"),
-            (quantile(0.95, first), "first token, 95 % within"),
-            (quantile(0.99, first), "first token, 99 % within"),
-            (quantile(0.95, chosen, stage="choose"), "selecting (ours), 95 % within"),
+            "Time to first token, and selection time",
+            "How long users wait for the first token (vLLM), and the time to select one image's tokens (ours), "
+            "which is part of it. Pruning pays off while the selection line stays far below.",
+            (quantile(0.5, first), "first token, p50"),
+            (quantile(0.95, first), "first token, p95"),
+            (quantile(0.99, first), "first token, p99"),
+            (quantile(0.95, selection, stage="choose"), "selection (ours), p95"),
             unit="s",
-            colors={"selecting (ours), 95 % within": GREEN},
+            colors={"selection (ours), p95": GREEN},
         ),
         lines(
             "End-to-end latency",
-            "From a request's arrival to its last token (vLLM).",
-            (quantile(0.5, whole), "half within"),
-            (quantile(0.95, whole), "95 % within"),
-            (quantile(0.99, whole), "99 % within"),
+            "Time from a request's arrival to its last token (vLLM).",
+            (quantile(0.5, whole), "p50"),
+            (quantile(0.95, whole), "p95"),
+            (quantile(0.99, whole), "p99"),
             unit="s",
         ),
         lines(
             "Throughput",
-            "Tokens the language model works on: of prompts (pruning makes these fewer) and of answers.",
+            "Tokens that the language model processes: of prompts (reduced by pruning) and of answers (vLLM).",
             (per_second("vllm:prompt_tokens_total"), "prompts"),
             (per_second("vllm:generation_tokens_total"), "answers"),
             unit="tokens/s",
@@ -243,8 +244,8 @@ def _load() -> list[Any]:
     return [
         lines(
             "KV cache used, and policy level",
-            "The fullest engine's KV cache (vLLM), and the share of the default that images keep (ours). The "
-            "policy goes down when the cache is nearly full or requests wait.",
+            "KV cache usage of the fullest engine (vLLM), and the share of the default budget in force (ours). "
+            "The policy level drops when the cache is nearly full or requests are waiting.",
             (f"max(vllm:kv_cache_usage_perc{{{_OF_MODEL}}})", "KV cache used"),
             (f"min(promprune_policy_level{{{_OF_MODEL}}})", "policy level"),
             unit="percentunit",
@@ -253,15 +254,15 @@ def _load() -> list[Any]:
         ),
         lines(
             "Requests in the server",
-            "Requests being worked on, and waiting for room (vLLM).",
+            "Requests that are running, and requests that are waiting to be scheduled (vLLM).",
             (f"sum(vllm:num_requests_running{{{_OF_MODEL}}})", "running"),
             (f"sum(vllm:num_requests_waiting{{{_OF_MODEL}}})", "waiting"),
             unit="short",
             colors={"running": BLUE, "waiting": ORANGE},
         ),
         facts(
-            "What runs",
-            "The models being served, the method that selects where a request names none, and the versions.",
+            "Models and versions",
+            "Models being served, the default method of each, and the versions.",
             f"group by ({', '.join(what)}) ({build})",
             what,
             width=8,

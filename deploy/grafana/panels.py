@@ -1,4 +1,4 @@
-"""How a panel of ours looks: one function for each kind, so that the dashboards say only what is shown."""
+"""Builds panels: one function per kind, so that the dashboards only define what is shown."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 GREEN, YELLOW, ORANGE, RED = "green", "yellow", "orange", "red"
 BLUE, PURPLE, GRAY = "blue", "purple", "#8e8e8e"
 Series = tuple[str, str]
-"""PromQL, and what the legend calls it."""
+"""PromQL, and its name in the legend."""
 
 
 def queries(*series: Series, once: bool = False, form: PromQueryFormat = PromQueryFormat.TIME_SERIES) -> list[Any]:
-    """Return one query for each series; ``once`` asks for the end of the time range alone."""
+    """Return one query per series; with ``once``, only for the end of the time range."""
     targets = []
     for letter, (expression, legend) in zip("ABCDEF", series, strict=False):
         target = prometheus.Dataquery().ref_id(letter).expr(expression).legend_format(legend).format(form)
@@ -27,7 +27,7 @@ def queries(*series: Series, once: bool = False, form: PromQueryFormat = PromQue
 
 
 def threshold_steps(base: str, *steps: tuple[float, str]) -> dashboard.ThresholdsConfig:
-    """Return colours that change from each of these values on."""
+    """Return a color for each range of values: ``base``, then one from each step's value."""
     first = model.Threshold(value=None, color=base)
     rest = [model.Threshold(value=value, color=color) for value, color in steps]
     return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps([first, *rest])
@@ -45,7 +45,7 @@ def number(
     decimals: int | None = None,
     empty: str = "nothing yet",
 ) -> stat.Panel:
-    """Return one large number: what holds at the end of the time range."""
+    """Return a panel with one large number: the value at the end of the time range."""
     panel = (
         stat.Panel()
         .title(title)
@@ -77,7 +77,7 @@ def lines(
     right: dict[str, str] | None = None,
     empty: str = "nothing yet",
 ) -> timeseries.Panel:
-    """Return lines over time, or stacked areas; ``right`` names lines with an axis and a unit of their own."""
+    """Return lines over time, or stacked areas; ``right`` gives lines on the right axis their unit."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -129,7 +129,7 @@ def _legend() -> common.VizLegendOptions:
 def cells(
     title: str, description: str, expression: str, *, unit: str, scheme: str = "Turbo", width: int = 12
 ) -> heatmap.Panel:
-    """Return a histogram over time: the stronger the colour, the more fell into that bucket."""
+    """Return a heatmap of a histogram over time: stronger color means more observations in that bucket."""
     axis = heatmap.YAxisConfig().unit(unit).axis_placement(look.AxisPlacement.LEFT)
     color = (
         heatmap.HeatmapColorOptions()
@@ -167,12 +167,12 @@ def cells(
 
 
 def facts(title: str, description: str, expression: str, columns: dict[str, str], *, width: int) -> table.Panel:
-    """Return a table of labels, one line for each series."""
+    """Return a table of labels, one row per series."""
     renamed = model.DataTransformerConfig(
         id_val="organize",
         options={
             "excludeByName": {"Time": True, "Value": True},
-            "indexByName": {label: place for place, label in enumerate(columns)},
+            "indexByName": {label: position for position, label in enumerate(columns)},
             "renameByName": columns,
         },
     )
@@ -184,7 +184,7 @@ def facts(title: str, description: str, expression: str, columns: dict[str, str]
         .targets(queries((expression, ""), once=True, form=PromQueryFormat.TABLE))
         .with_transformation(renamed)
         .show_header(True)
-        .no_value("no server with the plugin is being watched")
+        .no_value("no server with the plugin is being scraped")
         .height(8)
         .span(width)
     )

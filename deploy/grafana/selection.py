@@ -1,4 +1,4 @@
-"""The dashboard *Selection*: how long choosing tokens takes, what images are like, what they keep."""
+"""The *Selection* dashboard: how long token selection takes, what images are like, how many tokens they keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from panels import BLUE, GREEN, ORANGE, PURPLE, RED, YELLOW, cells, lines, numbe
 
 UID = "promprune-selection"
 TITLE = "PromPrune: selection"
-DESCRIPTION = "How long choosing visual tokens takes, what the images are like, and how many tokens they keep."
+DESCRIPTION = "How long token selection takes, what the images are like, and how many tokens they keep."
 _METHOD = "$method"
 _SECONDS, _KEPT = "promprune_selection_seconds", "promprune_image_kept_tokens"
 _ENTROPY, _SALIENCY = "promprune_spectral_entropy", "promprune_saliency_share"
@@ -18,11 +18,11 @@ _BATCH = "promprune_encoder_batch_tokens"
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
-    """Yield the rows, from the figures at the top to the encoder."""
-    yield "In the time range on screen", _figures()
-    yield "How long it takes", _time()
+    """Yield the rows, from the key figures at the top to the encoder."""
+    yield "Over the selected time range", _figures()
+    yield "How long selection takes", _time()
     yield "What the images are like", _content()
-    yield "What they keep", _kept()
+    yield "How many tokens they keep", _kept()
     yield "Vision encoder", _encoder()
 
 
@@ -44,15 +44,15 @@ def _figures() -> list[Any]:
     slow = quantile(0.99, _SECONDS, method=_METHOD, stage="choose").replace("$interval", "$__range")
     return [
         number(
-            "Images selected",
-            "Images whose tokens were chosen. One that is still in the encoder cache is not selected again.",
+            "Images pruned",
+            "Images whose tokens were selected. Images still in the encoder cache are not selected again.",
             f"round({in_range(f'{_SECONDS}_count', method=_METHOD, stage='choose')})",
             "short",
             width=4,
         ),
         number(
-            "Choosing, mean",
-            "Time to choose the tokens of one image, on average.",
+            "Selection time, mean",
+            "Average time to select the tokens of one image.",
             _mean(_SECONDS, method=_METHOD, stage="choose"),
             "s",
             base=GREEN,
@@ -60,8 +60,8 @@ def _figures() -> list[Any]:
             width=4,
         ),
         number(
-            "Choosing, 99 % within",
-            "99 of 100 images were done within this time. An alert is raised above 200 ms.",
+            "Selection time, p99",
+            "99 % of images took less than this time to select. There is an alert above 200 ms.",
             f"{slow} >= 0",
             "s",
             base=GREEN,
@@ -76,7 +76,7 @@ def _averages() -> list[Any]:
     return [
         number(
             "Tokens kept, mean",
-            "Visual tokens one image keeps on average, of images this method pruned.",
+            "Average number of visual tokens kept per image, over images that this method pruned.",
             _mean(_KEPT, method=_METHOD),
             "tokens",
             decimals=0,
@@ -84,7 +84,7 @@ def _averages() -> list[Any]:
         ),
         number(
             "Spectral entropy, mean",
-            "0: all tokens of an image are alike. 1: none are. PromPrune splits the budget by it.",
+            "0: all tokens of an image are alike. 1: all are different. PromPrune splits the budget by it.",
             _mean(_ENTROPY, method=_METHOD),
             "none",
             base=PURPLE,
@@ -94,7 +94,7 @@ def _averages() -> list[Any]:
         ),
         number(
             "Saliency share, mean",
-            "Part of the budget spent on tokens that the encoder attends to; the rest covers the other content.",
+            "Share of the budget spent on tokens that the encoder attends to; the rest covers the other content.",
             _mean(_SALIENCY, method=_METHOD),
             "percentunit",
             base=ORANGE,
@@ -109,24 +109,24 @@ def _time() -> list[Any]:
     of_method = {"method": _METHOD}
     return [
         lines(
-            "Choosing: quantiles",
-            "Half, 95 % and 99 % of images had their tokens chosen within this time.",
-            (quantile(0.5, _SECONDS, stage="choose", **of_method), "half within"),
-            (quantile(0.95, _SECONDS, stage="choose", **of_method), "95 % within"),
-            (quantile(0.99, _SECONDS, stage="choose", **of_method), "99 % within"),
+            "Selection time: quantiles",
+            "50 %, 95 % and 99 % of images had their tokens selected within this time.",
+            (quantile(0.5, _SECONDS, stage="choose", **of_method), "p50"),
+            (quantile(0.95, _SECONDS, stage="choose", **of_method), "p95"),
+            (quantile(0.99, _SECONDS, stage="choose", **of_method), "p99"),
             unit="s",
-            colors={"half within": GREEN, "95 % within": YELLOW, "99 % within": RED},
+            colors={"p50": GREEN, "p95": YELLOW, "p99": RED},
         ),
         lines(
-            "95 % within, by method and stage",
-            "choose: decide which tokens stay. assemble: gather or merge their rows. Merging methods spend "
-            "more on the second.",
+            "p95 by method and stage",
+            "choose: decide which tokens to keep. assemble: gather or merge their rows, which takes longer for "
+            "merging methods.",
             (quantile(0.95, _SECONDS, "method, stage", **of_method), "{{method}}, {{stage}}"),
             unit="s",
         ),
         lines(
-            "Mean time of one image, by stage",
-            "The two stages on top of each other: what an image costs altogether.",
+            "Mean time per image, by stage",
+            "Both stages, stacked: the total cost of pruning an image.",
             (_running_mean(_SECONDS, "stage", **of_method), "{{stage}}"),
             unit="s",
             colors={"choose": BLUE, "assemble": PURPLE},
@@ -140,15 +140,15 @@ def _time_of_every_image() -> list[Any]:
     of_method = {"method": _METHOD}
     return [
         cells(
-            "Choosing: every image",
-            "Each column is a moment, each cell a range of times: the brighter, the more images fell into "
-            "it. A second bright band is a second kind of images, larger ones for example.",
+            "Selection time: all images",
+            "Each column is a point in time, each cell a range of durations; brighter means more images. A "
+            "second bright band is a second kind of image, for example larger ones.",
             _buckets(_SECONDS, stage="choose", **of_method),
             unit="s",
         ),
         cells(
-            "Assembling: every image",
-            "The same for gathering or merging the rows of the tokens that stay.",
+            "Assembly time: all images",
+            "The same for gathering or merging the rows of the kept tokens.",
             _buckets(_SECONDS, stage="assemble", **of_method),
             unit="s",
         ),
@@ -159,8 +159,8 @@ def _content() -> list[Any]:
     return [
         cells(
             "Spectral entropy",
-            "How varied the tokens of images are: low for plain images, high for busy ones. If nearly all "
-            "lie at one end, `promprune calibrate` finds a better mu for this model.",
+            "How varied the tokens of images are: low for plain images, high for busy ones. If nearly all are "
+            "at one end, `promprune calibrate` finds a better mu for this model.",
             _buckets(_ENTROPY, method=_METHOD),
             unit="none",
             scheme="Purples",
@@ -168,8 +168,8 @@ def _content() -> list[Any]:
         ),
         cells(
             "Saliency share",
-            "Part of each budget spent on salient tokens. All at 0 % or all at 100 % means that mu or tau "
-            "does not suit this model.",
+            "Share of each budget spent on salient tokens. All at 0 % or all at 100 % means that mu or tau does "
+            "not fit this model.",
             _buckets(_SALIENCY, method=_METHOD),
             unit="percentunit",
             scheme="Oranges",
@@ -177,7 +177,7 @@ def _content() -> list[Any]:
         ),
         lines(
             "Means, by method",
-            "The two averages side by side: as images get more varied, less of the budget goes to salient tokens.",
+            "Both averages: the more varied the images, the less of the budget goes to salient tokens.",
             (_running_mean(_ENTROPY, "method", method=_METHOD), "entropy, {{method}}"),
             (_running_mean(_SALIENCY, "method", method=_METHOD), "saliency share, {{method}}"),
             unit="none",
@@ -191,8 +191,8 @@ def _kept() -> list[Any]:
     every = f"{_METHOD}|none"
     return [
         cells(
-            "Tokens kept by an image",
-            "How many tokens images kept, those that kept everything included. Bands are budgets.",
+            "Tokens kept per image",
+            "Number of tokens kept per image, including images that kept every token. Bands are budgets.",
             _buckets(_KEPT, method=every),
             unit="tokens",
             scheme="Greens",
@@ -200,15 +200,15 @@ def _kept() -> list[Any]:
         ),
         lines(
             "Tokens kept: quantiles",
-            "Half and 95 % of images kept at most so many tokens.",
-            (quantile(0.5, _KEPT, method=every), "half within"),
-            (quantile(0.95, _KEPT, method=every), "95 % within"),
+            "50 % and 95 % of images kept at most this many tokens.",
+            (quantile(0.5, _KEPT, method=every), "p50"),
+            (quantile(0.95, _KEPT, method=every), "p95"),
             unit="tokens",
-            colors={"half within": GREEN, "95 % within": YELLOW},
+            colors={"p50": GREEN, "p95": YELLOW},
         ),
         lines(
             "Images, by method",
-            "Images each second by the method that prunes them; `none` are images that keep every token.",
+            "Images per second, by the method that prunes them; `none` means images that keep every token.",
             (per_second("promprune_images_total", "method", method=every), "{{method}}"),
             unit="images/s",
             stacked=True,
@@ -219,27 +219,27 @@ def _kept() -> list[Any]:
 def _encoder() -> list[Any]:
     return [
         cells(
-            "Tokens in one call of the encoder",
-            "Unpruned tokens the vision encoder got at once. Pruning comes after it, so these do not shrink.",
+            "Tokens per encoder call",
+            "Unpruned tokens in one call of the vision encoder. Pruning happens after it, so they do not shrink.",
             _buckets(_BATCH),
             unit="tokens",
             scheme="Blues",
             width=8,
         ),
         lines(
-            "Calls of the encoder",
-            "Calls (micro-batches) each second, and images selected each second: with several images in a "
-            "call, the second line is the higher one.",
+            "Encoder calls",
+            "Calls (micro-batches) per second, and images pruned per second: with several images per call, the "
+            "second line is higher.",
             (per_second(f"{_BATCH}_count"), "calls"),
-            (per_second(f"{_SECONDS}_count", stage="choose"), "images selected"),
+            (per_second(f"{_SECONDS}_count", stage="choose"), "images pruned"),
             unit="ops",
-            colors={"calls": BLUE, "images selected": GREEN},
+            colors={"calls": BLUE, "images pruned": GREEN},
         ),
         lines(
-            "Tokens of a call, mean",
-            "Near one image's tokens: images come one by one. Higher: they are encoded together.",
-            (f"{per_second(f'{_BATCH}_sum')} / ({per_second(f'{_BATCH}_count')} > 0)", "tokens of a call"),
+            "Tokens per encoder call, mean",
+            "Close to one image's tokens: images are encoded one by one. Higher: they are encoded together.",
+            (f"{per_second(f'{_BATCH}_sum')} / ({per_second(f'{_BATCH}_count')} > 0)", "tokens per call"),
             unit="tokens",
-            colors={"tokens of a call": BLUE},
+            colors={"tokens per call": BLUE},
         ),
     ]

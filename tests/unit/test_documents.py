@@ -49,7 +49,7 @@ def test_building_the_documents_mends_what_is_out_of_date(tmp_path: Path) -> Non
     metrics.write_text(right.replace("| label | says |", "| label | said |"))
     assert write(copies) == [metrics]
     assert metrics.read_text() == right
-    with pytest.raises(ValueError, match="there 2 times, not once"):
+    with pytest.raises(ValueError, match="must occur once, but occur 2 times"):
         write([*copies, Path(shutil.copy(metrics, tmp_path / "twice.md"))])
 
 

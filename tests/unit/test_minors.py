@@ -213,7 +213,7 @@ def test_a_report_is_counted(compatibility: ModuleType) -> None:
         "</testcase><testcase classname='b' name='z'><skipped/></testcase><testcase classname='b' name='v'>"
         "<error/></testcase></testsuite></testsuites>"
     )
-    found = compatibility.counted(report)
+    found = compatibility.count_outcomes(report)
     assert found == {"passed": 1, "failed": 2, "skipped": 1, "failures": ["a::y", "b::v"]}
     assert not compatibility.green(found)
-    assert not compatibility.green(compatibility.counted(ElementTree.fromstring("<testsuites/>")))
+    assert not compatibility.green(compatibility.count_outcomes(ElementTree.fromstring("<testsuites/>")))

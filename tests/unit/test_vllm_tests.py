@@ -118,5 +118,5 @@ def test_only_keeps_what_pytest_selects_by(script: Any) -> None:
 
 
 def test_only_refuses_what_is_not_run(script: Any) -> None:
-    with pytest.raises(Exception, match="not among the tests that are run: lora"):
+    with pytest.raises(Exception, match="not among the tests that we run: lora"):
         script.select(script.PARTS, ["renderers", "lora"])
