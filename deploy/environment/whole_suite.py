@@ -22,8 +22,8 @@ APART = "server"
 def folders() -> dict[str, list[str]]:
     """Return the test folders of each process."""
     tests = ROOT / "tests"
-    found = sorted({path.parent.relative_to(tests).parts[0] for path in tests.glob("*/**/test_*.py")})
-    return {APART: [f"tests/{APART}"], "rest": [f"tests/{each}" for each in found if each != APART]}
+    names = sorted({path.parent.relative_to(tests).parts[0] for path in tests.glob("*/**/test_*.py")})
+    return {APART: [f"tests/{APART}"], "rest": [f"tests/{each}" for each in names if each != APART]}
 
 
 def start(name: str, paths: Sequence[str], options: Sequence[str]) -> subprocess.Popen[str]:

@@ -91,20 +91,20 @@ def gaze_loss(attention: list[Tensor], text: Tensor, owner: Tensor, centre: Tens
     length = named.shape[1]
     before = attention[0].shape[-1] - length
     prompt = before - owner.shape[-1]
-    asked = named != NONE
+    names_things = named != NONE
     same = _together(number)
-    counted = asked & (same & (text[:, 4] == TASK_IDS["count"])[:, None, :]).any(-1)
+    counted = names_things & (same & (text[:, 4] == TASK_IDS["count"])[:, None, :]).any(-1)
     previous = torch.eye(length, dtype=torch.bool, device=text.device).roll(-1, 1).tril()[None]
     wanted = _patches(named, owner)
     nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, prompt)
     edges = functional.pad(owner == EDGE, (prompt, 0))[:, None, None]
-    words = same & asked[:, None, :]
+    words = same & names_things[:, None, :]
     return (
-        _missing(attention[0], functional.pad(previous, (before, 0)), asked)
+        _missing(attention[0], functional.pad(previous, (before, 0)), names_things)
         + _missing(
             attention[1][..., :before].masked_fill(edges, NEVER),
             torch.cat([nothing, wanted], dim=-1),
-            asked & ~counted,
+            names_things & ~counted,
         )
         + _miscounted(attention[1][..., :before], wanted * centre[:, None], counted)
         + _missing(attention[2], functional.pad(words, (before, 0)), (text[:, 4] != NONE) & words.any(-1))

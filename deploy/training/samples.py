@@ -61,8 +61,8 @@ def sample(scene: Scene) -> Sample:
     patches = pixels.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 4, 1, 3).reshape(GRID * GRID, -1)
     rng = Random(f"{scene.split}/{scene.kind}/{scene.seed}/labels")
     held, labels, owner = _labels(scene.things, rng)
-    there = shown(scene.things)
-    named = np.array([name in there for name in NAMES], dtype=np.uint8)
+    names = shown(scene.things)
+    named = np.array([name in names for name in NAMES], dtype=np.uint8)
     text = pack(scene.questions(), scene.things)
     return Sample(np.ascontiguousarray(patches), held, labels, _class_targets(scene.things), named, owner, text)
 
@@ -79,10 +79,10 @@ def pack(questions: Sequence[Question], things: tuple[Thing, ...] = ()) -> NDArr
     rows[:2] = 0
     begin = 0
     for number, question in enumerate(questions):
-        asked, answer = token_ids(question.text), token_ids(question.answer)
+        text, answer = token_ids(question.text), token_ids(question.answer)
         if len(answer) != 1:
             raise ValueError(f"{question.answer!r} is not one token")
-        tokens = [*asked, _assistant_id(), *answer]
+        tokens = [*text, _assistant_id(), *answer]
         end = begin + len(tokens)
         if end > TEXT_TOKENS:
             continue
@@ -102,8 +102,8 @@ def subjects(question: Question, things: tuple[Thing, ...]) -> dict[int, int]:
     words = question.text.rstrip("?").split()
     last, task = len(words) - 1, question.task
 
-    def bits(wanted: Callable[[Thing], bool]) -> int:
-        return sum(1 << i for i, thing in enumerate(things) if wanted(thing))
+    def bits(matches: Callable[[Thing], bool]) -> int:
+        return sum(1 << i for i, thing in enumerate(things) if matches(thing))
 
     def named(end: int) -> int:
         return bits(lambda thing: thing.name == f"{words[end - 1]} {words[end]}")
@@ -116,12 +116,12 @@ def subjects(question: Question, things: tuple[Thing, ...]) -> dict[int, int]:
         return {2: bits(lambda thing: PLURALS.get(thing.what) == words[2])}
     ends = {"first": 1, "last": len(things) - 1}
     if task == "plate":
-        found = 1 << ends[words[3]] if words[3] in ends else bits(lambda t: t.name == f"{words[3]} glyph")
+        mask = 1 << ends[words[3]] if words[3] in ends else bits(lambda t: t.name == f"{words[3]} glyph")
     elif task == "colour":
-        found = bits(lambda thing: thing.what == words[last])
+        mask = bits(lambda thing: thing.what == words[last])
     else:
-        found = 1 if task.startswith("big") else named(last)
-    return {} if task == "which-image" else {last: found}
+        mask = 1 if task.startswith("big") else named(last)
+    return {} if task == "which-image" else {last: mask}
 
 
 @cache
