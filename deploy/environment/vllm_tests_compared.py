@@ -41,15 +41,15 @@ Outcomes = Mapping[str, tuple[str, str]]
 def compare(without: Outcomes, with_plugin: Outcomes, reasons: Iterable[Reason]) -> dict[str, Any]:
     """Compare two runs of the same tests; the result is what --json prints."""
     names = sorted(without.keys() | with_plugin.keys())
-    known, none = list(reasons), ("did not run", "")
+    entries, none = list(reasons), ("did not run", "")
     differences = []
     for name in names:
         before, (after, failure) = without.get(name, none)[0], with_plugin.get(name, none)
         if before != after:
-            reason = next((each.reason for each in known if each.covers(name)), None)
+            reason = next((each.reason for each in entries if each.covers(name)), None)
             differences.append(Difference(name, before, after, failure, reason))
     different = {each.test for each in differences}
-    judged = [each for each in known if any(each.covers(name) for name in names)]
+    judged = [each for each in entries if any(each.covers(name) for name in names)]
     return {
         "ran_both_ways": len(without.keys() & with_plugin.keys()),
         "equal": len(names) - len(different),

@@ -1,5 +1,5 @@
-"""Training the demo model: LLaVA-1.5's architecture, our scenes, a CPU and four hours.
+"""Trains the demo model: LLaVA-1.5's architecture, our scenes, four hours on a CPU.
 
-No wheel carries it, and nothing here is needed to serve the model. In a checkout, ``promprune demo-model`` runs it
-for ``--train`` and ``--score``.
+It is not part of the wheel, and serving the model does not need it. In a checkout, ``promprune demo-model`` runs
+it with ``--train`` and ``--score``.
 """

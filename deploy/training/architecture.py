@@ -1,4 +1,4 @@
-"""The demo model's shape and its weights before training."""
+"""The demo model's architecture and its initial weights."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PIXELS, SHAP
 VISION_HIDDEN, HIDDEN = 128, 192
 _POSITION_SCALE = 0.6
 
-# What the auxiliary heads tell of a patch: (name, width), in the order of their columns.
+# What the auxiliary heads predict for a patch: (name, width), in the order of their columns.
 PATCH_HEADS = (
-    ("shape", len(SHAPES) + 2),  # and card, plate
+    ("shape", len(SHAPES) + 2),  # also card and plate
     ("colour", len(COLOURS)),
     ("digit", 10),
-    ("rank", 3),  # first, in between or last on its plate
-    ("centre", 1),  # whether a thing's centre lies in it
+    ("rank", 3),  # first, middle or last on its plate
+    ("centre", 1),  # whether it contains the center of a thing
     ("xy", 2),
-    ("look", 5),  # its own mean red, green and blue, and how much it varies each way
+    ("look", 5),  # its mean red, green and blue, and its variation along each axis
 )
-SHOWN = len(SHAPES) * len(COLOURS) + 10  # what the class token tells: which coloured shapes and digits there are
+SHOWN = (
+    len(SHAPES) * len(COLOURS) + 10
+)  # predictions of the class token: which colored shapes and digits are shown
 
 
 class Heads(nn.Module):
-    """Heads that are read during training only: what every patch and the class token must tell."""
+    """Auxiliary heads, for training only: predictions from every patch and from the class token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Linear(VISION_HIDDEN, sum(width for _, width in PATCH_HEADS))
         self.shown = nn.Linear(VISION_HIDDEN, SHOWN)
-        self.place = nn.Linear(HIDDEN, 2)  # where the thing is that a word names, or that a question is about
-        nn.init.zeros_(self.place.weight)  # what it tells the others to do waits until it tells something
+        self.place = nn.Linear(HIDDEN, 2)  # position of the thing that a word names or a question is about
+        nn.init.zeros_(self.place.weight)  # no gradient reaches the other layers until it has learned something
 
     def forward(self, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """From `(B, 1 + K, Dv)`, the class token first: logits `(B, K, width)` by head, and `(B, SHOWN)`."""
+        """Map `(B, 1 + K, Dv)`, class token first, to logits `(B, K, width)` by head and `(B, SHOWN)`."""
         columns = self.patch(hidden[:, 1:]).split([width for _, width in PATCH_HEADS], dim=-1)
         return {name: part for (name, _), part in zip(PATCH_HEADS, columns, strict=True)}, self.shown(hidden[:, 0])
 
 
 def llava_config() -> LlavaConfig:
-    """The configuration that is trained and exported; 3.1 M parameters."""
+    """Return the configuration that is trained and exported; 3.1 M parameters."""
     vision = CLIPVisionConfig(
         hidden_size=VISION_HIDDEN,
         intermediate_size=512,
-        num_hidden_layers=5,  # the last one is in the file, as in every LLaVA, but no feature is read from it
+        num_hidden_layers=5,  # the last one is in the file, as in every LLaVA, but its output is not used
         num_attention_heads=4,
         image_size=PIXELS,
         patch_size=PATCH,
@@ -60,7 +62,7 @@ def llava_config() -> LlavaConfig:
         hidden_size=HIDDEN,
         intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=6,  # of 32, the least that vLLM's CPU attention takes
+        num_attention_heads=6,  # of size 32, the smallest that vLLM's CPU attention supports
         max_position_embeddings=tokenizer.MAX_TOKENS,
         **processing.ROLE_IDS,
         dtype="float32",
@@ -79,10 +81,10 @@ def llava_config() -> LlavaConfig:
 
 
 def new_model(seed: int) -> tuple[Any, Heads]:
-    """A `LlavaForConditionalGeneration` to be trained, and its heads.
+    """Return an untrained `LlavaForConditionalGeneration`, and its heads.
 
-    Patches start out knowing where they are (2-D sines and cosines): with random position embeddings the model did
-    not learn within half an hour where things lie or how two of them lie to each other.
+    Position embeddings start as 2-D sines and cosines: with random ones the model did not learn within half an
+    hour where things are, or how two of them are positioned relative to each other.
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(llava_config())
@@ -91,7 +93,7 @@ def new_model(seed: int) -> tuple[Any, Heads]:
         model.model.vision_tower.embeddings.position_embedding.weight[1:] = sin_cos_positions() * _POSITION_SCALE
         model.model.vision_tower.embeddings.position_embedding.weight[0] = 0.0
         _spread_llama(model.model.language_model)
-        unused = model.model.vision_tower.encoder.layers[-1]  # passes its input on, so that nobody reads noise
+        unused = model.model.vision_tower.encoder.layers[-1]  # made an identity, so that it never outputs noise
         for linear in (unused.self_attn.out_proj, unused.mlp.fc2):
             linear.weight.zero_()
             linear.bias.zero_()
@@ -101,9 +103,9 @@ def new_model(seed: int) -> tuple[Any, Heads]:
 
 
 def _spread_llama(llama: Any) -> None:
-    """Make embeddings and what layers add to them of about unit size.
+    """Scale embeddings and layer outputs to about unit size.
 
-    With the customary 0.02, a word was lost among what the first layer added to it, and reading stayed at chance.
+    With the usual 0.02, the first layer's output drowned out the word embeddings, and accuracy stayed at chance.
     """
     llama.embed_tokens.weight.normal_()
     for layer in llama.layers:
@@ -116,14 +118,14 @@ def _spread_llama(llama: Any) -> None:
 
 @torch.no_grad()
 def begin_projector(projector: Any, hidden: Tensor) -> None:
-    """Begin with a projector that takes the tower's features whitened, to tokens of zero mean and unit size.
+    """Initialize the projector to whiten the tower's features, with outputs of zero mean and unit size.
 
-    What the tower tells lies in directions of very different size (the colour in small ones), around a large mean.
-    Read as they are, shapes were learnt and colours were not.
+    The directions of the tower's features have very different scales (color is in small ones), around a large
+    mean. Without whitening, the model learned shapes but not colors.
 
     Args:
-        projector: Of a LLaVA.
-        hidden: ``(N, Dv)`` of what the trained tower tells.
+        projector: Projector of a LLaVA.
+        hidden: ``(N, Dv)`` features of the trained tower.
     """
     first, second = projector.linear_1, projector.linear_2
     mean = hidden.mean(0)
@@ -139,9 +141,9 @@ def begin_projector(projector: Any, hidden: Tensor) -> None:
 
 
 def sin_cos_positions() -> Tensor:
-    """Sines and cosines of the patch's row and column at eight to thirty-two periods, `(576, Dv)`."""
+    """Return sines and cosines of each patch's row and column at 32 frequencies per axis, `(576, Dv)`."""
     quarter = VISION_HIDDEN // 4
-    frequency = torch.pi * 2.0 ** torch.linspace(-1, 3, quarter)  # half a period to eight periods a side
+    frequency = torch.pi * 2.0 ** torch.linspace(-1, 3, quarter)  # half a period to eight periods per side
     at = (torch.arange(GRID) + 0.5) / GRID
     waves = torch.cat(
         [torch.sin(at[:, None] * frequency), torch.cos(at[:, None] * frequency)], dim=1

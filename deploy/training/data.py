@@ -1,4 +1,4 @@
-"""Training batches: scenes drawn by worker processes, each used a few times, with subsets of their patches."""
+"""Training batches: scenes drawn by worker processes and used a few times each, with subsets of their patches."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from promprune_vllm.demo.scenes.record import GRID
 
 PATCHES = GRID * GRID
 CONCENTRATED_SHARE = 0.3
-_POOL = 1536  # scenes kept for another use, 0.5 GB
+_POOL = 1536  # scenes kept for reuse, 0.5 GB
 _AT_A_TIME = 8
-_PAIR_QUESTIONS = 6  # of either answer
+_PAIR_QUESTIONS = 6  # per answer
 _SAMPLERS = ((0.65, "things"), (0.20, "strata"), (0.15, "anywhere"))
 
 Batch = dict[str, Tensor]
 
 
 class TrainingScenes(Dataset[Batch]):
-    """Scene number i of a run, for ever."""
+    """The scenes of a run by number, without end."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -38,15 +38,15 @@ class TrainingScenes(Dataset[Batch]):
 
 
 def as_tensors(one: Sample) -> Batch:
-    """A sample's arrays, by their names."""
+    """Return a sample's arrays as tensors, by name."""
     return {field.name: torch.from_numpy(getattr(one, field.name)) for field in fields(Sample)}
 
 
 class Pool:
-    """The latest scenes of a run; a batch takes some new ones and draws the others among them.
+    """The latest scenes of a run; a batch has some new ones and draws the others from the pool.
 
-    The state is the number of the next scene and that of the random generator: the scenes of a resumed run are
-    drawn anew, from the same seeds.
+    The state is the number of the next scene and the state of the random generator; a resumed run redraws its
+    scenes from the same seeds.
     """
 
     def __init__(self, seed: int, *, workers: int, following: int = 0, size: int = _POOL) -> None:
@@ -62,7 +62,7 @@ class Pool:
         self._take(following - self.following)
 
     def batch(self, size: int, *, uses: int) -> Batch:
-        """`size` scenes, `1 / uses` of them new."""
+        """Return `size` scenes, `1 / uses` of them new."""
         fresh = min(size, max(1, size // uses))
         self._take(fresh)
         held = min(self.following, self._size)
@@ -84,12 +84,12 @@ class Pool:
 
 
 def subset(held: Tensor, keep: int, generator: torch.Generator) -> Tensor:
-    """Choose patches of each scene, in raster order, as if they had been pruned.
+    """Select patches of each scene, in raster order, as if the image had been pruned.
 
     Args:
-        held: ``(B, 576)`` bool, patches with a thing: "things" takes these first.
-        keep: How many of the 576.
-        generator: Random numbers.
+        held: ``(B, 576)`` bool, patches with a thing; the sampler "things" takes these first.
+        keep: Number of patches to keep of the 576.
+        generator: Random generator.
 
     Returns:
         ``(B, keep)`` int64, ascending in each row.
@@ -100,21 +100,21 @@ def subset(held: Tensor, keep: int, generator: torch.Generator) -> Tensor:
     how = torch.multinomial(torch.tensor([share for share, _ in _SAMPLERS]), rows, True, generator=generator)
     score = torch.rand(rows, PATCHES, generator=generator)
     score = score + (held & (how == 0)[:, None])
-    chosen = score.topk(keep, dim=1).indices.sort(dim=1).values
+    kept = score.topk(keep, dim=1).indices.sort(dim=1).values
     edges = torch.arange(keep + 1) * PATCHES // keep
     strata = edges[:-1] + (torch.rand(rows, keep, generator=generator) * edges.diff()).long()
-    return torch.where((how == 1)[:, None], strata, chosen)
+    return torch.where((how == 1)[:, None], strata, kept)
 
 
 def pair_texts(named: Tensor, rng: Random) -> Tensor:
-    """Questions about each two scenes in a row, which of them shows a thing: `(B, 55)` to `(B / 2, 6, T)`."""
+    """Return questions about pairs of scenes, which of them shows a thing: `(B, 55)` to `(B / 2, 6, T)`."""
     packed = []
     for first, second in named.view(-1, 2, len(NAMES)).bool():
-        asked = []
+        questions = []
         for answer, only in (("first", first & ~second), ("second", second & ~first)):
             names = [NAMES[i] for i in only.nonzero().flatten().tolist()]
             for name in rng.sample(names, min(_PAIR_QUESTIONS, len(names))):
-                asked.append(Question("which-image", f"which image shows a {name}?", answer))
-        rng.shuffle(asked)
-        packed.append(pack(asked))
+                questions.append(Question("which-image", f"which image shows a {name}?", answer))
+        rng.shuffle(questions)
+        packed.append(pack(questions))
     return torch.from_numpy(np.stack(packed))

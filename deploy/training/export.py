@@ -1,4 +1,4 @@
-"""Writing the trained model as a checkpoint that vLLM and transformers load."""
+"""Writes the trained model as a checkpoint for vLLM and transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from promprune_vllm.demo.model import checkpoint_name, save_checkpoint
 
 
 def export(model: Any, directory: Path) -> Path:
-    """Write weights (bfloat16), configuration and processor; the heads of the training are left behind."""
+    """Write weights (bfloat16), configuration and processor, without the auxiliary heads of training."""
     import torch
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The model's own layers, called so that training pays for few tokens: subsets of patches, packed questions."""
+"""Runs the model's own layers on few tokens, to make training cheap: subsets of patches, packed questions."""
 
 from __future__ import annotations
 
@@ -14,53 +14,54 @@ from deploy.training import tokenizer
 from promprune_vllm.demo import processing
 from promprune_vllm.demo.scenes.record import PATCH
 
-# What some heads of the first three layers are told to do. Words that name a thing look at the word before them
-# ("red" meets "star"), then at the patches of what they name; then the place of the answer looks at those words.
+# Some heads of the first three layers are supervised. Words that name a thing attend to the word before them
+# ("red" meets "star"), then to the patches of what they name; then the answer position attends to those words.
 GAZING_LAYERS, GAZING_HEADS = (0, 1, 2), 3
-NEVER = -1e9  # a logit; minus infinity has no gradient where nothing else is
+NEVER = -1e9  # a masked logit; with minus infinity, fully masked rows would have no gradient
 PREFIX = (processing.BOS_ID, 4)  # <s>USER:, before the image
 
 
-def normalised(patches: Tensor, indices: Tensor) -> Tensor:
-    """Choose `(B, K)` patches of `(B, 576, 588)` uint8, normalised as CLIP's preprocessing does, float32."""
+def normalize_patches(patches: Tensor, indices: Tensor) -> Tensor:
+    """Return `(B, K)` patches of `(B, 576, 588)` uint8, normalized like CLIP's preprocessing, float32."""
     rows = torch.arange(len(patches), device=patches.device)[:, None]
     mean = torch.tensor(OPENAI_CLIP_MEAN, device=patches.device).repeat_interleave(PATCH * PATCH)
     std = torch.tensor(OPENAI_CLIP_STD, device=patches.device).repeat_interleave(PATCH * PATCH)
     return (patches[rows, indices].float() / 255 - mean) / std
 
 
-def look(chosen: Tensor) -> Tensor:
-    """What a patch looks like by itself: mean red, green, blue, and how much it changes across and down.
+def patch_statistics(patches: Tensor) -> Tensor:
+    """Return simple statistics of a patch: mean red, green, blue, and variation across and down.
 
     Args:
-        chosen: ``(B, K, 588)`` of `normalised`.
+        patches: ``(B, K, 588)`` from `normalize_patches`.
 
     Returns:
         ``(B, K, 5)``, of about unit size.
     """
-    planes = chosen.view(*chosen.shape[:2], 3, PATCH * PATCH)
+    planes = patches.view(*patches.shape[:2], 3, PATCH * PATCH)
     green = planes[:, :, 1].contiguous()
-    across = (green[..., 1:] - green[..., :-1]).abs().mean(-1).add(0.01).log()  # wraps around; it hardly shows
+    # `across` wraps around at the end of each row, which hardly matters.
+    across = (green[..., 1:] - green[..., :-1]).abs().mean(-1).add(0.01).log()
     down = (green[..., PATCH:] - green[..., :-PATCH]).abs().mean(-1).add(0.01).log()
     return torch.cat([planes.mean(-1), across[..., None] + 2, down[..., None] + 2], dim=-1)
 
 
-def see(tower: Any, chosen: Tensor, indices: Tensor) -> Tensor:
+def encode_patches(tower: Any, patches: Tensor, indices: Tensor) -> Tensor:
     """Run all but the last layer of the tower on some patches.
 
     Args:
         tower: A `CLIPVisionModel`.
-        chosen: ``(B, K, 588)`` of `normalised`.
-        indices: ``(B, K)``, which patches these are.
+        patches: ``(B, K, 588)`` from `normalize_patches`.
+        indices: ``(B, K)`` indices of these patches.
 
     Returns:
-        ``(B, 1 + K, Dv)``: what a LLaVA reads at its layer -2, the class token first.
+        ``(B, 1 + K, Dv)``: the features of LLaVA's layer -2, class token first.
     """
     embeddings = tower.embeddings
     weight = embeddings.patch_embedding.weight.flatten(1)
-    places = embeddings.position_embedding.weight
-    hidden = functional.linear(chosen, weight) + places[1:][indices]
-    first = (embeddings.class_embedding + places[0]).expand(len(chosen), 1, -1)
+    positions = embeddings.position_embedding.weight
+    hidden = functional.linear(patches, weight) + positions[1:][indices]
+    first = (embeddings.class_embedding + positions[0]).expand(len(patches), 1, -1)
     hidden = tower.pre_layrnorm(torch.cat([first.to(hidden.dtype), hidden], dim=1))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
@@ -69,7 +70,7 @@ def see(tower: Any, chosen: Tensor, indices: Tensor) -> Tensor:
 
 
 def prefix_tokens(images: int) -> list[list[int]]:
-    """The tokens before each image of a prompt, as the chat template writes them."""
+    """Return the tokens before each image of a prompt, as the chat template writes them."""
     from deploy.training.samples import token_ids
 
     if images == 1:
@@ -78,20 +79,20 @@ def prefix_tokens(images: int) -> list[list[int]]:
     return [[*PREFIX, *numbered[0]], *numbered[1:]]
 
 
-def read(
-    model: Any, images: list[Tensor], text: Tensor, watched: list[tuple[Tensor, Tensor]] | None = None
+def predict(
+    model: Any, images: list[Tensor], text: Tensor, captured: list[tuple[Tensor, Tensor]] | None = None
 ) -> Tensor:
-    """Answer packed questions; every question sees the images and itself, as if it were asked alone.
+    """Answer packed questions; each question attends to the images and itself, as if it were asked alone.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
         images: Projected tokens of the first image of each row, of the second, ...; each ``(B, K, D)``.
-        text: ``(B, 6, T)`` of `samples.pack`.
-        watched: Gets, of each of `GAZING_LAYERS`, what `_gaze` tells and the text's tokens after it, ``(B, T, D)``
-            of unit size.
+        text: ``(B, 6, T)`` from `samples.pack`.
+        captured: List that receives, for each of `GAZING_LAYERS`, the result of `_attention_logits` and the text
+            tokens after the layer, ``(B, T, D)`` of unit size.
 
     Returns:
-        ``(B, T, V)``: logits of the token after each.
+        ``(B, T, V)`` logits of the next token at each position.
     """
     llama = model.model.language_model
     embedded = []
@@ -101,21 +102,22 @@ def read(
     before = sum(part.shape[1] for part in embedded)
     ids, offsets, number = text[:, 0].long(), text[:, 1].long(), text[:, 2]
     hidden = torch.cat([*embedded, llama.embed_tokens(ids).to(embedded[1].dtype)], dim=1)
-    places = torch.cat([torch.arange(before, device=ids.device).expand(len(ids), -1), before + offsets], dim=1)
-    cos_sin = llama.rotary_emb(hidden, position_ids=places)
+    positions = torch.cat([torch.arange(before, device=ids.device).expand(len(ids), -1), before + offsets], dim=1)
+    cos_sin = llama.rotary_emb(hidden, position_ids=positions)
     mask = _mask(before, number)
     for depth, layer in enumerate(llama.layers):
         entering = hidden
-        hidden = layer(hidden, attention_mask=mask, position_ids=places, position_embeddings=cos_sin)
-        if watched is not None and depth in GAZING_LAYERS:
-            looks = _gaze(layer, entering, before, cos_sin).masked_fill(~mask[:, :, before:], NEVER)
-            watched.append((looks, functional.rms_norm(hidden[:, before:], hidden.shape[-1:])))
+        hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=cos_sin)
+        if captured is not None and depth in GAZING_LAYERS:
+            attention = _attention_logits(layer, entering, before, cos_sin)
+            attention = attention.masked_fill(~mask[:, :, before:], NEVER)
+            captured.append((attention, functional.rms_norm(hidden[:, before:], hidden.shape[-1:])))
     logits: Tensor = model.lm_head(llama.norm(hidden[:, before:]))
     return logits
 
 
-def _gaze(layer: Any, hidden: Tensor, before: int, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention logits of some heads from each token of the text to all, `(B, heads, T, before + T)`."""
+def _attention_logits(layer: Any, hidden: Tensor, before: int, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Return attention logits of some heads from each text token to all tokens, `(B, heads, T, before + T)`."""
     normed = layer.input_layernorm(hidden)
     attend = layer.self_attn
     query, key = (
@@ -128,7 +130,7 @@ def _gaze(layer: Any, hidden: Tensor, before: int, cos_sin: tuple[Tensor, Tensor
 
 
 def _mask(before: int, number: Tensor) -> Tensor:
-    """Who may look at whom, `(B, 1, before + T, before + T)` bool."""
+    """Return the attention mask, `(B, 1, before + T, before + T)` bool: true where attention is allowed."""
     rows, text = number.shape
     mask = torch.ones(before + text, before + text, dtype=torch.bool, device=number.device).tril()
     mask = mask.repeat(rows, 1, 1)

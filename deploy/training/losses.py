@@ -1,4 +1,4 @@
-"""What training makes small."""
+"""The training losses."""
 
 from __future__ import annotations
 
@@ -23,90 +23,96 @@ _WEIGHTS = {
     "look": 0.2,
     "shown": 5.0,
 }
-_END_WEIGHT = 0.1  # of </s> after the answer: it is learnt at once
-_COUNT_WEIGHT = 4.0  # of a number of things: learnt last, at half right when all else is above nine in ten
-_NOBODY = 3.0  # spreads the shares of none to four: 0, 0.25, 0.4, 0.5, 0.57
+_END_WEIGHT = 0.1  # weight of </s> after the answer, which is learned quickly
+_COUNT_WEIGHT = 4.0  # weight of counts, learned last: half are right when all else is above nine in ten
+_NOBODY = 3.0  # spreads the attention shares for counts of zero to four: 0, 0.25, 0.4, 0.5, 0.57
 
 
 def patch_loss(
-    told: dict[str, Tensor], shown: Tensor, truth: tuple[Tensor, Tensor], indices: Tensor, looks: Tensor
+    predictions: dict[str, Tensor],
+    shown: Tensor,
+    truth: tuple[Tensor, Tensor],
+    indices: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The auxiliary loss of the tower.
+    """Return the auxiliary loss of the tower.
 
     Args:
-        told: ``(B, K, width)`` by name of head.
+        predictions: ``(B, K, width)`` logits or values by head.
         shown: ``(B, SHOWN)`` logits of the class token.
-        truth: Labels ``(B, K, 5)`` and what is shown ``(B, SHOWN)``.
-        indices: ``(B, K)``, which patches these are.
-        looks: ``(B, K, 5)`` of `forward.look`.
+        truth: Labels ``(B, K, 5)``, and targets of the class token ``(B, SHOWN)``.
+        indices: ``(B, K)`` indices of these patches.
+        statistics: ``(B, K, 5)`` from `forward.patch_statistics`.
 
     Returns:
-        The loss, and by name a share right (of classes) or a loss (of the others).
+        The loss, and a figure by name: the share of right predictions for classes, a loss for the others.
     """
     labels, present = truth
     parts: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
+    figures: dict[str, Tensor] = {}
     for column, name in enumerate(_CLASSES):
         target = labels[..., column].flatten().long()
-        logits = told[name].flatten(0, 1).float()
-        known = target != NONE
+        logits = predictions[name].flatten(0, 1).float()
+        labeled = target != NONE
         losses = functional.cross_entropy(logits, target, ignore_index=NONE, reduction="sum")
-        parts[name] = losses / known.sum().clamp(min=1)
-        seen[name] = ((logits.argmax(-1) == target) & known).sum() / known.sum().clamp(min=1)
-    known, centre = labels[..., 4] != NONE, labels[..., 4].float() / 100
-    each = functional.binary_cross_entropy_with_logits(told["centre"][..., 0].float(), centre, reduction="none")
-    parts["centre"] = (each * known).sum() / known.sum().clamp(min=1)
-    parts["xy"] = functional.mse_loss(told["xy"].float(), _coordinates(indices))
-    parts["look"] = functional.mse_loss(told["look"].float(), looks.float())
+        parts[name] = losses / labeled.sum().clamp(min=1)
+        figures[name] = ((logits.argmax(-1) == target) & labeled).sum() / labeled.sum().clamp(min=1)
+    labeled, centre = labels[..., 4] != NONE, labels[..., 4].float() / 100
+    each = functional.binary_cross_entropy_with_logits(
+        predictions["centre"][..., 0].float(), centre, reduction="none"
+    )
+    parts["centre"] = (each * labeled).sum() / labeled.sum().clamp(min=1)
+    parts["xy"] = functional.mse_loss(predictions["xy"].float(), _coordinates(indices))
+    parts["look"] = functional.mse_loss(predictions["look"].float(), statistics.float())
     parts["shown"] = functional.binary_cross_entropy_with_logits(shown.float(), present.float())
-    seen |= {name: parts[name] for name in ("centre", "xy", "look", "shown")}
+    figures |= {name: parts[name] for name in ("centre", "xy", "look", "shown")}
     total = torch.stack([_WEIGHTS[name] * part for name, part in parts.items()]).sum()
-    return total, {name: value.detach() for name, value in seen.items()}
+    return total, {name: value.detach() for name, value in figures.items()}
 
 
-def gaze_loss(looks: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) -> Tensor:
-    """Make attention take the way from a question to its answer, a layer a step.
+def gaze_loss(attention: list[Tensor], text: Tensor, owner: Tensor, centre: Tensor) -> Tensor:
+    """Return a loss that guides attention from a question to its answer, one step per layer.
 
-    Words that name a thing look at the word before them; then at the patches of what they name, or at the prompt's
-    beginning where there is none; then the place of the answer looks at these words. Left to itself the reader did
-    not find the first step in half an hour. A patch at a thing's edge (`EDGE`) is neither right nor wrong.
+    Words that name a thing attend to the word before them; then to the patches of what they name, or to the start
+    of the prompt if there is no such thing; then the answer position attends to these words. Without this loss,
+    the reader did not find the first step in half an hour. Patches at a thing's edge (`EDGE`) count neither way.
 
-    Shares of attention add up to one, so looking at all there is of something tells nothing of how many there are:
-    words that ask for a number look at each thing alike, by its centre, and at the prompt's beginning `_NOBODY`
-    times as much.
+    Attention adds up to one, so attending to all instances of something does not show how many there are. Words
+    that ask for a number therefore attend equally to the center of each thing, and `_NOBODY` times as much to the
+    start of the prompt.
 
     Args:
-        looks: Three of ``(B, heads, T, P + K + T)`` of `forward.read`: prompt, image, text.
-        text: ``(B, 6, T)`` of `samples.pack`.
-        owner: ``(B, K)``, the thing that a patch must tell of.
-        centre: ``(B, K)``, the patch's share of its thing.
+        attention: Three of ``(B, heads, T, P + K + T)`` from `forward.predict`: prompt, image, text.
+        text: ``(B, 6, T)`` from `samples.pack`.
+        owner: ``(B, K)``, the thing that each patch is labeled with.
+        centre: ``(B, K)``, each patch's share of its thing.
     """
     named, number = text[:, 5].long(), text[:, 2]
     length = named.shape[1]
-    before = looks[0].shape[-1] - length
+    before = attention[0].shape[-1] - length
     prompt = before - owner.shape[-1]
-    asked = named != NONE
+    names_things = named != NONE
     same = _together(number)
-    counted = asked & (same & (text[:, 4] == TASK_IDS["count"])[:, None, :]).any(-1)
+    counted = names_things & (same & (text[:, 4] == TASK_IDS["count"])[:, None, :]).any(-1)
     previous = torch.eye(length, dtype=torch.bool, device=text.device).roll(-1, 1).tril()[None]
     wanted = _patches(named, owner)
     nothing = ~wanted.any(-1, keepdim=True).expand(-1, -1, prompt)
     edges = functional.pad(owner == EDGE, (prompt, 0))[:, None, None]
-    words = same & asked[:, None, :]
+    words = same & names_things[:, None, :]
     return (
-        _missing(looks[0], functional.pad(previous, (before, 0)), asked)
+        _missing(attention[0], functional.pad(previous, (before, 0)), names_things)
         + _missing(
-            looks[1][..., :before].masked_fill(edges, NEVER),
+            attention[1][..., :before].masked_fill(edges, NEVER),
             torch.cat([nothing, wanted], dim=-1),
-            asked & ~counted,
+            names_things & ~counted,
         )
-        + _miscounted(looks[1][..., :before], wanted * centre[:, None], counted)
-        + _missing(looks[2], functional.pad(words, (before, 0)), (text[:, 4] != NONE) & words.any(-1))
+        + _miscounted(attention[1][..., :before], wanted * centre[:, None], counted)
+        + _missing(attention[2], functional.pad(words, (before, 0)), (text[:, 4] != NONE) & words.any(-1))
     )
 
 
 def _miscounted(logits: Tensor, shares_wanted: Tensor, rows: Tensor) -> Tensor:
-    """Mean divergence, in nats, of attention `(B, heads, T, P + K)` from what tells how many are wanted."""
+    """Return the mean divergence, in nats, of attention `(B, heads, T, P + K)` from shares that show a count."""
     prompt = logits.shape[-1] - shares_wanted.shape[-1]
     heads = logits.float().log_softmax(-1)  # each by itself
     shares, nobody = heads[..., prompt:].mean(1), heads[..., :prompt].logsumexp(-1).mean(1)
@@ -116,16 +122,16 @@ def _miscounted(logits: Tensor, shares_wanted: Tensor, rows: Tensor) -> Tensor:
     return ((cross - own) * rows).sum() / rows.sum().clamp(min=1)
 
 
-def place_loss(told: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
-    """Make words that name one thing know where it is, and the place of the answer what they know.
+def place_loss(predictions: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
+    """Return a loss on the predicted position of things: at words that name one thing, and at the answer position.
 
-    Everything else that is asked was learnt without; where things are was at chance after an hour.
+    All other tasks were learned without it, but positions were still at chance after an hour.
 
     Args:
-        told: Two of ``(B, T, 2)``: what words tell after they looked at the image, and the place of the answer
-            after it looked at the words; columns and rows, -1 to 1.
-        text: ``(B, 6, T)`` of `samples.pack`.
-        owner: ``(B, 576)``, the thing that a patch must tell of, of all patches.
+        predictions: Two of ``(B, T, 2)``, column and row, -1 to 1: from words after they attended to the image,
+            and from the answer position after it attended to the words.
+        text: ``(B, 6, T)`` from `samples.pack`.
+        owner: ``(B, 576)``, the thing that each patch is labeled with.
     """
     named, number = text[:, 5].long(), text[:, 2]
     one = (named > 0) & (named & (named - 1) == 0)
@@ -136,43 +142,43 @@ def place_loss(told: list[Tensor], text: Tensor, owner: Tensor) -> Tensor:
     alone = same.sum(-1) == 1
     answered = (same.float() @ where) * alone[..., None]
     loss = torch.zeros((), device=text.device)
-    for values, truth, rows in zip(told, (where, answered), (one, alone), strict=True):
+    for values, truth, rows in zip(predictions, (where, answered), (one, alone), strict=True):
         loss = loss + ((values.float() - truth).square().mean(-1) * rows).sum() / rows.sum().clamp(min=1)
     return loss
 
 
 def _coordinates(indices: Tensor) -> Tensor:
-    """Columns and rows of patches, -1 to 1: `(...)` to `(..., 2)`."""
+    """Return columns and rows of patches, -1 to 1: `(...)` to `(..., 2)`."""
     return torch.stack([indices % GRID, indices // GRID], dim=-1) * (2 / (GRID - 1)) - 1
 
 
 def _together(number: Tensor) -> Tensor:
-    """Which tokens `(B, T)` belong to the same question, `(B, T, T)`."""
+    """Return which tokens `(B, T)` belong to the same question, `(B, T, T)` bool."""
     return number[:, :, None] == number[:, None, :]
 
 
 def _patches(named: Tensor, owner: Tensor) -> Tensor:
-    """Which patches `(B, K)` tell of what words `(B, T)` name, `(B, T, K)` bool."""
+    """Return which patches `(B, K)` show what words `(B, T)` name, `(B, T, K)` bool."""
     things = owner[:, None, :].long()
     return (named[..., None].clamp(min=0) >> things.clamp(min=0) & 1).bool() & (things >= 0)
 
 
 def _missing(logits: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
-    """Mean surprise, in nats, at how much attention `(B, heads, T, C)` rows `(B, T)` pay to the columns wanted."""
+    """Return the mean surprisal, in nats, of the attention `(B, heads, T, C)` that `rows` pay to `wanted`."""
     shares = logits.float().log_softmax(-1).masked_fill(~wanted[:, None], NEVER).logsumexp((1, 3))
     shares = (shares - math.log(logits.shape[1])).masked_fill(~rows, 0.0)
     return -shares.sum() / rows.sum().clamp(min=1)
 
 
 def answer_loss(logits: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of the packed answers.
+    """Return the loss of the packed answers.
 
     Args:
-        logits: ``(B, T, V)``.
-        text: ``(B, 6, T)`` of `samples.pack`.
+        logits: ``(B, T, V)`` logits.
+        text: ``(B, 6, T)`` from `samples.pack`.
 
     Returns:
-        The loss, and ``(B, T)`` whether the answer to come is the largest logit.
+        The loss, and ``(B, T)`` bool: whether the next token has the largest logit.
     """
     target = text[:, 3].long()
     each = functional.cross_entropy(

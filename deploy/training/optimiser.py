@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for the rest."""
+"""The optimizers: Muon for the matrices of the layers, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CLIP = 1.0
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` as "match_rms_adamw", but matrices of one shape at once, in float32.
+    """`torch.optim.Muon` with "match_rms_adamw", but in float32 and for all matrices of one shape at once.
 
-    torch's takes one matrix after another in bfloat16, which a CPU without instructions for it emulates: that took
-    a fifth of the time of a step.
+    torch's own version handles matrices one by one in bfloat16, which a CPU without bfloat16 instructions
+    emulates: that took a fifth of each step.
     """
 
     def __init__(self, matrices: list[nn.Parameter]) -> None:
@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # nothing to call
-        """Move every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         (group,) = self.param_groups
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in group["params"]:
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(updates: Tensor) -> Tensor:
-    """Newton-Schulz: `(N, rows, columns)` matrices with all singular values moved near 1."""
+    """Move all singular values of `(N, rows, columns)` matrices close to 1 by Newton-Schulz iterations."""
     tall = updates.shape[1] > updates.shape[2]
     wide = updates.mT if tall else updates
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -58,16 +58,16 @@ def _orthogonal(updates: Tensor) -> Tensor:
 
 
 class Optimiser:
-    """Both optimisers behind one `step`; parts of the model can be left out of a step."""
+    """Both optimizers with a single `step`, which can leave out parts of the model."""
 
     def __init__(self, parts: dict[str, Iterable[tuple[str, nn.Parameter]]]) -> None:
         self.groups: dict[str, list[torch.optim.Optimizer]] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
         for part, named in parts.items():
-            wanted = [(name, p) for name, p in named if p.requires_grad]
-            matrices = [p for name, p in wanted if p.ndim == 2 and ".layers." in name]
-            rest = [p for name, p in wanted if not (p.ndim == 2 and ".layers." in name)]
-            self.parameters[part] = [p for _, p in wanted]
+            trained = [(name, p) for name, p in named if p.requires_grad]
+            matrices = [p for name, p in trained if p.ndim == 2 and ".layers." in name]
+            rest = [p for name, p in trained if not (p.ndim == 2 and ".layers." in name)]
+            self.parameters[part] = [p for _, p in trained]
             self.groups[part] = [
                 torch.optim.AdamW(rest, lr=MUON_RATE * _ADAM_SHARE, betas=(0.9, 0.98), weight_decay=0.01)
             ]
@@ -75,7 +75,7 @@ class Optimiser:
                 self.groups[part].append(Muon(matrices))
 
     def step(self, rates: dict[str, float]) -> None:
-        """Move each part by its own share of the full learning rate; one that is not named stays."""
+        """Update each part with its share of the full learning rate; parts without a rate are not updated."""
         for part, rate in rates.items():
             torch.nn.utils.clip_grad_norm_(self.parameters[part], _CLIP)
             for optimiser in self.groups[part]:
@@ -88,11 +88,11 @@ class Optimiser:
                 parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """Return the state for `load_state_dict`."""
         return {part: [optimiser.state_dict() for optimiser in group] for part, group in self.groups.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another one was."""
+        """Restore a state."""
         for part, group in self.groups.items():
             for optimiser, one in zip(group, state[part], strict=True):
                 optimiser.load_state_dict(one)

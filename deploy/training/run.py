@@ -1,4 +1,4 @@
-"""What ``promprune demo-model --train`` and ``--score`` run."""
+"""Entry points of ``promprune demo-model --train`` and ``--score``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from deploy.training.trainer import CHECKPOINT, LOG, Trainer
 
 
 def train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool, tell: Callable[[str], None]) -> Path:
-    """Train a model in a directory, or go on with the one there, and write it as a checkpoint to ``out/model``.
+    """Train a model in a directory, or resume the training there, and export it to ``out/model``.
 
     Args:
-        out: Holds the training's own checkpoint and log.
-        minutes: Of training altogether.
+        out: Directory of the training's own checkpoint and log.
+        minutes: Total training time.
         device: "cpu" or "cuda".
-        seed: Of the weights and the scenes.
-        fresh: Begin anew even if there is a checkpoint.
-        tell: Is told about progress.
+        seed: Random seed of the weights and the scenes.
+        fresh: Start over even if there is a checkpoint.
+        tell: Called with lines of text on the progress.
 
     Raises:
         ValueError: The training in ``out`` has another seed.
@@ -38,11 +38,11 @@ def score(directory: Path, scenes: int) -> dict[str, dict[str, float]]:
     """Score an exported model on held-out scenes.
 
     Args:
-        directory: The checkpoint.
-        scenes: How many of each kind.
+        directory: Directory of the model.
+        scenes: Number of scenes per kind.
 
     Returns:
-        How many tokens it reads and how they are chosen -> what `scoring.score` returns.
+        Number of tokens and how they are selected -> result of `scoring.score`.
     """
     model, held_out = load(directory), held_out_scenes(scenes, scenes)
     ways = {"full": {}, "random 64": {"keep": 64}, "uniform 64": {"keep": 64, "sampler": "uniform"}}

@@ -1,4 +1,4 @@
-"""What the trainer gets of a scene: its patches, what each of them shows, and its questions packed in one row."""
+"""Training samples of scenes: patches, a label for each, and the questions packed into one row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from promprune_vllm.demo.scenes import TASKS, Question, Scene
 from promprune_vllm.demo.scenes.questions import shown
 from promprune_vllm.demo.scenes.record import COLOURS, GRID, PATCH, PLURALS, SHAPES, Thing
 
-TEXT_TOKENS = 176  # of all questions of a scene together; what does not fit is not asked
+TEXT_TOKENS = 176  # for all questions of a scene together; questions that do not fit are skipped
 NONE = -1  # no label
-EDGE = -2  # of a thing
+EDGE = -2  # the edge of a thing
 TASK_IDS = {task: i for i, task in enumerate((*TASKS, "which-image"))}
 LABELS = ("shape", "colour", "digit", "rank", "centre")  # columns of Sample.labels
 NAMES = (*(f"{colour} {what}" for what in (*SHAPES, "card") for colour in COLOURS), "plate")
 _WHATS = (*SHAPES, "card", "plate")
-_NEAR_PX = 10.0  # a patch whose centre is so near the centre of a small thing must tell what it is
-_NEAR_SHARE = 0.36  # ... of a large thing, so near as a share of its size
+_NEAR_PX = 10.0  # patches whose centers are this close to the center of a small thing are labeled with it
+_NEAR_SHARE = 0.36  # the same for a large thing, as a share of its size
 _CENTRES = (np.arange(GRID) + 0.5) * PATCH
-_BACKGROUND_SHARE = 0.1  # of the patches without a thing that must tell so
+_BACKGROUND_SHARE = 0.1  # share of the patches without a thing that are labeled as such
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class Sample:
     """One scene, as bytes and small integers.
 
     Args:
-        patches: ``(576, 588)`` uint8, each patch as the tower's convolution reads it: channel, row, column.
-        held: ``(576,)`` bool, patches that hold a part of a thing.
-        labels: ``(576, 5)`` int8, `LABELS`, or `NONE` where a patch need not tell. "centre" is in per cent: those
-            of a small or large thing's patches add up to 100, shared by how near they are to its centre.
-        shown: ``(58,)`` uint8, which coloured shapes and which digits there are.
-        named: ``(55,)`` uint8, which of `NAMES` there are.
-        owner: ``(576,)`` int8, which thing a patch must tell of, `EDGE` if it holds some other part of one, or
-            `NONE`.
+        patches: ``(576, 588)`` uint8, each patch in the order of the tower's convolution: channel, row, column.
+        held: ``(576,)`` bool, patches that contain a part of a thing.
+        labels: ``(576, 5)`` int8, `LABELS`, or `NONE` for unlabeled patches. "centre" is in percent: the values of
+            one thing's patches add up to 100, weighted by how close they are to its center.
+        shown: ``(58,)`` uint8, which colored shapes and which digits are in the scene.
+        named: ``(55,)`` uint8, which of `NAMES` are in the scene.
+        owner: ``(576,)`` int8, the thing that a patch is labeled with, `EDGE` if it contains another part of a
+            thing, or `NONE`.
         text: ``(6, TEXT_TOKENS)`` int32, see `pack`.
     """
 
@@ -61,8 +61,8 @@ def sample(scene: Scene) -> Sample:
     patches = pixels.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 4, 1, 3).reshape(GRID * GRID, -1)
     rng = Random(f"{scene.split}/{scene.kind}/{scene.seed}/labels")
     held, labels, owner = _labels(scene.things, rng)
-    there = shown(scene.things)
-    named = np.array([name in there for name in NAMES], dtype=np.uint8)
+    names = shown(scene.things)
+    named = np.array([name in names for name in NAMES], dtype=np.uint8)
     text = pack(scene.questions(), scene.things)
     return Sample(np.ascontiguousarray(patches), held, labels, _class_targets(scene.things), named, owner, text)
 
@@ -71,18 +71,18 @@ def pack(questions: Sequence[Question], things: tuple[Thing, ...] = ()) -> NDArr
     """Write questions and answers one after another.
 
     Returns:
-        ``(6, TEXT_TOKENS)``: token, position after the image, number of the question (`NONE` is padding), next
-        token to be learnt (`NONE` is not), the task's id where the answer is next, else `NONE`, and where a word
-        names things a bit for each of them, else `NONE`.
+        ``(6, TEXT_TOKENS)``: token; position after the image; number of the question (`NONE` for padding); next
+        token to learn (`NONE` if not learned); id of the task if the answer is next, else `NONE`; and, if a word
+        names things, one bit per thing, else `NONE`.
     """
     rows = np.full((6, TEXT_TOKENS), NONE, dtype=np.int32)
     rows[:2] = 0
     begin = 0
     for number, question in enumerate(questions):
-        asked, answer = token_ids(question.text), token_ids(question.answer)
+        text, answer = token_ids(question.text), token_ids(question.answer)
         if len(answer) != 1:
             raise ValueError(f"{question.answer!r} is not one token")
-        tokens = [*asked, _assistant_id(), *answer]
+        tokens = [*text, _assistant_id(), *answer]
         end = begin + len(tokens)
         if end > TEXT_TOKENS:
             continue
@@ -98,12 +98,12 @@ def pack(questions: Sequence[Question], things: tuple[Thing, ...] = ()) -> NDArr
 
 
 def subjects(question: Question, things: tuple[Thing, ...]) -> dict[int, int]:
-    """Which words of a question name which things: a bit for each thing by the word's number; 0 is none there."""
+    """Return which words of a question name which things: word number -> one bit per thing (0 if none)."""
     words = question.text.rstrip("?").split()
     last, task = len(words) - 1, question.task
 
-    def bits(wanted: Callable[[Thing], bool]) -> int:
-        return sum(1 << i for i, thing in enumerate(things) if wanted(thing))
+    def bits(matches: Callable[[Thing], bool]) -> int:
+        return sum(1 << i for i, thing in enumerate(things) if matches(thing))
 
     def named(end: int) -> int:
         return bits(lambda thing: thing.name == f"{words[end - 1]} {words[end]}")
@@ -116,12 +116,12 @@ def subjects(question: Question, things: tuple[Thing, ...]) -> dict[int, int]:
         return {2: bits(lambda thing: PLURALS.get(thing.what) == words[2])}
     ends = {"first": 1, "last": len(things) - 1}
     if task == "plate":
-        found = 1 << ends[words[3]] if words[3] in ends else bits(lambda t: t.name == f"{words[3]} glyph")
+        mask = 1 << ends[words[3]] if words[3] in ends else bits(lambda t: t.name == f"{words[3]} glyph")
     elif task == "colour":
-        found = bits(lambda thing: thing.what == words[last])
+        mask = bits(lambda thing: thing.what == words[last])
     else:
-        found = 1 if task.startswith("big") else named(last)
-    return {} if task == "which-image" else {last: found}
+        mask = 1 if task.startswith("big") else named(last)
+    return {} if task == "which-image" else {last: mask}
 
 
 @cache
@@ -131,7 +131,7 @@ def _tokenizer() -> Any:
 
 @cache
 def token_ids(text: str) -> tuple[int, ...]:
-    """The tokens of a text."""
+    """Return the tokens of a text."""
     return tuple(_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
@@ -173,7 +173,7 @@ def _labels(
 
 
 def _shares(thing: Thing, mine: NDArray[np.bool_]) -> NDArray[np.int8]:
-    """Divide a thing among its patches, in per cent: smoothly, since neighbours may be equally central."""
+    """Divide a thing among its patches, in percent: smoothly, as neighbors may be equally close to its center."""
     near = np.outer(
         np.maximum(0, 1 - np.abs(_CENTRES - thing.y) / PATCH),
         np.maximum(0, 1 - np.abs(_CENTRES - thing.x) / PATCH),

@@ -1,4 +1,4 @@
-"""What is trained when: four stages, as shares of the time there is."""
+"""The training schedule: four stages, as shares of the total time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of training.
+    """A stage of training.
 
     Args:
-        name: For the log.
-        share: Of the whole time.
-        batch: Scenes of a step with the fewest patches; a step with more has fewer.
-        keep: How many patches a step may take; one that stands here twice, twice as often.
-        uses: How often a scene is used.
-        tower: Learning rate of the tower at the start and the end, as shares of the full one.
-        reader: The same of the projector and the language model.
-        aux: Weight of the tower's own tasks.
-        gaze: Weight of looking at what a word names.
-        pairs: Share of the steps that ask about two images.
+        name: Name for the log.
+        share: Share of the total time.
+        batch: Scenes per step at the smallest number of patches; steps with more patches have fewer scenes.
+        keep: Numbers of patches that a step draws from; a repeated number is drawn more often.
+        uses: How often each scene is used.
+        tower: Learning rate of the tower at the start and the end, as shares of the full rate.
+        reader: The same for the projector and the language model.
+        aux: Weight of the tower's auxiliary loss.
+        gaze: Weight of the attention and position losses.
+        pairs: Share of steps with questions about two images.
     """
 
     name: str
@@ -37,20 +37,20 @@ class Stage:
 
 _KEEP = (96, 96, 144, 144, 208, 288)
 STAGES = (
-    # The tower learns to see by its own tasks, on a quarter of the patches: 3.7 times as many scenes in a minute.
+    # The tower learns from its auxiliary tasks, on a quarter of the patches: 3.7 times as many scenes per minute.
     Stage("see", 0.29, 32, (144,), 4, tower=(1.0, 0.5), reader=(0.0, 0.0), aux=1.0),
-    # The reader learns what questions are, and where to look, while the tower stands still: many small steps.
+    # The reader learns questions and attention while the tower is frozen: many small steps.
     Stage("read", 0.19, 8, (144,), 4, tower=(0.0, 0.0), reader=(1.0, 1.0), gaze=0.5),
-    # Both, on different shares of the patches: with one share only, counting is calibrated to it.
+    # Both, with different numbers of patches: with a single number, counting would adapt to it.
     Stage("both", 0.29, 24, _KEEP, 2, tower=(0.5, 0.25), reader=(1.0, 0.5), aux=0.3, gaze=0.5, pairs=0.08),
-    # All patches, as they are served, and now and then fewer.
+    # All patches, as in serving, and sometimes fewer.
     Stage("full", 0.23, 24, (576, 576, 576, 192), 2, (0.25, 0.01), (0.5, 0.02), aux=0.3, gaze=0.5, pairs=0.08),
 )
-_WARM_UP = 0.03  # of a stage
+_WARM_UP = 0.03  # share of a stage
 
 
 def stage_at(progress: float) -> tuple[Stage, float]:
-    """The stage at this share of the time, and how much of it has passed."""
+    """Return the stage at a share of the total time, and the share of the stage that has passed."""
     begin = 0.0
     for stage in STAGES:
         if progress < begin + stage.share:
@@ -60,7 +60,7 @@ def stage_at(progress: float) -> tuple[Stage, float]:
 
 
 def rates_at(stage: Stage, within: float) -> dict[str, float]:
-    """Learning rates of `tower` and `reader` as shares of the full one; a part that stands still is left out."""
+    """Return the learning rates of `tower` and `reader` as shares of the full rate; frozen parts are left out."""
     warm = min(1.0, within / _WARM_UP)
     fall = (1 + math.cos(math.pi * min(1.0, within))) / 2
     parts = {"tower": stage.tower, "reader": stage.reader}

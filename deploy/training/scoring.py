@@ -1,4 +1,4 @@
-"""How often the model is right about scenes it has not seen, and whether its class token looks at the things."""
+"""Scores the model on held-out scenes: accuracy, and whether its class token attends to the things."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deploy.training.data import PATCHES, as_tensors
-from deploy.training.forward import normalised, read, see
+from deploy.training.forward import encode_patches, normalize_patches, predict
 from deploy.training.samples import TASK_IDS, sample
 from promprune_vllm.demo.scenes import TASKS, Scene, make_scene
 
@@ -22,25 +22,25 @@ _TASK_NAMES = list(TASK_IDS)
 
 
 def held_out_scenes(scattered: int, concentrated: int, first_seed: int = 0) -> list[Scene]:
-    """So many scenes of each kind, from a seed on."""
+    """Return scenes of both kinds, with consecutive seeds from `first_seed`."""
     numbers = {"scattered": scattered, "concentrated": concentrated}
     return [make_scene(kind, first_seed + i) for kind, number in numbers.items() for i in range(number)]
 
 
 @torch.inference_mode()
 def score(model: Any, scenes: list[Scene], *, keep: int = PATCHES, sampler: str = "random") -> dict[str, float]:
-    """Answer every question of some scenes.
+    """Answer every question about some scenes.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
-        scenes: To be asked about.
-        keep: Visual tokens that are read; which ones is chosen after the tower, as a server would.
-        sampler: "random", or "uniform" for evenly spaced ones.
+        scenes: Scenes to ask about.
+        keep: Number of visual tokens to keep; they are selected after the tower, as in a server.
+        sampler: "random", or "uniform" for evenly spaced tokens.
 
     Returns:
-        Per cent right by task and their mean, `MACRO`; and `SALIENCY`, the area under the ROC curve of the class
-        token's attention against the patches that hold something, a mean over scenes; `SALIENCY_DIGITS`, the same
-        where a plate's empty face counts as background.
+        Percent correct by task, and their mean, `MACRO`; `SALIENCY`, the area under the ROC curve of the class
+        token's attention against the patches with a thing, averaged over scenes; `SALIENCY_DIGITS`, the same if
+        the empty face of a plate counts as background.
     """
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()
@@ -52,30 +52,30 @@ def score(model: Any, scenes: list[Scene], *, keep: int = PATCHES, sampler: str 
         columns = [as_tensors(sample(scene)) for scene in some]
         patches = torch.stack([column["patches"] for column in columns]).to(device)
         text = torch.stack([column["text"] for column in columns]).to(device)
-        hidden, attention = _look(model.model.vision_tower, patches)
+        hidden, attention = _encode(model.model.vision_tower, patches)
         for row, scene in zip(attention.cpu().numpy(), some, strict=True):
             areas[SALIENCY].append(_area(row, scene.mask().ravel()))
             areas[SALIENCY_DIGITS].append(_area(row, scene.mask(faces=False).ravel()))
         images = model.model.multi_modal_projector(hidden[:, 1:])
         rows = _choose(len(some), keep, sampler, generator).to(device)
         images = images.gather(1, rows[..., None].expand(-1, -1, images.shape[-1]))
-        good = read(model, [images], text).argmax(-1) == text[:, 3]
+        good = predict(model, [images], text).argmax(-1) == text[:, 3]
         for task, hit in zip(text[:, 4].flatten().tolist(), good.flatten().tolist(), strict=True):
             if task >= 0:
                 asked[_TASK_NAMES[task]] += 1
                 right[_TASK_NAMES[task]] += hit
     scores = {task: 100 * right[task] / asked[task] for task in TASKS if asked[task]}
-    looks = {name: float(np.mean(each)) for name, each in areas.items()}
-    return scores | {MACRO: float(np.mean(list(scores.values())))} | looks
+    saliency = {name: float(np.mean(each)) for name, each in areas.items()}
+    return scores | {MACRO: float(np.mean(list(scores.values())))} | saliency
 
 
 def check(model: Any) -> dict[str, float]:
-    """Score a model in training on 60 held-out scenes, none of which is among the first million."""
+    """Score a model during training on 60 held-out scenes with seeds from one million."""
     return score(model, held_out_scenes(40, 20, first_seed=10**6))
 
 
-def _look(tower: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tower tells of all patches, `(B, 577, Dv)`; its last used layer's class attention, `(B, 576)`."""
+def _encode(tower: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tower's features `(B, 577, Dv)`, and the class attention of its last used layer `(B, 576)`."""
     captured: list[Tensor] = []
     layer = tower.encoder.layers[-2]
     hook = layer.self_attn.register_forward_pre_hook(
@@ -83,7 +83,7 @@ def _look(tower: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
     )
     indices = torch.arange(PATCHES, device=patches.device).expand(len(patches), -1)
     try:
-        hidden = see(tower, normalised(patches, indices), indices)
+        hidden = encode_patches(tower, normalize_patches(patches, indices), indices)
     finally:
         hook.remove()
     attend = layer.self_attn
@@ -103,7 +103,7 @@ def _choose(rows: int, keep: int, sampler: str, generator: torch.Generator) -> T
 
 
 def _area(score: Any, truth: Any) -> float:
-    """The area under the ROC curve; 0.5 where all patches or none hold something."""
+    """Return the area under the ROC curve; 0.5 if all patches or none have a thing."""
     positives = int(truth.sum())
     if positives in (0, len(truth)):
         return 0.5
@@ -113,7 +113,7 @@ def _area(score: Any, truth: Any) -> float:
 
 
 def load(directory: Path) -> Any:
-    """The exported model, in float32."""
+    """Load an exported model in float32."""
     from transformers import LlavaForConditionalGeneration
 
     return LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""The input side of the trained model: a word is a token where we know it, and its bytes where we do not."""
+"""Input processing of the trained model: known words are single tokens, other text is split into bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from promprune_vllm.demo.scenes.record import COLOURS, PATCH, PIXELS, PLURALS, Q
 
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-VOCAB_SIZE = 384  # of the embedding; a multiple of 64
+VOCAB_SIZE = 384  # rows of the embedding; a multiple of 64
 MAX_TOKENS = 4096  # positions of the language model
 _SPACE = "▁"
 _WORDS = (
@@ -25,8 +25,8 @@ _WORDS = (
     *ORDINALS,
 )
 
-# LLaVA-1.5's form, images first. Of several images each is numbered, so that a question can tell them apart; one
-# alone is not. The template writes <s>, and the tokenizer never adds one by itself.
+# LLaVA-1.5's format, images first. Several images are numbered, so that a question can refer to them; a single one
+# is not. The template writes <s>, and the tokenizer never adds one.
 CHAT_TEMPLATE = f"{{%- set ordinals = {list(ORDINALS)!r} %}}\n" + processing.CHAT_FRAME.replace(
     processing.IMAGES_OPEN,
     """\
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = f"{{%- set ordinals = {list(ORDINALS)!r} %}}\n" + processing.CHA
 
 
 def tokenizer() -> Any:
-    """A `PreTrainedTokenizerFast` of lower-case words; any other text becomes one token per byte."""
+    """Return a `PreTrainedTokenizerFast` of lower-case words; any other text becomes one token per byte."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -84,7 +84,7 @@ def _backend() -> Any:
             decoders.Strip(" ", left=1, right=0),
         ]
     )
-    # They swallow the spaces around them, so that nothing stands between <image> and the question's first word.
+    # They strip the spaces around them, so that the question's first word directly follows <image>.
     backend.add_special_tokens(
         [AddedToken(t, special=True, normalized=False, lstrip=True, rstrip=True) for t in SPECIAL_TOKENS]
     )
@@ -94,5 +94,5 @@ def _backend() -> Any:
 
 
 def processor() -> Any:
-    """A `LlavaProcessor` with CLIP's preprocessing at 336 px."""
+    """Return a `LlavaProcessor` with CLIP's preprocessing at 336 px."""
     return processing.llava_processor(PIXELS, PATCH, tokenizer())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deploy.training import schedule
 from deploy.training.architecture import Heads, begin_projector, new_model
 from deploy.training.data import Pool, pair_texts, subset
-from deploy.training.forward import look, normalised, read, see
+from deploy.training.forward import encode_patches, normalize_patches, patch_statistics, predict
 from deploy.training.losses import answer_loss, gaze_loss, patch_loss, place_loss
 from deploy.training.optimiser import Optimiser
 from deploy.training.samples import LABELS, TASK_IDS
@@ -30,20 +30,20 @@ from promprune_vllm.demo.threads import torch_threads
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0
 _LOG_EVERY_S = 20.0
-_CHECK_EVERY_S = 300.0  # a look at held-out scenes
+_CHECK_EVERY_S = 300.0  # scoring on held-out scenes
 _TASKS = list(TASK_IDS)
 
 
 class Trainer:
-    """One run, in a directory of its own; made anew in the same directory it goes on where the last one was saved.
+    """One run in its own directory; a new trainer in the same directory resumes from the last checkpoint.
 
     Args:
-        directory: Where the checkpoint and the log are.
-        minutes: Of training altogether, those before a resumption included; not of checks and saving.
+        directory: Directory of the checkpoint and the log.
+        minutes: Total training time, including time before a resumption, but without scoring and saving.
         device: "cpu" or "cuda".
-        seed: Of the weights and the scenes.
-        tell: Is told about progress.
-        workers: Processes that draw scenes; by default one beside a training CPU, all cores but one beside a GPU.
+        seed: Random seed of the weights and the scenes.
+        tell: Called with lines of text on the progress.
+        workers: Processes that draw scenes; by default one when training on a CPU, all cores but one with a GPU.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Trainer:
         self.model.to(device)
         self.heads.to(device)
         self.optimiser = Optimiser(_parts(self.model, self.heads))
-        # One thread per part of a batch, not all threads on every operation: these are small, and on two cores
-        # half of the time went into waiting for each other.
+        # One thread per shard of a batch, instead of all threads on every operation: operations are small, and on
+        # two cores half of the time was spent on synchronization.
         self.shards = 1 if device == "cuda" else max(1, min(8, os.cpu_count() or 1))
         self._threads = ThreadPoolExecutor(self.shards)
         self.elapsed, self.step, self.scenes, self.stage, self.reading = 0.0, 0, 0, "", False
@@ -80,21 +80,23 @@ class Trainer:
             self.pool = Pool(self.seed, workers=self.workers)
             return
         if state["seed"] != self.seed:
-            raise ValueError(f"{self.directory} holds a run with seed {state['seed']}; begin afresh or elsewhere")
+            raise ValueError(
+                f"{self.directory} has a run with seed {state['seed']}: use --fresh, or another directory"
+            )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.elapsed, self.step, self.scenes = state["elapsed"], state["step"], state["scenes"]
         self.reading = state["reading"]
-        log = self.directory / LOG  # without what came after the checkpoint
+        log = self.directory / LOG  # drop lines from after the checkpoint
         lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
-        self.tell(f"going on at step {self.step}, {self.elapsed / 60:.1f} min")
+        self.tell(f"resuming at step {self.step}, {self.elapsed / 60:.1f} min")
         self.pool = Pool(self.seed, workers=self.workers, following=state["following"])
         self.pool.generator.set_state(state["generator"])
 
     def save(self) -> None:
-        """Write the checkpoint; a crash meanwhile leaves the one before."""
+        """Write the checkpoint atomically: a crash leaves the previous one intact."""
         state = {
             "seed": self.seed,
             "model": self.model.state_dict(),
@@ -112,11 +114,11 @@ class Trainer:
         os.replace(fresh, self.directory / CHECKPOINT)
 
     def train(self, check: Callable[[Any], dict[str, float]] | None = None, *, limit_s: float = math.inf) -> None:
-        """Train until the time is over.
+        """Train until the time is up.
 
         Args:
-            check: Scores the model on held-out scenes, now and then.
-            limit_s: Stop after so many seconds at the latest, wherever the schedule stands then.
+            check: Function that scores the model on held-out scenes; called periodically.
+            limit_s: Stop after at most this many seconds, at any point of the schedule.
         """
         with torch_threads(1) if self.device == "cpu" else nullcontext():
             self._train(check, min(self.seconds, self.elapsed + limit_s))
@@ -149,8 +151,8 @@ class Trainer:
     def _begin_reading(self) -> None:
         batch = self.pool.batch(32, uses=4)
         indices = subset(batch["held"], 144, self.pool.generator).to(self.device)
-        chosen = normalised(batch["patches"].to(self.device), indices)
-        hidden = see(self.model.model.vision_tower, chosen, indices)
+        chosen = normalize_patches(batch["patches"].to(self.device), indices)
+        hidden = encode_patches(self.model.model.vision_tower, chosen, indices)
         begin_projector(self.model.model.multi_modal_projector, hidden[:, 1:].flatten(0, 1))
         self.reading = True
 
@@ -158,7 +160,7 @@ class Trainer:
         rng = Random(f"step/{self.seed}/{self.step}")
         keep = rng.choice(stage.keep)
         paired = rng.random() < stage.pairs
-        whole = 2 * self.shards  # every shard has the same number of pairs
+        whole = 2 * self.shards  # gives every shard the same number of pairs
         size = max(whole, stage.batch * min(stage.keep) // keep // whole * whole)
         batch = self.pool.batch(size, uses=stage.uses)
         if paired:
@@ -191,20 +193,22 @@ class Trainer:
     def _loss(self, stage: Stage, batch: dict[str, Tensor], sums: Counter[str], *, paired: bool) -> Tensor:
         indices, text = batch["indices"], batch["text"]
         with torch.set_grad_enabled(stage.tower[0] > 0):
-            chosen = normalised(batch["patches"], indices)
-            hidden = see(self.model.model.vision_tower, chosen, indices)
+            chosen = normalize_patches(batch["patches"], indices)
+            hidden = encode_patches(self.model.model.vision_tower, chosen, indices)
             loss = torch.zeros((), device=self.device)
             if stage.aux:
-                told, shown = self.heads(hidden)
+                predictions, shown = self.heads(hidden)
                 labels = batch["labels"].gather(1, indices[..., None].expand(-1, -1, batch["labels"].shape[-1]))
-                aux, seen = patch_loss(told, shown, (labels, batch["shown"]), indices, look(chosen))
+                aux, figures = patch_loss(
+                    predictions, shown, (labels, batch["shown"]), indices, patch_statistics(chosen)
+                )
                 loss = loss + stage.aux * aux
-                sums.update({"aux steps": 1} | {f"aux {name}": value.item() for name, value in seen.items()})
+                sums.update({"aux steps": 1} | {f"aux {name}": value.item() for name, value in figures.items()})
         if not stage.reader[0]:
             return loss
         images = self.model.model.multi_modal_projector(hidden[:, 1:])
-        watched: list[tuple[Tensor, Tensor]] = []
-        logits = read(self.model, [images[0::2], images[1::2]] if paired else [images], text, watched)
+        captured: list[tuple[Tensor, Tensor]] = []
+        logits = predict(self.model, [images[0::2], images[1::2]] if paired else [images], text, captured)
         answers, right = answer_loss(logits, text)
         for task, good in zip(text[:, 4].flatten().tolist(), right.flatten().tolist(), strict=True):
             if task >= 0:
@@ -212,8 +216,10 @@ class Trainer:
         sums.update({"read steps": 1, "answers": answers.item()})
         if stage.gaze and not paired:
             centre = batch["labels"][..., LABELS.index("centre")].gather(1, indices).clamp(min=0) / 100
-            gaze = gaze_loss([looks for looks, _ in watched], text, batch["owner"].gather(1, indices), centre)
-            place = place_loss([self.heads.place(hidden) for _, hidden in watched[1:]], text, batch["owner"])
+            gaze = gaze_loss(
+                [attention for attention, _ in captured], text, batch["owner"].gather(1, indices), centre
+            )
+            place = place_loss([self.heads.place(hidden) for _, hidden in captured[1:]], text, batch["owner"])
             sums.update({"gaze steps": 1, "gaze": gaze.item(), "place": place.item()})
             loss = loss + stage.gaze * (gaze + 2 * place)
         return loss + answers
@@ -246,7 +252,7 @@ class Trainer:
 
 
 def _parts(model: Any, heads: Heads) -> dict[str, Iterable[tuple[str, nn.Parameter]]]:
-    """Return what a stage trains or leaves alone: the parameters of `tower` and `reader`, by name."""
+    """Return the named parameters of `tower` and `reader`, the parts that a stage trains or freezes."""
     inner = model.model
     tower = (inner.vision_tower, heads.patch, heads.shown)
     reader = (inner.multi_modal_projector, inner.language_model, model.lm_head, heads.place)
@@ -257,5 +263,5 @@ def _parts(model: Any, heads: Heads) -> dict[str, Iterable[tuple[str, nn.Paramet
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is faster than float32: on GPUs, and on CPUs with instructions for it."""
+    """Return whether bfloat16 is faster than float32: on GPUs, and on CPUs with bfloat16 instructions."""
     return device == "cuda" or bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -50,8 +50,8 @@ class Images:
         """Return ``(keep,)`` kept tokens of each image, by PromPrune on the kernels' path in force."""
         n = len(self.saliency)
         groups = [VisionFeatures(projected=x, grid=(1, 1, n), saliency=self.saliency) for x in self.tokens]
-        chosen = select_many(groups, [keep] * len(groups), "promprune", mu=self.mu, tau=TAU)
-        return [selection.indices for selection in chosen]
+        selections = select_many(groups, [keep] * len(groups), "promprune", mu=self.mu, tau=TAU)
+        return [selection.indices for selection in selections]
 
     def select_plain(self, keep: int) -> list[Tensor]:
         """Return ``(keep,)`` kept tokens of each image, by the plain procedure."""

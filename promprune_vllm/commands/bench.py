@@ -155,8 +155,8 @@ def soak(
 
     err = Console(stderr=True)
     with failing(), err.status("") as status, a_server(url, model, status.update) as (address, process):
-        wanted = soaking.Soak(requests, minutes, concurrency, distinct, seed=seed)
-        document = soaking.run(address, wanted, process, status.update)
+        plan = soaking.Soak(requests, minutes, concurrency, distinct, seed=seed)
+        document = soaking.run(address, plan, process, status.update)
     _show(document, None if as_json else soaking.table(document))
     if not document["passed"]:
         raise typer.Exit(code=1)

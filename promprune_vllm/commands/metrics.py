@@ -46,7 +46,8 @@ def markdown() -> str:
         for row in describe()
     ]
     explained = [(f"`{name}`", text) for name, text in _labels().items()]
-    return f"{table(('metric', 'type', 'labels', 'what it tells'), rows)}\n\n{table(('label', 'says'), explained)}"
+    metrics_table = table(("metric", "type", "labels", "what it measures"), rows)
+    return f"{metrics_table}\n\n{table(('label', 'meaning'), explained)}"
 
 
 def _labels() -> dict[str, str]:

@@ -145,10 +145,10 @@ def _row(target: Target, way: Way, run: Run) -> Row:
             f"{tally.refused} requests of lmms-eval with {way.fields} failed at {target.url}, and it would score "
             f"them as wrong answers ({what}): see {folder / 'log.txt'}."
         )
-    found = sorted(set(folder.rglob("*_results.json")) - before)
-    if not found:
+    new_files = sorted(set(folder.rglob("*_results.json")) - before)
+    if not new_files:
         raise EvaluationError(f"lmms-eval wrote no results below {folder}: see log.txt there.")
-    results = json.loads(found[-1].read_text(encoding="utf-8"))["results"]
+    results = json.loads(new_files[-1].read_text(encoding="utf-8"))["results"]
     return Row(way.method, way.budget_text, tally.answered, _share(tally), scores(results))
 
 

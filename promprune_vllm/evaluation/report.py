@@ -145,8 +145,8 @@ def summarize(records: Records) -> Report:
 def _cell(method: str, budget: str, answers: Sequence[Answer]) -> Cell:
     scores = [float(answer.correct) for answer in answers]
     images, tasks = [answer.image for answer in answers], [answer.task for answer in answers]
-    found = by_task(scores, images, tasks)
-    each = {task.name: found[task.name] for task in TASKS if task.name in found}
+    estimates = by_task(scores, images, tasks)
+    each = {task.name: estimates[task.name] for task in TASKS if task.name in estimates}
     kept = sum(answer.kept for answer in answers) / len(answers)
     return Cell(method, budget, round(kept, 2), Sums.of(scores, images, tasks, WEIGHTS).estimate(), each)
 

@@ -51,8 +51,8 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
     pictures = gather(plan.tasks, plan.questions, draw)
     with Log(out / FILE, settings, provenance()) as log:
         todo = list(jobs(pictures, plan.ways, log.answers))
-        asked = sum(1 for _ in jobs(pictures, plan.ways))
-        err.print(_describe(asked, len(todo), pictures, out / FILE), highlight=False)
+        total = sum(1 for _ in jobs(pictures, plan.ways))
+        err.print(_describe(total, len(todo), pictures, out / FILE), highlight=False)
         if todo:
             with _progress(err, len(todo)) as advance:
 
@@ -76,9 +76,9 @@ def write(out: Path) -> Report:
     return report
 
 
-def _describe(asked: int, missing: int, pictures: Sequence[Picture], file: Path) -> str:
-    earlier = f", {asked - missing} of them answered before" if missing < asked else ""
-    return f"{asked} questions about {len(pictures)} images{earlier}; answers go to {file}"
+def _describe(total: int, missing: int, pictures: Sequence[Picture], file: Path) -> str:
+    earlier = f", {total - missing} of them answered before" if missing < total else ""
+    return f"{total} questions about {len(pictures)} images{earlier}; answers go to {file}"
 
 
 @contextmanager

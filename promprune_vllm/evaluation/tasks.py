@@ -44,7 +44,7 @@ TASKS = (
     Task("colour", "scattered", 1 / 7, "the colour of the only one of its shape"),
     Task("digit", "scattered", 1 / 7, "the digit on a card"),
     Task("where", "scattered", 1 / 7, "the quarter of the image an object is in"),
-    Task("relation", "scattered", 1 / 7, "how two objects lie to each other"),
+    Task("relation", "scattered", 1 / 7, "how two objects are positioned relative to each other"),
     Task("big-shape", "concentrated", 1 / 21, "the shape of a single object"),
     Task("big-colour", "concentrated", 1 / 21, "its colour"),
     Task("plate", "concentrated", 1 / 21, "what is written on a plate"),

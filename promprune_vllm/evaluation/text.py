@@ -53,10 +53,10 @@ def pairs_table(report: Report, method: str = SUBJECT) -> str:
     against = [*CONTROLS, BEST_SPLIT, ALL_TOKENS]
     rows = []
     for budget in report.budgets:
-        found = {pair.against: pair for pair in report.against(method) if pair.budget == budget}
+        pairs = {pair.against: pair for pair in report.against(method) if pair.budget == budget}
         cells = [
-            _difference(found[name].comparison, found[name].other if name == BEST_SPLIT else "")
-            if name in found
+            _difference(pairs[name].comparison, pairs[name].other if name == BEST_SPLIT else "")
+            if name in pairs
             else "-"
             for name in against
         ]

@@ -14,7 +14,7 @@ import torch
 from deploy.training import schedule, tokenizer
 from deploy.training.architecture import begin_projector, new_model, sin_cos_positions
 from deploy.training.data import PATCHES, Pool, as_tensors, pair_texts, subset
-from deploy.training.forward import normalised, read, see
+from deploy.training.forward import encode_patches, normalize_patches, predict
 from deploy.training.losses import gaze_loss, place_loss
 from deploy.training.optimiser import Muon
 from deploy.training.samples import (
@@ -62,7 +62,7 @@ def asked_by_transformers(model: Any, processor: Any, scenes: list[Scene], text:
 def projected(model: Any, scene: Scene) -> torch.Tensor:
     patches = as_tensors(sample(scene))["patches"][None]
     indices = torch.arange(PATCHES)[None]
-    hidden = see(model.model.vision_tower, normalised(patches, indices), indices)
+    hidden = encode_patches(model.model.vision_tower, normalize_patches(patches, indices), indices)
     return model.model.multi_modal_projector(hidden[:, 1:])
 
 
@@ -70,7 +70,7 @@ def projected(model: Any, scene: Scene) -> torch.Tensor:
 def test_packed_questions_get_the_logits_of_questions_asked_alone(model: Any, processor: Any) -> None:
     scene = make_scene("scattered", 5)
     text = torch.from_numpy(pack(scene.questions()))[None]
-    logits = read(model, [projected(model, scene)], text)[0]
+    logits = predict(model, [projected(model, scene)], text)[0]
     answers = (text[0, 4] != NONE).nonzero().flatten().tolist()
     assert len(answers) == len(scene.questions())
     for place, question in list(zip(answers, scene.questions(), strict=True))[::6]:
@@ -83,7 +83,7 @@ def test_two_images_get_the_logits_that_transformers_gives(model: Any, processor
     scenes = [make_scene("scattered", seed) for seed in (1, 2)]
     named = torch.stack([as_tensors(sample(scene))["named"] for scene in scenes])
     text = pair_texts(named, Random(0))
-    logits = read(model, [projected(model, scene) for scene in scenes], text)[0]
+    logits = predict(model, [projected(model, scene) for scene in scenes], text)[0]
     end = int((text[0, 4] == TASK_IDS["which-image"]).nonzero()[0])
     asked = processor.tokenizer.decode(text[0, 0, :end].tolist())
     alone = asked_by_transformers(model, processor, scenes, asked)
@@ -189,10 +189,10 @@ def test_a_score_has_every_task(model: Any) -> None:
 def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     from deploy.training import trainer
 
-    told: list[str] = []
+    messages: list[str] = []
 
     def run(minutes: float) -> trainer.Trainer:
-        return trainer.Trainer(tmp_path, minutes=minutes, device="cpu", seed=5, tell=told.append, workers=0)
+        return trainer.Trainer(tmp_path, minutes=minutes, device="cpu", seed=5, tell=messages.append, workers=0)
 
     threads = torch.get_num_threads()
     first = run(1e-9)
@@ -206,7 +206,7 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / trainer.LOG).read_text().splitlines()]
     assert lines[-1]["step"] == again.step
     with pytest.raises(ValueError, match="seed"):
-        trainer.Trainer(tmp_path, minutes=1, device="cpu", seed=6, tell=told.append, workers=0)
+        trainer.Trainer(tmp_path, minutes=1, device="cpu", seed=6, tell=messages.append, workers=0)
 
 
 def test_words_name_the_things_that_they_name() -> None:

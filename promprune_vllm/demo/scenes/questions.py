@@ -29,16 +29,18 @@ def scattered_questions(
     cards = [thing for thing in things if thing.what == "card"]
     names = Counter(thing.name for thing in shapes)
     single = [thing for thing in shapes if names[thing.name] == 1]
-    asked = _presence(rng, shapes, single) + _count(shapes, counted_shape, counted_colour)
+    questions = _presence(rng, shapes, single) + _count(shapes, counted_shape, counted_colour)
     kinds = Counter(thing.what for thing in shapes)
     alone = [thing for thing in shapes if kinds[thing.what] == 1]
-    asked += [Question("colour", f"what colour is the {t.what}?", t.colour) for t in alone[:_EACH]]
-    asked += [Question("digit", f"what digit is on the {card.name}?", str(card.digit)) for card in cards[:_EACH]]
+    questions += [Question("colour", f"what colour is the {t.what}?", t.colour) for t in alone[:_EACH]]
+    questions += [
+        Question("digit", f"what digit is on the {card.name}?", str(card.digit)) for card in cards[:_EACH]
+    ]
     findable = [*single, *cards]
     rng.shuffle(findable)
-    asked += _where(findable) + _relations(rng, findable)
-    rng.shuffle(asked)
-    return asked
+    questions += _where(findable) + _relations(rng, findable)
+    rng.shuffle(questions)
+    return questions
 
 
 def _presence(rng: Random, shapes: list[Thing], single: list[Thing]) -> list[Question]:
@@ -79,7 +81,7 @@ def _where(findable: list[Thing]) -> list[Question]:
 def _relations(rng: Random, findable: list[Thing]) -> list[Question]:
     pairs = [(one, other) for i, one in enumerate(findable) for other in findable[i + 1 :]]
     rng.shuffle(pairs)
-    asked: list[Question] = []
+    questions: list[Question] = []
     for one, other in pairs:
         across = rng.random() < 0.5
         far = abs(one.x - other.x) if across else abs(one.y - other.y)
@@ -89,26 +91,26 @@ def _relations(rng: Random, findable: list[Thing]) -> list[Question]:
             ask, answer = "left or right of", "left" if one.x < other.x else "right"
         else:
             ask, answer = "above or below", "above" if one.y < other.y else "below"
-        asked.append(Question("relation", f"is the {one.name} {ask} the {other.name}?", answer))
-        if len(asked) == _EACH:
+        questions.append(Question("relation", f"is the {one.name} {ask} the {other.name}?", answer))
+        if len(questions) == _EACH:
             break
-    return asked
+    return questions
 
 
 def concentrated_questions(rng: Random, things: tuple[Thing, ...]) -> list[Question]:
     """Return questions about the single large thing: its shape and color, or the digits of a plate."""
     if things[0].what != "plate":
-        asked = [
+        questions = [
             Question("big-shape", "what shape is it?", things[0].what),
             Question("big-colour", "what colour is it?", things[0].colour),
         ]
     else:
         glyphs = things[1:]
-        asked = [Question("plate", f"what is the {g.colour} digit?", str(g.digit)) for g in glyphs]
+        questions = [Question("plate", f"what is the {g.colour} digit?", str(g.digit)) for g in glyphs]
         for which, glyph in (("first", glyphs[0]), ("last", glyphs[-1])):
-            asked.append(Question("plate", f"what is the {which} digit?", str(glyph.digit)))
-    rng.shuffle(asked)
-    return asked
+            questions.append(Question("plate", f"what is the {which} digit?", str(glyph.digit)))
+    rng.shuffle(questions)
+    return questions
 
 
 def shown(things: tuple[Thing, ...]) -> set[str]:

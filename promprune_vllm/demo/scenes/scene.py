@@ -100,8 +100,8 @@ def pair_question(first: Scene, second: Scene) -> Question:
         ValueError: Both scenes show the same things.
     """
     rng = Random(f"{first._key('pair')}/{second._key('pair')}")
-    here, there = shown(first.things), shown(second.things)
-    sides = [("first", sorted(here - there)), ("second", sorted(there - here))]
+    in_first, in_second = shown(first.things), shown(second.things)
+    sides = [("first", sorted(in_first - in_second)), ("second", sorted(in_second - in_first))]
     rng.shuffle(sides)
     for answer, names in sides:
         if names:
