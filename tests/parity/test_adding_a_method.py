@@ -21,7 +21,7 @@ THROWAWAY = example("method").replace('"last"', '"throwaway"').replace("class La
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package and the suite with one file more."""
     directory = tmp_path_factory.mktemp("copy")
-    for folder in ("promprune_vllm", "tests"):
+    for folder in ("promprune_vllm", "tests", "deploy"):
         ignore = shutil.ignore_patterns("__pycache__", "photos", "promprune.npz")
         shutil.copytree(ROOT / folder, directory / folder, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", directory)

@@ -45,7 +45,7 @@ def test_the_demos_table_fits_into_eighty_columns() -> None:
     console.print(_table(rows))
     shown = console.export_text()
     assert "…" not in shown
-    assert {"choosing", "1234", "108.0"} <= set(shown.split())
+    assert {"selection", "1234", "108.0"} <= set(shown.split())
 
 
 @pytest.mark.parametrize("shell", [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell)])
@@ -254,11 +254,11 @@ def test_metrics_are_listed_with_their_labels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--train", "--score"], "--train and --score do not go together"),
+        (["--train", "--score"], "--train and --score cannot be combined"),
         (["--train"], "--train needs --out DIR"),
         (["--draw"], "--draw needs --out DIR"),
         (["--family", "llava"], "--family needs --out DIR"),
-        (["--score", "--out", "nowhere"], "nowhere holds no model"),
+        (["--score", "--out", "nowhere"], "nowhere has no model"),
     ],
 )
 def test_demo_model_says_what_it_needs(arguments: list[str], told: str) -> None:

@@ -152,7 +152,7 @@ def test_options_of_ours_are_refused_where_vllm_has_no_gate() -> None:
         older_minors.refuse_our_options(SimpleNamespace(mm_processor_kwargs=fine))
     older_minors.refuse_our_options(SimpleNamespace())
     for key in (FIELD, METHOD_FIELD, TEXT_OPTION, DETAIL_OPTION, PLAN):
-        with pytest.raises(BudgetError, match=f"{key} in mm_processor_kwargs is not looked at") as refused:
+        with pytest.raises(BudgetError, match=f"{key} is not allowed in mm_processor_kwargs") as refused:
             older_minors.refuse_our_options(SimpleNamespace(mm_processor_kwargs={"size": 9, key: 9}))
         assert refused.value.param == "mm_processor_kwargs"
 
