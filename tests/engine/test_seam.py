@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import re
 from types import SimpleNamespace
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from promprune_vllm.core.budget import FIELD, BudgetRequest
-from promprune_vllm.engine import families, plugin
-from promprune_vllm.engine.api_server import admission
-from promprune_vllm.engine.api_server.pruning_request import PruningRequest
-from promprune_vllm.engine.api_server.request_fields import read_field
+from promprune_vllm.engine import families, keys, plugin
+from promprune_vllm.engine.api_server import admission, endpoints, request_hooks
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest, remember_admitted
+from promprune_vllm.engine.api_server.request_fields import read_field, remember_http_fields
 from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.engine.families.contract import ModelFamily, ProcessorFamily
 from promprune_vllm.engine.patches import PATCHES
@@ -219,3 +220,27 @@ def test_every_family_implements_its_contract(family: families.Family) -> None:
             definers = [each for each in ours.__mro__ if member in vars(each)]
             assert definers, member
             assert definers[0].__module__.startswith("promprune_vllm."), member
+
+
+def test_a_budget_of_http_is_parsed_and_admitted_once_when_its_body_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[object] = []
+    parse = BudgetRequest.parse
+    monkeypatch.setattr(BudgetRequest, "parse", lambda value: parsed.append(value) or parse(value))
+    for module in (endpoints, request_hooks):
+        monkeypatch.setattr(module, "admit", lambda _, request: parsed.append(request.budget.total))
+    monkeypatch.setattr(request_hooks, "_has_our_processor", lambda _: True)
+    renderer = SimpleNamespace(model_config=None, mm_processor=SimpleNamespace(reads_text=False))
+    backend = SimpleNamespace(_renderer=renderer)
+    body = {FIELD: {"total": 64}, "messages": []}
+
+    async def handle() -> Any:
+        remember_http_fields(body)
+        remember_admitted(endpoints.EngineBackend.check_fields(backend, body))
+        process = request_hooks.attach_request(lambda _, prompt: prompt)
+        return process(renderer, {"multi_modal_data": {"image": object()}, "mm_processor_kwargs": {"other": 1}})
+
+    options = asyncio.run(handle())["mm_processor_kwargs"]
+    assert parsed == [{"total": 64}, 64]
+    assert options == {"other": 1, keys.REQUEST: PruningRequest(parse({"total": 64}), sent=True)}
