@@ -69,7 +69,7 @@ def _refuse_fields() -> None:
         if request_fields.read_field(None, name) is not None:
             raise BudgetError(
                 f"{name} cannot be applied to images sent as features: the render server has already processed "
-                f"them. Send {name} to the render route instead.",
+                f"them. Send {name} to its render route instead.",
                 param=name,
                 reason="unsupported",
             )
