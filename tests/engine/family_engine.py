@@ -19,6 +19,7 @@ from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import TRACES_METHOD
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from tests.engine.conftest import SHARED, Engine
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
@@ -141,7 +142,7 @@ class FamilyEngine(Engine):
         image = self.encoded(shape)
         if budget is None or budget >= len(image.rows):
             return image.rows, torch.arange(len(image.rows))
-        return image.select(budget, self.model._methods[0]).rows(self.model.project)
+        return select_tokens(image, budget, self.model._methods[0]).rows(self.model.project)
 
     def true_positions(self, prompt: Sequence[int], visuals: Sequence[Visual], later: int) -> torch.Tensor:
         """``(3, L + later)`` positions of a pruned prompt and what is generated, from the unpruned prompt.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from promprune_vllm import Need, methods
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine, shared_engine
 from tests.engine.test_families import image_rows
 
@@ -38,7 +39,7 @@ def wanted(engine: FamilyEngine, method: str, text: str, budget: int = 25) -> to
     ids = torch.tensor(engine.llm.get_tokenizer().encode(text, add_special_tokens=False))
     image = engine.encoded("landscape").with_text(engine.model.get_language_model().embed_input_ids(ids))
     selector = next(each for each in engine.model._methods if each.name == method)
-    rows, _ = image.select(budget, selector).rows(engine.model.project)
+    rows, _ = select_tokens(image, budget, selector).rows(engine.model.project)
     return rows[:, : engine.llm.model_config.get_hidden_size()]
 
 

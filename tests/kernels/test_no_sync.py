@@ -10,6 +10,7 @@ import torch
 from promprune_vllm import VisionFeatures, methods, select, select_many
 from promprune_vllm.core.registry import get_method
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from promprune_vllm.kernels import ops, triton_attention, triton_gram, triton_greedy, triton_ops
 
 
@@ -39,7 +40,7 @@ def test_every_method_chooses_without_the_host(name: str, launches: list[Any]) -
 
 def test_promprune_is_kernels_from_end_to_end(launches: list[Any]) -> None:
     image = EncodedImage.whole(torch.empty(576, 96, device="meta"), _features(576))
-    rows, places = image.select(64, get_method("promprune")).rows(lambda rows: rows)
+    rows, places = select_tokens(image, 64, get_method("promprune")).rows(lambda rows: rows)
     assert (rows.shape, places.shape) == ((64, 96), (64,))
     assert {kernel.__name__ for kernel in launches} == {"_prepare", "_gram", "_square", "_nearest", "_panel"}
     triton_ops.received_attention(*torch.empty(2, 30, 2, 80, device="meta"), 0.1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from promprune_vllm import Need, Selection, VisionFeatures, get_method
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
 
 D, EXTRA, DV = 4, 3, 7
 
@@ -91,7 +92,7 @@ def test_every_budget_is_met_exactly_and_split_in_proportion(owners: list[int]) 
     sizes = [group.features.tokens for group in image.groups]
     visual = sum(sizes)
     for keep in range(1, len(owners) + 1):
-        rows, places = image.select(keep, Last()).rows(project)
+        rows, places = select_tokens(image, keep, Last()).rows(project)
         assert rows.shape == (keep, D + EXTRA)
         assert places.dtype == torch.int64
         assert bool((places[1:] > places[:-1]).all())
@@ -108,7 +109,7 @@ def test_merged_rows_replace_the_projected_columns_and_nothing_else(owners: list
     image = made(owners)
     sizes = {group: owners.count(group) for group in set(owners)}
     for keep in range(1, len(owners) + 1):
-        rows, places = image.select(keep, Merging(space=space)).rows(project)
+        rows, places = select_tokens(image, keep, Merging(space=space)).rows(project)
         assert torch.equal(rows[:, D:], image.rows[places, D:])
         kept = [owners[place] for place in places.tolist()]
         for row, place, owner in zip(rows[:, :D], places.tolist(), kept, strict=True):
@@ -122,19 +123,19 @@ def test_merged_rows_replace_the_projected_columns_and_nothing_else(owners: list
 def test_a_method_is_asked_only_where_something_is_kept_and_something_dropped() -> None:
     image = made([0, 1, 1, 1, 1, 1, 1, 1, -1])
     method = Last()
-    image.select(1, method).rows(project)  # nothing for the group of one token
+    select_tokens(image, 1, method).rows(project)  # nothing for the group of one token
     assert method.asked == [(7, 1)]
     method.asked.clear()
-    _, places = image.select(8, method).rows(project)
+    _, places = select_tokens(image, 8, method).rows(project)
     assert method.asked == []  # every group is whole
     assert places.tolist() == list(range(8))
 
 
 def test_spare_rows_come_last_of_all_in_the_budget_and_in_place_in_the_prompt() -> None:
     image = made([0, 0, -1, 0, 0, -1])
-    assert image.select(4, Last()).rows(project)[1].tolist() == [0, 1, 3, 4]
-    assert image.select(5, Last()).rows(project)[1].tolist() == [0, 1, 2, 3, 4]
-    assert image.select(6, Last()).rows(project)[1].tolist() == [0, 1, 2, 3, 4, 5]
+    assert select_tokens(image, 4, Last()).rows(project)[1].tolist() == [0, 1, 3, 4]
+    assert select_tokens(image, 5, Last()).rows(project)[1].tolist() == [0, 1, 2, 3, 4]
+    assert select_tokens(image, 6, Last()).rows(project)[1].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_kept_rows_do_not_share_memory_with_the_image() -> None:
@@ -142,7 +143,7 @@ def test_kept_rows_do_not_share_memory_with_the_image() -> None:
         for method in (Last(), Merging()):
             image = made(owners)
             before = image.rows.clone()
-            rows, _ = image.select(keep, method).rows(project)
+            rows, _ = select_tokens(image, keep, method).rows(project)
             assert rows.untyped_storage().nbytes() == rows.nbytes  # nothing else is held alive
             rows.fill_(-5)
             assert torch.equal(image.rows, before)
@@ -162,6 +163,6 @@ def test_registered_methods_keep_exact_counts_in_interleaved_groups(name: str) -
     torch.manual_seed(0)
     image = made([0, 1, -1] * 8)
     for keep in range(1, 25):
-        rows, places = image.select(keep, get_method(name)).rows(project)
+        rows, places = select_tokens(image, keep, get_method(name)).rows(project)
         assert torch.equal(rows, image.rows[places])
         assert len(set(places.tolist())) == keep

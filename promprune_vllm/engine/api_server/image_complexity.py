@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from promprune_vllm.core.complexity import SIDE, busy_share, content_level
+from promprune_vllm.core.content_levels import SIDE, busy_share, content_level
 
 
 def level(image: Any) -> Fraction:

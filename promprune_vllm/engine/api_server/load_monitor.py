@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from promprune_vllm.config import FLAG, PREFIX
-from promprune_vllm.core.adaptive import Load, LoadLevels, LoadLimits
+from promprune_vllm.core.load_levels import Load, LoadLevels, LoadLimits
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics.recorder import DIRECTORY_VARIABLE, prepare_directory, recorder
 

@@ -1,4 +1,4 @@
-"""Decides in the API server how many tokens each image keeps: once, for three uses.
+"""Applies the policy in the API server: how many tokens each image keeps, decided once for three uses.
 
 The plan ``(total, kept)`` of every image is made first, from sizes and settings. It determines the cache key, the
 length of the placeholder, and the counts that the encoder reads. An image that keeps all its tokens has vLLM's own

@@ -21,6 +21,7 @@ from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
 from promprune_vllm.engine.worker.encode import embed_images
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from promprune_vllm.engine.worker.selection_metrics import SelectionMetrics
 from promprune_vllm.engine.worker.selection_trace import Trace
 from promprune_vllm.kernels import ops
@@ -130,7 +131,7 @@ class PrunedModelMixin(_Bases):
             return lambda: cast(Tensor, self.with_positions([image.rows])[0])
         method = job.method.name
         with self._measure_time(method, "choose") as selection_marks:
-            selected = image.select(job.kept, job.method)
+            selected = select_tokens(image, job.kept, job.method)
         if self._metrics is not None:
             self._metrics.record_reports(method, selected)
 

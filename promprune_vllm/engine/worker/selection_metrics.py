@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promprune_vllm.engine.worker.encoded_image import SelectedTokens
+from promprune_vllm.engine.worker.selected_tokens import SelectedTokens
 from promprune_vllm.metrics.recorder import Recorder
 
 

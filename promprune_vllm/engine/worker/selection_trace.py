@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from promprune_vllm.engine.keys import TRACE
-from promprune_vllm.engine.worker.encoded_image import SelectedTokens
 from promprune_vllm.engine.worker.fault_isolation import cached_rows
+from promprune_vllm.engine.worker.selected_tokens import SelectedTokens
 from promprune_vllm.engine.worker.selection_metrics import seconds
 from promprune_vllm.kernels.ops import descending_order
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promprune_vllm.core.adaptive import LEVELS, Load, LoadLevels, LoadLimits
+from promprune_vllm.core.load_levels import LEVELS, Load, LoadLevels, LoadLimits
 
 LOADS = st.builds(Load, st.floats(0, 1), st.integers(0, 100))
 STEPS = st.floats(0.01, 3)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from promprune_vllm.core.adaptive import LEVELS
-from promprune_vllm.core.complexity import CELLS, busy_share, content_level
+from promprune_vllm.core.content_levels import CELLS, busy_share, content_level
+from promprune_vllm.core.load_levels import LEVELS
 from promprune_vllm.demo.images import noise, page, photo, slide
 
 content = pytest.importorskip("promprune_vllm.engine.api_server.image_complexity")
