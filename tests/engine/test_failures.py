@@ -295,3 +295,18 @@ def test_outside_a_step_the_exception_passes(engine: Engine) -> None:
     inputs = {"pixel_values": engine.pixels("coffee"), "visual_token_counts": torch.tensor([[576, 64, 0]])}
     with breaking(engine, "coffee"), torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
         engine.model.embed_multimodal(**inputs)
+
+
+def test_a_lost_device_is_no_failure_of_an_image(engine: Engine) -> None:
+    """With it, the KV cache of every request is gone: the engine has to end."""
+
+    def lost(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    inputs = {"pixel_values": engine.pixels("coffee"), "visual_token_counts": torch.tensor([[576, 64, 0]])}
+    step = fault_isolation._step.set(fault_isolation.Step(1))
+    try:
+        with capturing(engine, lost), torch.inference_mode(), pytest.raises(torch.AcceleratorError):
+            engine.model.embed_multimodal(**inputs)
+    finally:
+        fault_isolation._step.reset(step)

@@ -127,6 +127,35 @@ def test_encoder_features_and_keys_equal_those_of_transformers(engine: Engine) -
     assert torch.allclose(features.keys, heads.mean(dim=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(500, 300), (300, 500), (336, 336)], ids=str)
+def test_tokens_look_where_the_boxes_say(engine: Engine, size: tuple[int, int]) -> None:
+    """Of an image that is cut to its middle, too: a bright block changes the tokens whose boxes hold it most."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(engine.llm.model_config.model).image_processor
+
+    def rows(image: Image.Image) -> torch.Tensor:
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            return engine.model.embed_unpruned(pixel_values=pixels)[0]
+
+    width, height = size
+    dark = Image.new("RGB", size, (20, 20, 20))
+    lit, block = dark.copy(), (width // 2, 0, width, height // 2)
+    lit.paste((240, 240, 240), block)
+    change = (rows(lit) - rows(dark)).norm(dim=1)
+    boxes = engine.llm.llm_engine.renderer.get_mm_processor().boxes(width, height)
+    assert len(boxes) == len(change) == VISUAL_TOKENS
+    inside = [box[0] >= block[0] and box[3] <= block[3] for box in boxes]
+    outside = [box[2] <= block[0] or box[1] >= block[3] for box in boxes]
+    assert change[torch.tensor(inside)].min() > change[torch.tensor(outside)].max()
+    left, top, right, bottom = (f(box[i] for box in boxes) for i, f in enumerate((min, min, max, max)))
+    side = min(size)  # CLIP's processor cuts the square out of the middle
+    middle = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    assert (left, top, right, bottom) == pytest.approx(middle, abs=1)
+
+
 def test_prompt_tokens_drop_by_exactly_what_is_pruned(engine: Engine) -> None:
     budgets = (None, 576, 5000, 575, 256, 64, 2, 1)
     outputs = engine.generate([engine.prompt(("coffee", budget)) for budget in budgets], tokens=1)

@@ -77,7 +77,7 @@ def _fixed(path: str) -> dict[str, Any]:
 
 def _document(server: Server) -> dict[str, Any]:
     """The server's own document, with requests of vLLM's routes reduced to our fields."""
-    document: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").raise_for_status().json()
+    document: dict[str, Any] = httpx.get(f"{server.url}/openapi.json", timeout=60).raise_for_status().json()
     schemas = document["components"]["schemas"]
     for path, name in ((CHAT, "ChatCompletionRequest"), (TOKENIZE, "TokenizeChatRequest")):
         ours = {field: schemas[name]["properties"][field] for field in FIELDS}
@@ -227,13 +227,13 @@ def pairs(server: Server, stock: Server, mrope: Pair) -> dict[str, Pair]:
 @pytest.fixture(scope="module")
 def made_up(mrope: Pair) -> Callable[[str], Made]:
     """Fields of the routes of both families; the second has all routes of the first."""
-    document = httpx.get(f"{mrope[0].url}/openapi.json").raise_for_status().json()
+    document = httpx.get(f"{mrope[0].url}/openapi.json", timeout=60).raise_for_status().json()
     return cache(lambda tier: Made(document, 4 + BODIES[tier] // 200, SEED))
 
 
 def test_every_route_is_fuzzed_or_has_its_reason(pairs: dict[str, Pair]) -> None:
     for ours, _ in pairs.values():
-        document = httpx.get(f"{ours.url}/openapi.json").raise_for_status().json()
+        document = httpx.get(f"{ours.url}/openapi.json", timeout=60).raise_for_status().json()
         assert not posts(document) - set(BASES) - set(LEFT_OUT)
     assert not set(BASES) & set(LEFT_OUT)
     left_out = {path for path in LEFT_OUT if POST_ROUTES[path].effect != "no image"}
@@ -250,7 +250,7 @@ def test_what_stock_vllm_answers_is_answered_or_refused_with_a_reason(
     ours, plain = pairs[family]
     for each in (ours, plain):
         named_first(each)
-    document = httpx.get(f"{ours.url}/openapi.json").raise_for_status().json()
+    document = httpx.get(f"{ours.url}/openapi.json", timeout=60).raise_for_status().json()
     paths = sorted(posts(document) & set(BASES))
     sent = bodies(made_up(tier), paths, BODIES[tier] // len(FAMILIES), SEED, rendered(ours, plain))
     judged = Judge(ours, plain).all(sent)

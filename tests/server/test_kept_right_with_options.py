@@ -211,7 +211,7 @@ def test_a_server_behind_a_path_obeys_at_it(pair: Pair, prefix: str) -> None:
         assert refused.status_code == 400, path
     for path in ("/v1/visual_tokens", "/v1/visual_tokens/caches", "/promprune", "/promprune/static/app.js"):
         assert httpx.get(f"{pair.ours.url}{prefix}{path}", headers=KEY).status_code == 200, path
-    ours, theirs = (httpx.get(f"{each.url}{prefix}/openapi.json").json() for each in pair)
+    ours, theirs = (httpx.get(f"{each.url}{prefix}/openapi.json", timeout=60).json() for each in pair)
     assert ours["servers"] == theirs["servers"] == [{"url": PREFIX}]
     assert "visual_token_budget" in ours["components"]["schemas"]["ChatCompletionRequest"]["properties"]
 
@@ -219,7 +219,11 @@ def test_a_server_behind_a_path_obeys_at_it(pair: Pair, prefix: str) -> None:
 @pytest.mark.parametrize("key", ["", "wrong"])
 def test_without_the_key_every_route_is_closed_as_on_stock(pair: Pair, key: str) -> None:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    paths = {path for path in httpx.get(f"{pair.ours.url}/openapi.json").json()["paths"] if path.startswith("/v1")}
+    paths = {
+        path
+        for path in httpx.get(f"{pair.ours.url}/openapi.json", timeout=60).json()["paths"]
+        if path.startswith("/v1")
+    }
     assert len(paths) > 9
     for path in sorted(paths):
         for budget in (KEPT, -5):

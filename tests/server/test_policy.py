@@ -127,7 +127,7 @@ def test_a_minimum_above_every_image_leaves_no_budget_to_clients(tmp_path: Path)
     for served in _serving(
         build_demo_model(tmp_path / "model", spec), tmp_path, "--enable-scale-out", *NO_PRUNING
     ):
-        paths = httpx.get(f"{served.url}/openapi.json").json()["paths"].keys() & BODIES.keys()
+        paths = httpx.get(f"{served.url}/openapi.json", timeout=60).json()["paths"].keys() & BODIES.keys()
         assert len(paths) >= 8
         for path in sorted(paths):
             for pruning in (1, 15, "15", 0.5, "90%", {"total": 15}, [15]):

@@ -137,7 +137,7 @@ def test_a_malformed_count_is_refused_in_openais_form(server: Server, request_bo
 
 
 def test_the_document_shows_our_fields(server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").raise_for_status().json()
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).raise_for_status().json()
     schemas = document["components"]["schemas"]
     taking = set(request_schemas(document))
     assert {"ChatCompletionRequest", "ResponsesRequest", "AnthropicMessagesRequest"} <= taking
@@ -155,7 +155,7 @@ def test_the_document_shows_our_fields(server: Server) -> None:
 
 
 def test_the_rest_of_the_document_is_stock_vllms(server: Server, stock: Server) -> None:
-    ours, theirs = (httpx.get(f"{each.url}/openapi.json").json() for each in (server, stock))
+    ours, theirs = (httpx.get(f"{each.url}/openapi.json", timeout=60).json() for each in (server, stock))
     for name in set(request_schemas(ours)) & theirs["components"]["schemas"].keys():
         for field in ("visual_token_budget", "visual_token_method"):
             del ours["components"]["schemas"][name]["properties"][field]
