@@ -226,7 +226,7 @@ print("ANSWERS", json.dumps(answers))
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of modules that share engines come in turns
 def stock_answers(models: dict[str, Path]) -> dict[str, Any]:
     """What vLLM says without the plugin, on as many threads: with another number it rounds otherwise."""
     arguments = json.dumps({family: str(path) for family, path in models.items() if family not in UNLOADABLE})

@@ -191,13 +191,17 @@ def is_free(port: int) -> bool:
     return True
 
 
-def left_behind(command: Running, ports: Sequence[int]) -> list[str]:
-    """Return what there still is of a command that was ended, in words; nothing is right."""
-    until(lambda: not command.processes() and not [*command.temporary.iterdir()], 60)
-    left = [f"process {each.pid} {each.name()}" for each in command.processes()]
-    left += [f"port {port}" for port in ports if not is_free(port)]
-    left += [str(path.relative_to(command.temporary)) for path in command.temporary.iterdir()]
-    return left + [path for path in command.shared if Path(path).exists()]
+def left_behind(command: Running, ports: Sequence[int], ours: Callable[[str], bool] = bool) -> list[str]:
+    """Return what there still is of a command that was ended, in words; of its files, those that are ours."""
+
+    def left() -> list[str]:
+        found = [f"process {each.pid} {each.name()}" for each in command.processes()]
+        found += [f"port {port}" for port in ports if not is_free(port)]
+        found += [path.name for path in command.temporary.iterdir() if ours(path.name)]
+        return found + [path for path in command.shared if Path(path).exists()]
+
+    until(lambda: not left(), 60)
+    return left()
 
 
 AT_A_TIME = 5

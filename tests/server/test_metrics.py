@@ -194,6 +194,7 @@ def test_kept_tokens_fall_into_their_buckets(server: Server) -> None:
     assert min(bounds) == 64
 
 
+@pytest.mark.release
 def test_two_api_servers_and_two_engines_count_as_one(two_of_each: Server) -> None:
     before = series(two_of_each)
     lengths = send_everything(two_of_each)
@@ -209,6 +210,7 @@ def test_two_api_servers_and_two_engines_count_as_one(two_of_each: Server) -> No
     assert changed["promprune_spectral_entropy_count", "promprune"] == selections
 
 
+@pytest.mark.release
 def test_whichever_engine_answers_the_answer_is_one(two_of_each: Server, server: Server) -> None:
     def ids(of: Server, budget: int | str) -> tuple[int, ...]:
         answer = ask(of, "rocket", "coffee", visual_token_budget=budget, return_token_ids=True)
@@ -261,6 +263,7 @@ def test_vllms_own_series_are_unchanged(server: Server, stock: Server) -> None:
     assert shown(server) == shown(stock)
 
 
+@pytest.mark.release
 def test_any_api_server_finds_what_any_engine_kept(two_of_each: Server) -> None:
     """Last: an inspected image is counted as a request."""
     asked = {"image": fresh("rocket"), "visual_token_budget": 91}

@@ -121,6 +121,7 @@ def test_without_the_inspector_there_is_no_page_and_no_endpoint(policy_server: S
 NO_PRUNING = ("--visual-token-min", "1000000", "--visual-token-out-of-range", "refuse")
 
 
+@pytest.mark.release  # a server of its own
 def test_a_minimum_above_every_image_leaves_no_budget_to_clients(tmp_path: Path) -> None:
     """On every route of a server that prunes nothing: what drops a token is refused, all else is answered."""
     spec = DemoModelSpec(image_px=56, hidden=64, heads=2, mlp=128, layers=2)

@@ -13,21 +13,13 @@ from promprune_vllm.demo.server import Server, is_healthy
 from tests.engine.family_engine import UNLOADABLE
 from tests.server.conftest import _serving, ask, body, post, saved
 
-pytestmark = pytest.mark.server
+# With each commit, the same positions are the subject of tests/engine/test_mrope_reach.py.
+pytestmark = [pytest.mark.server, pytest.mark.release]
 LONG = 4096
 """Tokens of the context, and all positions that these checkpoints know of."""
 
 
-# In every family the positions themselves are the subject of tests/engine/test_mrope_reach.py.
-OF_EACH_COMMIT = "qwen3_vl"
-QWEN = [
-    pytest.param(family, marks=() if family == OF_EACH_COMMIT else pytest.mark.release)
-    for family in FAMILIES
-    if family.startswith("qwen")
-]
-
-
-@pytest.fixture(scope="module", params=QWEN)
+@pytest.fixture(scope="module", params=[family for family in FAMILIES if family.startswith("qwen")])
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if request.param in UNLOADABLE:
         pytest.skip("vLLM 0.29 for CPUs cannot load Qwen3-VL")
