@@ -88,7 +88,7 @@ def test_another_demo_model_is_replaced_and_anything_else_is_not(tmp_path: Path)
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
-    with pytest.raises(FileExistsError, match="mine holds something else"):
+    with pytest.raises(FileExistsError, match="mine has files that are not a demo model"):
         demo.build_demo_model(tmp_path / "mine", TINY)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
 

@@ -186,22 +186,22 @@ def test_every_method_the_family_supplies_is_served_exactly(
 
 
 def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from promprune_vllm.engine.worker.encoded_image import EncodedImage
+    from promprune_vllm.engine.worker import pruned_model
 
     good, bad = engine.ask("portrait", budget=20), engine.ask("landscape", budget=20)
     engine.forget()
     expected = [engine.generate([ask])[0].outputs[0].token_ids for ask in (good, bad)]
     engine.forget()
     victim = engine.tokens("landscape")
-    original = EncodedImage.select
+    original = pruned_model.select_tokens
 
-    def select(image: EncodedImage, keep: int, method: Any) -> Any:
+    def select(image: Any, keep: int, method: Any) -> Any:
         if len(image.rows) == victim:
             raise RuntimeError("no luck")
         return original(image, keep, method)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EncodedImage, "select", select)
+        patch.setattr(pruned_model, "select_tokens", select)
         outputs = engine.generate([good, bad])
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error"]
     assert outputs[0].outputs[0].token_ids == expected[0]

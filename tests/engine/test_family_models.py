@@ -231,4 +231,4 @@ def test_the_command_refuses_what_it_cannot_build(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "diary.txt").write_text("dear diary")
-    assert "holds something else" in CliRunner().invoke(cli.app, [*arguments, "llava"]).stderr
+    assert "has files that are not a demo model" in CliRunner().invoke(cli.app, [*arguments, "llava"]).stderr
