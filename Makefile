@@ -39,7 +39,7 @@ test: tools ## run the tests of each commit with the coverage gates; with ARGS (
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) --randomly-seed=$(SEED) $(ARGS)
 
 test-release: tools ## run the long tests, marked "release": Docker, a fresh clone, 5,000 generated bodies, ...
-	@$(SETUP) --lmms
+	@$(SETUP) --triton --lmms
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) -mrelease --randomly-seed=$(SEED) $(ARGS)
 
 docs: setup ## update the generated tables in README.md and docs/; prints the pages that changed

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.conftest import VISUAL_TOKENS
 from tests.engine.conftest import Engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.release]
 ASKS: tuple[tuple[str, int | None], ...] = (("coffee", None), ("coffee", 64), ("rocket", 16))
 
 

@@ -11,13 +11,13 @@ from promprune_vllm.demo.families import build_family_model
 from tests.engine.family_engine import FamilyEngine
 from tests.engine.test_families import difference
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.release]
 # They look at saliency, at the tower's features, at its keys, and at its output alone.
 METHODS = ("promprune", "prunesid", "visionzip", "divprune")
 ROUNDING = 1e-4  # two ranks add up in another order
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.release)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_ranks_that_encode_different_images_answer_as_one(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_slice_of_held_out_scenes_is_answered_as_the_card_says(model: Any) -> 
 
 
 @torch.inference_mode()
+@pytest.mark.release
 def test_vllm_answers_as_transformers_does(engine: Engine, model: Any, processor: Any) -> None:
     asks = asked(100)
     answers = engine.llm.generate(prompts(processor, asks), _greedy(), use_tqdm=False)

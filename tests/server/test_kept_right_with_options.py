@@ -26,7 +26,7 @@ from tests.server.conftest import MODEL, _serving, body, saved
 from tests.server.test_kept_right import TURNS, salt, told_by, turned, upright
 from tests.server.test_reply import messages_request
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 CHAT, COUNT = "/v1/chat/completions", "/v1/visual_tokens/count"
 KEPT = 9
 KEY, PREFIX = {"authorization": "Bearer secret"}, "/models"

@@ -59,7 +59,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from _serving(with_unnamed_ids(directory / "model"), directory, "--enable-scale-out")
 
 
-@pytest.fixture(params=["every_method", "padded"])
+@pytest.fixture(params=["every_method", pytest.param("padded", marks=pytest.mark.release)])
 def asked(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server
@@ -78,6 +78,7 @@ def test_every_field_is_answered_and_the_server_lives(asked: Server, path: str, 
     assert lives(asked)
 
 
+@pytest.mark.release
 def test_an_id_without_a_name_has_an_empty_text_and_a_logprob(every_method: Server, padded: Server) -> None:
     wanted = {"model": MODEL, **PROMPTS[CHAT], **SAID, **TOP}
     for server, name in ((every_method, f"<unused_{UNUSED}>"), (padded, "")):
@@ -127,6 +128,7 @@ def test_an_id_beyond_the_last_row_is_refused(asked: Server) -> None:
     assert lives(asked)
 
 
+@pytest.mark.release
 def test_a_picture_of_a_shared_batch_is_answered_beside_ids_without_a_name(padded: Server) -> None:
     """In stock vLLM every open request fails with the one that asks."""
     bystander = {"model": MODEL, "messages": body(image_url("rocket"))["messages"], "max_tokens": 40}
