@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -37,6 +38,27 @@ def test_every_row_names_a_wrapper_of_its_own_and_says_why() -> None:
         wrapper = getattr(importlib.import_module(f"promprune_vllm.engine.{module}"), function)
         assert callable(wrapper), each.wrapper
         assert all((each.reason.feature, each.reason.why, each.reason.until)), each.target
+
+
+def test_no_row_is_missing() -> None:
+    """A wrapper that no row names, or a row that the documentation still has."""
+    rows = (
+        (ROOT / "docs" / "how-it-works.md").read_text().partition("<!-- patches -->")[2].partition("<!-- /patches")
+    )
+    documented = sorted(
+        row.rpartition("`")[0].rpartition("`")[2] for row in rows[0].splitlines() if "` of `" in row
+    )
+    assert documented == sorted(each.wrapper.replace(":", ".") for each in PATCHES)
+    engine = ROOT / "promprune_vllm" / "engine"
+    wrappers = set()
+    for path in engine.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            first = node.args.args[:1] if isinstance(node, ast.FunctionDef) else []
+            if first and first[0].arg in ("original", "_") and len(node.args.args) == 1:
+                module = ".".join(path.relative_to(engine).with_suffix("").parts)
+                wrappers.add(f"{module}:{node.name}")
+    assert len(wrappers) > 20
+    assert wrappers <= {each.wrapper for each in PATCHES}
 
 
 def test_every_target_is_as_its_row_says() -> None:
