@@ -30,10 +30,10 @@ def clone(tmp_path: Path) -> Path:
 def test_make_demo_in_a_fresh_clone_and_again(clone: Path) -> None:
     assert not (clone / ".venv").exists()
     said = demo(clone)
-    assert "making" in said
+    assert "creating" in said
     said = demo(clone)
     assert "is up to date" in said
-    assert "making" not in said
+    assert "creating" not in said
 
 
 def demo(clone: Path) -> str:
