@@ -17,7 +17,7 @@ _COLUMNS = ("architecture", "model", "saliency", "positions", "refused", "calibr
 
 def families(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/models.md.")] = False,
 ) -> None:
     """List the model families that can be pruned, and what each of them refuses."""
     if as_markdown:
@@ -47,7 +47,7 @@ def describe() -> list[dict[str, Any]]:
 
 
 def markdown() -> str:
-    """Render the README's table of families."""
+    """Render the table of families in docs/models.md."""
     rows = [
         (
             f"`{row['architecture']}`",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.multimodal.hasher import MultiModalHasher
@@ -35,7 +35,7 @@ from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.compat import older_minors, versions
 from promprune_vllm.engine.compat.patching import Stage
-from promprune_vllm.engine.families.contract import ProcessorFamily, UpstreamProcessor
+from promprune_vllm.engine.families.contract import ProcessorBase
 from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT_TOKENS
 from promprune_vllm.errors import BudgetError
 
@@ -47,16 +47,7 @@ versions.require_names(versions.PROCESSOR_NAMES)
 patches.install(Stage.PROCESSOR)
 
 
-if TYPE_CHECKING:
-
-    class _Bases(ProcessorFamily, UpstreamProcessor):
-        pass
-
-else:
-    _Bases = object  # see families.contract
-
-
-class PrunedProcessorMixin(_Bases):
+class PrunedProcessorMixin(ProcessorBase):
     """Goes before vLLM's processor class in a family's bases; the family implements ``ProcessorFamily``."""
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:

@@ -117,3 +117,15 @@ class UpstreamModel:
         self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Any, num_computed_tokens: int
     ) -> Any:
         """Correct M-RoPE positions from embeddings."""
+
+
+if TYPE_CHECKING:
+
+    class ProcessorBase(ProcessorFamily, UpstreamProcessor):
+        """Base of ``PrunedProcessorMixin``."""
+
+    class ModelBase(ModelFamily, UpstreamModel):
+        """Base of ``PrunedModelMixin``."""
+
+else:
+    ProcessorBase = ModelBase = object

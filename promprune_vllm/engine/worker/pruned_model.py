@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from promprune_vllm.core.features import Need
 from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.compat.patching import Stage
-from promprune_vllm.engine.families.contract import ModelFamily, UpstreamModel
+from promprune_vllm.engine.families.contract import ModelBase
 from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
 from promprune_vllm.engine.worker.encode import embed_images
@@ -29,16 +29,8 @@ from promprune_vllm.metrics.recorder import recorder
 
 versions.require_names(versions.RESULT_NAMES)
 
-if TYPE_CHECKING:
 
-    class _Bases(ModelFamily, UpstreamModel):
-        pass
-
-else:
-    _Bases = object  # see families.contract
-
-
-class PrunedModelMixin(_Bases):
+class PrunedModelMixin(ModelBase):
     """Comes before vLLM's model class in a family's bases; the family implements ``ModelFamily``."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
