@@ -35,12 +35,17 @@ def environment() -> tuple[tuple[str, str], ...]:
 
 
 class Switch(BaseSettings):
-    """The plugin's on/off switch. Read on its own, so that an invalid setting cannot prevent switching it off."""
+    """The plugin's switches. Read on their own, so that an invalid setting cannot prevent switching it off."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     enabled: bool = Field(
         default=True, description="enable the plugin; if false, vLLM runs as if it were not installed"
+    )
+    untested_vllm: bool = Field(
+        default=False,
+        description="on a vLLM that this release was not tested with, run everything even where vLLM's code has "
+        "changed; it may select wrong tokens or fail",
     )
 
 
@@ -48,13 +53,23 @@ def is_enabled() -> bool:
     """Return whether the plugin is enabled: true unless ``PROMPRUNE_ENABLED`` says otherwise.
 
     Raises:
-        SettingsError: The variable is neither true nor false.
+        SettingsError: ``PROMPRUNE_ENABLED`` or ``PROMPRUNE_UNTESTED_VLLM`` is neither true nor false.
     """
+    return _switch().enabled
+
+
+def allows_untested_vllm() -> bool:
+    """Return whether code of vLLM that has changed since our tests is to be ignored; see ``is_enabled``."""
+    return _switch().untested_vllm
+
+
+def _switch() -> Switch:
     try:
-        return Switch().enabled
+        return Switch()
     except ValidationError as error:
-        (details,) = error.errors()
-        raise SettingsError(f"{PREFIX}ENABLED must be true or false, got {details['input']!r}.") from error
+        details = error.errors()[0]
+        name = str(details["loc"][0]).upper()
+        raise SettingsError(f"{PREFIX}{name} must be true or false, got {details['input']!r}.") from error
 
 
 class Settings(Switch):
@@ -150,6 +165,12 @@ class Settings(Switch):
     def allowed(self) -> tuple[str, ...]:
         """Methods that requests may choose, the configured one first. Each image carries its method's index."""
         return tuple(dict.fromkeys((self.method, *self.allow_methods)))
+
+    @property
+    def prunes_by_default(self) -> bool:
+        """Whether images of requests without a budget may be pruned."""
+        has_default = self.budget not in (None, "full")
+        return has_default or self.detail or self.adapt_to_load or self.adapt_to_content
 
     def policy(self) -> BudgetPolicy:
         """Return the limits and defaults for budgets."""

@@ -39,7 +39,10 @@ def _reasons() -> Iterator[tuple[str, ...]]:
 
 def _target(patch: Patch) -> str:
     module, _, name = patch.target.partition(":")
-    limits = (f"since {patch.since}" if patch.since else "", f"before {patch.before}" if patch.before else "")
+    limits = (
+        f"since {patch.seam.since}" if patch.seam.since else "",
+        f"before {patch.seam.before}" if patch.seam.before else "",
+    )
     noted = ", ".join(limit for limit in limits if limit)
     return f"`{name}` of `{module.removeprefix('vllm.')}`" + (f" ({noted})" if noted else "")
 

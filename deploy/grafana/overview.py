@@ -241,6 +241,7 @@ def _server() -> list[Any]:
 def _load() -> list[Any]:
     build = f"promprune_build_info{{{_OF_MODEL}}}"
     what = {"model_name": "model", "method": "method", "version": "promprune-vllm", "vllm_version": "vLLM"}
+    what["vllm_tested"] = "tested with it"
     return [
         lines(
             "KV cache used, and policy level",
@@ -262,7 +263,7 @@ def _load() -> list[Any]:
         ),
         facts(
             "Models and versions",
-            "Models being served, the default method of each, and the versions.",
+            "Models being served, the default method of each, the versions, and whether that vLLM was tested.",
             f"group by ({', '.join(what)}) ({build})",
             what,
             width=8,

@@ -1,4 +1,4 @@
-"""Every function of vLLM that we replace, wrap or add: one row each.
+"""Every function of vLLM that we replace, wrap or add: one row each. Each points to its seam.
 
 Only ``install`` applies rows, and ``patching.wrap`` takes only a row, so the list is complete. The rows of a stage
 are installed from top to bottom; if two rows have the same target, the lower one wraps the upper one.
@@ -7,10 +7,12 @@ are installed from top to bottom; if two rows have the same target, the lower on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from promprune_vllm.engine.compat import reasons
+from promprune_vllm.engine.compat.parts import Part
 from promprune_vllm.engine.compat.patching import Patch, Reason, Stage, wrap
+from promprune_vllm.engine.compat.seam import Seam
+from promprune_vllm.engine.compat.seams import SEAMS
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, TRACES_METHOD
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -37,120 +39,81 @@ _HOOKS, _FILL_USAGE = "api_server.request_hooks", "api_server.usage_fields:fill_
 _MONITOR, _ISOLATION, _MINORS = "api_server.load_monitor", "worker.fault_isolation", "compat.older_minors"
 
 
-def _rows(stage: Stage, reason: Reason, *rows: tuple[str, ...], **limits: Any) -> Iterator[Patch]:
-    """Yield patches of one stage and reason; each row is a target, a wrapper and the parameters it relies on."""
-    for target, wrapper, *takes in rows:
-        yield Patch(target, wrapper, tuple(takes), stage, reason, **limits)
+_VERSION = "importlib.metadata:version"
+_PATCHED = {(seam.part, seam.name): seam for seam in SEAMS if seam.use in ("wrap", "add")}
+
+
+def _seam(part: Part, target: str) -> Seam:
+    """Return a target's seam; of a constructor that a class inherits, the seam of the class."""
+    return _PATCHED.get((part, target)) or _PATCHED[part, target.removesuffix(".__init__")]
+
+
+def _rows(stage: Stage, reason: Reason, *rows: tuple[str, str], only_if_loaded: bool = False) -> Iterator[Patch]:
+    """Yield patches of one stage and reason; each row is a target and a wrapper."""
+    for target, wrapper in rows:
+        yield Patch(target, wrapper, _seam(reason.part, target), stage, reason, only_if_loaded)
 
 
 PATCHES: tuple[Patch, ...] = (
     *_rows(
         *(Stage.PLUGIN, reasons.FIELDS),
-        (f"{_ONLINE}.preprocess_chat", f"{_HOOKS}:read_request", "request"),
-        (f"{_ONLINE}.preprocess_cmpl", f"{_HOOKS}:read_request", "request"),
-        (f"{_POOLING}._init_ctx", f"{_HOOKS}:read_pooling_request", "io_processor", "request"),
-        (f"{_RENDERER}._process_singleton", f"{_HOOKS}:attach_request", "prompt"),
-        (f"{_RENDERER}._process_singleton_async", f"{_HOOKS}:attach_request", "prompt"),
-        (f"{_RENDERER}.__init__", f"{_HOOKS}:prepare_renderer", "config", "tokenizer"),
+        (f"{_ONLINE}.preprocess_chat", f"{_HOOKS}:read_request"),
+        (f"{_ONLINE}.preprocess_cmpl", f"{_HOOKS}:read_request"),
+        (f"{_POOLING}._init_ctx", f"{_HOOKS}:read_pooling_request"),
+        (f"{_RENDERER}._process_singleton", f"{_HOOKS}:attach_request"),
+        (f"{_RENDERER}._process_singleton_async", f"{_HOOKS}:attach_request"),
+        (f"{_RENDERER}.__init__", f"{_HOOKS}:prepare_renderer"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.HARMONY),
-        (f"{_ONLINE}.adjust_harmony_request", f"{_HOOKS}:refuse_harmony", "request"),
-        since="0.31",
-    ),
-    *_rows(
-        *(Stage.PLUGIN, reasons.HARMONY),
-        (f"{_ONLINE}._make_request_with_harmony", f"{_HOOKS}:refuse_harmony", "request"),
-        before="0.31",
-    ),
-    *_rows(
-        *(Stage.PLUGIN, reasons.HARMONY),
-        (f"{_ONLINE}._render_responses_with_harmony", f"{_HOOKS}:refuse_harmony", "request"),
-        since="0.30",
-        before="0.31",
-    ),
-    *_rows(
-        *(Stage.PLUGIN, reasons.HARMONY),
-        (f"{_RESPONSES}._make_request_with_harmony", f"{_HOOKS}:refuse_harmony", "request"),
-        before="0.30",
+        (f"{_ONLINE}.adjust_harmony_request", f"{_HOOKS}:refuse_harmony"),
+        (f"{_ONLINE}._make_request_with_harmony", f"{_HOOKS}:refuse_harmony"),
+        (f"{_ONLINE}._render_responses_with_harmony", f"{_HOOKS}:refuse_harmony"),
+        (f"{_RESPONSES}._make_request_with_harmony", f"{_HOOKS}:refuse_harmony"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.CLIENT_ERROR),
-        (
-            f"{_MEDIA}.connector:MediaConnector._load_file_url",
-            f"{_HOOKS}:convert_file_errors",
-            "url_spec",
-            "media_io",
-        ),
-        (f"{_MEDIA}.image:ImageMediaIO.load_bytes", f"{_HOOKS}:convert_bomb_errors", "data"),
+        (f"{_MEDIA}.connector:MediaConnector._load_file_url", f"{_HOOKS}:convert_file_errors"),
+        (f"{_MEDIA}.image:ImageMediaIO.load_bytes", f"{_HOOKS}:convert_bomb_errors"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.COUNT),
-        (f"{_INPUTS}.__init__", "api_server.prompt_metrics:start_counting", "vllm_config"),
-        (f"{_INPUTS}.process_inputs", "api_server.prompt_metrics:count_prompts", "request_id", "prompt"),
+        (f"{_INPUTS}.__init__", "api_server.prompt_metrics:start_counting"),
+        (f"{_INPUTS}.process_inputs", "api_server.prompt_metrics:count_prompts"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.CONTAIN),
         ("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls", "scheduler.failed_images:patch_scheduler"),
     ),
-    *_rows(
-        *(Stage.PLUGIN, reasons.PREEMPTION),
-        (_STRIP, "vllm_fixes.preemption:keep_mm_data", "mm_features", "num_computed_tokens"),
-    ),
+    *_rows(*(Stage.PLUGIN, reasons.PREEMPTION), (_STRIP, "vllm_fixes.preemption:keep_mm_data")),
     *_rows(
         *(Stage.PLUGIN, reasons.RESENDING),
-        (
-            f"{_RENDERER}._process_singleton_async",
-            *("vllm_fixes.resending:remember_prompt", "prompt", "skip_mm_cache"),
-        ),
-        (
-            f"{_ASYNC}.generate",
-            "vllm_fixes.resending:resend_on_cache_miss",
-            "prompt",
-            "sampling_params",
-            "request_id",
-        ),
+        (f"{_RENDERER}._process_singleton_async", "vllm_fixes.resending:remember_prompt"),
+        (f"{_ASYNC}.generate", "vllm_fixes.resending:resend_on_cache_miss"),
     ),
     *_rows(
         *(Stage.PLUGIN, reasons.FEATURES),
-        (f"{_ASYNC}.generate", "api_server.rendered_features:record_prompt", "prompt"),
-        (f"{_ASYNC}.encode", "api_server.rendered_features:record_prompt", "prompt"),
+        (f"{_ASYNC}.generate", "api_server.rendered_features:record_prompt"),
+        (f"{_ASYNC}.encode", "api_server.rendered_features:record_prompt"),
     ),
-    *_rows(
-        *(Stage.PLUGIN, reasons.USAGE),
-        (f"{_ONLINE}.__init__", "api_server.usage_fields:prepare_usage_types", "model_config", "renderer"),
-    ),
-    *_rows(
-        *(Stage.PLUGIN, reasons.NAMES),
-        (_SPACES, "vllm_fixes.token_names:allow_unnamed_tokens", "raw_token", "token_str", "marker"),
-    ),
+    *_rows(*(Stage.PLUGIN, reasons.USAGE), (f"{_ONLINE}.__init__", "api_server.usage_fields:prepare_usage_types")),
+    *_rows(*(Stage.PLUGIN, reasons.NAMES), (_SPACES, "vllm_fixes.token_names:allow_unnamed_tokens")),
     *_rows(
         *(Stage.PLUGIN, reasons.ROUTES),
         # Patched where the servers import them, so other callers still get vLLM's functions.
-        (
-            f"{_LAUNCH}.app:attach_endpoint_plugins",
-            "api_server.app_hooks:attach_endpoints",
-            "app",
-            "supported_tasks",
-        ),
-        (
-            f"{_LAUNCH}.api_server.{_INIT_STATE}",
-            _INIT_ENDPOINTS,
-            "engine_client",
-            "state",
-            "args",
-        ),
-        (f"{_LAUNCH}.render.{_INIT_STATE}", _INIT_ENDPOINTS, "engine_client", "state", "args"),
+        (f"{_LAUNCH}.app:attach_endpoint_plugins", "api_server.app_hooks:attach_endpoints"),
+        (f"{_LAUNCH}.api_server.{_INIT_STATE}", _INIT_ENDPOINTS),
+        (f"{_LAUNCH}.render.{_INIT_STATE}", _INIT_ENDPOINTS),
     ),
     *_rows(
         *(Stage.LOAD, reasons.LOAD),
-        (f"{_ASYNC}.__init__", f"{_MONITOR}:require_statistics", "vllm_config", "log_stats"),
-        (f"{_ENGINE}.__init__", f"{_MONITOR}:require_statistics", "vllm_config", "log_stats"),
-        (
-            "vllm.v1.metrics.loggers:StatLoggerManager.record",
-            *(f"{_MONITOR}:record_statistics", "scheduler_stats", "iteration_stats"),
-            *("mm_cache_stats", "engine_idx"),
-        ),
+        (f"{_ASYNC}.__init__", f"{_MONITOR}:require_statistics"),
+        (f"{_ENGINE}.__init__", f"{_MONITOR}:require_statistics"),
+        ("vllm.v1.metrics.loggers:StatLoggerManager.record", f"{_MONITOR}:record_statistics"),
+    ),
+    *_rows(
+        *(Stage.REFUSAL, reasons.REFUSAL),
+        ("vllm.engine.arg_utils:EngineArgs.create_engine_config", "api_server.postponed_errors:raise_postponed"),
     ),
     *_rows(
         *(Stage.REPLIES, reasons.USAGE),
@@ -158,86 +121,59 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_ENTRY}.openai.responses.protocol:ResponseUsage.__init__", _FILL_USAGE),
         (f"{_ENTRY}.anthropic.protocol:AnthropicUsage.__init__", _FILL_USAGE),
         (f"{_ENTRY}.pooling.scoring.protocol:RerankUsage.__init__", _FILL_USAGE),
-    ),
-    *_rows(
-        *(Stage.REPLIES, reasons.USAGE),
         (f"{_ENTRY}.generate.structured_decisions.protocol:DecisionUsage.__init__", _FILL_USAGE),
-        presence="installed",
     ),
     *_rows(
         *(Stage.REPLIES, reasons.BATCH),
-        # The module of `vllm run-batch`: in vLLM 0.32, then in older minors.
         (f"{_LAUNCH}.run_batch:run_request", "api_server.usage_fields:record_batch_line"),
-        (f"{_ENTRY}.openai.run_batch:run_request", "api_server.usage_fields:record_batch_line"),
-        presence="loaded",
+        only_if_loaded=True,
     ),
     *_rows(
         *(Stage.SCHEDULER, reasons.CONTAIN),
-        (
-            f"{_SCHEDULER}.update_from_output",
-            *("scheduler.failed_images:end_failed_requests", "scheduler_output", "model_runner_output"),
-        ),
-        (
-            f"{_SCHEDULER}.finish_requests",
-            *("scheduler.failed_images:record_aborts", "request_ids", "finished_status"),
-        ),
+        (f"{_SCHEDULER}.update_from_output", "scheduler.failed_images:end_failed_requests"),
+        (f"{_SCHEDULER}.finish_requests", "scheduler.failed_images:record_aborts"),
     ),
     *_rows(
         *(Stage.WORKER_V1, reasons.CONTAIN),
-        (f"{_V1}.execute_model", f"{_ISOLATION}:contain_step", "scheduler_output"),
-        (f"{_V1}.sample_tokens", f"{_ISOLATION}:report_failed", "grammar_output"),
+        (f"{_V1}.execute_model", f"{_ISOLATION}:contain_step"),
+        (f"{_V1}.sample_tokens", f"{_ISOLATION}:report_failed"),
     ),
     *_rows(
         *(Stage.WORKER_V2, reasons.CONTAIN),
-        (f"{_V2}.model_runner:GPUModelRunner.execute_model", f"{_ISOLATION}:contain_step", "scheduler_output"),
-        (f"{_V2}.model_runner:GPUModelRunner.sample_tokens", f"{_ISOLATION}:report_failed", "grammar_output"),
-        (
-            f"{_V2}.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
-            *(f"{_ISOLATION}:drop_filler", "scheduled_encoder_inputs"),
-        ),
+        (f"{_V2}.model_runner:GPUModelRunner.execute_model", f"{_ISOLATION}:contain_step"),
+        (f"{_V2}.model_runner:GPUModelRunner.sample_tokens", f"{_ISOLATION}:report_failed"),
+        (f"{_V2}.mm.encoder_runner:EncoderRunner.prepare_mm_inputs", f"{_ISOLATION}:drop_filler"),
     ),
     *_rows(
         *(Stage.WORKER, reasons.INSPECT),
         (f"{_WORKER}.{CACHE_SIZE_METHOD}", "worker.selection_trace:add_encoder_cache_size"),
         (f"{_WORKER}.{TRACES_METHOD}", "worker.selection_trace:add_selection_traces"),
-        adds=True,
     ),
     *_rows(
         *(Stage.WORKER_CPU, reasons.SEED),
-        (f"{_V1}._sample", "vllm_fixes.cpu_seeds:save_states", "logits"),
-        (f"{_V1}._bookkeeping_sync", "vllm_fixes.cpu_seeds:restore_states", "scheduler_output"),
+        (f"{_V1}._sample", "vllm_fixes.cpu_seeds:save_states"),
+        (f"{_V1}._bookkeeping_sync", "vllm_fixes.cpu_seeds:restore_states"),
     ),
-    *_rows(*(Stage.MROPE_CPU, reasons.MROPE), (_PRUNING_FLAG, "worker.mrope:add_pruning_flag"), adds=True),
+    *_rows(*(Stage.MROPE_CPU, reasons.MROPE), (_PRUNING_FLAG, "worker.mrope:add_pruning_flag")),
     *_rows(
         *(Stage.PROCESSOR, reasons.KEY),
         (f"{_PROCESSOR}._get_mm_hashes", f"{_MINORS}:add_mm_hashes"),
         (f"{_PROCESSOR}._get_cache_missing_processor_kwargs", f"{_MINORS}:add_missing_kwargs"),
-        adds=True,
-        before="0.32",
-    ),
-    *_rows(
-        *(Stage.PROCESSOR, reasons.KEY),
-        (f"{_PROCESSOR}._cached_apply_hf_processor", f"{_MINORS}:use_processor_hashes", "inputs", "timing_ctx"),
-        (
-            f"{_PROCESSOR}._get_cache_missing_items",
-            *(f"{_MINORS}:use_processor_options", "cache", "mm_data_items", "mm_hashes"),
-        ),
-        before="0.32",
+        (f"{_PROCESSOR}._cached_apply_hf_processor", f"{_MINORS}:use_processor_hashes"),
+        (f"{_PROCESSOR}._get_cache_missing_items", f"{_MINORS}:use_processor_options"),
     ),
     *_rows(
         *(Stage.PROCESSOR, reasons.PROFILE),
         (f"{_PROCESSOR}.get_dummy_inputs", f"{_MINORS}:add_dummy_inputs"),
-        adds=True,
-        before="0.31",
+        (f"{_PROCESSOR}.__init__", f"{_MINORS}:redirect_dummy_inputs"),
     ),
-    *_rows(
-        *(Stage.PROCESSOR, reasons.PROFILE),
-        (f"{_PROCESSOR}.__init__", f"{_MINORS}:redirect_dummy_inputs", "info", "dummy_inputs", "cache"),
-        before="0.31",
-    ),
-    *_rows(
-        *(Stage.COMMAND, reasons.COMMAND),
-        ("importlib.metadata:version", "api_server.command_line:allow_cpu_build", "distribution_name"),
+    # Not of vLLM, so not among the seams.
+    Patch(
+        _VERSION,
+        "api_server.command_line:allow_cpu_build",
+        Seam(_VERSION, "wrap", ("distribution_name",), part=reasons.COMMAND.part),
+        Stage.COMMAND,
+        reasons.COMMAND,
     ),
 )
 

@@ -12,8 +12,7 @@ def register() -> None:
     """Install the plugin, unless ``PROMPRUNE_ENABLED=false``.
 
     Raises:
-        IncompatibleVllmError: See ``install``.
-        SettingsError: See ``install``; also if ``PROMPRUNE_ENABLED`` is neither true nor false.
+        SettingsError: ``PROMPRUNE_ENABLED`` or ``PROMPRUNE_UNTESTED_VLLM`` is neither true nor false.
     """
     from promprune_vllm.config import PREFIX, is_enabled
 
@@ -26,22 +25,32 @@ def register() -> None:
 def install() -> None:
     """Register the model families and patch what every process needs. Idempotent.
 
-    Raises:
-        IncompatibleVllmError: This release does not support the installed vLLM.
-        SettingsError: A ``PROMPRUNE_*`` variable has an invalid value.
+    With a vLLM that this release was not tested with, only what its code allows is installed; see ``verdict``.
+    Errors in the settings are raised when an engine is configured, since vLLM calls this for every command.
     """
     from promprune_vllm.config import Settings
     from promprune_vllm.engine import families, patches
-    from promprune_vllm.engine.compat import versions
+    from promprune_vllm.engine.api_server.postponed_errors import postpone
+    from promprune_vllm.engine.compat import parts, seams, verdict
     from promprune_vllm.engine.compat.patching import Stage
+    from promprune_vllm.errors import IncompatibleVllmError, SettingsError
     from promprune_vllm.metrics import recorder
 
-    versions.require_supported_version()
-    settings = Settings.from_environment()
+    found = verdict.current()
+    try:
+        settings = Settings.from_environment()
+        verdict.require_pruning(settings)
+    except (SettingsError, IncompatibleVllmError) as error:
+        if found.is_off(parts.REFUSAL):
+            raise
+        postpone(error)
+        patches.install(Stage.REFUSAL)
+        return
+    if found.stock:
+        return
+    seams.require(parts.REQUESTS)
     recorder.prepare_directory()
     families.register()
-    versions.require_names(versions.PLUGIN_NAMES)
     patches.install(Stage.PLUGIN)
     if settings.adapt_to_load:
-        versions.require_names(versions.LOAD_NAMES)
         patches.install(Stage.LOAD)

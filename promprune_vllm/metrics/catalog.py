@@ -25,6 +25,8 @@ LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
     "version": ("version of promprune-vllm", ()),
     "vllm_version": ("version of vLLM", ()),
+    "vllm_tested": ("whether this release was tested with that very version", ("true", "false")),
+    "part": ("a part of promprune-vllm that depends on code of vLLM", ()),
 }
 """Label -> its meaning, and every value it can take; no values if they depend on the server's settings."""
 
@@ -183,7 +185,14 @@ BUILD_INFO = Metric(
     "promprune_build_info",
     "gauge",
     "Always 1; the labels show the method and the versions that run.",
-    labels=("model_name", "method", "version", "vllm_version"),
+    labels=("model_name", "method", "version", "vllm_version", "vllm_tested"),
+)
+PART_OFF = Metric(
+    "promprune_part_off",
+    "gauge",
+    "1 for each part that is off, because this version of vLLM was not tested and has changed code that the part "
+    "depends on; `GET /v1/visual_tokens` says which code.",
+    labels=("model_name", "part"),
 )
 
 CATALOG = (
@@ -203,4 +212,5 @@ CATALOG = (
     ENCODER_BATCH_TOKENS,
     POLICY_LEVEL,
     BUILD_INFO,
+    PART_OFF,
 )

@@ -53,20 +53,20 @@ def _remove(directory: str, owner: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def expose(model_name: str, methods: Sequence[str], versions: tuple[str, str], *, derived: bool) -> None:
+def expose(model_name: str, methods: Sequence[str], build: Build, *, derived: bool) -> None:
     """Make this process's ``/metrics`` show the values of all processes, and every series before its first event.
 
     Args:
         model_name: Name the model is served under.
         methods: The methods the server allows, the default first.
-        versions: Versions of promprune-vllm and of vLLM.
+        build: What runs.
         derived: Whether the bytes and operations saved are known for this model. If not, these metrics are left
             out, since zeros would mean that nothing was saved.
     """
     writer = recorder(model_name)
     writer.create([metric for metric in CATALOG if derived or not metric.derived], methods)
     writer.level(Fraction(1))
-    writer.build(methods[0], *versions)
+    writer.build(methods[0], build)
     if VLLM_VARIABLE not in os.environ:
         _attach(os.environ[DIRECTORY_VARIABLE])
 
@@ -76,6 +76,23 @@ def recorder(model_name: str) -> Recorder:
     prepare_directory()
     directory = os.environ.get(VLLM_VARIABLE) or os.environ[DIRECTORY_VARIABLE]
     return _recorder(os.getpid(), directory, model_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Which versions run, and what of ours does not run on that vLLM.
+
+    Args:
+        version: Of promprune-vllm.
+        vllm_version: Of vLLM.
+        vllm_tested: Whether this release was tested with that version.
+        parts_off: Names of the parts that do not run.
+    """
+
+    version: str
+    vllm_version: str
+    vllm_tested: bool = True
+    parts_off: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +178,12 @@ class Recorder:
         """Set the share of the default that images keep from now on."""
         self._at(catalog.POLICY_LEVEL).set(float(level))
 
-    def build(self, method: str, version: str, vllm_version: str) -> None:
-        """Set the build info: the default method, and the versions of promprune-vllm and of vLLM."""
-        self._at(catalog.BUILD_INFO, method, version, vllm_version).set(1)
+    def build(self, method: str, build: Build) -> None:
+        """Set the build info: the default method, the versions, and the parts that are off."""
+        tested = str(build.vllm_tested).lower()
+        self._at(catalog.BUILD_INFO, method, build.version, build.vllm_version, tested).set(1)
+        for part in build.parts_off:
+            self._at(catalog.PART_OFF, part).set(1)
 
     @contextmanager
     def _mapping(self) -> Iterator[None]:

@@ -220,11 +220,30 @@ class Adaptation(BaseModel):
     level: float = Field(description="Share of the default that an image keeps right now.")
 
 
+class PartOff(BaseModel):
+    """A part of promprune-vllm that does not run on this vLLM."""
+
+    part: str
+    effect: str = Field(description="What is different without it.")
+    changed: list[str] = Field(description="What this vLLM has changed of what the part depends on.")
+
+
+class VllmCheck(BaseModel):
+    """How this vLLM compares with the versions that promprune-vllm was tested with."""
+
+    tested: bool = Field(description="Whether this very version was tested. If so, nothing was compared.")
+    compared_with: str = Field(description="The tested version that this one was compared with.")
+    compared: int = Field(description="How many functions and classes of vLLM were compared.")
+    off: list[PartOff]
+    ignored: list[str] = Field(description="Changes that PROMPRUNE_UNTESTED_VLLM=1 makes the server ignore.")
+
+
 class VisualTokens(BaseModel):
     """The server's model, methods, limits and request fields."""
 
     version: str = Field(description="Version of promprune-vllm.")
     vllm_version: str
+    vllm_check: VllmCheck
     model: str
     architecture: str
     family: str | None

@@ -15,7 +15,9 @@ import pytest
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.engine import patches, plugin
+from promprune_vllm.engine.compat import parts
 from promprune_vllm.engine.compat.patching import Patch, Reason, Stage
+from promprune_vllm.engine.compat.seam import Seam, Use
 from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import IncompatibleVllmError
@@ -24,15 +26,16 @@ from tests.documents import ROOT
 from tests.patched import targets
 
 pytestmark = pytest.mark.engine
-SPEAKS = Reason("a feature", "a cause", "a change")
+SPEAKS = Reason(parts.REQUESTS, "a feature", "a cause", "a change")
 
 
-def row(target: str, takes: tuple[str, ...] = (), **more: Any) -> Patch:
-    return Patch(target, "vllm_fixes.preemption:keep_mm_data", takes, Stage.PLUGIN, SPEAKS, **more)
+def row(target: str, takes: tuple[str, ...] = (), use: Use = "wrap", loaded: bool = False, **more: Any) -> Patch:
+    wrapper = "vllm_fixes.preemption:keep_mm_data"
+    return Patch(target, wrapper, Seam(target, use, takes, **more), Stage.PLUGIN, SPEAKS, loaded)
 
 
 def test_every_row_names_a_wrapper_of_its_own_and_says_why() -> None:
-    assert len({(each.target, each.wrapper, each.since, each.before) for each in PATCHES}) == len(PATCHES)
+    assert len({(each.target, each.wrapper) for each in PATCHES}) == len(PATCHES)
     for each in PATCHES:
         module, _, function = each.wrapper.partition(":")
         wrapper = getattr(importlib.import_module(f"promprune_vllm.engine.{module}"), function)
@@ -74,7 +77,7 @@ def test_every_target_is_as_its_row_says() -> None:
         (row("vllm.no_such_module:X"), "which this vLLM lacks"),
         (row("vllm.renderers.base:BaseRenderer.no_such_method"), "which this vLLM lacks"),
         (row("vllm.renderers.base:BaseRenderer._apply_prompt_extras", ("extras",)), "taking extras"),
-        (row("vllm.renderers.base:BaseRenderer._apply_prompt_extras", adds=True), "has one of its own"),
+        (row("vllm.renderers.base:BaseRenderer._apply_prompt_extras", use="add"), "has one of its own"),
     ],
 )
 def test_a_changed_target_is_refused_and_then_nothing_is_patched(
@@ -95,10 +98,8 @@ def test_a_row_is_of_the_minors_that_have_its_target(monkeypatch: pytest.MonkeyP
     for version, applies in (("0.29.0", False), ("0.30.2", True), ("0.31.0", False)):
         monkeypatch.setattr(vllm, "__version__", version)
         assert row("json:loads", since="0.30", before="0.31").applies is applies
-    assert not row("no_such.module:function", presence="installed").applies
-    assert not row("this.module:function", presence="loaded").applies
-    assert row("json:loads", presence="installed").applies
-    assert row("json:loads", presence="loaded").applies
+    assert not row("this.module:function", loaded=True).applies
+    assert row("json:loads", loaded=True).applies
 
 
 def test_installing_twice_wraps_once() -> None:

@@ -15,7 +15,9 @@ from promprune_vllm.engine import families, keys, plugin
 from promprune_vllm.engine.api_server import admission, endpoints, request_hooks
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, remember_admitted
 from promprune_vllm.engine.api_server.request_fields import read_field, remember_http_fields
-from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat.seam import Seam
+from promprune_vllm.engine.compat.seams import SEAMS
 from promprune_vllm.engine.families.contract import ModelFamily, ProcessorFamily
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
@@ -25,13 +27,13 @@ pytestmark = pytest.mark.engine
 TOGETHER = DEMO
 
 
-def test_every_private_name_is_there() -> None:
-    tables = [
-        names for table, names in {**vars(versions), **vars(model_names)}.items() if table.endswith("_NAMES")
-    ]
-    assert len(tables) >= 10
-    for names in tables:
-        versions.require_names(names)
+def test_every_seam_is_there() -> None:
+    """By import; tests/unit/test_seams.py reads them from the files."""
+    minor = versions.installed_minor()
+    called = [seam for seam in SEAMS if seam.use == "call" and seam.in_minor(minor)]
+    assert len(called) > 60
+    for seam in called:
+        seam.require()
 
 
 @pytest.mark.parametrize(
@@ -44,24 +46,9 @@ def test_every_private_name_is_there() -> None:
 )
 def test_a_changed_name_is_refused_with_the_cure(path: str, parameters: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(IncompatibleVllmError, match=complaint) as refused:
-        versions.require_names({path: parameters})
+        Seam(path, "call", parameters).require()
     assert path in str(refused.value)
     assert "PROMPRUNE_ENABLED=false" in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("version", "fine"),
-    [("0.32.0", True), ("0.32.1rc1", True), ("0.28.1", False), ("0.320.0", False), ("0.33.0", False)],
-)
-def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, fine: bool) -> None:
-    import vllm
-
-    monkeypatch.setattr(vllm, "__version__", version)
-    if fine:
-        versions.require_supported_version()
-    else:
-        with pytest.raises(IncompatibleVllmError, match=f"found vLLM {version}"):
-            versions.require_supported_version()
 
 
 def _request(top: Any = None, nested: Any = None) -> Any:

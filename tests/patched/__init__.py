@@ -21,7 +21,7 @@ def targets(loaded: Collection[str], *stages: Stage) -> set[str]:
     return {
         patch.target
         for patch in PATCHES
-        if patch.stage in stages and (patch.module in loaded if patch.presence == "loaded" else patch.applies)
+        if patch.stage in stages and (patch.module in loaded if patch.only_if_loaded else patch.applies)
     }
 
 

@@ -20,7 +20,7 @@ from promprune_vllm.core.savings import Decoder, saved_blocks
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics import recorder as module
 from promprune_vllm.metrics.catalog import CATALOG, LABELS, UNPRUNED, Metric
-from promprune_vllm.metrics.recorder import Recorder, Saving
+from promprune_vllm.metrics.recorder import Build, Recorder, Saving
 
 METHODS = ["promprune", "random"]
 
@@ -98,7 +98,7 @@ def test_the_other_counts_and_observations(tmp_path: Path) -> None:
     recorder.entropy("promprune", 0.42)
     recorder.saliency_share("promprune", 0.25)
     recorder.encoder_batch(1152)
-    recorder.build("promprune", "0.1", "0.32.0")
+    recorder.build("promprune", Build("0.1", "0.34.0", False, ("resending",)))
     shown = samples(tmp_path)
     assert shown["promprune_requests_total", "refused"] == 1
     assert shown["promprune_refused_requests_total", "limits"] == 1
@@ -108,7 +108,8 @@ def test_the_other_counts_and_observations(tmp_path: Path) -> None:
     assert shown["promprune_spectral_entropy_sum", "promprune"] == 0.42
     assert shown["promprune_saliency_share_sum", "promprune"] == 0.25
     assert shown["promprune_encoder_batch_tokens_sum",] == 1152
-    assert shown["promprune_build_info", "promprune", "0.1", "0.32.0"] == 1
+    assert shown["promprune_build_info", "promprune", "0.1", "false", "0.34.0"] == 1
+    assert shown["promprune_part_off", "resending"] == 1
 
 
 def test_every_bucket_means_something(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_a_directory_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> N
     with pytest.raises(SettingsError, match=r"Metrics cannot be kept in .*No such file.*TMPDIR"):
         Recorder(str(tmp_path / "gone"), "demo")
     small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
-    code = small + "from promprune_vllm.metrics.recorder import Recorder; Recorder(sys.argv[1], 'demo')"
+    code = small + "from promprune_vllm.metrics.recorder import Build, Recorder; Recorder(sys.argv[1], 'demo')"
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "SettingsError: Metrics cannot be kept in" in run.stderr
 

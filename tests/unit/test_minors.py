@@ -16,12 +16,10 @@ from xml.etree import ElementTree
 import pytest
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
-from promprune_vllm.engine.compat import model_names, older_minors, versions
+from promprune_vllm.engine.compat import older_minors, versions
 from promprune_vllm.engine.keys import DETAIL_OPTION, PLAN, TEXT_OPTION
-from promprune_vllm.errors import BudgetError, IncompatibleVllmError
+from promprune_vllm.errors import BudgetError
 from tests.documents import ROOT, table
-
-TABLES = {**vars(versions), **vars(model_names)}
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def older(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.0"))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.33.0"))
 
 
 @pytest.fixture(scope="module")
@@ -47,38 +45,25 @@ def test_which_minor_this_is() -> None:
     assert [versions.before(minor) for minor in ("0.28", "0.29", "0.30", "0.100", "1.0")] == [False] * 2 + [
         True
     ] * 3
-    versions.require_supported_version()
+    assert versions.installed() == "0.29.3"
 
 
-@pytest.mark.usefixtures("older")
-def test_an_older_minor_is_asked_for_its_own_names() -> None:
-    path = "vllm.multimodal.processing.processor:BaseMultiModalProcessor._get_mm_hashes"
-    found = versions.in_this_minor({path: ("inputs",), "json:loads": ("s",)})
-    assert found.pop("json:loads") == ("s",)
-    assert [*found] == ["vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes"]
-
-
-@pytest.mark.usefixtures("newest")
-def test_the_newest_is_asked_for_what_the_tables_say() -> None:
-    tables = [names for name, names in TABLES.items() if name.endswith("_NAMES")]
-    assert all(versions.in_this_minor(names) == names for names in tables)
-
-
-def test_every_difference_is_one_to_a_name_of_the_newest() -> None:
-    known = {path for name, names in TABLES.items() if name.endswith("_NAMES") for path in names}
-    for instead in versions.BEFORE.values():
-        assert instead.keys() <= known
-        known |= {path for paths in instead.values() for path in paths}
-
-
-@pytest.mark.usefixtures("older")
-def test_a_name_that_an_older_minor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "BEFORE", {"0.30": {"json:loads": {"json:parse": ("text",)}}})
-    with pytest.raises(IncompatibleVllmError, match="relies on json:parse, which this vLLM lacks"):
-        versions.require_names({"json:loads": ("s",)})
-    monkeypatch.setattr(versions, "BEFORE", {"0.30": {"json:loads": {"json:dumps": ("text",)}}})
-    with pytest.raises(IncompatibleVllmError, match="relies on json:dumps taking text"):
-        versions.require_names({"json:loads": ("s",)})
+@pytest.mark.parametrize(
+    ("version", "reference"),
+    [
+        ("0.33.0", "0.33.0"),
+        ("0.33.0rc1", "0.33.0"),
+        ("0.32.1", "0.32.0"),
+        ("0.32.1.dev17", "0.32.0"),
+        ("0.34.0", "0.33.0"),
+        ("0.330.0", "0.33.0"),
+        ("1.0", "0.33.0"),
+        ("0.28.1", "0.29.0"),
+        ("dev", "0.33.0"),
+    ],
+)
+def test_a_version_is_compared_with_the_tested_one_that_its_code_path_is_for(version: str, reference: str) -> None:
+    assert versions.reference(version) == reference
 
 
 @dataclass

@@ -27,7 +27,9 @@ from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, find_field
-from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat import parts, seams, verdict
+from promprune_vllm.engine.compat.parts import Kind
+from promprune_vllm.engine.compat.verdict import Verdict
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
 from promprune_vllm.server.near_misses import check as check_names
@@ -44,8 +46,10 @@ from promprune_vllm.server.schemas import (
     ImageCount,
     Limits,
     Method,
+    PartOff,
     ProcessorCache,
     VisualTokens,
+    VllmCheck,
     field_schemas,
 )
 
@@ -61,7 +65,8 @@ class Endpoints:
     """None means every task: a server that cannot prune says so."""
 
     def __init__(self) -> None:
-        versions.require_names(versions.SERVER_NAMES)
+        used = (parts.ROUTES, parts.INSPECTOR, parts.SAVINGS)
+        seams.require(*(part for part in used if not verdict.current().is_off(part)))
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, headers, usage fields and schemas."""
@@ -114,6 +119,7 @@ class EngineBackend:
         return VisualTokens(
             version=promprune_vllm.__version__,
             vllm_version=vllm.__version__,
+            vllm_check=_vllm_check(verdict.current()),
             model=served_name(config),
             architecture=config.architecture,
             family=None if family is None else family.model,
@@ -213,6 +219,17 @@ class EngineBackend:
     @cached_property
     def _bytes_per_token(self) -> int | None:
         return bytes_per_token(self._renderer.config)
+
+
+def _vllm_check(found: Verdict) -> VllmCheck:
+    off = (*found.of_kind(Kind.FAMILY).items(), *found.of_kind(Kind.FEATURE).items())
+    return VllmCheck(
+        tested=found.tested,
+        compared_with=found.reference,
+        compared=found.seams,
+        off=[PartOff(part=part.name, effect=part.without, changed=list(changed)) for part, changed in off],
+        ignored=[change for changed in found.ignored.values() for change in changed],
+    )
 
 
 class _Sizes:

@@ -12,13 +12,12 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.geometry import Box
-from promprune_vllm.engine.compat import older_minors
+from promprune_vllm.engine.compat import older_minors, parts, verdict
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, TRACES_METHOD
 from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
@@ -56,6 +55,7 @@ class Inspector:
             HTTPException: 503 if the image's rows have already been evicted; 501 if the server does not answer
                 chat requests or does not encode images.
         """
+        _require_part()
         handler = getattr(self._state, "openai_serving_chat", None)
         if handler is None:
             raise HTTPException(501, "This server does not answer chat requests, and the inspector needs one.")
@@ -82,6 +82,7 @@ class Inspector:
 
     async def _call_workers(self, method: str, *arguments: object) -> Any:
         """Call a method of every worker; return a list of engines, each a list with one result per rank."""
+        _require_part()
         if self._client is None:
             raise HTTPException(501, "This server only renders prompts: it has no engine.")
         return await older_minors.call_every_engine(
@@ -96,7 +97,19 @@ class Inspector:
         return max(traces, key=len)  # only the first rank keeps traces; the others return {}
 
 
-def _chat(body: InspectRequest) -> ChatCompletionRequest:
+def _require_part() -> None:
+    """Raise HTTP 501 if this vLLM has changed what the inspector depends on."""
+    changed = verdict.current().moved.get(parts.INSPECTOR.name)
+    if changed:
+        raise HTTPException(
+            501, f"The inspector is off with vLLM {verdict.current().version}, which changed {', '.join(changed)}."
+        )
+
+
+def _chat(body: InspectRequest) -> Any:
+    """Return vLLM's request for one token about the image."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
     image: dict[str, Any] = {"url": body.image}
     if body.detail is not None:
         image["detail"] = body.detail

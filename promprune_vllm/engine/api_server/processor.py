@@ -33,7 +33,7 @@ from promprune_vllm.engine.api_server.pruning_plan import (
 )
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.compat import older_minors, versions
+from promprune_vllm.engine.compat import older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ProcessorBase
 from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT_TOKENS
@@ -43,7 +43,7 @@ _PROFILING = object()
 """Value of the option ``PROFILE``: an object, which no client can send."""
 _KEY_PREFIX = "promprune-"
 
-versions.require_names(versions.PROCESSOR_NAMES)
+seams.require(parts.PROCESSOR)
 patches.install(Stage.PROCESSOR)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from promprune_vllm.config import Settings
 from promprune_vllm.engine.api_server.pruning_plan import Summary
+from promprune_vllm.engine.compat import verdict
 from promprune_vllm.engine.keys import COUNTED, SAVINGS, SUMMARY
-from promprune_vllm.metrics.recorder import expose, recorder
+from promprune_vllm.metrics.recorder import Build, expose, recorder
 
 
 def start(renderer: Any) -> None:
@@ -22,10 +23,11 @@ def start(renderer: Any) -> None:
     from promprune_vllm.engine.api_server.request_hooks import log_pruning_support
 
     log_pruning_support(renderer)
+    found = verdict.current()
     expose(
         renderer.config.model_config.served_model_name,
         Settings.from_environment().allowed,
-        (__version__, vllm.__version__),
+        Build(__version__, vllm.__version__, found.tested, tuple(found.moved)),
         derived=Savings(renderer.config).supported,
     )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
-
 from promprune_vllm.core.savings import Decoder, saved_blocks
+from promprune_vllm.engine.compat import parts, verdict
 from promprune_vllm.metrics.recorder import Saving
 
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
@@ -43,6 +42,10 @@ class Savings:
 
 def bytes_per_token(vllm_config: Any) -> int | None:
     """Return the bytes of KV cache that one token takes over all layers and ranks, or ``None`` if that varies."""
+    if verdict.current().is_off(parts.SAVINGS):
+        return None
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
+
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     stored = resolve_kv_cache_dtype_string(cache.cache_dtype, model)
     if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers or model.use_mla or model.is_hybrid:
@@ -55,6 +58,8 @@ def bytes_per_token(vllm_config: Any) -> int | None:
 
 def decoder(vllm_config: Any) -> Decoder | None:
     """Return the sizes of the language model, or ``None`` unless it is a dense decoder with equal layers."""
+    if verdict.current().is_off(parts.SAVINGS):
+        return None
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     text = model.hf_text_config
     intermediate = getattr(text, "intermediate_size", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from promprune_vllm.engine import patches
-from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.server.usage import USAGE_FIELD, current_usage, recording
 
@@ -22,7 +22,7 @@ def prepare_usage_types(original: Any) -> Any:
 
 def extend_usage_types() -> None:
     """Add our field to all of vLLM's usage types. Idempotent."""
-    versions.require_names(versions.USAGE_NAMES)
+    seams.require(parts.USAGE)
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicStreamEvent, AnthropicUsage
     from vllm.entrypoints.pooling.scoring.protocol import RerankResponse, RerankUsage
 

@@ -1,7 +1,7 @@
 """Adapters for older vLLM minors. All other code is written against the newest minor.
 
 An adapter gives an older minor the hook that the newest has, with the newest's own defaults. So ``processor.py``
-only knows the newest vLLM, and dropping a minor means deleting its lines here and in ``versions.BEFORE``. On the
+only knows the newest vLLM, and dropping a minor means deleting its lines here and its seams. On the
 newest minor, nothing in this file changes anything.
 """
 

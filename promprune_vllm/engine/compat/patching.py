@@ -5,13 +5,14 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat import verdict, versions
+from promprune_vllm.engine.compat.parts import Part
+from promprune_vllm.engine.compat.seam import Seam
 from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.errors import IncompatibleVllmError
 
@@ -31,6 +32,7 @@ class Stage(enum.Enum):
     WORKER_V2 = "worker with Model Runner V2, when a pruned model is created"
     WORKER_CPU = "worker on a CPU, when a pruned model is created"
     MROPE_CPU = "worker on a CPU, when a pruned model with M-RoPE is created"
+    REFUSAL = "every process, when vLLM loads the plugin, only if no engine may start"
     COMMAND = "`promprune serve` and `promprune vllm`, before vLLM's command line runs"
 
 
@@ -39,11 +41,13 @@ class Reason:
     """Why vLLM is patched.
 
     Args:
+        part: The part of this release that does not run without the patch.
         feature: What users gain from the patch.
         why: Why the feature needs a patch.
         until: The change in vLLM that would make the patch unnecessary.
     """
 
+    part: Part
     feature: str
     why: str
     until: str
@@ -56,35 +60,26 @@ class Patch:
     Args:
         target: ``"module:name"`` or ``"module:Class.name"`` of the patched function.
         wrapper: ``"module:function"`` below ``promprune_vllm.engine``. It takes the original and returns the
-            replacement.
-        takes: Parameters of the original that the wrapper relies on.
+            replacement; ``None`` is the original of a target that we add.
+        seam: The target's seam, or that of its class if the class inherits the target.
         stage: When the patch is installed.
         reason: Why the patch exists; several rows may share one.
-        adds: The class does not have the target; the wrapper gets ``None``.
-        presence: ``"required"``: the target must exist. ``"installed"``: patch it only if the module is installed.
-            ``"loaded"``: patch it only if vLLM has already imported the module.
-        since: First minor that has the target, if older ones lack it.
-        before: First minor that lacks the target, if newer ones do.
+        only_if_loaded: The target may be left alone where its module is not loaded.
     """
 
     target: str
     wrapper: str
-    takes: tuple[str, ...]
+    seam: Seam
     stage: Stage
     reason: Reason
-    adds: bool = False
-    presence: Literal["required", "installed", "loaded"] = "required"
-    since: str | None = None
-    before: str | None = None
+    only_if_loaded: bool = False
 
     @property
     def applies(self) -> bool:
-        """Whether this vLLM has the target."""
-        if (self.since and versions.before(self.since)) or (self.before and not versions.before(self.before)):
+        """Whether this vLLM has the target, and the reason's part runs on it."""
+        if not self.seam.in_minor(versions.installed_minor()) or verdict.current().is_off(self.reason.part):
             return False
-        if self.presence == "installed":
-            return _is_installed(self.module)
-        return self.presence == "required" or self.module in sys.modules
+        return not self.only_if_loaded or self.module in sys.modules
 
     @property
     def module(self) -> str:
@@ -92,11 +87,10 @@ class Patch:
         return self.target.partition(":")[0]
 
     def require(self) -> None:
-        """Raise ``IncompatibleVllmError`` unless the target matches this row."""
-        if not self.adds:
-            versions.require_names({self.target: self.takes})
+        """Raise ``IncompatibleVllmError`` unless the target matches its seam."""
+        if self.seam.use != "add":
+            self.seam.require()
             return
-        versions.require_names({f"{self.target.rpartition('.')[0]}.__init__": ()})
         owner, name = self.owner()
         if hasattr(owner, name) and not _wrappers(getattr(owner, name)):
             raise IncompatibleVllmError(
@@ -133,10 +127,3 @@ def _wrappers(function: Any) -> tuple[str, ...]:
     function_object = function.fget if isinstance(function, property) else function
     wrappers: tuple[str, ...] = getattr(function_object, PATCHED_BY, ())
     return wrappers
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        return False

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from promprune_vllm.config import Calibration
+from promprune_vllm.engine.compat import verdict
 from promprune_vllm.engine.keys import CALIBRATION
 from promprune_vllm.errors import SettingsError
 
@@ -95,14 +96,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def register() -> None:
-    """Replace vLLM's model classes with ours for every architecture in ``FAMILIES``."""
+    """Replace vLLM's model classes with ours for every architecture in ``FAMILIES`` that this vLLM allows."""
     from vllm import ModelRegistry
+
+    found = verdict.current()
 
     registry_log = logging.getLogger("vllm.model_executor.models.registry")
     registry_log.addFilter(_is_unexpected)
     try:
         for architecture, family in FAMILIES.items():
-            ModelRegistry.register_model(architecture, family.target)
+            if found.family_reason(architecture) is None:
+                ModelRegistry.register_model(architecture, family.target)
     finally:
         registry_log.removeFilter(_is_unexpected)
 
@@ -140,6 +144,9 @@ def unsupported_reason(vllm_config: Any) -> str | None:
             f"no model family for {', '.join(architectures) or 'this architecture'} "
             f"(supported: {', '.join(FAMILIES)})"
         )
+    for architecture in architectures:
+        if moved := verdict.current().family_reason(architecture):
+            return moved
     if vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora:
         return (
             "with --enable-tower-connector-lora, vLLM would assign adapters by kept tokens, but the tower "

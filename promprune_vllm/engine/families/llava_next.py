@@ -23,12 +23,12 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
-from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.families import clip_tower
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
-versions.require_names(model_names.LLAVA_NEXT_NAMES)
+seams.require(parts.CLIP, parts.LLAVA_NEXT)
 
 
 def unsupported_reason(vllm_config: VllmConfig) -> str | None:

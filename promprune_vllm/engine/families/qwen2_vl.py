@@ -5,12 +5,12 @@ from __future__ import annotations
 from vllm.model_executor.models import qwen2_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
 __all__ = ["PrunedQwen2VL", "unsupported_reason"]
-versions.require_names(model_names.QWEN2_VL_NAMES)
+seams.require(parts.QWEN2_VL)
 
 
 class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModalProcessor):

@@ -10,12 +10,12 @@ from typing import Any
 from vllm.model_executor.models import qwen3_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
 __all__ = ["PrunedQwen3VL", "unsupported_reason"]
-versions.require_names(model_names.QWEN3_VL_NAMES)
+seams.require(parts.QWEN3_VL)
 
 
 class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModalProcessor):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from promprune_vllm.engine import patches
-from promprune_vllm.engine.compat import older_minors, versions
+from promprune_vllm.engine.compat import older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import ABORTED_IN_FLIGHT, FAILED_IMAGES
 from promprune_vllm.metrics.recorder import recorder
@@ -29,7 +29,7 @@ def patch_scheduler(original: Any) -> Any:
 
     def get_scheduler_cls(self: Any) -> Any:
         scheduler = original(self)
-        versions.require_names(versions.SCHEDULER_NAMES)
+        seams.require(parts.FAILED_IMAGES)
         patches.install(Stage.SCHEDULER)
         return scheduler
 

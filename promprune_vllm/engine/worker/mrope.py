@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.engine import families, patches
-from promprune_vllm.engine.compat import model_names, versions
+from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
@@ -36,7 +36,7 @@ CHANNELS = 4
 _BASE = 256  # the largest base whose digits are exact in bfloat16
 _UNCHANGED = -1.0  # value of every channel if the position is already right
 
-versions.require_names(model_names.MROPE_NAMES)
+seams.require(parts.MROPE)
 
 
 def unsupported_reason(vllm_config: VllmConfig) -> str | None:

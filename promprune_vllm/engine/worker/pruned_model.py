@@ -14,7 +14,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine import families, patches
-from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelBase
 from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
@@ -27,7 +27,7 @@ from promprune_vllm.engine.worker.selection_trace import Trace
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
 
-versions.require_names(versions.RESULT_NAMES)
+seams.require(parts.WORKER)
 
 
 class PrunedModelMixin(ModelBase):

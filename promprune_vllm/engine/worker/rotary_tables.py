@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 
-from promprune_vllm.engine.compat import model_names, versions
 from promprune_vllm.errors import IncompatibleVllmError
-
-versions.require_names(model_names.ROTARY_NAMES)
 
 
 def tables(model: Any) -> list[Any]:

@@ -1,0 +1,121 @@
+"""What this release depends on in vLLM's model files, family by family."""
+
+from __future__ import annotations
+
+from promprune_vllm.engine.compat import parts
+from promprune_vllm.engine.compat.seam import Seam, add, call, of, rely
+
+_MODELS = "vllm.model_executor.models"
+_LLAVA = f"{_MODELS}.llava"
+_NEXT = f"{_MODELS}.llava_next"
+_NEXT_MODEL = f"{_NEXT}:LlavaNextForConditionalGeneration"
+_QWEN2 = f"{_MODELS}.qwen2_vl"
+_QWEN2_MODEL = f"{_QWEN2}:Qwen2VLForConditionalGeneration"
+_QWEN2_5 = f"{_MODELS}.qwen2_5_vl"
+_QWEN2_5_MODEL = f"{_QWEN2_5}:Qwen2_5_VLForConditionalGeneration"
+_QWEN3 = f"{_MODELS}.qwen3_vl"
+_QWEN3_MODEL = f"{_QWEN3}:Qwen3VLForConditionalGeneration"
+_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_PRUNER = "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner"
+_ROTARY = "vllm.model_executor.layers.rotary_embedding.mrope:MRotaryEmbedding"
+_TOWER = ("x", "grid_thw")
+_SIZE = ("image_width", "image_height", "image_processor", "mm_kwargs")
+_POSITIONS = ("input_tokens", "mm_features")
+
+MODEL_SEAMS: tuple[Seam, ...] = (
+    *of(
+        parts.CLIP,
+        call(f"{_MODELS}.clip:CLIPAttention.forward", "hidden_states", body=True),
+        rely(f"{_MODELS}.clip:CLIPEncoderLayer.forward", body=True),
+        rely(f"{_MODELS}.clip:CLIPVisionTransformer.forward", body=True),
+        rely(f"{_LLAVA}:LlavaMultiModalProjector.forward", body=True),
+        call(f"{_LLAVA}:LlavaDummyInputsBuilder"),
+    ),
+    *of(
+        parts.LLAVA,
+        call(f"{_LLAVA}:LlavaForConditionalGeneration.embed_multimodal", body=True),
+        rely(f"{_LLAVA}:LlavaForConditionalGeneration._process_image_input", body=True),
+        rely(f"{_LLAVA}:LlavaForConditionalGeneration._image_pixels_to_features", body=True),
+        rely(f"{_LLAVA}:BaseLlavaProcessingInfo.get_num_image_tokens", body=True),
+        rely(f"{_LLAVA}:BaseLlavaMultiModalProcessor._get_prompt_updates", body=True),
+        call(f"{_LLAVA}:LlavaMultiModalProcessor"),
+        call(f"{_LLAVA}:_build_llava_or_pixtral_hf_info", "ctx"),
+        call(f"{_LLAVA}:_build_llava_or_pixtral_hf_processor", "info", "dummy_inputs"),
+    ),
+    *of(
+        parts.LLAVA_NEXT,
+        call(f"{_NEXT}:LlavaNextMultiModalProcessor"),
+        call(f"{_NEXT}:LlavaNextProcessingInfo.get_num_image_tokens", "image_width", "image_height", body=True),
+        call(f"{_NEXT_MODEL}._image_pixels_to_features", "vision_tower", "pixel_values", body=True),
+        call(
+            f"{_NEXT_MODEL}._merge_image_patch_embeddings",
+            *("image_size", "patch_embeddings", "strategy"),
+            body=True,
+        ),
+        rely(f"{_NEXT_MODEL}._process_image_pixels", body=True),
+        rely(f"{_NEXT_MODEL}._process_image_input", body=True),
+        rely(f"{_NEXT_MODEL}.embed_multimodal", body=True),
+    ),
+    *of(
+        parts.MROPE,
+        call(f"{_MODELS}.vision:get_load_balance_assignment", "sizes", "num_gpus", body=True),
+        call("vllm.distributed.parallel_state:GroupCoordinator.broadcast", "input_", "src"),
+        call("vllm.config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled", body=True),
+        call("vllm.multimodal.inputs:MultiModalFeatureSpec", "mm_position", "modality", "data"),
+        call("vllm.multimodal.inputs:PlaceholderRange", "offset", "length"),
+        call(f"{_V1}._gather_mm_embeddings", "shift_computed_tokens", body=True),
+        call(f"{_PRUNER}.recompute", "mm_embeds", body=True),
+        rely(f"{_PRUNER}.strip", body=True),
+        rely("vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.gather_mm_embeddings", body=True),
+        call(f"{_ROTARY}._compute_inv_freq", "base"),
+        add("vllm.v1.worker.cpu_model_runner:CPUModelRunner.is_multimodal_pruning_enabled"),
+    ),
+    *of(
+        parts.QWEN2_VL,
+        call(f"{_QWEN2}:Qwen2VLMultiModalProcessor"),
+        call(f"{_QWEN2}:Qwen2VLProcessingInfo.get_num_image_tokens", "image_processor", "mm_kwargs", body=True),
+        call(f"{_QWEN2}:Qwen2VLProcessingInfo._get_vision_info", *_SIZE, body=True),
+        call(f"{_QWEN2_MODEL}.get_mrope_input_positions", *_POSITIONS, body=True),
+        rely(f"{_QWEN2_MODEL}.iter_mm_grid_thw", body=True),
+        rely(f"{_QWEN2_MODEL}._process_image_input", body=True),
+        rely(f"{_QWEN2_MODEL}.embed_multimodal", body=True),
+        rely(f"{_QWEN2}:Qwen2VLMultiModalProcessor._get_prompt_updates", body=True),
+        rely(f"{_QWEN2}:Qwen2VisionAttention.forward", body=True),
+        call(f"{_QWEN2}:Qwen2VisionTransformer.forward", *_TOWER, body=True),
+        call(f"{_QWEN2}:Qwen2VisionPatchMerger.forward", "x", body=True),
+    ),
+    *of(
+        parts.QWEN2_5_VL,
+        call(f"{_QWEN2_5}:Qwen2_5_VLMultiModalProcessor"),
+        call(f"{_QWEN2}:Qwen2VLProcessingInfo._get_vision_info", *_SIZE, body=True),
+        call(f"{_QWEN2_5_MODEL}.get_mrope_input_positions", *_POSITIONS, body=True),
+        call(
+            f"{_QWEN2_5_MODEL}.recompute_mrope_positions",
+            *("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens"),
+        ),
+        rely(f"{_QWEN2_5_MODEL}._process_image_input", body=True),
+        rely(f"{_QWEN2_5_MODEL}.embed_multimodal", body=True),
+        rely(f"{_QWEN2_5}:Qwen2_5_VLMultiModalProcessor._get_prompt_updates", body=True),
+        rely(f"{_QWEN2_5}:Qwen2_5_VisionAttention.forward", body=True),
+        call(f"{_QWEN2_5}:Qwen2_5_VisionTransformer.forward", *_TOWER, body=True),
+        call(
+            f"{_QWEN2_5}:Qwen2_5_VisionTransformer.get_window_index_thw",
+            *("grid_t", "grid_h", "grid_w"),
+            body=True,
+        ),
+        rely(f"{_QWEN2_5}:Qwen2_5_VisionPatchMerger.forward", body=True),
+    ),
+    *of(
+        parts.QWEN3_VL,
+        call(f"{_QWEN3}:Qwen3VLMultiModalProcessor"),
+        call(f"{_QWEN3}:Qwen3VLProcessingInfo._get_vision_info", *_SIZE, body=True),
+        call(f"{_QWEN3_MODEL}.get_mrope_input_positions", *_POSITIONS, body=True),
+        rely(f"{_QWEN3_MODEL}._get_mrope_input_positions", body=True),
+        rely(f"{_QWEN3_MODEL}._process_image_input", body=True),
+        rely(f"{_QWEN3_MODEL}.embed_multimodal", body=True),
+        call(f"{_QWEN3_MODEL}._compute_deepstack_embeds", "multimodal_embeddings", body=True),
+        rely(f"{_QWEN3}:Qwen3VLMultiModalProcessor._get_prompt_updates", body=True),
+        call(f"{_QWEN3}:Qwen3_VisionTransformer.forward", *_TOWER, body=True),
+        call(f"{_QWEN3}:Qwen3_VisionPatchMerger.forward", "x", body=True),
+    ),
+)
