@@ -1,8 +1,7 @@
-"""A copy of the installed vLLM with another version or other code: links to its files, but for those that change."""
+"""A copy of the installed vLLM with another version or other code; all other files are links."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,8 @@ def copy_of_vllm(folder: Path, version: str, edits: Mapping[str, tuple[str, str]
     import vllm
 
     source = Path(vllm.__file__).parent
-    changed = {source / "_version.py": re.sub(r"(?<![\w.])0\.\d+\.\d+(?:\+\w+)?(?=['\"])", version, _version(source))}
+    numbers = tuple(int(part) for part in version.partition("+")[0].split(".")[:3])
+    changed = {source / "_version.py": f"__version__ = version = {version!r}\n__version_tuple__ = {numbers}\n"}
     for module, (old, new) in (edits or {}).items():
         file = source.parent.joinpath(*module.split(".")).with_suffix(".py")
         text = file.read_text()
@@ -27,10 +27,6 @@ def copy_of_vllm(folder: Path, version: str, edits: Mapping[str, tuple[str, str]
     folder.mkdir(parents=True, exist_ok=True)
     _link(source, folder / "vllm", changed)
     return folder
-
-
-def _version(source: Path) -> str:
-    return (source / "_version.py").read_text()
 
 
 def _link(source: Path, target: Path, changed: Mapping[Path, str]) -> None:

@@ -3,7 +3,7 @@
 
 Prints, as Markdown, what the wheel has changed of what the plugin depends on, and what a server of this release
 does with it. Nothing is imported from the wheel, so this needs no GPU and no vLLM. `--write` adds the version to
-the table promprune_vllm/engine/compat/seams.json, and `--write --all` builds the table anew from the wheels of every
+the table promprune_vllm/engine/compat/seams.json, and `--write --all` builds it anew from the wheels of every
 tested version. Messages go to stderr.
 """
 
