@@ -77,8 +77,6 @@ class Patch:
     @property
     def applies(self) -> bool:
         """Whether this vLLM has the target, and the reason's part runs on it."""
-        if self.stage is Stage.COMMAND:  # not of vLLM, and vLLM's log is not set up yet for the verdict's warning
-            return True
         if not self.seam.in_minor(versions.installed_minor()) or verdict.current().is_off(self.reason.part):
             return False
         return not self.only_if_loaded or self.module in sys.modules
