@@ -20,7 +20,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test test-release docs eval eval-at-64 soak compatibility seams vllm-tests audit lint check dist lock clean
+.PHONY: help setup tools demo test test-release docs eval eval-at-64 soak compatibility seams seams-issue vllm-tests audit lint check dist lock clean
 
 help: ## list all targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -59,6 +59,9 @@ compatibility: ## run the tests that touch vLLM with each minor, in .venv-compat
 
 seams: setup ## print what the newest vLLM wheel has changed of what the plugin depends on; ARGS="--version 0.34.0 --write"
 	@$(BIN)/python deploy/environment/seams.py $(ARGS)
+
+seams-issue: setup ## open an issue on GitHub with what the newest vLLM wheel has changed, unless it was tested; runs every night
+	@$(BIN)/python deploy/environment/seams.py --issue
 
 vllm-tests: setup ## run vLLM's own tests with and without the plugin, and compare; half an hour; ARGS="--only v1/core"
 	@$(PYTHON) deploy/environment/vllm_tests.py $(ARGS)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from deploy.documents import methods, options, patches, routes
+from deploy.documents import methods, options, patches, routes, seams
 from promprune_vllm.commands import families, metrics
 from promprune_vllm.commands.methods import describe
 from promprune_vllm.evaluation import lmms
@@ -22,6 +22,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "routes": routes.markdown,
     "patches": patches.markdown,
     "reasons": patches.reasons_markdown,
+    "parts": seams.markdown,
     "writes": patches.writes_markdown,
     "lmms": lambda: lmms.table([]),
 }

@@ -53,12 +53,8 @@ def unpack(version: str | None) -> tuple[str, Path]:
     return found, folder / "vllm"
 
 
-def column(package: Path) -> dict[str, Entry]:
-    """Return every seam of an unpacked wheel."""
-    return {seam.key: entry(package, seam) for seam in SEAMS}
-
-
 def entry(package: Path, seam: Seam) -> Entry:
+    """Return a seam of an unpacked wheel."""
     found = fingerprints.find(package, seam.name)
     return None if found is None else [found.fingerprint(seam.words), *found.parameters]
 
@@ -123,30 +119,54 @@ def report(version: str, package: Path) -> str:
     )
 
 
+def open_issue(text: str) -> None:
+    """Open an issue on GitHub, unless there is one with this title."""
+    heading, _, body = text.partition("\n")
+    title = heading.removeprefix("## ")
+    listed = run("gh", "issue", "list", "--state", "all", "--search", f'"{title}" in:title', "--json", "title")
+    if title in (each["title"] for each in json.loads(listed)):
+        say(f"there is an issue {title!r}")
+    else:
+        say(run("gh", "issue", "create", "--title", title, "--body", body.strip()).strip())
+
+
+def compare(version: str | None, *, issue: bool) -> None:
+    """Print what a version has changed, or open an issue with it unless the version was tested."""
+    found, package = unpack(version)
+    text = report(found, package)
+    if not issue:
+        print(text)
+    elif found in versions.TESTED:
+        say(f"vLLM {found} was tested")
+    else:
+        open_issue(text)
+
+
+def write(version: str | None, *, every: bool) -> None:
+    """Add a version to the table, or build the table anew."""
+    unpacked = [unpack(each) for each in versions.TESTED] if every else [unpack(version)]
+    columns: Columns = {seam.key: {} for seam in SEAMS} if every else expand(versions.TESTED)
+    for found, package in unpacked:
+        for seam in SEAMS:
+            columns[seam.key][found] = entry(package, seam)
+    TABLE.write_text(compress(columns))
+    say(f"{TABLE.relative_to(ROOT)} has {len(columns)} seams")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--version", help="vLLM version (default: the newest wheel)")
-    parser.add_argument("--write", action="store_true", help="add the version to the table")
+    parser.add_argument("--write", action="store_true", help="also add the version to the table")
     parser.add_argument(
         "--all", action="store_true", help="with --write: build the table from every tested version"
     )
-    parser.add_argument("--new", action="store_true", help="print nothing if the version was tested")
+    parser.add_argument("--issue", action="store_true", help="open an issue with the list, if it was not tested")
     arguments = parser.parse_args()
     try:
-        if arguments.write and arguments.all:
-            tested = [unpack(version) for version in versions.TESTED]
-            columns = {seam.key: {} for seam in SEAMS}
-        else:
-            tested = [unpack(arguments.version)]
-            columns = expand(versions.TESTED) if arguments.write else {}
-            if not (arguments.new and tested[0][0] in versions.TESTED):
-                print(report(*tested[0]))
+        if not arguments.all:
+            compare(arguments.version, issue=arguments.issue)
         if arguments.write:
-            for version, package in tested:
-                for key, one in column(package).items():
-                    columns[key][version] = one
-            TABLE.write_text(compress(columns))
-            say(f"{TABLE.relative_to(ROOT)} has {len(columns)} seams")
+            write(arguments.version, every=arguments.all)
     except (SetupError, OSError) as error:
         say(str(error))
         return 1

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from promprune_vllm.demo.server import Server
-from promprune_vllm.engine.compat.versions import SUPPORTED
 from tests.server.conftest import post
 from tests.server.test_budget import _routes
 
@@ -28,32 +27,6 @@ def test_a_model_that_can_be_pruned_says_so(server: Server) -> None:
     (line,) = _announcements(server)
     assert "prunes the images" in line
     assert "method promprune" in line
-
-
-_OTHER_VERSION = "import sys, vllm; vllm.__version__ = '0.99.1'; sys.argv = ['promprune', *sys.argv[1:]]\n"
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        _OTHER_VERSION + "from promprune_vllm.cli import main; main()",
-        _OTHER_VERSION + "from vllm.engine.arg_utils import EngineArgs; EngineArgs(model=sys.argv[2])",
-    ],
-    ids=["promprune serve", "vLLM itself"],
-)
-def test_an_unsupported_vllm_is_refused_at_start_up(start: str, demo_model: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", start, "serve", str(demo_model)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert f"works with vLLM {', '.join(f'{minor}.x' for minor in SUPPORTED)} and found vLLM 0.99.1" in last
-    assert "Install a supported vLLM" in last
-    assert "PROMPRUNE_ENABLED=false" in last
 
 
 _WHAT_IS_LOADED = """

@@ -14,7 +14,7 @@ import promprune_vllm
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
-from promprune_vllm.engine.compat.versions import SUPPORTED
+from promprune_vllm.engine.compat.versions import TESTED
 from promprune_vllm.server.openapi import request_schemas
 from tests.conftest import VISUAL_TOKENS
 from tests.server.browser import chromium
@@ -38,7 +38,8 @@ def sizes(*photos: str) -> list[dict[str, int]]:
 def test_the_server_says_what_is_in_force(server: Server) -> None:
     state = httpx.get(f"{server.url}{ROUTE}").raise_for_status().json()
     assert state["version"] == promprune_vllm.__version__
-    assert state["vllm_version"].rpartition(".")[0] in SUPPORTED
+    assert state["vllm_version"].partition("+")[0] in TESTED
+    assert state["vllm_check"]["tested"] is True
     assert (state["model"], state["architecture"]) == (MODEL, "LlavaForConditionalGeneration")
     assert (state["family"], state["prunable"], state["reason"]) == ("LLaVA-1.5", True, None)
     assert state["method"]["name"] == "promprune"

@@ -25,6 +25,7 @@ from promprune_vllm.server.schemas import (
     Limits,
     Method,
     VisualTokens,
+    VllmCheck,
     budget_schema,
     field_schemas,
     method_schema,
@@ -147,6 +148,7 @@ class _Backend:
         return VisualTokens(
             version="1",
             vllm_version="2",
+            vllm_check=VllmCheck(tested=True, compared_with="2", compared=0, off=[], ignored=[]),
             model="m",
             architecture="a",
             family=None,

@@ -239,11 +239,11 @@ def test_the_lines_that_are_cut_out_are_those_that_python_finds() -> None:
 # What runs on an unknown version
 
 
-def replay(tested: tuple[str, ...], version: str, **options: Any) -> Verdict:
+def replay(tested: tuple[str, ...], version: str) -> Verdict:
     """What a release that was tested with these versions makes of another one, from the table alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "TESTED", tested)
-        return verdict.compare(lambda seam: seam_table.recorded(seam, version), version, **options)
+        return verdict.compare(lambda seam: seam_table.recorded(seam, version), version)
 
 
 def known_until(version: str) -> tuple[str, ...]:

@@ -51,9 +51,9 @@ def table() -> Table:
     return content
 
 
-def recorded(seam: Seam, version: str, known: Table | None = None) -> Recorded | None:
+def recorded(seam: Seam, version: str) -> Recorded | None:
     """Return a seam as a tested version has it, or ``None`` if that has no such seam."""
-    entries = (table() if known is None else known).get(seam.key, {})
+    entries = table().get(seam.key, {})
     older = [each for each in entries if Version(each) <= Version(version)]
     entry = entries[max(older, key=Version)] if older else None
     return None if entry is None else Recorded(entry[0], tuple(entry[1:]))

@@ -20,7 +20,7 @@ from promprune_vllm.config import PREFIX, Settings, allows_untested_vllm
 from promprune_vllm.engine.compat import fingerprints, seam_table, versions
 from promprune_vllm.engine.compat.parts import Kind, Part
 from promprune_vllm.engine.compat.seam import Seam
-from promprune_vllm.engine.compat.seam_table import Definition, Table
+from promprune_vllm.engine.compat.seam_table import Definition
 from promprune_vllm.engine.compat.seams import SEAMS
 from promprune_vllm.errors import IncompatibleVllmError
 
@@ -118,8 +118,8 @@ def loads(text: str) -> Verdict:
 def compare(
     find: Callable[[Seam], Definition | None],
     version: str,
-    known: Table | None = None,
     *,
+    reference: str | None = None,
     ignore_code: bool = False,
 ) -> Verdict:
     """Compare a vLLM with a tested version.
@@ -127,16 +127,16 @@ def compare(
     Args:
         find: Returns a seam as that vLLM defines it.
         version: Its version.
-        known: The tested versions; those of this release if left out.
+        reference: The tested version; if left out, the one whose code path it takes.
         ignore_code: Ignore changed code; missing names and parameters cannot be ignored.
     """
-    reference = versions.reference(version)
+    reference = reference or versions.reference(version)
     minor = versions.minor_of(reference)
     moved: dict[str, list[str]] = {}
     ignored: dict[str, list[str]] = {}
     seams = [seam for seam in SEAMS if seam.in_minor(minor)]
     for seam in seams:
-        change = _change(seam, find(seam), seam_table.recorded(seam, reference, known))
+        change = _change(seam, find(seam), seam_table.recorded(seam, reference))
         if change is not None:
             target = ignored if ignore_code and change == _CODE else moved
             target.setdefault(seam.part.name, []).append(f"{seam.name} ({change})")
