@@ -76,7 +76,7 @@ load_general_plugins()
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.renderers.base import BaseRenderer
 print(json.dumps({
-    "moved": found.moved, "compared": len(asked), "seconds": spent, "tested": found.tested,
+    "variable": os.environ.get("PROMPRUNE_VLLM_VERDICT"), "moved": found.moved, "compared": len(asked), "seconds": spent, "tested": found.tested,
     "llava": ModelRegistry.models["LlavaForConditionalGeneration"].module_name,
     "qwen": ModelRegistry.models["Qwen2VLForConditionalGeneration"].module_name,
     "generate": getattr(AsyncLLM.generate, "__promprune_patches__", ()),
@@ -123,6 +123,17 @@ def test_each_kind_of_change_has_its_own_effect(kind: str, tmp_path: Path) -> No
     (warning,) = [line for line in (done.stdout + done.stderr).splitlines() if "promprune-vllm" in line]
     assert f"vLLM {OTHER}" in warning
     assert f"as in {COMPARED}" in warning
+
+
+def test_a_child_process_is_told(tmp_path: Path) -> None:
+    folder = copy_of_vllm(tmp_path / "copy", OTHER, SIDE)
+    first = json.loads(run(folder, "-c", WHAT_RUNS).stdout.splitlines()[-1])
+    print(f"compared {first['compared']} seams in {first['seconds']:.2f} s of one core")
+    told = run(folder, "-c", WHAT_RUNS, PROMPRUNE_VLLM_VERDICT=first["variable"])
+    second = json.loads(told.stdout.splitlines()[-1])
+    assert second["compared"] == 0
+    assert (second["moved"], second["generate"]) == (first["moved"], first["generate"])
+    assert "was not tested" not in told.stdout + told.stderr
 
 
 def test_a_tested_version_is_not_compared(tmp_path: Path) -> None:
