@@ -16,13 +16,14 @@ from typing import Any
 
 from promprune_vllm.errors import IncompatibleVllmError
 
-SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
+SUPPORTED = ("0.29", "0.30", "0.31", "0.32", "0.33")
 """vLLM minors this release is tested with, the newest last."""
 
 # "module:name" -> the parameters we rely on
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _INPUTS = "vllm.multimodal.processing.inputs:ProcessorInputs"
 _IS_CACHED = "vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached"
+_QUEUE = "vllm.renderers.base:BaseRenderer.queue_mm_cache_invalidations"
 _GATE = "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs"
 PLUGIN_NAMES: Mapping[str, tuple[str, ...]] = {
     _GATE: ("mm_processor_kwargs", "trust_request_mm_kwargs"),
@@ -55,6 +56,7 @@ SERVER_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     f"{_CLIENT}.call_utility_all_async": ("method",),
     "vllm.renderers.base:BaseRenderer.mm_processor_cache.fget": ("self",),
+    _QUEUE: ("mm_hashes",),
     f"{_MODEL_CONFIG}.get_total_num_hidden_layers": (),
     f"{_MODEL_CONFIG}.get_num_kv_heads": ("parallel_config",),
     f"{_MODEL_CONFIG}.get_num_attention_heads": ("parallel_config",),
@@ -92,6 +94,7 @@ LOAD_NAMES: Mapping[str, tuple[str, ...]] = {
 # Minor -> names of the newest minor -> the names that older minors have instead; ``older_minors`` adapts those.
 # Newest minor first, so that a replacement can itself be replaced.
 BEFORE: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "0.33": {_QUEUE: {}},  # no queue: what the engine lacks leaves the cache at once
     "0.32": {
         f"{_PROCESSOR}._get_mm_hashes": {
             "vllm.multimodal.processing.inputs:ProcessorInputs.get_mm_hashes": ("model_id", "hash_algorithm"),
