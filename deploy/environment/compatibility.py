@@ -57,7 +57,7 @@ class Minor:
 
 
 # vLLM 0.29 and 0.30 import a name that transformers 5.17 no longer has, but their metadata allows 5.17. vLLM 0.33
-# imports orjson, which the CPU build of 0.32 does not bring. With a CPU build of its own it needs no more than 0.32.
+# imports orjson, which the CPU build of 0.32 does not bring. With a CPU build, 0.33 needs neither of its fields.
 MINORS = {
     "0.29": Minor("0.29.0", ("transformers<5.17",)),
     "0.30": Minor("0.30.0", ("transformers<5.17",)),
@@ -179,12 +179,9 @@ def _name(result: Mapping[str, Any]) -> str:
 
 def _notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the lines below a table that say what its hybrid environments are."""
-    return [
-        line
-        for _, each in ordered(results)
-        if "hybrid" in each
-        for line in ("", f"{each['vllm']} has no CPU build yet. What is tested is a hybrid:", f"{each['hybrid']}.")
-    ]
+    hybrids = [each for _, each in ordered(results) if "hybrid" in each]
+    lines = [f"{each['vllm']} has no CPU build yet. The hybrid is {each['hybrid']}." for each in hybrids]
+    return ["", *lines] if lines else []
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
