@@ -166,7 +166,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *_rows(
         *(Stage.REPLIES, reasons.BATCH),
-        # The module of `vllm run-batch`: in vLLM 0.32, then in older minors.
+        # The module of `vllm run-batch`: since vLLM 0.32, then in older minors.
         (f"{_LAUNCH}.run_batch:run_request", "api_server.usage_fields:record_batch_line"),
         (f"{_ENTRY}.openai.run_batch:run_request", "api_server.usage_fields:record_batch_line"),
         presence="loaded",
