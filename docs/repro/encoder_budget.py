@@ -1,4 +1,4 @@
-"""vLLM 0.32: with ``--video-pruning-rate`` a step encodes several times what the encoder's budget allows.
+"""vLLM 0.33: with ``--video-pruning-rate`` a step encodes several times what the encoder's budget allows.
 
 The scheduler charges a step's encoder budget with ``get_num_embeds()``: the tokens a video has *after* pruning.
 The tower computes all of them. Here the same short videos are asked about at once, unpruned and at a rate of 0.75,

@@ -1,4 +1,4 @@
-"""vLLM 0.32: text behind a pruned portrait image gets positions inside the image.
+"""vLLM 0.33: text behind a pruned portrait image gets positions inside the image.
 
 ``recompute_mrope_positions`` (vllm/multimodal/video_prune/evs.py) goes on behind a medium at
 ``base + width of its grid``. M-RoPE goes on at ``base + max(frames, height, width)``, as

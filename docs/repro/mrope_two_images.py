@@ -1,4 +1,4 @@
-"""vLLM 0.32: positions of a second image are written over those of the first.
+"""vLLM 0.33: positions of a second image are written over those of the first.
 
 ``recompute_mrope_positions`` (vllm/multimodal/video_prune/evs.py) looks for the next medium behind
 ``num_computed_tokens``, and counts only the tokens of media onto it: text between them is left out. Where the text

@@ -29,7 +29,7 @@ STAMP = "promprune_demo.json"  # the spec; a directory whose stamp equals the re
 DType = Literal["float32", "bfloat16"]
 FORMAT_VERSION = 2  # increase it when the same spec starts to give different files
 
-# transformers 5 names -> names in published checkpoints, by model type; other types keep their names. vLLM 0.32
+# transformers 5 names -> names in published checkpoints, by model type; other types keep their names. vLLM
 # requires `vision_model`, which save_pretrained leaves out; transformers reads both.
 _LLAVA_NAMES = (
     ("model.vision_tower.", "vision_tower.vision_model."),

@@ -242,6 +242,9 @@ def test_a_result_that_arrives_later_is_marked_when_it_does() -> None:
         def get_output(self) -> Any:
             return EMPTY_MODEL_RUNNER_OUTPUT
 
+        def get_kv_connector_output(self) -> None:
+            """Abstract since vLLM 0.33."""
+
     runner = SimpleNamespace(_promprune_failed_images=("image",))
     output = fault_isolation._add_failed(runner, Later()).get_output()
     assert getattr(output, keys.FAILED_IMAGES) == ("image",)

@@ -49,7 +49,7 @@ def preempt(engine: Engine) -> None:
 
 @pytest.mark.parametrize("budget", [64, None])
 def test_an_image_that_the_prefix_cache_covered_is_encoded_after_all(engine: Engine, budget: int | None) -> None:
-    """Of vLLM 0.32 alone the whole engine dies: the worker was not given the pixels."""
+    """Of vLLM alone (0.29 to 0.33) the whole engine dies: the worker was not given the pixels."""
     prompt = engine.prompt(("coffee", budget))
     engine.forget()
     expected = answer(engine, prompt)

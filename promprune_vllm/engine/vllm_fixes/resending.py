@@ -2,7 +2,7 @@
 
 The API server does not send an image that the engine should already have in its cache, and assumes that it has
 every image processed before. That is wrong if the earlier request never reached the engine: its client had
-disconnected, or its prompt was too long. vLLM (0.29 to 0.32) then answers the next request with that image with
+disconnected, or its prompt was too long. vLLM (0.29 to 0.33) then answers the next request with that image with
 HTTP 500, and leaves the retry to the client.
 """
 
@@ -15,6 +15,8 @@ from functools import partial
 from typing import Any
 
 from promprune_vllm.engine.keys import REPROCESS
+
+_QUEUE = "queue_mm_cache_invalidations"
 
 logger = logging.getLogger("vllm.promprune")
 
@@ -60,8 +62,12 @@ def resend_on_cache_miss(original: Any) -> Any:
 
 
 def _is_cache_miss(engine: Any, prompt: Any, output: Any) -> bool:
-    """Return whether the engine lacked an image: it failed, and the API server has dropped the image by now."""
+    """Return whether the engine lacked an image: it failed, and the API server has dropped or queued the image."""
     if not all(each.finish_reason == "error" and not each.token_ids for each in output.outputs):
         return False
     hashes = [each for hashes in prompt["mm_hashes"].values() for each in hashes]
-    return not all(engine.renderer.mm_processor_cache.is_cached(hashes))
+    renderer = engine.renderer
+    # Since 0.33, which has this method, the next prompt's thread drops what is queued. The queue is read first: an
+    # image leaves it before it leaves the cache.
+    queued = renderer._pending_mm_cache_invalidations if hasattr(renderer, _QUEUE) else ()
+    return any(each in queued for each in hashes) or not all(renderer.mm_processor_cache.is_cached(hashes))

@@ -1,6 +1,6 @@
 """Workaround for logprobs of token ids that the tokenizer has no name for.
 
-A model's last layer often has more rows than its tokenizer has tokens. vLLM (0.29 to 0.32) looks up the name of
+A model's last layer often has more rows than its tokenizer has tokens. vLLM (0.29 to 0.33) looks up the name of
 every id in a request's logprobs. With a Llama tokenizer, which marks spaces with a special character, an id
 without a name raises ``TypeError`` in the task that handles the outputs of all requests, which ends the server.
 Top logprobs, prompt logprobs, scored labels and beam search all use the function that is wrapped here.
