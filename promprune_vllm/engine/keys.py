@@ -72,8 +72,7 @@ OPTION_PREFIXES = ("visual_token", "_promprune")
 WRITTEN_ATTRIBUTES: Mapping[str, str] = {
     "renderer._executor.submit": "threads that render pooling requests run in the context of their request",
     "multimodal_config.__class__": "M-RoPE: makes model runners call the model's hook for positions",
-    "compilation_config.cudagraph_mm_encoder": "M-RoPE: a captured graph would skip the pruning",
-    "compilation_config.compile_mm_encoder": "M-RoPE: a compiled block would hide the attention",
+    "visual.blocks[i].do_not_compile, visual.merger.do_not_compile": "Qwen-VL: compiled modules ignore our hooks",
     "MRotaryEmbedding.cos_sin_cache": "M-RoPE: more rows, for the positions that pruned prompts reach",
     "AsyncModelRunnerOutput.get_output": "set on a single result, if an image failed in its step",
     "AnthropicUsage.model_config, RerankUsage.model_config": "allows extra fields, as vLLM's other usage types do",

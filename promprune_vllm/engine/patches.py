@@ -145,6 +145,16 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_V2}.mm.encoder_runner:EncoderRunner.prepare_mm_inputs", f"{_ISOLATION}:drop_filler"),
     ),
     *_rows(
+        *(Stage.WORKER, reasons.GRAPHS),
+        (
+            "vllm.v1.worker.encoder_cudagraph:EncoderCudaGraphManager.execute",
+            "worker.encoder_graphs:leave_out_pruned",
+        ),
+    ),
+    *_rows(
+        *(Stage.WORKER_V1, reasons.LOOKAHEAD), (f"{_V1}._gather_mm_embeddings", "worker.mrope:remember_lookahead")
+    ),
+    *_rows(
         *(Stage.WORKER, reasons.INSPECT),
         (f"{_WORKER}.{CACHE_SIZE_METHOD}", "worker.selection_trace:add_encoder_cache_size"),
         (f"{_WORKER}.{TRACES_METHOD}", "worker.selection_trace:add_selection_traces"),

@@ -13,6 +13,7 @@ import torch
 
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.demo.qwen_processing import VIDEO_ID
+from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from tests.engine.family_engine import FamilyEngine, picture
 
 pytestmark = pytest.mark.engine
@@ -21,7 +22,7 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 @pytest.fixture(scope="module", params=QWEN)
 def half(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:
-    """In bfloat16, started with everything that would bypass the pruning."""
+    """In bfloat16, with the encoder's graphs and compilation on."""
     bypasses = {"cudagraph_mm_encoder": True, "compile_mm_encoder": True}
     engine = FamilyEngine(
         request.param,
@@ -47,12 +48,47 @@ def test_positions_beyond_256_are_true_in_bfloat16(half: FamilyEngine) -> None:
     assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
 
 
-def test_what_would_bypass_the_pruning_is_switched_off(half: FamilyEngine) -> None:
+def test_graphs_and_compilation_of_the_encoder_stay_on(half: FamilyEngine) -> None:
+    """All but the two modules whose hooks capture features are compiled, with a GPU."""
     compilation = half.llm.llm_engine.vllm_config.compilation_config
-    assert not compilation.cudagraph_mm_encoder
-    assert not compilation.compile_mm_encoder
-    assert half.runner.is_multimodal_pruning_enabled
+    assert compilation.cudagraph_mm_encoder
+    assert compilation.compile_mm_encoder
     assert half.llm.model_config.multimodal_config.video_pruning_rate is None
+    block = half.model.visual.blocks[half.model.saliency_block()]
+    hooked = [module for module in (block, half.model.visual.merger) if hasattr(module, "do_not_compile")]
+    assert len(hooked) == {"qwen2_vl": 0, "qwen2_5_vl": 2, "qwen3_vl": 1}[half.family]
+    for module in hooked:
+        module.do_not_compile = False
+    keep_eager((block, half.model.visual.merger))
+    assert all(module.do_not_compile for module in hooked)
+
+
+def test_the_encoders_graphs_encode_whole_images_and_leave_out_pruned_ones(
+    half: FamilyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own manager of graphs, with no graph that fits: it encodes without, which a CPU can."""
+    from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
+
+    asks = [half.ask("square", budget=budget) for budget in (None, 9)]
+    half.forget()
+    before = [output.outputs[0].token_ids for output in half.generate(asks)]
+    device = half.model.visual.device
+    config = half.llm.llm_engine.vllm_config
+    graphs = EncoderCudaGraphManager(config, device, torch.bfloat16, half.model)
+    monkeypatch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
+    monkeypatch.setattr(graphs, "is_captured", lambda: True)
+    encoder = getattr(half.runner, "encoder_runner", None)  # of Model Runner V2
+    if encoder is None:
+        monkeypatch.setattr(half.runner, "encoder_cudagraph_manager", graphs)
+    else:
+        monkeypatch.setattr(encoder, "cudagraph_manager", graphs)
+    used = []
+    for ask, expected in zip(asks, before, strict=True):
+        half.forget()
+        (output,) = half.generate([ask])
+        assert output.outputs[0].token_ids == expected
+        used.append(graphs.graph_misses)
+    assert used == [1, 1], "the first image, and not the pruned one"
 
 
 def _video(frames: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
@@ -178,7 +214,6 @@ def test_with_video_pruning_images_are_not_pruned(models: dict[str, Path]) -> No
 
     engine = FamilyEngine("qwen2_5_vl", models["qwen2_5_vl"], video_pruning_rate=0.5)
     assert engine.model.is_multimodal_pruning_enabled, "upstream's flag"
-    assert engine.model.with_positions([torch.zeros(1, 1)])[0].shape == (1, 1), "no channels of ours"
     with pytest.raises(VLLMValidationError, match="--video-pruning-rate"):
         engine.generate([engine.ask("square", budget=5)], tokens=1)
     engine.close()

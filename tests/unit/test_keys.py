@@ -42,7 +42,6 @@ def test_no_file_sets_an_attribute_by_a_key_of_its_own() -> None:
     # The first three are vLLM's own attributes, listed in keys.WRITTEN_ATTRIBUTES; the last one applies a patch.
     assert found == {
         'fault_isolation.py: "get_output"',
-        "mrope.py: option",
         "rotary_tables.py: name",
         "patching.py: name",
     }

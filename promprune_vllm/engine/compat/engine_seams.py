@@ -108,6 +108,7 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         rely(f"{_V1}._batch_mm_inputs_from_scheduler", body=True),
         rely(f"{_V1}._execute_mm_encoder", words=("embed_multimodal", "_cache_encoder_output", "encoder_cache")),
         rely(f"{_ENCODER}.execute_mm_encoder", body=True),
+        wrap("vllm.v1.worker.encoder_cudagraph:EncoderCudaGraphManager.execute", "mm_kwargs"),
     ),
     *of(
         parts.FAILED_IMAGES,

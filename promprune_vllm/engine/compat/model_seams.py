@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from promprune_vllm.engine.compat import parts
-from promprune_vllm.engine.compat.seam import Seam, add, call, of, rely
+from promprune_vllm.engine.compat.seam import Seam, add, call, of, rely, wrap
 
 _MODELS = "vllm.model_executor.models"
 _LLAVA = f"{_MODELS}.llava"
@@ -63,7 +63,7 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         call("vllm.config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled", body=True),
         call("vllm.multimodal.inputs:MultiModalFeatureSpec", "mm_position", "modality", "data"),
         call("vllm.multimodal.inputs:PlaceholderRange", "offset", "length"),
-        call(f"{_V1}._gather_mm_embeddings", "shift_computed_tokens", body=True),
+        wrap(f"{_V1}._gather_mm_embeddings", "scheduler_output", "shift_computed_tokens", body=True),
         call(f"{_PRUNER}.recompute", "mm_embeds", body=True),
         rely(f"{_PRUNER}.strip", body=True),
         rely("vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.gather_mm_embeddings", body=True),

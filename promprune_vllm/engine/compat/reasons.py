@@ -65,6 +65,18 @@ CONTAIN = Reason(
     "An exception in the model ends the engine.",
     "errors of an image that end only its requests",
 )
+GRAPHS = Reason(
+    parts.WORKER,
+    "pruning while the encoder has CUDA graphs",
+    "A captured graph of the encoder bypasses the model's `embed_multimodal`.",
+    "a model that can say, batch by batch, whether its graphs apply",
+)
+LOOKAHEAD = Reason(
+    parts.MROPE,
+    "positions of a draft in Model Runner V1",
+    "The drafter's embeddings begin one token later than the number of computed tokens that comes with them.",
+    _FIXED,
+)
 INSPECT = Reason(
     parts.INSPECTOR,
     "inspector, `GET /v1/visual_tokens/caches`",

@@ -24,7 +24,7 @@ _ORIGINAL = "kept tokens and text have the same (t, h, w) as without pruning"
 _CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
 _MROPE = (
     "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that "
-    "ends with a pruned image; CUDA graphs and compilation of the encoder are switched off"
+    "ends with a pruned image"
 )
 # `promprune calibrate` measures mu for other towers and image sizes.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})

@@ -20,6 +20,7 @@ from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import SUMMARY
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from promprune_vllm.engine.worker.encoder_sharding import Captured, Shares
 from promprune_vllm.engine.worker.mrope import MRopePrunedMixin
 from promprune_vllm.engine.worker.tower_hooks import inputs_of, patch_attention
@@ -96,6 +97,11 @@ class PrunedQwenProcessorMixin(PrunedProcessorMixin):
 
 class PrunedQwenMixin(MRopePrunedMixin):
     """Captures features of a Qwen-VL tower; comes before vLLM's model class."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self._prunes:
+            keep_eager((self.visual.blocks[self.saliency_block()], self.visual.merger))
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
         """Encode some of the images and return them with the requested features.

@@ -12,8 +12,8 @@ numbers that bfloat16 cannot represent beyond 256.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,11 +30,10 @@ from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
-logger = logging.getLogger("vllm.promprune")
 CHANNELS = 4
-"""Extra channels of an embedding: its row and column in the image's grid, each as two digits in base 256."""
+"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256."""
 _BASE = 256  # the largest base whose digits are exact in bfloat16
-_UNCHANGED = -1.0  # value of every channel if the position is already right
+_UNCHANGED = -1.0  # value of every channel where the position is already right
 
 seams.require(parts.MROPE)
 
@@ -102,6 +101,26 @@ def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor]:
     return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3]
 
 
+_ahead: ContextVar[int] = ContextVar("promprune_ahead", default=0)
+
+
+def remember_lookahead(original: Any) -> Any:
+    """Wrap how Model Runner V1 gathers embeddings: a drafter's begin one token after the step's.
+
+    vLLM passes the model the step's own number of computed tokens with them: positions would be written one token
+    too early.
+    """
+
+    def gather_mm_embeddings(self: Any, scheduler_output: Any, shift_computed_tokens: int = 0) -> Any:
+        token = _ahead.set(shift_computed_tokens)
+        try:
+            return original(self, scheduler_output, shift_computed_tokens)
+        finally:
+            _ahead.reset(token)
+
+    return gather_mm_embeddings
+
+
 class MRopePrunedMixin(PrunedModelMixin):
     """Goes before vLLM's model class in the bases of a family with M-RoPE."""
 
@@ -109,19 +128,11 @@ class MRopePrunedMixin(PrunedModelMixin):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self._prunes = families.unsupported_reason(vllm_config) is None
-        if self._prunes:
-            _disable_encoder_compilation(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self._prunes:
             rotary_tables.lengthen(self, table_rows(vllm_config.model_config.max_model_len))
             # Not before super().__init__: vLLM's model reads the flag as "video pruning", which must stay off.
             _enable_position_hook(vllm_config.model_config.multimodal_config)
-
-    def with_positions(self, embeddings: Any) -> Any:
-        """Append the channels to embeddings of unpruned images and videos, whose positions are already right."""
-        if not self._prunes or embeddings is None:
-            return embeddings
-        return [torch.cat([rows, rows.new_full((len(rows), CHANNELS), _UNCHANGED)], dim=1) for rows in embeddings]
 
     def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:
         """Append the channels to the kept rows of one image."""
@@ -169,17 +180,24 @@ class MRopePrunedMixin(PrunedModelMixin):
             return upstream
         bare, digits = self._split_channels(multimodal_embeddings)
         positions = mrope_positions
-        if digits:
-            positions = self._write(torch.cat(digits), input_ids, mrope_positions, num_computed_tokens)
+        if digits is not None:
+            start = num_computed_tokens + _ahead.get()
+            positions = self._write(digits, input_ids, mrope_positions, start)
         # After text, all three agree; after an unpruned image or video, its last cell has the highest position.
         delta = int(positions[:, -1].max()) + 1 - positions.shape[1]
         return bare, positions, delta
 
-    def _split_channels(self, embeddings: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        width = self.visual.out_hidden_size
-        # Embeddings that clients sent have no channels.
-        digits = [rows[:, width:] for rows in embeddings if rows.shape[1] == width + CHANNELS]
-        return [rows[:, :width] for rows in embeddings], digits
+    def _split_channels(self, embeddings: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return the rows without channels, and ``(R, CHANNELS)`` digits if any image in the chunk is pruned."""
+        width: int = self.visual.out_hidden_size
+        if all(rows.shape[1] <= width for rows in embeddings):
+            return embeddings, None
+        digits = [
+            rows[:, width:] if rows.shape[1] > width else rows.new_full((len(rows), CHANNELS), _UNCHANGED)
+            for rows in embeddings
+            if getattr(rows, "modality", None) != "prompt_embeds"  # in the place of text tokens
+        ]
+        return [rows[:, :width] for rows in embeddings], torch.cat(digits)
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
         ids = torch.as_tensor(input_ids[start:], device=positions.device)
@@ -230,17 +248,6 @@ def add_pruning_flag(_: None) -> Any:
 def _prunes_positions(runner: Any) -> bool:
     config = runner.model_config.multimodal_config
     return config is not None and bool(config.is_multimodal_pruning_enabled())
-
-
-def _disable_encoder_compilation(vllm_config: VllmConfig) -> None:
-    compilation = vllm_config.compilation_config
-    for option, reason in (
-        ("cudagraph_mm_encoder", "a captured graph would skip the pruning"),
-        ("compile_mm_encoder", "a compiled block would hide the attention that saliency is computed from"),
-    ):
-        if getattr(compilation, option):
-            logger.warning("PromPrune switches %s off: %s.", option, reason)
-            setattr(compilation, option, False)
 
 
 def _unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
 from promprune_vllm.engine.worker.encode import embed_images
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
+from promprune_vllm.engine.worker.encoder_graphs import log_cost
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from promprune_vllm.engine.worker.selection_metrics import SelectionMetrics
 from promprune_vllm.engine.worker.selection_trace import Trace
@@ -44,6 +45,7 @@ class PrunedModelMixin(ModelBase):
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         patches.install(Stage.WORKER)
         patches.install(Stage.WORKER_V2 if vllm_config.use_v2_model_runner else Stage.WORKER_V1)
+        log_cost(vllm_config.compilation_config)
         if device.type == "cpu":
             patches.install(Stage.WORKER_CPU)
         ops.warm_up(device)  # so that the first request need not
@@ -57,8 +59,7 @@ class PrunedModelMixin(ModelBase):
 
     def zeros(self, rows: int) -> Tensor:
         """Return ``(rows, W)`` zeros, as wide as the rows of ``embed_multimodal``."""
-        (zeros,) = self.with_positions([self._no_rows.new_zeros((rows, self._no_rows.shape[1]))])
-        return cast(Tensor, zeros)
+        return self._no_rows.new_zeros((rows, self._no_rows.shape[1]))
 
     def embed_multimodal(self, **inputs: Any) -> Any:
         """Encode a batch of images and return the rows that enter the language model, K of N per image.
@@ -70,7 +71,7 @@ class PrunedModelMixin(ModelBase):
         counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT_TOKENS, None)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
         if all(job.total == job.kept for job in jobs):
-            embeddings = self.with_positions(self.embed_unpruned(**inputs))
+            embeddings = self.embed_unpruned(**inputs)
             self.batch_done(jobs)
             return embeddings
         return embed_images(self, inputs, jobs, self._encoder_tokens)
@@ -96,12 +97,8 @@ class PrunedModelMixin(ModelBase):
             for image, job in zip(self.capture(inputs, items, needs), jobs, strict=True)
         ]
 
-    def with_positions(self, embeddings: Any) -> Any:
-        """Mark unpruned embeddings with their positions, in models whose positions do not follow from order."""
-        return embeddings
-
     def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:  # noqa: ARG002
-        """Mark the kept rows of one image with their positions, as ``with_positions`` does for unpruned ones.
+        """Mark the kept rows of one image with their positions, where these do not follow from the order of rows.
 
         Args:
             rows: ``(K, W)``.
@@ -120,7 +117,7 @@ class PrunedModelMixin(ModelBase):
                 f"the encoder returned {len(image.rows)} tokens, but the processor counted {job.total}"
             )
         if job.kept == job.total:
-            return lambda: cast(Tensor, self.with_positions([image.rows])[0])
+            return lambda: image.rows
         method = job.method.name
         with self._measure_time(method, "choose") as selection_marks:
             selected = select_tokens(image, job.kept, job.method)
