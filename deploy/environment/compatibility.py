@@ -74,7 +74,12 @@ TESTS = (
     *("tests/engine/test_llava.py", "tests/engine/test_families.py"),
     *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
     *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
-    *("tests/server/test_budget.py", "tests/server/test_reply.py", "tests/server/test_refusals.py"),
+    *(
+        "tests/server/test_untested_vllm.py",
+        "tests/server/test_budget.py",
+        "tests/server/test_reply.py",
+        "tests/server/test_refusals.py",
+    ),
     "tests/server/test_routes.py",
     "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
 )

@@ -22,10 +22,7 @@ _RECEIVED = (
 _RECOUNTED = "consecutive over the kept tokens"
 _ORIGINAL = "kept tokens and text have the same (t, h, w) as without pruning"
 _CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
-_MROPE = (
-    "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that "
-    "ends with a pruned image"
-)
+_MROPE = "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that ends with a pruned image"
 # `promprune calibrate` measures mu for other towers and image sizes.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
 _BORROWED = "Qwen2.5-VL's; not measured for this tower"
