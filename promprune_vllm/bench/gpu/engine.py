@@ -54,9 +54,8 @@ def measure(shape: Shape, device: str, out: Path, deadline: Deadline) -> Generat
         rows: list[dict[str, Any]] = []
         yield {**document, "rows": rows}
         for row in _loads(running.url, shape, deadline):
-            blocks = {
-                f"kv_blocks_{name}": row[f"kv_usage_{name}"] * document["kv_blocks"] for name in ("mean", "max")
-            }
+            usable = document["kv_blocks"] - 1  # vLLM's share is of all blocks but its null block
+            blocks = {f"kv_blocks_{name}": row[f"kv_usage_{name}"] * usable for name in ("mean", "max")}
             rows.append({**row, **blocks})
             yield {**document, "rows": rows}
 
