@@ -190,17 +190,21 @@ def summary_markdown(results: Path = RESULTS) -> str:
         said.append(f"{one}, that takes {times['eager']} ms, or {times['graph']} ms from a CUDA graph.")
     else:
         said.append("Selection was not timed on a GPU yet.")
-    said.append(_served(kept.get("vllm", {})) or "**vLLM has not run with this plugin on a GPU yet**")
+    said.append(_served(kept.get("vllm", {})) or "**What a budget gains in vLLM was not measured on a GPU yet**")
     return f"{' '.join(said)} {where}."
 
 
 def _served(rows: Rows) -> str:
-    """Return what a budget gains in the last load that was measured with both budgets."""
-    pruned = [row for row in rows.values() if row["budget"] != "full"]
-    if not pruned:
+    """Return what a budget gains in the last load that one run measured with both budgets."""
+    pairs = [(row, rows.get(f"{row['concurrency']} in flight, full")) for row in rows.values()]
+    same = [
+        (row, full)
+        for row, full in pairs
+        if full is not None and row["budget"] != "full" and row["source"] == full["source"]
+    ]
+    if not same:
         return ""
-    row = pruned[-1]
-    full = rows[f"{row['concurrency']} in flight, full"]
+    row, full = same[-1]
     return (
         f"{row['model']} with random weights and {row['concurrency']} requests in flight on one "
         f"{row['source']['gpu']} answers {row['requests_per_second']:.1f} requests/s with a budget of "

@@ -327,6 +327,8 @@ def test_a_later_run_replaces_what_it_measured_again_and_keeps_the_rest(tmp_path
     shown = documents.kernels_markdown(results)
     assert "* 576x4096:64: measured on NVIDIA L4 (" in shown
     assert "* 1296x3584:256: measured on NVIDIA H200 (" in shown
+    # Two runs' figures are never compared with each other.
+    assert "**What a budget gains in vLLM was not measured on a GPU yet**" in documents.summary_markdown(results)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +370,7 @@ def test_a_run_without_the_timed_case_or_vllm_says_what_is_missing(tmp_path: Pat
     documents.record(write(tmp_path / "run", {"environment": GPU, "tests": after_tests()}), results)
     summary = documents.summary_markdown(results)
     assert summary.startswith(
-        "Selection was not timed on a GPU yet. **vLLM has not run with this plugin on a GPU yet**"
+        "Selection was not timed on a GPU yet. **What a budget gains in vLLM was not measured on a GPU yet**"
     )
 
 

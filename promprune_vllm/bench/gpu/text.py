@@ -113,8 +113,8 @@ VLLM_COLUMNS = (
 
 def vllm(rows: Rows) -> str:
     """Render what vLLM does under load, with the engine's settings below."""
-    one = next(iter(rows.values()))
-    return f"{table(VLLM_COLUMNS, map(vllm_cells, rows.values()))}\n\n{engine(one)}"
+    engines = dict.fromkeys(engine(row) for row in rows.values())  # several, if rows are of several runs
+    return "\n\n".join([table(VLLM_COLUMNS, map(vllm_cells, rows.values())), *engines])
 
 
 def vllm_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
