@@ -23,6 +23,7 @@ from tests.conftest import UNMEASURED
 ROOT = Path(__file__).parents[2]
 SUPERVISOR = "promprune_vllm.demo.supervisor"
 PROMPRUNE = (sys.executable, "-m", "promprune_vllm")
+GPU = ("bench", "gpu", "--device", "cpu", "--shape", "tiny")
 # The module that starts the process, and words that come to it; {url} is a running server, {out} a folder.
 COMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "demo": ("demo/run.py", ("demo", "--port", "0")),
@@ -31,6 +32,9 @@ COMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "bench serving": ("bench/serving.py", ("bench", "serving")),
     "bench serving --url": ("bench/load.py", ("bench", "serving", "--url", "{url}")),
     "bench soak": ("bench/soak_server.py", ("bench", "soak")),
+    "bench gpu": ("bench/gpu/child.py", (*GPU, "--out", "{out}")),
+    "bench gpu --only tests": ("bench/gpu/kernel_tests.py", (*GPU, "--only", "tests", "--out", "{out}")),
+    "bench gpu --only vllm": ("bench/gpu/engine.py", (*GPU, "--only", "vllm", "--out", "{out}")),
     "eval": ("evaluation/server.py", ("eval", "--no-plots", "--out", "{out}")),
     "eval --lmms": (
         "evaluation/lmms.py",

@@ -68,7 +68,7 @@ def test_a_command_takes_with_it_what_it_is_starting(server: Server, command: st
     found = outcomes(OF_EACH_COMMIT if run in OF_EACH_COMMIT else together, server.url)[run]
     asks = any("{url}" in word for word in COMMANDS[command][1])
     assert found.left == [], found.said
-    assert found.ports or asks
+    assert found.ports or asks or command.startswith("bench gpu")  # whose first process is no server
     if way != TERMINAL and command != "make demo":
         assert found.status == STATUS[way], found.said
 
