@@ -51,7 +51,7 @@ def test_what_would_bypass_the_pruning_is_switched_off(half: FamilyEngine) -> No
     compilation = half.llm.llm_engine.vllm_config.compilation_config
     assert not compilation.cudagraph_mm_encoder
     assert not compilation.compile_mm_encoder
-    assert half.runner.is_multimodal_pruning_enabled
+    assert half.recomputes_positions()
     assert half.llm.model_config.multimodal_config.video_pruning_rate is None
 
 
