@@ -149,7 +149,12 @@ def test_in_an_offline_program_what_is_patched_is_what_the_rows_say(tmp_path: Pa
     model = build_family_model("qwen2_5_vl", tmp_path / "model")
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(model)],
-        env={**os.environ, **UNMEASURED, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": runner.python_path(ROOT)},
+        env={
+            **os.environ,
+            **UNMEASURED,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "PYTHONPATH": runner.python_path(ROOT),
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,7 +1,7 @@
 """Which of vLLM's model runners the tests run on: ``PROMPRUNE_TEST_RUNNER``, for this process and all it starts.
 
-On a CPU the default is Model Runner V2 with asynchronous scheduling, as on every GPU; ``runner_hooks`` says how. In an
-environment with a GPU nothing is changed but for ``v1``.
+On a CPU the default is Model Runner V2 with asynchronous scheduling, as on every GPU; ``runner_hooks`` says how.
+With vLLM's build for GPUs, only ``v1`` changes anything.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ load_general_plugins()
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.renderers.base import BaseRenderer
 print(json.dumps({
-    "variable": os.environ.get("PROMPRUNE_VLLM_VERDICT"), "moved": found.moved, "compared": len(asked), "seconds": spent, "tested": found.tested,
+    "variable": os.environ.get("PROMPRUNE_VLLM_VERDICT"), "moved": found.moved, "compared": len(asked),
+    "seconds": spent, "tested": found.tested,
     "llava": ModelRegistry.models["LlavaForConditionalGeneration"].module_name,
     "qwen": ModelRegistry.models["Qwen2VLForConditionalGeneration"].module_name,
     "generate": getattr(AsyncLLM.generate, "__promprune_patches__", ()),

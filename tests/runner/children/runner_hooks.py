@@ -1,10 +1,10 @@
-"""Puts vLLM's Model Runner V2 under the tests on a CPU: imports of vLLM are changed as they happen. Standard library.
+"""Puts vLLM's Model Runner V2 under the tests on a CPU: some modules of vLLM are changed as they are imported.
 
-vLLM 0.32 has a V2 runner for CPUs and takes it where Triton has a backend named "cpu". PyPI's Triton has none, but it
-has an interpreter. So vLLM is shown such a backend, and its kernels are interpreted. Steps are scheduled ahead of
-results, as on every GPU; vLLM switches that off on CPUs.
+vLLM 0.32 has a V2 runner for CPUs and takes it where Triton has a backend named "cpu". PyPI's Triton has none, but
+it has an interpreter. So vLLM is shown such a backend, and its kernels are interpreted. Steps are scheduled ahead
+of results, as on every GPU; vLLM switches that off on CPUs.
 
-Nothing is imported here but by vLLM: a process that does not import vLLM does not see Triton.
+Only vLLM's import brings Triton: a process without vLLM does not see it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 VARIABLE = "PROMPRUNE_TEST_RUNNER"
 RUNNERS = ("v2-async", "v2", "v1")
-"""Model Runner V2 as on GPUs, the same without asynchronous scheduling, and Model Runner V1; the first by default."""
+"""Model Runner V2 as on GPUs (the default), the same without asynchronous scheduling, and Model Runner V1."""
 TRITON = Path(sys.prefix) / "triton-only"
 """`make test` installs Triton there: in the environment itself, vLLM would find it without a backend for CPUs."""
 _INTERPRET = "TRITON_INTERPRET"
@@ -49,7 +49,9 @@ def has_triton() -> bool:
 
 def install() -> None:
     """Change the imports of this process. Idempotent; has to come before vLLM is imported."""
-    if chosen() != "v1" and not any(isinstance(finder, _Hooks) for finder in sys.meta_path):
+    if chosen() == "v1":
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # with a GPU, V2 would be the default
+    elif not any(isinstance(finder, _Hooks) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hooks())
 
 
@@ -94,7 +96,7 @@ def _import_interpreted() -> None:
 
 
 def _prepare_once(interpreter: Any) -> None:
-    """Let the interpreter prepare Triton's language once: at each launch and call, it took most of a step's time."""
+    """Let the interpreter prepare Triton's language once; for each launch and call, it takes most of a step."""
     prepare, prepared = interpreter._patch_lang, set()
     languages = (interpreter.tl, interpreter.tl.core)
 
