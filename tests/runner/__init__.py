@@ -10,14 +10,16 @@ import os
 from pathlib import Path
 
 from tests.runner.children import runner_hooks
+from tests.runner.children.runner_hooks import chosen
 
+__all__ = ["chosen", "in_force", "is_v2", "missing", "python_path", "schedules_ahead", "use"]
 CHILDREN = Path(__file__).parent / "children"
 """The folder on ``PYTHONPATH`` that brings the runner to processes that tests start."""
 
 
 def use() -> None:
     """Choose the runner, here and in what is started from now on; before vLLM is imported."""
-    os.environ[runner_hooks.VARIABLE] = runner_hooks.chosen()
+    os.environ[runner_hooks.VARIABLE] = chosen()
     os.environ["PYTHONPATH"] = python_path(CHILDREN)
     runner_hooks.install()
 
@@ -30,11 +32,18 @@ def python_path(*folders: Path) -> str:
 
 
 def is_v2() -> bool:
-    return runner_hooks.chosen() != "v1"
+    return chosen() != "v1"
 
 
 def schedules_ahead() -> bool:
-    return runner_hooks.chosen() == "v2-async"
+    return chosen() == "v2-async"
+
+
+def in_force(log: str) -> str:
+    """Return the runner that a server's log tells of."""
+    if "Using V2 Model Runner" not in log:
+        return "v1"
+    return "v2-async" if f"{runner_hooks.SCHEDULES_AHEAD} True" in log else "v2"
 
 
 def missing() -> str | None:

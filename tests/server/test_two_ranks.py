@@ -42,6 +42,7 @@ def two_ranks(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     }
     extension = ("--worker-extension-cls", "tests.server.broken.BrokenWorker", "--tensor-parallel-size", "2")
     with serving(demo_model, *OPTIONS, *extension, log=folder / "log", environment=environment) as running:
+        assert runner.in_force(running.log.read_text()) == runner.chosen()
         yield running
 
 

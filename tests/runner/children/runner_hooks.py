@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ RUNNERS = ("v2-async", "v2", "v1")
 """Model Runner V2 as on GPUs (the default), the same without asynchronous scheduling, and Model Runner V1."""
 TRITON = Path(sys.prefix) / "triton-only"
 """`make test` installs Triton there: in the environment itself, vLLM would find it without a backend for CPUs."""
+SCHEDULES_AHEAD = "Asynchronous scheduling, which the tests keep:"
+"""Begins a line of a server's log."""
 _INTERPRET = "TRITON_INTERPRET"
 Load = Callable[[ModuleType], None]
 
@@ -132,6 +135,7 @@ def _schedule_ahead(load: Load, module: ModuleType) -> None:
         ahead = vllm_config.scheduler_config.async_scheduling
         original(vllm_config)
         vllm_config.scheduler_config.async_scheduling = ahead
+        logging.getLogger("vllm").info("%s %s", SCHEDULES_AHEAD, ahead)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
 
