@@ -43,7 +43,7 @@ def in_force(log: str) -> str:
     """Return the runner that a server's log tells of."""
     if "Using V2 Model Runner" not in log:
         return "v1"
-    return "v2-async" if f"{runner_hooks.SCHEDULES_AHEAD} True" in log else "v2"
+    return "v2" if f"{runner_hooks.SCHEDULES_AHEAD} False" in log else "v2-async"  # the default, with a GPU
 
 
 def missing() -> str | None:

@@ -27,7 +27,7 @@ RUNNERS = ("v2-async", "v2", "v1")
 """Model Runner V2 as on GPUs (the default), the same without asynchronous scheduling, and Model Runner V1."""
 TRITON = Path(sys.prefix) / "triton-only"
 """`make test` installs Triton there: in the environment itself, vLLM would find it without a backend for CPUs."""
-SCHEDULES_AHEAD = "Asynchronous scheduling, which the tests keep:"
+SCHEDULES_AHEAD = "Asynchronous scheduling in the tests:"
 """Begins a line of a server's log."""
 _INTERPRET = "TRITON_INTERPRET"
 Load = Callable[[ModuleType], None]
@@ -124,15 +124,13 @@ def _hide_triton(load: Load, module: ModuleType) -> None:
 
 
 def _schedule_ahead(load: Load, module: ModuleType) -> None:
-    """Load the platform, and let it leave asynchronous scheduling as the server's options have it."""
+    """Load the platform, and let it leave asynchronous scheduling as the server's options have it, if wanted."""
     load(module)
-    if chosen() != "v2-async":
-        return
     platform: Any = vars(module)["CpuPlatform"]
     original = platform.check_and_update_config
 
     def check_and_update_config(_: Any, vllm_config: Any) -> None:
-        ahead = vllm_config.scheduler_config.async_scheduling
+        ahead = chosen() == "v2-async" and vllm_config.scheduler_config.async_scheduling
         original(vllm_config)
         vllm_config.scheduler_config.async_scheduling = ahead
         logging.getLogger("vllm").info("%s %s", SCHEDULES_AHEAD, ahead)
