@@ -17,7 +17,8 @@ ASKED = """
 import sys
 import runner_hooks
 from importlib.util import find_spec
-print(runner_hooks.chosen(), any(isinstance(each, runner_hooks._Hooks) for each in sys.meta_path), find_spec("triton"))
+hooked = any(isinstance(each, runner_hooks._Hooks) for each in sys.meta_path)
+print(runner_hooks.chosen(), hooked, find_spec("triton"))
 """
 
 
