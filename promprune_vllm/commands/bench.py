@@ -12,7 +12,7 @@ from promprune_vllm.commands.failures import fail, failing
 
 bench = typer.Typer(
     name="bench",
-    help="Benchmarks: token selection, prefill, serving under load, long soaks, and adapting to content.",
+    help="Benchmarks: token selection, prefill, serving under load, long soaks, content; all of a GPU in one run.",
     no_args_is_help=True,
 )
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
@@ -103,7 +103,11 @@ def content(
 def prefill(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b. Repeatable. Default: all."),
+        typer.Option(
+            "--model",
+            help="llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, qwen3-vl-8b, or tiny for a rehearsal. Repeatable. "
+            "Default: all but tiny.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     layers: Annotated[
@@ -126,7 +130,7 @@ def prefill(
     err = Console(stderr=True)
     with failing(), err.status("") as status:
         document = measuring.measure(
-            model or list(measuring.CASES),
+            model or [name for name in measuring.CASES if name != measuring.REHEARSAL],
             device=device,
             layers=layers,
             repeats=repeats,
@@ -195,6 +199,52 @@ def kernels(
         measured.run(cases, threads=threads, repeats=repeats, dtype=dtype, as_json=as_json, device=device)
     except ValueError as error:
         fail(str(error))
+
+
+@bench.command()
+def gpu(
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", help="New folder for gpu.json, gpu.md, and the logs of tests and server.")
+    ],
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.5, help="Time limit; what no longer fits is skipped and named.")
+    ] = 8.0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="tests, kernels, prefill or vllm. Repeatable. Default: all, in this order."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cuda, or cpu for a rehearsal.")] = "cuda",
+    shape: Annotated[
+        str, typer.Option("--shape", help="7b: widths of models of 7B and 8B; tiny for a rehearsal.")
+    ] = "7b",
+    commit: Annotated[
+        str | None, typer.Option("--commit", help="Commit of the code, for a copy of it without its .git.")
+    ] = None,
+) -> None:
+    """Measure all that a GPU can show, most telling first: kernel tests, selection, prefill, vLLM itself.
+
+    Both files in OUT are complete after each step, so an interrupted run leaves what it has measured. Weights are
+    random, and nothing is downloaded. `tests` needs a checkout, pytest and hypothesis; `vllm` needs vLLM; the
+    others only torch, Triton and transformers. Models of 7B need 20 GB on the GPU. What is missing is skipped and
+    named; what fails is recorded, and the rest still runs. The exit status is 1 if a stage failed or was cut off.
+    """
+    from promprune_vllm.bench.gpu import run as measuring
+    from promprune_vllm.bench.gpu.report import MARKDOWN
+
+    with failing():
+        report = measuring.run(
+            out,
+            device=device,
+            shape=shape,
+            minutes=minutes,
+            only=only or (),
+            commit=commit,
+            tell=lambda text: typer.echo(text, err=True),
+        )
+    typer.echo((out / MARKDOWN).read_text(encoding="utf-8"))
+    if report.names("failed", "cut off"):
+        raise typer.Exit(code=1)
 
 
 def _budget(text: str) -> object:

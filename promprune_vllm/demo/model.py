@@ -112,20 +112,29 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promprune"
 
 
-def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC) -> Path:
-    """Write a checkpoint of `spec` for vLLM and transformers; do nothing if `directory` already has it."""
+def build_demo_model(directory: Path, spec: DemoModelSpec = DEFAULT_SPEC, *, weights: bool = True) -> Path:
+    """Write a checkpoint of `spec` for vLLM and transformers; do nothing if `directory` already has it.
+
+    Args:
+        directory: New, empty, or an earlier demo model, which is replaced.
+        spec: What to write.
+        weights: Whether to write weights too. Without, vLLM serves it with `--load-format dummy`.
+    """
 
     def write(target: Path) -> None:
         from transformers import LlavaForConditionalGeneration
 
         config = llava_config(spec)
-        write_weights(target, LlavaForConditionalGeneration, config, spec.seed, spec.dtype)
+        if weights:
+            write_weights(target, LlavaForConditionalGeneration, config, spec.seed, spec.dtype)
+        else:
+            save_config(target, config)
         tokenizer = processing.byte_tokenizer(spec.max_tokens)
         processing.llava_processor(
             spec.image_px, spec.patch_px, tokenizer, class_token=spec.vision == "clip"
         ).save_pretrained(target)
 
-    return publish(directory, stamp("llava", asdict(spec)), write)
+    return publish(directory, stamp("llava" if weights else "llava without weights", asdict(spec)), write)
 
 
 def build_text_model(directory: Path) -> Path:
@@ -236,10 +245,16 @@ def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype:
 def save_checkpoint(target: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
     """Write weights, with the names of published checkpoints, and the configuration, but no processor."""
     from safetensors.torch import save
-    from transformers import GenerationConfig
 
     # Not save_file, whose file only the owner can read: a server in a container could not.
     (target / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    save_config(target, config)
+
+
+def save_config(target: Path, config: Any) -> None:
+    """Write the configuration of a model, and how it generates."""
+    from transformers import GenerationConfig
+
     config.save_pretrained(target)
     GenerationConfig(**processing.ROLE_IDS).save_pretrained(target)
 
