@@ -51,7 +51,8 @@ class Engine:
         self.model = self.runner.model
         config = self.llm.llm_engine.vllm_config
         assert config.use_v2_model_runner == runner.is_v2()
-        assert config.scheduler_config.async_scheduling == runner.schedules_ahead()
+        ahead = runner.schedules_ahead() and options.get("async_scheduling", True)
+        assert config.scheduler_config.async_scheduling == ahead
 
     def close(self) -> None:
         """Give its memory back, so that the process can start another engine."""
