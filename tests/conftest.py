@@ -10,6 +10,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import runner
+
+runner.use()
 # Started with nohup or in a script's background, a suite would hand on to its servers that they ignore a closed
 # terminal or Ctrl-C.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -55,6 +58,13 @@ def pytest_collection_finish() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
             logger.propagate = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No test of an engine or a server runs on another runner than was chosen."""
+    if any(item.get_closest_marker(name) for name in ("engine", "server")) and (why := runner.missing()):
+        pytest.fail(why, pytrace=False)
 
 
 @pytest.fixture(scope="session")

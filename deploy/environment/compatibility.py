@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -25,7 +26,19 @@ from xml.etree import ElementTree
 
 import hybrid
 from hybrid import OVERRIDES
-from setup_env import ROOT, TORCH, TORCHVISION, Environment, SetupError, ensure_libnuma, run, say
+from setup_env import (
+    ROOT,
+    TORCH,
+    TORCHVISION,
+    TRITON,
+    TRITON_FOLDER,
+    Environment,
+    SetupError,
+    add_beside,
+    ensure_libnuma,
+    run,
+    say,
+)
 
 RESULTS = ROOT / "docs" / "compatibility.json"
 ENVIRONMENTS = ROOT / ".venv-compat"
@@ -88,6 +101,9 @@ LEFT_OUT = (
     "tests/server/test_routes.py::test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits",
 )
 """Each of these starts its own servers, which takes as long as a hundred other tests."""
+V1_ONLY = ("0.29", "0.30", "0.31")
+"""Minors without Model Runner V2 for CPUs. The others run as GPUs do, with V2 and asynchronous scheduling."""
+RUNNER = "PROMPRUNE_TEST_RUNNER"
 
 
 def prepare(minor: Minor) -> Environment:
@@ -117,6 +133,11 @@ def prepare(minor: Minor) -> Environment:
     return venv
 
 
+def runner(minor: Minor) -> str:
+    """Return the model runner of a minor's tests, as `tests/runner` calls it."""
+    return "v1" if minor.version.rpartition(".")[0] in V1_ONLY else "v2-async"
+
+
 def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     """Run the tests and return their results."""
     report, log = (ENVIRONMENTS / f"{minor.version}.{kind}" for kind in ("xml", "log"))
@@ -124,9 +145,13 @@ def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     say(f"testing vLLM {minor.version}; the output goes to {log}")
     started = time.monotonic()
     words = (venv.python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}")
-    left_out = (f"--deselect={name}" for name in LEFT_OUT)
+    words += tuple(f"--deselect={name}" for name in LEFT_OUT)
+    variables = os.environ | {RUNNER: runner(minor)}
+    if runner(minor) != "v1" and sys.platform == "linux":
+        add_beside(venv, venv.path / TRITON_FOLDER, TRITON, TRITON)
     with log.open("wb") as output:
-        subprocess.run((*words, *left_out, *TESTS), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
+        said = {"stdout": output, "stderr": subprocess.STDOUT}
+        subprocess.run((*words, *TESTS), cwd=ROOT, env=variables, check=False, **said)
     if not report.exists():
         raise SetupError(f"the tests did not finish with vLLM {minor.version}: see {log}")
     script = "import json; from promprune_vllm.bench.provenance import provenance; print(json.dumps(provenance()))"
@@ -134,6 +159,7 @@ def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     versions = where["versions"]
     return {
         "vllm": minor.version,
+        "runner": runner(minor),
         **minor.described,
         **{name: versions[name] for name in ("promprune-vllm", "torch", "transformers")},
         **{name: where[name] for name in ("python", "machine", "cores", "time")},
@@ -161,10 +187,12 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, st
     """Return page -> (name of its block, text of the block)."""
     rows = [
         f"| {minor} | {_name(each)} | {each['torch']} | {each['transformers']} | {each['python']} | "
+        f"{each.get('runner', 'v1')} | "  # older results have no name of it: there was one
         f"{each['passed']} passed, {each['failed']} failed, {each['skipped']} skipped | {each['time'][:10]} |"
         for minor, each in ordered(results)
     ]
-    head = ["| vLLM | tested as | torch | transformers | Python | tests | on |", "|---|---|---|---|---|---|---|"]
+    columns = ("vLLM", "tested as", "torch", "transformers", "Python", "runner", "tests", "on")
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     short = [
         ["tested with vLLM", *(_name(each) for _, each in ordered(results))],
         ["---"] * (len(results) + 1),

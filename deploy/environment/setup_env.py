@@ -25,8 +25,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LOCK = HERE / "cpu-lock.txt"
 SHIM = HERE / "torchvision_ops_shim.py"
-# In a separate folder: vLLM for CPU checks whether triton can be imported, and that must not change what the tests
-# exercise. Only the tests of the CUDA kernels use the folder, in a separate process.
+# In a separate folder: PyTorch, vLLM and our kernels check whether triton can be imported, and most tests must not
+# see it. Those of the CUDA kernels use the folder in a separate process, and vLLM in the tests takes it from there
+# for Model Runner V2 (tests/runner).
 TRITON, TRITON_FOLDER = "triton==3.7.1", "triton-only"
 # lmms-eval requires about 150 packages, including another torch. To query a server it imports only 25 that vLLM
 # does not have: 260 MB in a separate folder, used only by the test that runs lmms-eval as a process.
@@ -216,7 +217,7 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's folder")
     parser.add_argument("--no-uv", action="store_true", help="install with pip only (slower)")
     parser.add_argument(
-        "--triton", action="store_true", help="also install Triton, for the tests of the CUDA kernels"
+        "--triton", action="store_true", help="also install Triton, for the tests of vLLM and of the CUDA kernels"
     )
     parser.add_argument("--lmms", action="store_true", help="also install lmms-eval, for the test that runs it")
     arguments = parser.parse_args()

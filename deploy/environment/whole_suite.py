@@ -3,7 +3,7 @@
 
 Servers spend much of their start on one core, so on two the suite takes two thirds of the time. The processes take
 modules from one list (`tests/module_queue.py`). Options go to both. The tests of each commit are held to their
-coverage.
+coverage. With the release tier, the tests of the engine run a second time, on Model Runner V1.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = "-mrelease"
+ENGINE_TESTS = (
+    "tests/engine",
+    *("tests/server/test_faults.py", "tests/server/test_budget.py", "tests/server/test_reply.py"),
+    *("tests/server/test_metrics.py", "tests/server/test_two_ranks.py"),
+)
+"""Both tiers of them have the worker or the engine as their subject, and depend on vLLM's model runner."""
 PROCESSES = {"servers": "1", "others": ""}
 """Name, and whether it begins with the tests of servers."""
+MEASURED = ("--cov", "--cov-report=", "--cov-fail-under=0")
 COVERAGE = (sys.executable, "-m", "coverage")
 REPORTS = ((), ("--include=*/promprune_vllm/engine/*", "--no-skip-covered"))
 """Of the whole package, and of what lives inside vLLM, file by file: each is held to `fail_under`."""
@@ -29,14 +36,13 @@ def data_file(name: str) -> str:
     return str(ROOT / f".coverage.{name}")
 
 
-def start(name: str, queue: str, options: Sequence[str]) -> subprocess.Popen[str]:
-    """Start a process; coverage goes to a file of its own."""
-    coverage = () if RELEASE in options else ("--cov", "--cov-report=", "--cov-fail-under=0")
+def start(name: str, queue: str, options: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a process with variables added to the environment; coverage goes to a file of its own."""
     own = {"SUITE_QUEUE": queue, "SUITE_SERVERS": PROCESSES[name], "COVERAGE_FILE": data_file(name)}
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-ptests.module_queue", *coverage, *options],
+        [sys.executable, "-m", "pytest", "-ptests.module_queue", *options],
         cwd=ROOT,
-        env={**os.environ, **own, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, **own, **variables, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,10 +57,10 @@ def show(process: subprocess.Popen[str], lock: threading.Lock) -> None:
             print(line, end="", flush=True)
 
 
-def failed(options: Sequence[str]) -> list[str]:
-    """Run the tests, and return which processes had failures."""
+def failed(options: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+    """Run tests in all processes, and return which of them had failures."""
     with tempfile.TemporaryDirectory(prefix="suite-") as queue:
-        processes = {name: start(name, queue, options) for name in PROCESSES}
+        processes = {name: start(name, queue, options, variables) for name in PROCESSES}
         lock = threading.Lock()
         readers = [threading.Thread(target=show, args=(process, lock)) for process in processes.values()]
         for reader in readers:
@@ -71,10 +77,20 @@ def is_covered() -> bool:
     return all(report.returncode == 0 for report in reports)
 
 
+def runs(options: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Yield the options and variables of each run of the suite that a tier consists of."""
+    if RELEASE not in options:
+        yield [*MEASURED, *options], {}
+        return
+    yield [*options], {}
+    both_tiers = ["-m", "", *(option for option in options if option != RELEASE)]
+    yield [*both_tiers, *ENGINE_TESTS], {"PROMPRUNE_TEST_RUNNER": "v1"}
+
+
 def main(options: Sequence[str]) -> int:
-    broken = failed(options)
-    if broken:
-        print(f"Failed: the tests of {' and of '.join(broken)}.", file=sys.stderr)
+    broken = [(name, variables) for words, variables in runs(options) for name in failed(words, variables)]
+    for name, variables in broken:
+        print(" ".join((f"Failed: the tests of {name}", *variables.values())), file=sys.stderr)
     covered = RELEASE in options or is_covered()
     return 1 if broken or not covered else 0
 

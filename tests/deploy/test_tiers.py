@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.documents import ROOT
+from tests.runner.children.runner_hooks import VARIABLE
 
 TESTS = """
 import pytest
@@ -107,6 +111,22 @@ def test_two_processes_run_each_module_once(tmp_path: Path) -> None:
     assert not modules[0] & modules[1]
     together = {name for name, shared in MODULES.items() if shared}
     assert together <= modules[0] or together <= modules[1]
+
+
+@pytest.fixture(scope="module")
+def whole_suite() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "deploy" / "environment"))
+        yield importlib.import_module("whole_suite")
+
+
+def test_the_release_tier_has_the_tests_of_the_engine_on_the_other_runner(whole_suite: ModuleType) -> None:
+    (commit,) = whole_suite.runs(["--randomly-seed=1"])
+    assert commit == ([*whole_suite.MEASURED, "--randomly-seed=1"], {})
+    release, other = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
+    assert release == (["-mrelease", "--randomly-seed=1"], {})
+    assert other == (["-m", "", "--randomly-seed=1", *whole_suite.ENGINE_TESTS], {VARIABLE: "v1"})
+    assert all((ROOT / path).exists() for path in whole_suite.ENGINE_TESTS)
 
 
 def test_continuous_integration_runs_both() -> None:

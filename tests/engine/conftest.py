@@ -16,6 +16,8 @@ import torch
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import FAMILIES, build_family_model
 from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.worker.fault_isolation import cached_rows
+from tests import runner
 from tests.conftest import QUESTION
 
 Ask = tuple[str, int | None]  # (photograph, budget)
@@ -47,6 +49,10 @@ class Engine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.model = self.runner.model
+        config = self.llm.llm_engine.vllm_config
+        assert config.use_v2_model_runner == runner.is_v2()
+        ahead = runner.schedules_ahead() and options.get("async_scheduling", True)
+        assert config.scheduler_config.async_scheduling == ahead
 
     def close(self) -> None:
         """Give its memory back, so that the process can start another engine."""
@@ -81,6 +87,16 @@ class Engine:
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.core.reset_encoder_cache()
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        """The worker's encoder cache: identifier -> rows."""
+        return dict(cached_rows(self.runner))
+
+    def recomputes_positions(self) -> bool:
+        """Whether the runner asks the model for positions again, once it has its images' embeddings."""
+        if runner.is_v2():
+            return self.runner.model_state.mm_pruner is not None
+        return bool(self.runner.is_multimodal_pruning_enabled)
 
     @contextmanager
     def watched(self) -> Iterator[Seen]:

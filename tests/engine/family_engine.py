@@ -130,7 +130,7 @@ class FamilyEngine(Engine):
 
     def told(self) -> list[dict[str, Any] | None]:
         """What the worker tells of the images in its encoder cache."""
-        (told,) = self.core.model_executor.collective_rpc(TRACES_METHOD, args=(list(self.runner.encoder_cache),))
+        (told,) = self.core.model_executor.collective_rpc(TRACES_METHOD, args=(list(self.rows()),))
         return list(told)
 
     def tokens(self, shape: str) -> int:

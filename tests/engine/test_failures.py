@@ -102,7 +102,7 @@ def _held(engine: Engine) -> dict[str, Any]:
         "accounts agree": free == sum(manager.freeable.values()) == held_rows(manager),
         "everything is freeable": manager.num_freeable_slots == manager.cache_size,
         "identifiers": set(manager.cached),
-        "zeros": [key for key, rows in engine.runner.encoder_cache.items() if not rows.any()],
+        "zeros": [key for key, rows in engine.rows().items() if not rows.any()],
         "blocks": engine.core.scheduler.kv_cache_manager.usage,
     }
 
@@ -114,7 +114,7 @@ def _assert_clean(engine: Engine) -> None:
     assert held["everything is freeable"]
     assert held["zeros"] == []
     assert held["blocks"] == 0
-    assert held["identifiers"] == set(engine.runner.encoder_cache)
+    assert held["identifiers"] == set(engine.rows())
 
 
 def test_the_others_of_a_batch_get_the_answers_they_would_have_got(engine: Engine) -> None:

@@ -271,7 +271,7 @@ def test_kv_blocks_and_encoder_cache_hold_only_what_is_kept(engine: Engine) -> N
             "prompt": request.num_prompt_tokens,
             "blocks": before - scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
             "encoder rows": free_rows - scheduler.encoder_cache_manager.num_free_slots,
-            "stored rows": sum(rows.shape[0] for rows in engine.runner.encoder_cache.values()),
+            "stored rows": sum(rows.shape[0] for rows in engine.rows().values()),
         }
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.llm.llm_engine.step()

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests import runner
 from tests.checkpoints import CHECKPOINTS
 from tests.engine.conftest import SHARED, Engine
 from tests.engine.family_engine import FAMILIES, FAMILY_ENGINES, shared_engine
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
-REQUESTS, TOP = 200, 20
+# A name does not depend on the runner, and V2's kernels, interpreted, take a quarter of a second for each request.
+REQUESTS, TOP = 50 if runner.is_v2() else 200, 20
 
 
 @pytest.fixture(params=[name for name in CHECKPOINTS if name != "exported"])

@@ -53,6 +53,7 @@ def test_graphs_and_compilation_of_the_encoder_stay_on(half: FamilyEngine) -> No
     compilation = half.llm.llm_engine.vllm_config.compilation_config
     assert compilation.cudagraph_mm_encoder
     assert compilation.compile_mm_encoder
+    assert half.recomputes_positions()
     assert half.llm.model_config.multimodal_config.video_pruning_rate is None
     block = half.model.visual.blocks[half.model.saliency_block()]
     hooked = [module for module in (block, half.model.visual.merger) if hasattr(module, "do_not_compile")]

@@ -21,9 +21,10 @@ from promprune_vllm.engine.compat.seam import Seam, Use
 from promprune_vllm.engine.keys import PATCHED_BY
 from promprune_vllm.engine.patches import PATCHES
 from promprune_vllm.errors import IncompatibleVllmError
+from tests import runner
 from tests.conftest import UNMEASURED
 from tests.documents import ROOT
-from tests.patched import targets
+from tests.patched import WORKER, targets
 
 pytestmark = pytest.mark.engine
 SPEAKS = Reason(parts.REQUESTS, "a feature", "a cause", "a change")
@@ -148,7 +149,12 @@ def test_in_an_offline_program_what_is_patched_is_what_the_rows_say(tmp_path: Pa
     model = build_family_model("qwen2_5_vl", tmp_path / "model")
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(model)],
-        env={**os.environ, **UNMEASURED, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            **UNMEASURED,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "PYTHONPATH": runner.python_path(ROOT),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -156,7 +162,6 @@ def test_in_an_offline_program_what_is_patched_is_what_the_rows_say(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (told,) = (line for line in done.stdout.splitlines() if line.startswith("PATCHED "))
-    worker = (Stage.WORKER, Stage.WORKER_V1, Stage.WORKER_CPU, Stage.MROPE_CPU)
     found = json.loads(told.removeprefix("PATCHED "))
-    stages = (Stage.PLUGIN, Stage.PROCESSOR, Stage.SCHEDULER, *worker)
+    stages = (Stage.PLUGIN, Stage.PROCESSOR, Stage.SCHEDULER, *WORKER, Stage.MROPE_CPU)
     assert set(found["patched"]) == targets(found["loaded"], *stages)

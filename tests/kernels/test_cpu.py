@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -213,13 +213,22 @@ def test_features_that_want_gradients_are_taken_as_they_are() -> None:
         assert select(features, 9, method).indices.shape == (9,)
 
 
+def _hide_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed, whatever this process has imported before."""
+    for name in [name for name in sys.modules if name.startswith("promprune_vllm.kernels.triton_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("promprune_vllm.kernels.triton_ops", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(ops, "_triton", ops._triton.__wrapped__)
+
+
 def test_the_fast_path_is_taken_unless_the_reference_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _power(60, 80)
     features = VisionFeatures(projected=x, grid=(1, 1, 60), saliency=torch.arange(60.0))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert ops.in_force(cpu) == "numba on cpu"
-    if importlib.util.find_spec("triton") is None:
-        assert ops.in_force(cuda).startswith("torch reference on cuda (slower: Triton cannot be used: ")
+    _hide_triton(monkeypatch)
+    assert ops.in_force(cuda).startswith("torch reference on cuda (slower: Triton cannot be used: ")
     assert ops.in_force(torch.device("meta")) == "torch reference on meta (there is no fast path for meta)"
     assert isinstance(ops.cosines([x])._cosines, cpu_cosines.Cosines)  # type: ignore[attr-defined]
     assert isinstance(ops.cosines([x.to("meta")])._cosines, torch_cosines.Cosines)  # type: ignore[attr-defined]

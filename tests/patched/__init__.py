@@ -11,8 +11,11 @@ from typing import Any
 import promprune_vllm
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.patches import PATCHES
+from tests import runner
 
 HOSTS = ("vllm", "transformers", "fastapi", "starlette", "prometheus_client", "importlib")
+WORKER = (Stage.WORKER, Stage.WORKER_V2 if runner.is_v2() else Stage.WORKER_V1, Stage.WORKER_CPU)
+"""Stages of a worker on the runner that the tests run on."""
 _PACKAGE = str(Path(promprune_vllm.__file__).parent)
 
 

@@ -18,6 +18,7 @@ from promprune_vllm.core.registry import methods
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server, one_worker, serving
 from promprune_vllm.demo.trained import TRAINED
+from tests import runner
 from tests.conftest import QUESTION, UNMEASURED
 
 MODEL = "demo"
@@ -60,6 +61,7 @@ def _serving(model: Path, directory: Path, *options: str, **environment: str) ->
     """A server of one engine process; two of them spend a fifth of two cores on polling for each other."""
     words, variables = one_worker([*OPTIONS, *options], {**ENVIRONMENT, **environment})
     with serving(model, *words, log=directory / "log", environment=variables) as running:
+        assert runner.in_force(running.log.read_text()) == runner.chosen()
         yield running
 
 

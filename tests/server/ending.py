@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import runner
 from tests.conftest import UNMEASURED
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +157,7 @@ def running(words: Sequence[str], way: str, **environment: str) -> Iterator[Runn
         variables = {**os.environ, **UNMEASURED, "PROMPRUNE_TEST_MARK": mark, "TMPDIR": str(temporary)}
         variables |= {
             "SPT_NOENV": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": runner.python_path(ROOT),
             **environment,
         }  # titles of vLLM's eat environments
         for each in ("MAKEFLAGS", "MAKELEVEL"):

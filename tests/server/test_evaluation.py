@@ -17,6 +17,7 @@ from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.scenes import make_scene
 from promprune_vllm.demo.server import Server
 from promprune_vllm.evaluation.records import FILE, read
+from tests import runner
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import MODEL
 
@@ -112,7 +113,7 @@ def test_lmms_eval_asks_at_the_budget_it_is_told(every_method: Server, tmp_path:
         *("--lmms", "promprune_scenes", "--methods", "random", "--budgets", "32"),
         *("--lmms-command", f"{sys.executable} -m lmms_eval"),
         *("--lmms-args", f"--include_path {tmp_path / 'task'}"),
-        PYTHONPATH=os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(LMMS)]),
+        PYTHONPATH=runner.python_path(LMMS),
         HF_HUB_OFFLINE="1",
         HF_DATASETS_OFFLINE="1",
         HF_HOME=str(tmp_path / "hf"),

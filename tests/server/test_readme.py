@@ -25,6 +25,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processes import supervised
 from promprune_vllm.demo.server import Server, _require_free, free_port, wait_until_healthy
 from promprune_vllm.errors import DemoError
+from tests import runner
 from tests.conftest import UNMEASURED, VISUAL_TOKENS
 from tests.documents import README, ROOT, example, examples
 
@@ -62,7 +63,7 @@ class User:
         self._environment = {
             **{name: value for name, value in os.environ.items() if name not in ours},
             **{"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "PATH": os.pathsep.join(paths)},
-            **{"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))), **UNMEASURED},
+            **{"PYTHONPATH": runner.python_path(ROOT), **UNMEASURED},
         }
         self._port = PORT if _is_free(PORT) else free_port()
 

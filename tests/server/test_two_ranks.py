@@ -6,7 +6,6 @@ And a router before that server and one of a single rank.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -21,8 +20,9 @@ import pytest
 
 from promprune_vllm.demo.server import Server, free_port, serving, wait_until_healthy
 from promprune_vllm.engine.compat.patching import Stage
+from tests import runner
 from tests.conftest import VISUAL_TOKENS
-from tests.patched import targets
+from tests.patched import WORKER, targets
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, grown, post, series
 
 pytestmark = [pytest.mark.server, pytest.mark.release]
@@ -37,11 +37,12 @@ def two_ranks(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         **ENVIRONMENT,
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
-        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests" / "patched"), str(ROOT))),
+        "PYTHONPATH": runner.python_path(ROOT),
         "PROMPRUNE_TEST_PATCHED": str(folder),
     }
     extension = ("--worker-extension-cls", "tests.server.broken.BrokenWorker", "--tensor-parallel-size", "2")
     with serving(demo_model, *OPTIONS, *extension, log=folder / "log", environment=environment) as running:
+        assert runner.in_force(running.log.read_text()) == runner.chosen()
         yield running
 
 
@@ -61,11 +62,11 @@ def test_in_each_process_what_is_patched_is_what_the_rows_say(two_ranks: Server)
     while not all(answer.exists() for answer in answers):
         assert time.monotonic() < deadline, names
         time.sleep(0.1)
-    front, worker = {Stage.PLUGIN, Stage.PROCESSOR}, {Stage.WORKER, Stage.WORKER_V1, Stage.WORKER_CPU}
+    front = {Stage.PLUGIN, Stage.PROCESSOR}
     stages = {
         "API server": {*front, Stage.COMMAND, Stage.REPLIES},
         "engine core": {*front, Stage.SCHEDULER},
-        "worker": {*front, *worker},
+        "worker": {*front, *WORKER},
     }
     for pid, name in names.items():
         found = json.loads((folder / f"{pid}.json").read_text())

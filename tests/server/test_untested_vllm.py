@@ -19,6 +19,7 @@ import pytest
 
 from promprune_vllm.demo.server import Server, one_worker, serving
 from promprune_vllm.engine.compat import versions
+from tests import runner
 from tests.conftest import UNMEASURED, VISUAL_TOKENS
 from tests.server.conftest import ENVIRONMENT, OPTIONS, ask, body, post, series
 from tests.vllm_copy import copy_of_vllm
@@ -49,8 +50,7 @@ HANDLER = "vllm.v1.engine.async_llm:AsyncLLM._run_output_handler (code changed)"
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, **UNMEASURED, "PYTHONPATH": path, **more}
+    return {**os.environ, **UNMEASURED, "PYTHONPATH": runner.python_path(folder), **more}
 
 
 def run(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -199,7 +199,7 @@ def test_a_server_that_is_to_prune_every_image_and_cannot_does_not_start(
 def served(demo_model: Path, folder: Path, edits: Mapping[str, tuple[str, str]]) -> Iterator[Server]:
     copied = copy_of_vllm(folder / "copy", OTHER, edits)
     words, variables = one_worker(OPTIONS, ENVIRONMENT)
-    variables = {**variables, "PYTHONPATH": environment(copied)["PYTHONPATH"]}
+    variables = {**variables, "PYTHONPATH": runner.python_path(copied)}
     with serving(demo_model, *words, log=folder / "log", environment=variables) as running:
         yield running
 

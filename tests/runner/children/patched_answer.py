@@ -1,7 +1,7 @@
 """In every process of one test's server: says what is patched there, as soon as it is asked.
 
-Python imports this module at start where ``PYTHONPATH`` has this folder. A process is asked by a file, not by a
-call or a signal, so that what it does is not disturbed and every kind of process can be asked.
+A process is asked by a file, not by a call or a signal, so that what it does is not disturbed and every kind of
+process can be asked.
 """
 
 from __future__ import annotations
@@ -30,5 +30,6 @@ def _start() -> None:
     threading.Thread(target=_answer, daemon=True).start()
 
 
-os.register_at_fork(after_in_child=_start)
-_start()
+def start() -> None:
+    os.register_at_fork(after_in_child=_start)
+    _start()
