@@ -78,7 +78,7 @@ def test_the_encoders_graphs_encode_whole_images_and_leave_out_pruned_ones(
     graphs = EncoderCudaGraphManager(config, device, torch.bfloat16, half.model)
     monkeypatch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
     monkeypatch.setattr(graphs, "is_captured", lambda: True)
-    encoder = getattr(half.runner, "encoder_runner", None)  # of Model Runner V2
+    encoder = getattr(getattr(half.runner, "model_state", None), "encoder_runner", None)  # of Model Runner V2
     if encoder is None:
         monkeypatch.setattr(half.runner, "encoder_cudagraph_manager", graphs)
     else:
