@@ -191,7 +191,7 @@ PART_OFF = Metric(
     "promprune_part_off",
     "gauge",
     "1 for each part that is off, because this version of vLLM was not tested and has changed code that the part "
-    "depends on; `GET /v1/visual_tokens` says which code.",
+    "depends on (`GET /v1/visual_tokens` says which code); 0 for the others.",
     labels=("model_name", "part"),
 )
 

@@ -12,9 +12,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
@@ -86,13 +86,13 @@ class Build:
         version: Of promprune-vllm.
         vllm_version: Of vLLM.
         vllm_tested: Whether this release was tested with that version.
-        parts_off: Names of the parts that do not run.
+        parts_off: Name of a part that depends on vLLM's code -> whether it is off.
     """
 
     version: str
     vllm_version: str
     vllm_tested: bool = True
-    parts_off: Sequence[str] = ()
+    parts_off: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +182,8 @@ class Recorder:
         """Set the build info: the default method, the versions, and the parts that are off."""
         tested = str(build.vllm_tested).lower()
         self._at(catalog.BUILD_INFO, method, build.version, build.vllm_version, tested).set(1)
-        for part in build.parts_off:
-            self._at(catalog.PART_OFF, part).set(1)
+        for part, is_off in build.parts_off.items():
+            self._at(catalog.PART_OFF, part).set(int(is_off))
 
     @contextmanager
     def _mapping(self) -> Iterator[None]:

@@ -98,7 +98,7 @@ def test_the_other_counts_and_observations(tmp_path: Path) -> None:
     recorder.entropy("promprune", 0.42)
     recorder.saliency_share("promprune", 0.25)
     recorder.encoder_batch(1152)
-    recorder.build("promprune", Build("0.1", "0.34.0", False, ("resending",)))
+    recorder.build("promprune", Build("0.1", "0.34.0", False, {"resending": True, "usage": False}))
     shown = samples(tmp_path)
     assert shown["promprune_requests_total", "refused"] == 1
     assert shown["promprune_refused_requests_total", "limits"] == 1
@@ -109,7 +109,7 @@ def test_the_other_counts_and_observations(tmp_path: Path) -> None:
     assert shown["promprune_saliency_share_sum", "promprune"] == 0.25
     assert shown["promprune_encoder_batch_tokens_sum",] == 1152
     assert shown["promprune_build_info", "promprune", "0.1", "false", "0.34.0"] == 1
-    assert shown["promprune_part_off", "resending"] == 1
+    assert (shown["promprune_part_off", "resending"], shown["promprune_part_off", "usage"]) == (1, 0)
 
 
 def test_every_bucket_means_something(tmp_path: Path) -> None:

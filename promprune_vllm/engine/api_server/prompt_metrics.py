@@ -27,7 +27,7 @@ def start(renderer: Any) -> None:
     expose(
         renderer.config.model_config.served_model_name,
         Settings.from_environment().allowed,
-        Build(__version__, vllm.__version__, found.tested, tuple(found.moved)),
+        Build(__version__, vllm.__version__, found.tested, found.parts()),
         derived=Savings(renderer.config).supported,
     )
 

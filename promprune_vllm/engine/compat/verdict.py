@@ -64,6 +64,10 @@ class Verdict:
         """Whether a part does not run."""
         return part.name in self.moved
 
+    def parts(self) -> dict[str, bool]:
+        """Return for every part whether it is off."""
+        return {name: name in self.moved for name in _PARTS}
+
     @property
     def stock(self) -> bool:
         """Whether vLLM runs as if the plugin were not installed."""
