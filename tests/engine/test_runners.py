@@ -63,6 +63,6 @@ MISSED = {
 @pytest.mark.release
 @pytest.mark.parametrize("left_out", MISSED)
 def test_what_is_left_out_is_missed(left_out: str) -> None:
-    done = run("-p", without.__name__, MISSED[left_out], **{without.VARIABLE: left_out})
+    done = run("-x", "-p", without.__name__, MISSED[left_out], **{without.VARIABLE: left_out})
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-5000:] + done.stderr[-2000:]
     assert re.search(r"[1-9]\d* failed", done.stdout), done.stdout[-2000:]
