@@ -268,4 +268,13 @@ def _load() -> list[Any]:
             what,
             width=8,
         ),
+        facts(
+            "Parts that are off",
+            "Parts of the plugin that do not run because this vLLM was not tested and has changed code they depend on.",
+            f"max by (model_name, part) (promprune_part_off{{{_OF_MODEL}}}) > 0",
+            {"model_name": "model", "part": "part"},
+            width=24,
+            height=4,
+            nothing="all parts run",
+        ),
     ]

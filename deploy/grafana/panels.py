@@ -166,7 +166,16 @@ def cells(
     )
 
 
-def facts(title: str, description: str, expression: str, columns: dict[str, str], *, width: int) -> table.Panel:
+def facts(
+    title: str,
+    description: str,
+    expression: str,
+    columns: dict[str, str],
+    *,
+    width: int,
+    height: int = 8,
+    nothing: str = "no server with the plugin is being scraped",
+) -> table.Panel:
     """Return a table of labels, one row per series."""
     renamed = model.DataTransformerConfig(
         id_val="organize",
@@ -184,7 +193,7 @@ def facts(title: str, description: str, expression: str, columns: dict[str, str]
         .targets(queries((expression, ""), once=True, form=PromQueryFormat.TABLE))
         .with_transformation(renamed)
         .show_header(True)
-        .no_value("no server with the plugin is being scraped")
-        .height(8)
+        .no_value(nothing)
+        .height(height)
         .span(width)
     )
