@@ -270,7 +270,7 @@ def _load() -> list[Any]:
         ),
         facts(
             "Parts that are off",
-            "Parts of the plugin that do not run, because this vLLM was not tested and has changed what they need.",
+            "Parts of the plugin that do not run, because this vLLM was not tested and changed what they need.",
             f"max by (model_name, part) (promprune_part_off{{{_OF_MODEL}}}) > 0",
             {"model_name": "model", "part": "part"},
             width=24,
