@@ -61,7 +61,9 @@ def _serving(model: Path, directory: Path, *options: str, **environment: str) ->
     """A server of one engine process; two of them spend a fifth of two cores on polling for each other."""
     words, variables = one_worker([*OPTIONS, *options], {**ENVIRONMENT, **environment})
     with serving(model, *words, log=directory / "log", environment=variables) as running:
-        assert runner.in_force(running.log.read_text()) == runner.chosen()
+        # vLLM never schedules a pooling model's steps ahead.
+        expected = "v2" if "pooling" in options and runner.is_v2() else runner.chosen()
+        assert runner.in_force(running.log.read_text()) == expected
         yield running
 
 
