@@ -124,8 +124,8 @@ def test_the_release_tier_has_the_tests_of_the_engine_on_the_other_runner(whole_
     (commit,) = whole_suite.runs(["--randomly-seed=1"])
     assert commit == ([*whole_suite.MEASURED, "--randomly-seed=1"], {})
     release, other = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
-    assert release == (["-mrelease", "--randomly-seed=1"], {})
-    assert other == (["-m", "", "--randomly-seed=1", *whole_suite.ENGINE_TESTS], {VARIABLE: "v1"})
+    assert release == (["-mrelease", "--randomly-seed=1"], {VARIABLE: "v1"})
+    assert other == (["-m", "not release", "--randomly-seed=1", *whole_suite.ENGINE_TESTS], {VARIABLE: "v1"})
     assert all((ROOT / path).exists() for path in whole_suite.ENGINE_TESTS)
 
 

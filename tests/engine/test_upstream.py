@@ -13,6 +13,7 @@ import pytest
 from promprune_vllm.demo.families import build_family_model
 from tests.conftest import UNMEASURED
 from tests.documents import ROOT
+from tests.runner.children.runner_hooks import VARIABLE
 
 pytestmark = pytest.mark.engine
 SCRIPTS = ROOT / "docs" / "repro"
@@ -29,7 +30,7 @@ def shown(script: str) -> list[str]:
 def run(script: str, *arguments: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / script), *arguments],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **UNMEASURED},
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **UNMEASURED, VARIABLE: "v1"},  # as users run them
         capture_output=True,
         text=True,
         timeout=500,
