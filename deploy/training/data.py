@@ -55,8 +55,16 @@ class Pool:
         self._size = size
         self._waiting: list[Batch] = []
         indices = range(self.following, 10**9)
+        # Not forked: a fork of a process with threads, such as one that has run an engine, may wait forever.
+        context = "spawn" if workers else None
         self._loader: Any = iter(
-            DataLoader(TrainingScenes(seed), batch_size=_AT_A_TIME, sampler=indices, num_workers=workers)
+            DataLoader(
+                TrainingScenes(seed),
+                batch_size=_AT_A_TIME,
+                sampler=indices,
+                num_workers=workers,
+                multiprocessing_context=context,
+            )
         )
         self.generator = torch.Generator().manual_seed(seed)
         self._take(following - self.following)
