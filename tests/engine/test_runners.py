@@ -15,7 +15,7 @@ from tests.documents import ROOT
 from tests.runner import without
 from tests.runner.children.runner_hooks import VARIABLE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not runner.is_v2(), reason="the suite runs on V1 itself")]
 HERE = Path(__file__).parent.relative_to(ROOT)
 FAILURES = f"{HERE}/test_failures.py"
 FAR = f"{HERE}/test_mrope.py::test_positions_beyond_256_are_true_in_bfloat16[qwen2_5_vl]"
@@ -42,11 +42,7 @@ def run(*tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("name", "tests"),
     [
-        pytest.param(
-            *("v1", OF_V1),
-            id="v1",
-            marks=pytest.mark.skipif(not runner.is_v2(), reason="the suite runs on V1 itself"),
-        ),
+        pytest.param("v1", OF_V1, id="v1"),
         pytest.param("v2", (FAILURES, f"{HERE}/test_preemption.py"), id="v2", marks=pytest.mark.release),
     ],
 )
@@ -69,6 +65,6 @@ MISSED = {
 def test_what_is_left_out_is_missed(left_out: str) -> None:
     # One red test is enough, and a request that waits forever is red too.
     options = ("-x", "--timeout=120", "-p", without.__name__)
-    done = run(*options, MISSED[left_out], **{without.VARIABLE: left_out, VARIABLE: "v2-async"})
+    done = run(*options, MISSED[left_out], **{without.VARIABLE: left_out})
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-5000:] + done.stderr[-2000:]
     assert re.search(r"[1-9]\d* failed", done.stdout), done.stdout[-2000:]
