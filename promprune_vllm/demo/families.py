@@ -19,7 +19,7 @@ from promprune_vllm.demo.model import DType
 
 Builder = Callable[[Path, int, DType], Path]
 
-_LLAVA = model.DemoModelSpec(
+TINY_LLAVA = model.DemoModelSpec(
     image_px=168,  # 144 visual tokens
     vision_hidden=64,
     vision_heads=2,
@@ -30,7 +30,7 @@ _LLAVA = model.DemoModelSpec(
     mlp=256,
     layers=3,
 )
-_LLAVA_NEXT = replace(_LLAVA, image_px=112)  # 64 patches per tile
+_LLAVA_NEXT = replace(TINY_LLAVA, image_px=112)  # 64 patches per tile
 # LLaVA-1.6's grids in tiles (height, width): the crops of an image fill one of them.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -94,7 +94,7 @@ def build_family_model(family: str, directory: Path, *, seed: int = 0, dtype: DT
 
 
 def _build_llava(directory: Path, seed: int, dtype: DType) -> Path:
-    return model.build_demo_model(directory, replace(_LLAVA, seed=seed, dtype=dtype))
+    return model.build_demo_model(directory, replace(TINY_LLAVA, seed=seed, dtype=dtype))
 
 
 def _build_llava_next(directory: Path, seed: int, dtype: DType) -> Path:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from promprune_vllm.bench.gpu.clock import Cost
 from promprune_vllm.bench.load import Load
+from promprune_vllm.demo.families import TINY_LLAVA
 from promprune_vllm.demo.model import DemoModelSpec
 
 GROUPS = ("environment", "tests", "kernels", "prefill", "vllm")
@@ -55,18 +56,6 @@ _LLAVA_7B = DemoModelSpec(
     layers=32,
     dtype="bfloat16",
 )
-_TINY = DemoModelSpec(
-    image_px=168,  # 144 visual tokens
-    vision_hidden=64,
-    vision_heads=2,
-    vision_mlp=128,
-    vision_layers=4,
-    hidden=128,
-    heads=4,
-    mlp=256,
-    layers=3,
-)
-
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "7b": Shape(
@@ -90,7 +79,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
         ),
         "tiny": Shape(
             model="a tiny LLaVA",
-            spec=_TINY,
+            spec=TINY_LLAVA,
             max_model_len=2048,
             tests=("test_entropy_chain.py::test_the_coefficients_are_those_of_the_fit_and_keep_their_bound",),
             kernels=("60x80:9",),
