@@ -20,6 +20,7 @@ from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import TRACES_METHOD
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
+from tests import runner
 from tests.engine.conftest import SHARED, Engine
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
@@ -127,6 +128,16 @@ class FamilyEngine(Engine):
         processor = self.llm.llm_engine.input_processor.renderer.mm_processor
         boxes: list[tuple[float, ...] | None] = processor.boxes(*SHAPES[shape])
         return boxes
+
+    def prompt_positions(self, length: int) -> torch.Tensor:
+        """``(3, length)`` positions that the runner holds for the prompt of its one request."""
+        if runner.is_v2():
+            (index,) = self.runner.req_states.req_id_to_index.values()
+            positions = self.runner.model_state.rope_state.read_prefill_positions(index, length)
+        else:
+            (state,) = self.runner.requests.values()
+            positions = state.mrope_positions[:, :length]
+        return torch.as_tensor(positions).long().clone()
 
     def told(self) -> list[dict[str, Any] | None]:
         """What the worker tells of the images in its encoder cache."""

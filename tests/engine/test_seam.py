@@ -209,6 +209,15 @@ def test_every_family_implements_its_contract(family: families.Family) -> None:
             assert definers[0].__module__.startswith("promprune_vllm."), member
 
 
+@pytest.mark.parametrize("architecture", families.FAMILIES)
+def test_a_familys_class_is_called_as_vllms_is(architecture: str) -> None:
+    """vLLM compares names of classes: by another name, Qwen-VL would not load beside an EAGLE head on Runner V1."""
+    path, _, name = families.FAMILIES[architecture].target.partition(":")
+    ours = getattr(importlib.import_module(path), name)
+    assert ours.__name__ == architecture
+    assert ours.__qualname__ == name  # by which Python finds it
+
+
 def test_a_budget_of_http_is_parsed_and_admitted_once_when_its_body_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -34,6 +34,12 @@ seams.require(parts.WORKER)
 class PrunedModelMixin(ModelBase):
     """Comes before vLLM's model class in a family's bases; the family implements ``ModelFamily``."""
 
+    def __init_subclass__(cls) -> None:
+        """Give a family's class the name of vLLM's, which vLLM looks up when it loads a drafter."""
+        super().__init_subclass__()
+        if issubclass(cls, torch.nn.Module):
+            cls.__name__ = cls.__bases__[-1].__name__
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._settings = Settings.from_environment()
