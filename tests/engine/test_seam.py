@@ -211,7 +211,7 @@ def test_every_family_implements_its_contract(family: families.Family) -> None:
 
 @pytest.mark.parametrize("architecture", families.FAMILIES)
 def test_a_familys_class_is_called_as_vllms_is(architecture: str) -> None:
-    """vLLM compares names of classes: by another name, Qwen-VL would not load beside an EAGLE head on Runner V1."""
+    """vLLM compares names of classes: by another, Qwen-VL would not load beside an EAGLE head on Runner V1."""
     path, _, name = families.FAMILIES[architecture].target.partition(":")
     ours = getattr(importlib.import_module(path), name)
     assert ours.__name__ == architecture
