@@ -22,7 +22,7 @@ LARGEST = 128
 PIXELS = {"qwen2_5_vl": 28 * 28, "qwen3_vl": 32 * 32}
 """Pixels of a token, of the families whose images have."""
 SMALL_STEPS = "engines with small steps"
-FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava", "qwen2_5_vl")
 ROUNDING = 1e-5
 _names = (f"r{i}" for i in itertools.count())
 SPARE = "<unused_319>"
