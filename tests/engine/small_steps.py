@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from tests.engine.conftest import SHARED, held_rows
@@ -24,8 +25,9 @@ PIXELS = {"qwen2_5_vl": 28 * 28, "qwen3_vl": 32 * 32}
 SMALL_STEPS = "engines with small steps"
 FAMILIES = ("llava", "qwen2_5_vl")
 ROUNDING = 1e-5
-_names = (f"r{i}" for i in itertools.count())
 SPARE = "<unused_319>"
+"""A token of the tiny checkpoints that no text has."""
+_names = (f"r{i}" for i in itertools.count())
 
 
 def picture_of_its_own(number: int) -> Image.Image:
@@ -44,13 +46,14 @@ class Answer:
 
     @classmethod
     def of(cls, output: Any) -> Answer:
+        """Return what vLLM's output says; it has to have logprobs."""
         (answer,) = output.outputs
         chosen = zip(answer.token_ids, answer.logprobs, strict=True)
         values = tuple(step[token].logprob for token, step in chosen)
         return cls(tuple(answer.token_ids), values, str(answer.finish_reason), output.num_cached_tokens)
 
     def __eq__(self, other: object) -> bool:
-        """The same ids, and logprobs that differ by rounding: products of matrices of another height round otherwise."""
+        """The same ids, and logprobs but for rounding: matrix products of another height round otherwise."""
         assert isinstance(other, Answer)
         near = all(abs(a - b) < ROUNDING for a, b in zip(self.logprobs, other.logprobs, strict=False))
         return (self.ids, self.reason) == (other.ids, other.reason) and near
@@ -68,7 +71,7 @@ class SmallSteps(FamilyEngine):
             options["limit_mm_per_prompt"] = {"video": 0}  # they have more tokens than any image
         self._folder = tempfile.TemporaryDirectory()
         copied = shutil.copytree(model, Path(self._folder.name) / family)
-        _name_spare_token(copied)
+        name_spare_token(copied)
         super().__init__(family, copied, **options)
 
     def close(self) -> None:
@@ -111,6 +114,18 @@ class SmallSteps(FamilyEngine):
         self.llm.llm_engine.add_request(name, prompt, sampling)
         return name
 
+    def rendered(self, prompt: dict[str, Any]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a prompt, and where its images begin and end."""
+        (rendered,) = self.llm.llm_engine.renderer.render_cmpl([prompt])
+        places = rendered["mm_placeholders"]["image"]
+        return list(rendered["prompt_token_ids"]), [(each.offset, each.offset + each.length) for each in places]
+
+    def positions(
+        self, prompt: Sequence[int], visuals: Sequence[tuple[Any, int | None]], later: int
+    ) -> torch.Tensor:
+        """Positions that a prompt and what is generated must have: over kept tokens alone, or those of M-RoPE."""
+        return self.true_positions(prompt, visuals, later) if self.mrope else torch.arange(len(prompt) + later)
+
     def step(self) -> dict[str, Answer]:
         """Take a step, and return the answers that ended."""
         ended = [output for output in self.llm.llm_engine.step() if output.finished]
@@ -123,9 +138,20 @@ class SmallSteps(FamilyEngine):
             answers.update(self.step())
         return answers
 
-    def in_flight(self) -> int:
-        """Steps that are planned and whose result nobody has read."""
-        return len(self.core.batch_queue or ())
+    def in_flight(self) -> set[str]:
+        """Requests in steps that are planned and whose result nobody has read."""
+        steps = [step for _, step, _ in self.core.batch_queue or ()]
+        requests = self.core.scheduler.requests
+        names = {name for step in steps for name in step.num_scheduled_tokens if name in requests}
+        return {name.rpartition("-")[0] for name in names}  # vLLM appends something random
+
+    def abort(self, names: Sequence[str], *, running: bool) -> None:
+        """Abort requests between two steps, or as a server that hears of it while the next one runs."""
+        engine = self.llm.llm_engine
+        if running:
+            self.core.aborts_queue.put_nowait(engine.output_processor.abort_requests(names, internal=False))
+        else:
+            engine.abort_request(list(names))
 
     def left(self) -> dict[str, object]:
         """What requests hold, once the worker has been told of their end."""
@@ -157,7 +183,7 @@ def shared_engine(family: str, model: Path) -> SmallSteps:
     return SHARED.get(f"{SMALL_STEPS}: {family}", lambda: SmallSteps(family, model))
 
 
-def _name_spare_token(model: Path) -> None:
+def name_spare_token(model: Path) -> None:
     """Give one of a checkpoint's spare tokens the name that vLLM looks for: else it would add a token too many."""
     tokenizer = model / "tokenizer.json"
     text = tokenizer.read_text()
