@@ -1,4 +1,4 @@
-"""What happens to requests while results are still to come: aborts, and images that the encoder cache has no room for."""
+"""While results are still to come: requests are aborted, and the encoder cache has no room for more images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.engine.small_steps import (
 pytestmark = pytest.mark.engine
 TOGETHER = SMALL_STEPS
 BUDGET = 50
-LONG = "x" * 100  # a prompt of three steps and more
+LONG = "x" * 60  # with it behind an image, a prompt takes three steps
 
 
 @pytest.fixture(params=[*FAMILIES, pytest.param("qwen3_vl", marks=pytest.mark.release)])
@@ -41,13 +41,19 @@ def _remembered(engine: SmallSteps) -> set[str]:
     return set().union(*failed_images._aborted_in_flight(engine.core.scheduler))
 
 
-@pytest.mark.parametrize("step", [1, 2, 4, 7])
-def test_others_answer_as_alone_when_a_request_is_aborted_before_its_result(engine: SmallSteps, step: int) -> None:
-    """From the first step of its prompt, over those that begin inside its image, to those of its answer."""
+WHEN = pytest.mark.parametrize("running", [False, True], ids=["between two steps", "while a step runs"])
+
+
+@WHEN
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_others_answer_as_alone_when_a_request_is_aborted_before_its_result(
+    engine: SmallSteps, step: int, running: bool
+) -> None:
+    """From the first step of its prompt, over one that begins inside its image, to those of its answer."""
     shared, own, other = (picture_of_its_own(i) for i in range(3))
     before = [engine.show(shared, budget=BUDGET, text="a?"), engine.show(other, budget=BUDGET - 1, text="b?")]
     victims = [
-        engine.show(own, budget=BUDGET + 9, text=f"c?{LONG}"),
+        engine.show(own, budget=BUDGET + 9, before="x" * 30, text=LONG),
         engine.show(shared, budget=BUDGET, text="d?"),
     ]
     after = engine.show(own, budget=BUDGET + 9, text="e?")
@@ -59,10 +65,8 @@ def test_others_answer_as_alone_when_a_request_is_aborted_before_its_result(engi
     for _ in range(step):
         answers.update(engine.step())
     aborted = [names[0], names[-1]]
-    planned = [each for each in engine.core.scheduler.requests.values() if each.num_in_flight_tokens]
-    assert (engine.in_flight() > 0) == runner.schedules_ahead()
-    assert bool(planned) == runner.schedules_ahead()
-    engine.llm.llm_engine.abort_request([name for name in aborted if name not in answers])
+    assert (aborted[0] in engine.in_flight()) == runner.schedules_ahead()
+    engine.abort([name for name in aborted if name not in answers], running=running)
     names.append(engine.start(after))  # takes up blocks and rows that have just been given back
     answers.update(engine.finish())
     assert [answers[name] for name in (*names[1:3], names[-1])] == expected
@@ -87,9 +91,10 @@ def _failing(budget: int) -> Iterator[None]:
         yield
 
 
+@WHEN
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 def test_nothing_of_a_failed_image_is_left_when_its_request_is_aborted_before_its_result(
-    engine: SmallSteps, shared: bool
+    engine: SmallSteps, shared: bool, running: bool
 ) -> None:
     """Its blocks are filled from zeros, and another request with the image may share them already."""
     bad = engine.show(picture_of_its_own(0), budget=41, text=LONG)
@@ -101,7 +106,8 @@ def test_nothing_of_a_failed_image_is_left_when_its_request_is_aborted_before_it
         answers = engine.step()
         assert (victim in answers) != runner.schedules_ahead()
         sharers = [engine.start(bad)] if shared else []
-        engine.llm.llm_engine.abort_request([victim])
+        if victim not in answers:
+            engine.abort([victim], running=running)
         answers.update(engine.finish())
     assert [answers[name].reason for name in sharers] == ["error"] * len(sharers)
     assert answers[other] == expected[1]
@@ -114,14 +120,14 @@ def test_nothing_of_a_failed_image_is_left_when_its_request_is_aborted_before_it
 
 @contextmanager
 def _evictions(engine: SmallSteps) -> Iterator[list[tuple[int, int]]]:
-    """For each step: images that the encoder cache let go, and steps whose result was still to come."""
+    """For each step: images that the encoder cache let go, and requests in a step whose result was to come."""
     scheduler, evictions = engine.core.scheduler, []
     original = scheduler.schedule
 
     def schedule(*arguments: Any) -> Any:
         assert sum(map(len, engine.rows().values())) <= engine.rows_of_cache
         planned = original(*arguments)
-        evictions.append((len(planned.free_encoder_mm_hashes), engine.in_flight()))
+        evictions.append((len(planned.free_encoder_mm_hashes), len(engine.in_flight())))
         return planned
 
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +141,7 @@ def _two_fit(engine: SmallSteps) -> int:
 
 
 def test_more_images_than_the_encoder_cache_holds_answer_as_alone(engine: SmallSteps) -> None:
-    """Rows are let go while steps that used them are in flight, and those of a picture that comes again are made anew."""
+    """Rows are let go while steps with them are in flight; those of a picture that comes again are made anew."""
     budget = _two_fit(engine)
     pictures = [picture_of_its_own(i) for i in range(6)]
     prompts = [engine.show(picture, budget=budget - i, text=f"{i}?") for i, picture in enumerate(pictures)]
@@ -169,7 +175,7 @@ def test_one_picture_with_many_budgets_at_once_answers_as_alone(engine: SmallSte
 
 @contextmanager
 def _letting_go(engine: SmallSteps) -> Iterator[list[str]]:
-    """Let the worker drop what came with an image, once a step has read its rows: as in vLLM 0.33, and as early."""
+    """Let the worker drop what came with an image, once a step has read its rows: as vLLM 0.33 does."""
     cache, states = engine.runner.encoder_cache, engine.runner.req_states
     original, dropped = engine.runner.update_requests, []
 
