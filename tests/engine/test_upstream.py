@@ -13,6 +13,7 @@ import pytest
 from promprune_vllm.demo.families import build_family_model
 from tests.conftest import UNMEASURED
 from tests.documents import ROOT
+from tests.engine.small_steps import name_spare_token
 from tests.runner.children.runner_hooks import VARIABLE
 
 pytestmark = pytest.mark.engine
@@ -58,6 +59,14 @@ def test_a_step_encodes_more_than_its_budget_as_reported(tmp_path: Path) -> None
 def test_a_server_ends_at_an_id_without_a_name_as_reported() -> None:
     printed = run("unnamed_token.py")
     assert set(shown("unnamed_token.py")) <= set(printed)
+
+
+@pytest.mark.release
+def test_embeddings_beside_an_image_end_an_engine_as_reported(tmp_path: Path) -> None:
+    model = build_family_model("qwen3_vl", tmp_path / "model")
+    name_spare_token(model)
+    printed = run("prompt_embeds_deepstack.py", str(model))
+    assert set(shown("prompt_embeds_deepstack.py")) <= set(printed)
 
 
 def test_every_script_is_reported_and_tried() -> None:

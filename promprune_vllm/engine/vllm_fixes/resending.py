@@ -25,7 +25,8 @@ def remember_prompt(original: Any) -> Any:
     """Wrap the processing of a prompt: if images were left out, attach a function that processes it in full."""
 
     async def process(self: Any, prompt: Any, **kwargs: Any) -> Any:
-        engine_input = await original(self, prompt, **kwargs)
+        # A copy: vLLM takes embeddings of text out of the prompt, and the second time they would be missing.
+        engine_input = await original(self, dict(prompt), **kwargs)
         items = (engine_input.get("mm_kwargs") or {}).values()
         if any(item is None for each in items for item in each):
             engine_input[REPROCESS] = partial(original, self, prompt, **{**kwargs, "skip_mm_cache": True})
