@@ -121,6 +121,26 @@ def remember_lookahead(original: Any) -> Any:
     return gather_mm_embeddings
 
 
+_delta: ContextVar[int | None] = ContextVar("promprune_delta", default=None)
+
+
+def remember_delta(original: Any) -> Any:
+    """Wrap how Model Runner V2 reads a request's positions, for the model to recompute: note its delta.
+
+    V2 keeps the positions on the GPU. To read the delta from them, the host would wait for the whole encoder, in
+    every step with an image. Recomputing never changes it: it follows from sizes, and vLLM has it on the CPU.
+
+    Without that wait, the step before may still run when V2 stores all deltas for the second time in a step, in
+    the buffer that it reads. Only slots of new requests have changed, and what it computes for these is dropped.
+    """
+
+    def read_prefill_positions(self: Any, req_idx: int, length: int) -> Any:
+        _delta.set(int(self.prefill_delta.np[req_idx]))
+        return original(self, req_idx, length)
+
+    return read_prefill_positions
+
+
 class MRopePrunedMixin(PrunedModelMixin):
     """Goes before vLLM's model class in the bases of a family with M-RoPE."""
 
@@ -183,8 +203,11 @@ class MRopePrunedMixin(PrunedModelMixin):
         if digits is not None:
             start = num_computed_tokens + _ahead.get()
             positions = self._write(digits, input_ids, mrope_positions, start)
-        # After text, all three agree; after an unpruned image or video, its last cell has the highest position.
-        delta = int(positions[:, -1].max()) + 1 - positions.shape[1]
+        delta = _delta.get()
+        _delta.set(None)
+        if delta is None:  # Model Runner V1, which keeps positions on the CPU
+            # After text, all three agree. The last cell of an unpruned image or video has its highest position.
+            delta = int(positions[:, -1].max()) + 1 - positions.shape[1]
         return bare, positions, delta
 
     def _split_channels(self, embeddings: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
@@ -200,16 +223,20 @@ class MRopePrunedMixin(PrunedModelMixin):
         return [rows[:, :width] for rows in embeddings], torch.cat(digits)
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
-        ids = torch.as_tensor(input_ids[start:], device=positions.device)
-        config = self.config
-        media = (ids == config.image_token_id) | (ids == config.video_token_id)
-        columns = media.nonzero().flatten()[: len(digits)] + start  # (R,)
-        row, column = (cell.to(positions.device) for cell in decode_cells(digits))
-        changed = columns[row >= 0]
+        # V2 has all of this on the GPU: if a shape depended on a value there, the host would wait. With V1, it
+        # waits for the digits, since V1 keeps positions on the CPU.
+        ids = torch.as_tensor(input_ids[start:], device=positions.device)  # (L - start,)
+        media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+        number = media.cumsum(dim=0) - 1  # of a media token's row in the chunk
+        in_chunk = media & (number < len(digits))
+        number = number.clamp(0, len(digits) - 1)
+        row, column = (cell[number] for cell in decode_cells(digits.to(positions.device)))
+        changed = in_chunk & (row >= 0)
         positions = positions.clone()
-        # The position in time is that of the image's first cell, and is already right.
-        positions[1, changed] = positions[0, changed] + row[row >= 0]
-        positions[2, changed] = positions[0, changed] + column[row >= 0]
+        time, *axes = positions[:, start:]
+        for axis, cell in zip(axes, (row, column), strict=True):
+            # The position in time is that of the image's first cell, and is already right.
+            axis.copy_(torch.where(changed, time + cell, axis))
         return positions
 
     def _span(self, feature: Any) -> Span | None:
