@@ -57,6 +57,8 @@ class NoWaits(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.partition("::")[2]
         kwargs = kwargs or {}
+        # Of tensors made in inference mode, a mode sees ``to``, and not the copy that it makes.
+        assert not func._can_decompose(), f"{name} is not taken apart: leave torch.inference_mode()"
         if name in SOLVERS - frozenset(self._allowed) and any(map(_on_gpu, tree_leaves((args, kwargs)))):
             raise Wait(f"{name} checks its result on the host")
         if name == "index_put_" and _writes_by_mask(*args[:3]):
@@ -84,8 +86,9 @@ class _NoLiterals(TorchFunctionMode):
 
 
 def to_gpu(values: Any) -> Any:
-    """Return a structure with its tensors on the stand-in for a GPU."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(GPU), values)
+    """Return a structure with its tensors on the stand-in for a GPU, and made outside of inference mode."""
+    with torch.inference_mode(False):
+        return tree_map_only(Tensor, lambda tensor: tensor.to(GPU), values)
 
 
 def _check_copy(source: Tensor, device: torch.device, non_blocking: bool) -> None:

@@ -47,7 +47,7 @@ def from_the_tower(engine: FamilyEngine, shape: str, monkeypatch: pytest.MonkeyP
         if isinstance(value, VisionFeatures):
             return replace(value, **{each.name: moved(getattr(value, each.name)) for each in fields(value)})
         if isinstance(value, Tensor):
-            return to_gpu(value) if value.is_floating_point() else value
+            return to_gpu(value) if value.is_floating_point() else value.clone()  # not of inference mode
         return [*map(moved, value)] if isinstance(value, list) and not isinstance(value[0], int) else value
 
     caught: list[Any] = []
@@ -123,8 +123,9 @@ def test_positions_are_written_without_a_wait(
     original = model.recompute_mrope_positions
 
     def without_values(**given: Any) -> Any:
-        with NoWaits():
-            return original(**to_gpu(given))
+        moved = to_gpu(given)
+        with torch.inference_mode(False), torch.no_grad(), NoWaits():
+            return original(**moved)
 
     def recompute(**given: Any) -> Any:
         positions = given["mrope_positions"]

@@ -36,6 +36,13 @@ def test_a_wait_is_noticed(act: Callable[[Tensor, Tensor], object]) -> None:
         act(x, host)
 
 
+def test_it_sees_too_little_in_inference_mode() -> None:
+    with torch.inference_mode():
+        host = torch.arange(4)
+    with NoWaits(), pytest.raises(AssertionError, match="inference_mode"):
+        host.to(GPU)
+
+
 @pytest.mark.parametrize(
     "act",
     [

@@ -27,13 +27,9 @@ from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.worker import rotary_tables
+from promprune_vllm.engine.worker.cells import CHANNELS, UNCHANGED, encode_cells, write_cells
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
-
-CHANNELS = 4
-"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256."""
-_BASE = 256  # the largest base whose digits are exact in bfloat16
-_UNCHANGED = -1.0  # value of every channel where the position is already right
 
 seams.require(parts.MROPE)
 
@@ -77,28 +73,6 @@ def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
     for span in spans:
         columns[span.offset + span.kept :] += span.total - span.kept
     return columns
-
-
-def encode_cells(rows: Tensor, cells: Tensor, width: int) -> Tensor:
-    """Append to each embedding its row and column in the image's grid.
-
-    Args:
-        rows: ``(K, W)`` embeddings.
-        cells: ``(K,)`` int64, indices of cells in raster order.
-        width: Columns of the grid.
-
-    Returns:
-        ``(K, W + CHANNELS)``.
-    """
-    row, column = cells // width, cells % width
-    digits = torch.stack([row // _BASE, row % _BASE, column // _BASE, column % _BASE], dim=1)
-    return torch.cat([rows, digits.to(rows.dtype)], dim=1)
-
-
-def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns ``(K,)`` int64 of ``(K, CHANNELS)`` digits; negative where nothing changes."""
-    d = digits.long()
-    return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3]
 
 
 _ahead: ContextVar[int] = ContextVar("promprune_ahead", default=0)
@@ -216,28 +190,18 @@ class MRopePrunedMixin(PrunedModelMixin):
         if all(rows.shape[1] <= width for rows in embeddings):
             return embeddings, None
         digits = [
-            rows[:, width:] if rows.shape[1] > width else rows.new_full((len(rows), CHANNELS), _UNCHANGED)
+            rows[:, width:] if rows.shape[1] > width else rows.new_full((len(rows), CHANNELS), UNCHANGED)
             for rows in embeddings
             if getattr(rows, "modality", None) != "prompt_embeds"  # in the place of text tokens
         ]
         return [rows[:, :width] for rows in embeddings], torch.cat(digits)
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
-        # V2 has all of this on the GPU: if a shape depended on a value there, the host would wait. With V1, it
-        # waits for the digits, since V1 keeps positions on the CPU.
         ids = torch.as_tensor(input_ids[start:], device=positions.device)  # (L - start,)
         media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
-        number = media.cumsum(dim=0) - 1  # of a media token's row in the chunk
-        in_chunk = media & (number < len(digits))
-        number = number.clamp(0, len(digits) - 1)
-        row, column = (cell[number] for cell in decode_cells(digits.to(positions.device)))
-        changed = in_chunk & (row >= 0)
-        positions = positions.clone()
-        time, *axes = positions[:, start:]
-        for axis, cell in zip(axes, (row, column), strict=True):
-            # The position in time is that of the image's first cell, and is already right.
-            axis.copy_(torch.where(changed, time + cell, axis))
-        return positions
+        # V2 has all of this on the GPU. V1 keeps positions on the CPU, so here it waits for the GPU's digits.
+        written = write_cells(positions[:, start:], media, digits.to(positions.device))
+        return torch.cat([positions[:, :start], written], dim=1)
 
     def _span(self, feature: Any) -> Span | None:
         """Return the span of a pruned image; ``None`` for anything else."""
