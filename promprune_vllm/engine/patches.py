@@ -155,6 +155,10 @@ PATCHES: tuple[Patch, ...] = (
         *(Stage.WORKER_V1, reasons.LOOKAHEAD), (f"{_V1}._gather_mm_embeddings", "worker.mrope:remember_lookahead")
     ),
     *_rows(
+        *(Stage.WORKER_V2, reasons.DELTA),
+        (f"{_V2}.mm.rope:RopeState.read_prefill_positions", "worker.mrope:remember_delta"),
+    ),
+    *_rows(
         *(Stage.WORKER, reasons.INSPECT),
         (f"{_WORKER}.{CACHE_SIZE_METHOD}", "worker.selection_trace:add_encoder_cache_size"),
         (f"{_WORKER}.{TRACES_METHOD}", "worker.selection_trace:add_selection_traces"),

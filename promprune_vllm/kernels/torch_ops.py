@@ -2,7 +2,7 @@
 
 Everything is computed in float64, whatever the input: near-ties of the greedy choice are as close as 1e-7,
 where float32 sums already depend on the order of the features' columns. Nothing is copied to the host, so the
-same code runs on a CPU and, without stalling it, on a GPU.
+same code runs on a CPU and, without stalling it, on a GPU; only the solver of eigenvalues makes the host wait.
 """
 
 from __future__ import annotations

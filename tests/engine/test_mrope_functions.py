@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promprune_vllm.engine.worker.mrope import CHANNELS, Span, decode_cells, encode_cells, unpruned_columns
+from promprune_vllm.engine.worker.cells import CHANNELS, decode_cells, encode_cells, write_cells
+from promprune_vllm.engine.worker.mrope import Span, unpruned_columns
+from tests.waits import NoWaits, to_gpu
 
 pytestmark = pytest.mark.engine
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,3 +66,25 @@ def test_channels_of_what_was_not_pruned_decode_to_no_cell(dtype: torch.dtype) -
     row, column = decode_cells(torch.full((3, CHANNELS), -1.0, dtype=dtype))
     assert bool((row < 0).all())
     assert bool((column < 0).all())
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.data())
+def test_cells_are_written_where_their_tokens_are(media: list[bool], data: st.DataObject) -> None:
+    """A chunk may end within an image, and has no cells for images after it, nor for what was not pruned."""
+    media[data.draw(st.integers(0, len(media) - 1))] = True
+    cells = data.draw(st.lists(st.none() | st.tuples(*[st.integers(0, 700)] * 2), min_size=1, max_size=sum(media)))
+    nothing = torch.full((1, CHANNELS), -1.0)
+    marks = [
+        nothing if at is None else encode_cells(nothing[:, :0], torch.tensor([at[0] * 701 + at[1]]), 701)
+        for at in cells
+    ]
+    positions = torch.randint(0, 1000, (3, len(media)))
+    expected, left = positions.clone(), iter(cells)
+    for column in range(len(media)):
+        if media[column] and (at := next(left, None)) is not None:
+            expected[1:, column] = positions[0, column] + torch.tensor(at)
+    arguments = positions, torch.tensor(media), torch.cat(marks)
+    assert torch.equal(write_cells(*arguments), expected)
+    without_values = to_gpu(arguments)
+    with NoWaits():
+        assert write_cells(*without_values).shape == positions.shape

@@ -18,6 +18,7 @@ from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods,
 from promprune_vllm.commands.methods import describe
 from promprune_vllm.core.registry import option_names
 from promprune_vllm.errors import SettingsError
+from tests.waits import EIGENVALUES, NoWaits, to_gpu
 
 METHODS = list(methods())
 KINDS = ["random", "constant", "duplicate", "rank1", "huge", "zero rows", "all zero", "tied saliency"]
@@ -264,12 +265,15 @@ def test_names_what_it_misses(method: str, need: Need) -> None:
         assert same(select(lacking, 6, method), select(draw((1, 4, 5)), 6, method))
 
 
-@every_method
-def test_never_waits_for_the_device(method: str) -> None:
-    """A meta tensor has no values: whatever would copy one to the host fails on it."""
+@pytest.mark.parametrize(
+    ("method", "options"), [*(pytest.param(name, {}, id=name) for name in METHODS), *variants()]
+)
+def test_never_waits_for_the_device(method: str, options: dict[str, Any]) -> None:
+    """But for the reference's solver of eigenvalues, which the kernels for CUDA do without."""
     features = draw((1, 4, 5))
-    nowhere = changed(features, **{name: value.to("meta") for name, value in tensors(features).items()})
-    assert select(nowhere, 6, method).indices.shape == (6,)
+    nowhere = changed(features, **to_gpu(tensors(features)))
+    with NoWaits([EIGENVALUES]):
+        assert select(nowhere, 6, method, **options).indices.shape == (6,)
 
 
 @every_method

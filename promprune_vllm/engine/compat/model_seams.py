@@ -17,7 +17,9 @@ _QWEN3 = f"{_MODELS}.qwen3_vl"
 _QWEN3_MODEL = f"{_QWEN3}:Qwen3VLForConditionalGeneration"
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PRUNER = "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner"
+_ROPE_STATE = "vllm.v1.worker.gpu.mm.rope:RopeState"
 _ROTARY = "vllm.model_executor.layers.rotary_embedding.mrope:MRotaryEmbedding"
+_PINNED = "vllm.utils.platform_utils:is_pin_memory_available"
 _TOWER = ("x", "grid_thw")
 _SIZE = ("image_width", "image_height", "image_processor", "mm_kwargs")
 _POSITIONS = ("input_tokens", "mm_features")
@@ -55,6 +57,7 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         rely(f"{_NEXT_MODEL}._process_image_pixels", body=True),
         rely(f"{_NEXT_MODEL}._process_image_input", body=True),
         rely(f"{_NEXT_MODEL}.embed_multimodal", body=True),
+        call(_PINNED),
     ),
     *of(
         parts.MROPE,
@@ -66,6 +69,9 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         wrap(f"{_V1}._gather_mm_embeddings", "scheduler_output", "shift_computed_tokens", body=True),
         call(f"{_PRUNER}.recompute", "mm_embeds", body=True),
         rely(f"{_PRUNER}.strip", body=True),
+        wrap(f"{_ROPE_STATE}.read_prefill_positions", "req_idx", "length", body=True),
+        rely(f"{_ROPE_STATE}.init_prefill_positions", body=True),
+        rely(f"{_ROPE_STATE}.update_prefill_positions", body=True),
         rely("vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.gather_mm_embeddings", body=True),
         call(f"{_ROTARY}._compute_inv_freq", "base"),
         add("vllm.v1.worker.cpu_model_runner:CPUModelRunner.is_multimodal_pruning_enabled"),
@@ -104,6 +110,7 @@ MODEL_SEAMS: tuple[Seam, ...] = (
             body=True,
         ),
         rely(f"{_QWEN2_5}:Qwen2_5_VisionPatchMerger.forward", body=True),
+        call(_PINNED),
     ),
     *of(
         parts.QWEN3_VL,

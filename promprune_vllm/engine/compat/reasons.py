@@ -77,6 +77,12 @@ LOOKAHEAD = Reason(
     "The drafter's embeddings begin one token later than the number of computed tokens that comes with them.",
     _FIXED,
 )
+DELTA = Reason(
+    parts.MROPE,
+    "no wait for the GPU in a step with an image, in Model Runner V2",
+    "vLLM takes the offset of later positions from the model again, which could only read it on the GPU.",
+    "recomputed positions without an offset",
+)
 INSPECT = Reason(
     parts.INSPECTOR,
     "inspector, `GET /v1/visual_tokens/caches`",

@@ -25,6 +25,7 @@ from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.families import clip_tower
+from promprune_vllm.engine.worker.device_copies import copy_to_device
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
@@ -137,7 +138,8 @@ def _tile_groups(tiles: Sequence[VisionFeatures], source: Tensor) -> list[Group]
             side = tile.grid[2]
             height = int(patches[-1] // side - patches[0] // side) + 1
             grid = (1, height, patches.numel() // height)
-            groups.append(Group(tile.take(patches, grid), _indices(in_tile, tile.projected.device)))
+            device = tile.projected.device
+            groups.append(Group(tile.take(copy_to_device(patches, device), grid), _indices(in_tile, device)))
     return groups
 
 
@@ -149,9 +151,11 @@ def _merge_tiles(tiles: Sequence[VisionFeatures], source: Tensor) -> Group:
         for tile in tiles
     ]
     joined = VisionFeatures.join(shares)
-    visual = source[source >= 0]
-    return Group(joined.take(visual, (1, 1, visual.numel())), _indices(source >= 0, joined.projected.device))
+    device = joined.projected.device
+    visual = copy_to_device(source[source >= 0], device)
+    return Group(joined.take(visual, (1, 1, visual.numel())), _indices(source >= 0, device))
 
 
 def _indices(mask: Tensor, device: torch.device) -> Tensor:
-    return mask.nonzero().flatten().to(device)
+    """Return where a mask on the CPU is true, as int64 on a device."""
+    return copy_to_device(mask.nonzero().flatten(), device)

@@ -8,6 +8,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.worker.device_copies import copy_to_device
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
 __all__ = ["PrunedQwen2_5_VL", "unsupported_reason"]
@@ -33,4 +34,4 @@ class PrunedQwen2_5_VL(PrunedQwenMixin, upstream.Qwen2_5_VLForConditionalGenerat
     def in_raster_order(self, values: Tensor, grid: list[int]) -> Tensor:
         """Reorder ``(N, ...)`` values of an image from window order to raster order."""
         order, _ = self.visual.get_window_index_thw(*grid)
-        return values[order.argsort().to(values.device)]
+        return values[copy_to_device(order.argsort(), values.device)]

@@ -27,13 +27,9 @@ from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.worker import rotary_tables
+from promprune_vllm.engine.worker.cells import CHANNELS, UNCHANGED, encode_cells, write_cells
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
-
-CHANNELS = 4
-"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256."""
-_BASE = 256  # the largest base whose digits are exact in bfloat16
-_UNCHANGED = -1.0  # value of every channel where the position is already right
 
 seams.require(parts.MROPE)
 
@@ -79,28 +75,6 @@ def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
     return columns
 
 
-def encode_cells(rows: Tensor, cells: Tensor, width: int) -> Tensor:
-    """Append to each embedding its row and column in the image's grid.
-
-    Args:
-        rows: ``(K, W)`` embeddings.
-        cells: ``(K,)`` int64, indices of cells in raster order.
-        width: Columns of the grid.
-
-    Returns:
-        ``(K, W + CHANNELS)``.
-    """
-    row, column = cells // width, cells % width
-    digits = torch.stack([row // _BASE, row % _BASE, column // _BASE, column % _BASE], dim=1)
-    return torch.cat([rows, digits.to(rows.dtype)], dim=1)
-
-
-def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns ``(K,)`` int64 of ``(K, CHANNELS)`` digits; negative where nothing changes."""
-    d = digits.long()
-    return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3]
-
-
 _ahead: ContextVar[int] = ContextVar("promprune_ahead", default=0)
 
 
@@ -119,6 +93,26 @@ def remember_lookahead(original: Any) -> Any:
             _ahead.reset(token)
 
     return gather_mm_embeddings
+
+
+_delta: ContextVar[int | None] = ContextVar("promprune_delta", default=None)
+
+
+def remember_delta(original: Any) -> Any:
+    """Wrap how Model Runner V2 reads a request's positions, for the model to recompute: note its delta.
+
+    V2 keeps the positions on the GPU. To read the delta from them, the host would wait for the whole encoder, in
+    every step with an image. Recomputing never changes it: it follows from sizes, and vLLM has it on the CPU.
+
+    Without that wait, the step before may still run when V2 stores all deltas for the second time in a step, in
+    the buffer that it reads. Only slots of new requests have changed, and what it computes for these is dropped.
+    """
+
+    def read_prefill_positions(self: Any, req_idx: int, length: int) -> Any:
+        _delta.set(int(self.prefill_delta.np[req_idx]))
+        return original(self, req_idx, length)
+
+    return read_prefill_positions
 
 
 class MRopePrunedMixin(PrunedModelMixin):
@@ -183,8 +177,11 @@ class MRopePrunedMixin(PrunedModelMixin):
         if digits is not None:
             start = num_computed_tokens + _ahead.get()
             positions = self._write(digits, input_ids, mrope_positions, start)
-        # After text, all three agree; after an unpruned image or video, its last cell has the highest position.
-        delta = int(positions[:, -1].max()) + 1 - positions.shape[1]
+        delta = _delta.get()
+        _delta.set(None)
+        if delta is None:  # Model Runner V1, which keeps positions on the CPU
+            # After text, all three agree. The last cell of an unpruned image or video has its highest position.
+            delta = int(positions[:, -1].max()) + 1 - positions.shape[1]
         return bare, positions, delta
 
     def _split_channels(self, embeddings: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
@@ -193,24 +190,18 @@ class MRopePrunedMixin(PrunedModelMixin):
         if all(rows.shape[1] <= width for rows in embeddings):
             return embeddings, None
         digits = [
-            rows[:, width:] if rows.shape[1] > width else rows.new_full((len(rows), CHANNELS), _UNCHANGED)
+            rows[:, width:] if rows.shape[1] > width else rows.new_full((len(rows), CHANNELS), UNCHANGED)
             for rows in embeddings
             if getattr(rows, "modality", None) != "prompt_embeds"  # in the place of text tokens
         ]
         return [rows[:, :width] for rows in embeddings], torch.cat(digits)
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
-        ids = torch.as_tensor(input_ids[start:], device=positions.device)
-        config = self.config
-        media = (ids == config.image_token_id) | (ids == config.video_token_id)
-        columns = media.nonzero().flatten()[: len(digits)] + start  # (R,)
-        row, column = (cell.to(positions.device) for cell in decode_cells(digits))
-        changed = columns[row >= 0]
-        positions = positions.clone()
-        # The position in time is that of the image's first cell, and is already right.
-        positions[1, changed] = positions[0, changed] + row[row >= 0]
-        positions[2, changed] = positions[0, changed] + column[row >= 0]
-        return positions
+        ids = torch.as_tensor(input_ids[start:], device=positions.device)  # (L - start,)
+        media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+        # V2 has all of this on the GPU. V1 keeps positions on the CPU, so here it waits for the GPU's digits.
+        written = write_cells(positions[:, start:], media, digits.to(positions.device))
+        return torch.cat([positions[:, :start], written], dim=1)
 
     def _span(self, feature: Any) -> Span | None:
         """Return the span of a pruned image; ``None`` for anything else."""

@@ -2,6 +2,10 @@
 
 Nothing here waits for a device. On CUDA, times come from events, and reports from one copy per encoder call. Both
 are read on a later call, so the metrics lag by one call.
+
+Both of vLLM's runners encode on the current stream, which also runs the model; V2's second stream only copies
+outputs. So events and copies are in line with the kernels of the selections. To query an event while a CUDA graph
+is captured would spoil the graph: vLLM captures at start-up, and the tower without ``embed_multimodal``.
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ class SelectionMetrics:
         if self._reports:
             values = torch.stack([value.double() for _, _, value in self._reports])  # (selections,)
             names = [(method, kind) for method, kind, _ in self._reports]
-            # On CUDA, the copy to pinned memory runs after the kernels that compute the values.
+            # On CUDA, torch copies into pinned memory, behind the kernels that compute the values. Until the event
+            # has passed, that memory holds anything.
             self._copied.append((names, values.to("cpu", non_blocking=True), self._mark()))
             self._reports.clear()
         while self._times and self._has_passed(self._times[0][3]):

@@ -1,0 +1,53 @@
+"""The cells of an image's grid that its kept tokens come from, as extra channels of their embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHANNELS = 4
+"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256."""
+_BASE = 256  # the largest base whose digits are exact in bfloat16
+UNCHANGED = -1.0  # value of every channel where the position is already right
+
+
+def encode_cells(rows: Tensor, cells: Tensor, width: int) -> Tensor:
+    """Append to each embedding its row and column in the image's grid.
+
+    Args:
+        rows: ``(K, W)`` embeddings.
+        cells: ``(K,)`` int64, indices of cells in raster order.
+        width: Columns of the grid.
+
+    Returns:
+        ``(K, W + CHANNELS)``.
+    """
+    row, column = cells // width, cells % width
+    digits = torch.stack([row // _BASE, row % _BASE, column // _BASE, column % _BASE], dim=1)
+    return torch.cat([rows, digits.to(rows.dtype)], dim=1)
+
+
+def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns ``(K,)`` int64 of ``(K, CHANNELS)`` digits; negative where nothing changes."""
+    d = digits.long()
+    return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3]
+
+
+def write_cells(positions: Tensor, media: Tensor, digits: Tensor) -> Tensor:
+    """Return positions in which the first R image and video tokens have those of their cells.
+
+    No shape depends on a value: on a GPU, the host would wait for it.
+
+    Args:
+        positions: ``(3, L)`` int64. Those in time are right.
+        media: ``(L,)`` bool, image and video tokens.
+        digits: ``(R, CHANNELS)``; see ``decode_cells``.
+    """
+    number = media.cumsum(dim=0) - 1  # of an image or video token among them
+    in_chunk = media & (number < len(digits))
+    row, column = (cell[number.clamp(0, len(digits) - 1)] for cell in decode_cells(digits))
+    changed = in_chunk & (row >= 0)
+    time, height, width = positions
+    return torch.stack(
+        [time, torch.where(changed, time + row, height), torch.where(changed, time + column, width)]
+    )
