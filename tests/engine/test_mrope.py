@@ -67,22 +67,10 @@ def test_graphs_and_compilation_of_the_encoder_stay_on(half: FamilyEngine) -> No
 def test_the_encoders_graphs_encode_whole_images_and_leave_out_pruned_ones(
     half: FamilyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's own manager of graphs, with no graph that fits: it encodes without, which a CPU can."""
-    from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
-
     asks = [half.ask("square", budget=budget) for budget in (None, 9)]
     half.forget()
     before = [output.outputs[0].token_ids for output in half.generate(asks)]
-    device = half.model.visual.device
-    config = half.llm.llm_engine.vllm_config
-    graphs = EncoderCudaGraphManager(config, device, torch.bfloat16, half.model)
-    monkeypatch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
-    monkeypatch.setattr(graphs, "is_captured", lambda: True)
-    encoder = getattr(getattr(half.runner, "model_state", None), "encoder_runner", None)  # of Model Runner V2
-    if encoder is None:
-        monkeypatch.setattr(half.runner, "encoder_cudagraph_manager", graphs)
-    else:
-        monkeypatch.setattr(encoder, "cudagraph_manager", graphs)
+    graphs = half.give_encoder_graphs(monkeypatch)
     used = []
     for ask, expected in zip(asks, before, strict=True):
         half.forget()
