@@ -3,7 +3,8 @@
 
 Servers spend much of their start on one core, so on two the suite takes two thirds of the time. The processes take
 modules from one list (`tests/module_queue.py`). Options go to both. The tests of each commit run on Model Runner
-V2, and are held to their coverage. The release tier runs on V1, and with it the tests of the engine once more.
+V2, and are held to their coverage. The release tier runs on V1, and with it the tests of the engine once more; its
+own tests of what depends on the runner run on V2 too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ ENGINE_TESTS = (
     *("tests/server/test_metrics.py", "tests/server/test_two_ranks.py"),
 )
 """They have the worker or the engine as their subject, and depend on vLLM's model runner."""
+V2_TESTS = (
+    *("tests/engine/test_runners.py", "tests/engine/test_disaggregation.py", "tests/engine/test_mrope_reach.py"),
+    *("tests/engine/test_sharded_encoder.py", "tests/server/test_two_ranks.py", "tests/server/test_metrics.py"),
+    *("tests/server/test_soak.py", "tests/server/test_kept_right_with_options.py"),
+)
+"""What the release tier runs on V2 too: mutants, and what depends on the runner or SECURITY.md claims."""
+RUNNER = "PROMPRUNE_TEST_RUNNER"
 PROCESSES = {"servers": "1", "others": ""}
 """Name, and whether it begins with the tests of servers."""
 MEASURED = ("--cov", "--cov-report=", "--cov-fail-under=0")
@@ -82,11 +90,12 @@ def runs(options: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
     if RELEASE not in options:
         yield [*MEASURED, *options], {}
         return
-    # V1, as users have it on a CPU: V2's interpreted kernels would take an hour for long prompts and two ranks.
-    v1 = {"PROMPRUNE_TEST_RUNNER": "v1"}
+    # V1, as users have it on a CPU: with V2's interpreted kernels, all of it would take far longer.
+    v1 = {RUNNER: "v1"}
     yield [*options], v1
     of_each_commit = ["-m", "not release", *(option for option in options if option != RELEASE)]
     yield [*of_each_commit, *ENGINE_TESTS], v1
+    yield [*options, *V2_TESTS], {RUNNER: "v2-async"}
 
 
 def main(options: Sequence[str]) -> int:

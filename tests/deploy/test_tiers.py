@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from tests.documents import ROOT
-from tests.runner.children.runner_hooks import VARIABLE
+from tests.runner.children.runner_hooks import RUNNERS, VARIABLE
 
 TESTS = """
 import pytest
@@ -120,13 +120,23 @@ def whole_suite() -> Iterator[ModuleType]:
         yield importlib.import_module("whole_suite")
 
 
-def test_the_release_tier_has_the_tests_of_the_engine_on_the_other_runner(whole_suite: ModuleType) -> None:
+def test_the_release_tier_has_the_tests_of_the_engine_on_both_runners(whole_suite: ModuleType) -> None:
     (commit,) = whole_suite.runs(["--randomly-seed=1"])
     assert commit == ([*whole_suite.MEASURED, "--randomly-seed=1"], {})
-    release, other = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
+    release, other, v2 = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
     assert release == (["-mrelease", "--randomly-seed=1"], {VARIABLE: "v1"})
     assert other == (["-m", "not release", "--randomly-seed=1", *whole_suite.ENGINE_TESTS], {VARIABLE: "v1"})
-    assert all((ROOT / path).exists() for path in whole_suite.ENGINE_TESTS)
+    assert v2 == (["-mrelease", "--randomly-seed=1", *whole_suite.V2_TESTS], {VARIABLE: RUNNERS[0]})
+    assert all((ROOT / path).exists() for path in (*whole_suite.ENGINE_TESTS, *whole_suite.V2_TESTS))
+
+
+def test_no_test_is_left_out_of_every_run(whole_suite: ModuleType) -> None:
+    """Tests that V1 skips, and that `make test` leaves to the release tier, are in its run on V2."""
+    skipped = re.compile(r"mark\.skipif\(not runner\.is_v2\(\)")
+    modules = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    of_v2_alone = {path for path in modules if skipped.search(text := path.read_text()) and "mark.release" in text}
+    assert of_v2_alone
+    assert of_v2_alone <= {ROOT / path for path in whole_suite.V2_TESTS}
 
 
 def test_continuous_integration_runs_both() -> None:

@@ -117,6 +117,21 @@ class FamilyEngine(Engine):
         names = ("pixel_values", "image_grid_thw") if self.mrope else ("pixel_values", "image_sizes")
         return {name: made[name] for name in names}
 
+    def give_encoder_graphs(self, patch: pytest.MonkeyPatch) -> Any:
+        """Put vLLM's own manager of the encoder's graphs in: no graph fits, and it encodes without."""
+        from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
+
+        config, device = self.llm.llm_engine.vllm_config, self.model.visual.device
+        graphs = EncoderCudaGraphManager(config, device, config.model_config.dtype, self.model)
+        patch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
+        patch.setattr(graphs, "is_captured", lambda: True)
+        encoder = getattr(getattr(self.runner, "model_state", None), "encoder_runner", None)  # of Model Runner V2
+        if encoder is None:
+            patch.setattr(self.runner, "encoder_cudagraph_manager", graphs)
+        else:
+            patch.setattr(encoder, "cudagraph_manager", graphs)
+        return graphs
+
     @torch.inference_mode()
     def encoded(self, shape: str | Image.Image) -> EncodedImage:
         """One image with everything a method may look at."""

@@ -13,6 +13,7 @@ import torch
 
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.demo.qwen_processing import VIDEO_ID
+from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from tests.engine.family_engine import FamilyEngine, picture
 
@@ -67,22 +68,10 @@ def test_graphs_and_compilation_of_the_encoder_stay_on(half: FamilyEngine) -> No
 def test_the_encoders_graphs_encode_whole_images_and_leave_out_pruned_ones(
     half: FamilyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's own manager of graphs, with no graph that fits: it encodes without, which a CPU can."""
-    from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
-
     asks = [half.ask("square", budget=budget) for budget in (None, 9)]
     half.forget()
     before = [output.outputs[0].token_ids for output in half.generate(asks)]
-    device = half.model.visual.device
-    config = half.llm.llm_engine.vllm_config
-    graphs = EncoderCudaGraphManager(config, device, torch.bfloat16, half.model)
-    monkeypatch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
-    monkeypatch.setattr(graphs, "is_captured", lambda: True)
-    encoder = getattr(getattr(half.runner, "model_state", None), "encoder_runner", None)  # of Model Runner V2
-    if encoder is None:
-        monkeypatch.setattr(half.runner, "encoder_cudagraph_manager", graphs)
-    else:
-        monkeypatch.setattr(encoder, "cudagraph_manager", graphs)
+    graphs = half.give_encoder_graphs(monkeypatch)
     used = []
     for ask, expected in zip(asks, before, strict=True):
         half.forget()
@@ -112,11 +101,8 @@ def test_a_video_beside_a_pruned_image_passes_untouched(half: FamilyEngine) -> N
     seen: dict[int | None, Any] = {}
     for budget in (None, 11):
         half.forget()
-        ask = half.ask("portrait", budget=budget)
-        ask["prompt"] += "<|vision_start|><|video_pad|><|vision_end|>?"
-        ask["multi_modal_data"]["video"] = [_video()]
         with half.fed() as fed:
-            (output,) = half.generate([ask], tokens=3)
+            (output,) = half.generate([_with_video(half, budget)], tokens=3)
         embeds, positions = torch.cat(fed.embeds), torch.cat(fed.positions, dim=-1)
         frames = [i for i, token in enumerate(output.prompt_token_ids) if token == VIDEO_ID]
         after = positions[:, frames[-1] + 1 :]
@@ -124,6 +110,36 @@ def test_a_video_beside_a_pruned_image_passes_untouched(half: FamilyEngine) -> N
         seen[budget] = embeds[frames], positions[:, frames], after[:, -5:]
     for full, pruned in zip(*seen.values(), strict=True):
         assert torch.equal(full, pruned)
+
+
+def _with_video(half: FamilyEngine, budget: int | None) -> dict[str, Any]:
+    ask = half.ask("portrait", budget=budget)
+    ask["prompt"] += "<|vision_start|><|video_pad|><|vision_end|>?"
+    ask["multi_modal_data"]["video"] = [_video()]
+    return ask
+
+
+@pytest.mark.skipif(versions.before("0.32"), reason="not every older minor measures")
+@pytest.mark.parametrize("budget", [None, 11])
+def test_rows_for_another_engine_have_the_width_that_is_measured(
+    half: FamilyEngine, budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where ``--ec-transfer-config`` is set (``test_disaggregation.py``): whole images and videos too."""
+    from vllm.distributed.ec_transfer.ec_connector.encoder_output_width import _measure_on_worker
+
+    fed, answers = [], []
+    for sends in (False, True):
+        monkeypatch.setattr(half.model, "_sends", sends)
+        half.forget()
+        with half.fed() as seen:
+            (output,) = half.generate([_with_video(half, budget)], tokens=3)
+        answers.append(output.outputs[0].token_ids)
+        fed.append((torch.cat(seen.embeds), torch.cat(seen.positions, dim=-1)))
+    (measured,) = half.core.model_executor.collective_rpc(_measure_on_worker)
+    assert {rows.shape[1] for rows in half.rows().values()} == {*measured.values()}
+    assert answers[0] == answers[1]
+    for alone, sent in zip(*fed, strict=True):
+        assert torch.equal(alone, sent)
 
 
 def test_image_embeds_pass_through_and_refuse_a_budget(half: FamilyEngine) -> None:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 CHANNELS = 4
-"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256."""
+"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256.
+
+Rows that are sent to another engine all have them: vLLM measures one width, and connectors make room for it.
+"""
 _BASE = 256  # the largest base whose digits are exact in bfloat16
 UNCHANGED = -1.0  # value of every channel where the position is already right
 

@@ -23,7 +23,8 @@ def leave_out_pruned(original: Any) -> Any:
         counts = mm_kwargs.get(COUNTS)
         if counts is not None and any(kept < total for total, kept, _ in counts.tolist()):
             return None
-        return original(self, mm_kwargs)
+        embeddings = original(self, mm_kwargs)
+        return None if embeddings is None else self.model.as_sent(embeddings)
 
     return execute
 

@@ -122,6 +122,7 @@ class MRopePrunedMixin(PrunedModelMixin):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self._prunes = families.unsupported_reason(vllm_config) is None
+        self._sends = self._prunes and vllm_config.ec_transfer_config is not None
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self._prunes:
             rotary_tables.lengthen(self, table_rows(vllm_config.model_config.max_model_len))
@@ -132,6 +133,15 @@ class MRopePrunedMixin(PrunedModelMixin):
         """Append the channels to the kept rows of one image."""
         (group,) = image.groups
         return encode_cells(rows, positions, group.features.grid[2])
+
+    def as_sent(self, embeddings: Any) -> Any:
+        """Append the channels where an engine that shares its rows with others has left them out."""
+        if not self._sends or embeddings is None:
+            return embeddings
+        width: int = self.visual.out_hidden_size
+        return [
+            rows if rows.shape[1] > width else torch.cat([rows, _unchanged(rows)], dim=1) for rows in embeddings
+        ]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Return the positions ``(3, L)`` of a prompt, and the offset from later tokens' indices to positions.
@@ -190,7 +200,7 @@ class MRopePrunedMixin(PrunedModelMixin):
         if all(rows.shape[1] <= width for rows in embeddings):
             return embeddings, None
         digits = [
-            rows[:, width:] if rows.shape[1] > width else rows.new_full((len(rows), CHANNELS), UNCHANGED)
+            rows[:, width:] if rows.shape[1] > width else _unchanged(rows)
             for rows in embeddings
             if getattr(rows, "modality", None) != "prompt_embeds"  # in the place of text tokens
         ]
@@ -211,6 +221,11 @@ class MRopePrunedMixin(PrunedModelMixin):
         total = int(feature.data["image_grid_thw"].data.prod()) // merge**2
         placeholder = feature.mm_position
         return Span(placeholder.offset, placeholder.length, total) if placeholder.length < total else None
+
+
+def _unchanged(rows: Tensor) -> Tensor:
+    """Return the channels ``(R, CHANNELS)`` of rows whose positions are right."""
+    return rows.new_full((len(rows), CHANNELS), UNCHANGED)
 
 
 class _PruningMultiModalConfig(MultiModalConfig):

@@ -79,8 +79,9 @@ class PrunedModelMixin(ModelBase):
         if all(job.total == job.kept for job in jobs):
             embeddings = self.embed_unpruned(**inputs)
             self.batch_done(jobs)
-            return embeddings
-        return embed_images(self, inputs, jobs, self._encoder_tokens)
+        else:
+            embeddings = embed_images(self, inputs, jobs, self._encoder_tokens)
+        return self.as_sent(embeddings)
 
     def batch_done(self, jobs: Sequence[PruneJob]) -> None:
         """Update the metrics after one call of the encoder, except in the profiling run."""
@@ -112,6 +113,10 @@ class PrunedModelMixin(ModelBase):
             positions: ``(K,)`` int64, positions of the rows among the image's N tokens.
         """
         return rows
+
+    def as_sent(self, embeddings: Any) -> Any:
+        """Return a batch's embeddings in the shape in which engines exchange them."""
+        return embeddings
 
     def select(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
         """Select an image's tokens, and return a function that assembles their ``(kept, W)`` rows.

@@ -157,9 +157,28 @@ def _schedule_ahead(load: Load, module: ModuleType) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def _encode_alone(load: Load, module: ModuleType) -> None:
+    """Load V2's runner for CPUs, and give an engine that only encodes the runner that it has on a GPU.
+
+    vLLM's worker for CPUs takes one class for all engines, and that runs a language model which was never loaded.
+    """
+    load(module)
+    whole: Any = vars(module)["CPUModelRunner"]
+
+    def make_runner(vllm_config: Any, device: Any) -> Any:
+        if not vllm_config.is_mm_encoder_only:
+            return whole(vllm_config, device)
+        encoder = importlib.import_module("vllm.v1.worker.mm_encoder_model_runner").MMEncoderModelRunner
+        alone = type(encoder.__name__, (encoder,), {"warming_up_model": whole.warming_up_model})
+        return alone(vllm_config, device)
+
+    setattr(module, "CPUModelRunner", make_runner)  # noqa: B010  mypy: no attribute of a module
+
+
 _LOADS: dict[str, Callable[[Load, ModuleType], None]] = {
     "vllm.triton_utils.importing": _show_triton,
     "vllm.platforms.cpu": _schedule_ahead,
+    "vllm.v1.worker.cpu.model_runner": _encode_alone,
     "vllm.model_executor.models.qwen3_vl": _hide_triton,  # interpreted, bfloat16 becomes NaN
     "vllm.v1.sample.ops.topk_topp_sampler": _hide_triton,  # takes a method of an argument that is a plain int
 }
