@@ -23,7 +23,8 @@ _FAMILY = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="Write a tiny random model to --out: llava, llava_next, qwen2_vl, qwen2_5_vl or qwen3_vl.",
+        help="Write a tiny random model to --out: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl "
+        "or qwen3_vl_moe.",
     ),
 ]
 _TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or resume there.")]

@@ -46,8 +46,22 @@ _QWEN_TEXT: Mapping[str, Any] = MappingProxyType(
     }
 )
 _HEAD = 32  # head size of the language model; its 16 rotary frequencies are split over time, height and width
-_SECTIONS = MappingProxyType({"qwen2_vl": [4, 6, 6], "qwen2_5_vl": [4, 6, 6], "qwen3_vl": [6, 5, 5]})
+_SECTIONS = MappingProxyType(
+    {"qwen2_vl": [4, 6, 6], "qwen2_5_vl": [4, 6, 6], "qwen3_vl": [6, 5, 5], "qwen3_vl_moe": [6, 5, 5]}
+)
 _TOWER: Mapping[str, Any] = MappingProxyType({"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2})
+_QWEN3_TOWER: Mapping[str, Any] = MappingProxyType(
+    {
+        **_TOWER,
+        "depth": 5,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "out_hidden_size": 128,
+        "patch_size": 16,
+        "num_position_embeddings": 24 * 24,
+        "deepstack_visual_indexes": [0, 1, 3],  # added to the outputs of the first three text layers
+    }
+)
 _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen2_vl": {**_TOWER, "depth": 4, "embed_dim": 64, "mlp_ratio": 2, "hidden_size": 128, "patch_size": 14},
@@ -61,17 +75,12 @@ _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "window_size": 112,  # pixels: 4 x 4 visual tokens
             "fullatt_block_indexes": [1, 4],  # the other three use windowed attention
         },
-        "qwen3_vl": {
-            **_TOWER,
-            "depth": 5,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "out_hidden_size": 128,
-            "patch_size": 16,
-            "num_position_embeddings": 24 * 24,
-            "deepstack_visual_indexes": [0, 1, 3],  # added to the outputs of the first three text layers
-        },
+        "qwen3_vl": _QWEN3_TOWER,
+        "qwen3_vl_moe": _QWEN3_TOWER,
     }
+)
+_EXPERTS: Mapping[str, Any] = MappingProxyType(
+    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 )
 
 
@@ -145,10 +154,11 @@ def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
 
 def _qwen_text(family: str) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _SECTIONS[family]}
-    if family != "qwen3_vl":
+    if not family.startswith("qwen3"):
         return {**_QWEN_TEXT, "rope_parameters": rope}
-    # Qwen3-VL sets the head size separately and interleaves the frequencies.
-    return {**_QWEN_TEXT, "head_dim": _HEAD, "rope_parameters": {**rope, "mrope_interleaved": True}}
+    # Since Qwen3-VL, the head size is set separately, and the frequencies are interleaved.
+    experts = _EXPERTS if family.endswith("_moe") else {}
+    return {**_QWEN_TEXT, **experts, "head_dim": _HEAD, "rope_parameters": {**rope, "mrope_interleaved": True}}
 
 
 def _qwen_config(family: str, dtype: DType) -> Any:

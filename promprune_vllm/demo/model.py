@@ -238,7 +238,10 @@ def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype:
     weights = {}
     for parameter_name, parameter in model.named_parameters():
         name = checkpoint_name(parameter_name, config.model_type)
-        weights[name] = _random_weight(name, tuple(parameter.shape), seed).to(getattr(torch, dtype))
+        weight = _random_weight(name, tuple(parameter.shape), seed).to(getattr(torch, dtype))
+        # Published experts are (E, in, out); transformers transposes them when it loads them.
+        transposed = config.model_type == "qwen3_vl_moe" and ".experts." in name
+        weights[name] = weight.transpose(1, 2).contiguous() if transposed else weight
     save_checkpoint(target, weights, config)
 
 

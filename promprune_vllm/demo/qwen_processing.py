@@ -37,7 +37,12 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 CLASSES: Mapping[str, str] = MappingProxyType(
-    {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    {
+        "qwen2_vl": "Qwen2VL",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_vl": "Qwen3VL",
+        "qwen3_vl_moe": "Qwen3VLMoe",
+    }
 )
 """Prefix of the transformers class names, by ``model_type``."""
 
@@ -49,21 +54,23 @@ def qwen_processor(model_type: str, patch_px: int, merge: int, *, max_tokens: in
     """Return the processor of a model type.
 
     Args:
-        model_type: As in config.json: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
+        model_type: As in config.json, a key of ``CLASSES``.
         patch_px: Width and height of a patch in pixels.
         merge: Patches per visual token along each axis.
         max_tokens: Maximum length of a prompt in tokens.
     """
     import transformers
 
-    videos = "Qwen3VLVideoProcessor" if model_type == "qwen3_vl" else "Qwen2VLVideoProcessor"
+    is_qwen3 = model_type.startswith("qwen3")  # one processor for dense models and experts
+    videos = "Qwen3VLVideoProcessor" if is_qwen3 else "Qwen2VLVideoProcessor"
     geometry: dict[str, Any] = {"patch_size": patch_px, "merge_size": merge, "temporal_patch_size": 2}
-    if model_type == "qwen3_vl":  # normalized to [-1, 1]; the others keep the default, CLIP's mean and deviation
+    if is_qwen3:  # normalized to [-1, 1]; the others keep the default, CLIP's mean and deviation
         geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     token_px = (patch_px * merge) ** 2
     size = {"shortest_edge": _MIN_TOKENS * token_px, "longest_edge": _MAX_TOKENS * token_px}  # areas, in pixels
     tokenizer = byte_tokenizer(max_tokens, special=SPECIAL_TOKENS, more=MORE_TOKENS, chat_template=CHAT_TEMPLATE)
-    return getattr(transformers, f"{CLASSES[model_type]}Processor")(
+    processor = "Qwen3VLProcessor" if is_qwen3 else f"{CLASSES[model_type]}Processor"
+    return getattr(transformers, processor)(
         image_processor=transformers.Qwen2VLImageProcessor(size=size, **geometry),
         tokenizer=tokenizer,
         video_processor=getattr(transformers, videos)(size=size, **geometry),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.core.savings import Decoder
+from promprune_vllm.core.savings import Decoder, feed_forward
 from promprune_vllm.errors import PlanError
 from promprune_vllm.planning import images
 
@@ -136,14 +136,18 @@ def _find_file(model: str, name: str) -> str | None:
 
 def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
     text = config.get("text_config") or config
-    heads = int(text["num_attention_heads"])
+    heads, mlp = int(text["num_attention_heads"]), feed_forward(text)
+    if mlp is None:
+        raise PlanError(
+            f"{name} cannot be planned for: the layers of its language model differ, or share an expert."
+        )
     decoder = Decoder(
         layers=int(text["num_hidden_layers"]),
         hidden=int(text["hidden_size"]),
         heads=heads,
         kv_heads=int(text.get("num_key_value_heads") or heads),
         head=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
-        intermediate=int(text["intermediate_size"]),
+        **mlp,
     )
     tower = _tower(kind, config)
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
@@ -174,7 +178,7 @@ def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
         hidden = int(vision["embed_dim"])
         return Tower(layers, hidden, 2 * hidden * int(hidden * vision["mlp_ratio"]), 0, layers)
     hidden, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
-    if kind == "qwen3_vl":
+    if kind.startswith("qwen3_vl"):
         return Tower(layers, hidden, 2 * hidden * mlp, 0, layers)
     window = (int(vision["window_size"]) // int(vision["patch_size"])) ** 2
     return Tower(layers, hidden, 3 * hidden * mlp, window, len(vision["fullatt_block_indexes"]))

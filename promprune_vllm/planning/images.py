@@ -9,7 +9,13 @@ from promprune_vllm.errors import PlanError
 
 Config = Mapping[str, Any]
 # Pixel limits (min, max) of the published image processors, for models without a processor configuration.
-_QWEN_PIXELS = {"qwen2_vl": (3136, 12_845_056), "qwen2_5_vl": (3136, 12_845_056), "qwen3_vl": (65_536, 16_777_216)}
+_QWEN2_PIXELS, _QWEN3_PIXELS = (3136, 12_845_056), (65_536, 16_777_216)
+_QWEN_PIXELS = {
+    "qwen2_vl": _QWEN2_PIXELS,
+    "qwen2_5_vl": _QWEN2_PIXELS,
+    "qwen3_vl": _QWEN3_PIXELS,
+    "qwen3_vl_moe": _QWEN3_PIXELS,
+}
 
 
 def visual_tokens(config: Config, processor: Config, width: int, height: int) -> int:
@@ -102,5 +108,6 @@ COUNTERS: Mapping[str, Callable[[Config, Config, int, int], int]] = {
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
+    "qwen3_vl_moe": _qwen,
 }
 """Functions that count visual tokens, by ``model_type``."""

@@ -26,8 +26,8 @@ from tests.engine.conftest import SHARED, Engine
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 # Landscape, portrait, square, and one smaller than a tower's own size.
 SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
-FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-UNLOADABLE = ("qwen3_vl",) if versions.before("0.30") else ()
+FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+UNLOADABLE = ("qwen3_vl", "qwen3_vl_moe") if versions.before("0.30") else ()
 Visual = tuple[str, int | None]  # (shape, budget)
 
 

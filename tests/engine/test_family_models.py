@@ -19,7 +19,7 @@ from promprune_vllm.demo.families import FAMILIES, build_family_model
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.demo.qwen_processing import VIDEO_ID, VISION_END_ID, VISION_START_ID
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PHOTO = {"type": "image"}
 TEXT = {"type": "text", "text": "What?"}
 # Names as in the published checkpoints, up to the part that is a tower, a projector or a language model.
@@ -34,6 +34,7 @@ ROOTS = {
     "qwen2_5_vl": {"visual", "model", "lm_head"},
     "qwen3_vl": {"model.visual", "model.language_model", "lm_head"},
 }
+ROOTS["qwen3_vl_moe"] = ROOTS["qwen3_vl"]
 ROOTS["llava_next"] = ROOTS["llava"] | {"image_newline"}
 
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from promprune_vllm.core.savings import Decoder, saved_blocks
+from promprune_vllm.core.savings import Decoder, feed_forward, saved_blocks
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics import recorder as module
 from promprune_vllm.metrics.catalog import CATALOG, LABELS, UNPRUNED, Metric
@@ -129,6 +129,39 @@ LLAMA_7B = Decoder(layers=32, hidden=4096, heads=32, kv_heads=32, head=128, inte
 def test_prefill_flops_of_a_known_model() -> None:
     # 2 x 6.476e9 weights of Llama-7B's layers, without embedding and output head, and one position's scores.
     assert LLAMA_7B.prefill_flops(1) == 2 * 6_476_005_376 + 4 * 32 * 4096
+
+
+QWEN_30B_A3B = {
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def test_a_token_passes_through_some_of_the_experts() -> None:
+    """Qwen3-VL-30B-A3B: 29.9 of its 30.5 billion weights are in the layers, 2.7 are used by a token."""
+    mlp = feed_forward(QWEN_30B_A3B)
+    assert mlp == {"intermediate": 768, "experts": 128, "used_experts": 8}
+    model = Decoder(layers=48, hidden=2048, heads=32, kv_heads=4, head=128, **mlp)
+    assert model.weights == 29_909_581_824
+    assert model.prefill_flops(1) == 2 * 2_730_491_904 + 4 * 48 * 32 * 128
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"mlp_only_layers": [0]},
+        {"decoder_sparse_step": 2},
+        {"shared_expert_intermediate_size": 512},
+        {"num_experts_per_tok": None},
+    ],
+    ids=str,
+)
+def test_layers_that_differ_or_share_an_expert_are_not_counted(other: dict[str, object]) -> None:
+    assert feed_forward(QWEN_30B_A3B | other) is None
 
 
 @given(st.integers(1, 20_000), st.integers(1, 20_000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.core.savings import Decoder, saved_blocks
+from promprune_vllm.core.savings import Decoder, feed_forward, saved_blocks
 from promprune_vllm.engine.compat import parts, verdict
 from promprune_vllm.metrics.recorder import Saving
 
@@ -57,13 +57,13 @@ def bytes_per_token(vllm_config: Any) -> int | None:
 
 
 def decoder(vllm_config: Any) -> Decoder | None:
-    """Return the sizes of the language model, or ``None`` unless it is a dense decoder with equal layers."""
+    """Return the sizes of the language model, or ``None`` unless it is a decoder with equal layers."""
     if verdict.current().is_off(parts.SAVINGS):
         return None
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     text = model.hf_text_config
-    intermediate = getattr(text, "intermediate_size", None)
-    if model.is_moe or model.use_mla or model.is_hybrid or not isinstance(intermediate, int):
+    mlp = feed_forward(text.to_dict())
+    if model.use_mla or model.is_hybrid or mlp is None:
         return None
     return Decoder(
         layers=model.get_total_num_hidden_layers(),
@@ -71,5 +71,5 @@ def decoder(vllm_config: Any) -> Decoder | None:
         heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
         kv_heads=model.get_total_num_kv_heads(),
         head=model.get_head_size(),
-        intermediate=intermediate,
+        **mlp,
     )

@@ -125,4 +125,10 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         call(f"{_QWEN3}:Qwen3_VisionTransformer.forward", *_TOWER, body=True),
         call(f"{_QWEN3}:Qwen3_VisionPatchMerger.forward", "x", body=True),
     ),
+    *of(
+        parts.QWEN3_VL_MOE,
+        call(f"{_QWEN3}_moe:Qwen3VLMoeProcessingInfo"),
+        call(f"{_QWEN3}_moe:Qwen3VLMoeForConditionalGeneration"),
+        rely(f"{_QWEN3}_moe:Qwen3MoeLLMModel.forward", body=True),
+    ),
 )

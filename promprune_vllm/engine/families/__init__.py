@@ -87,6 +87,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
         ),
+        "Qwen3VLMoeForConditionalGeneration": Family(
+            "Qwen3-VL-MoE",
+            f"{_MODULES}.qwen3_vl_moe:PrunedQwen3VLMoe",
+            _RECEIVED.format("the last block"),
+            f"{_ORIGINAL}; DeepStack rows stay with their tokens",
+            _MROPE,
+            _QWEN_MU,
+            _BORROWED,
+        ),
     }
 )
 """Architecture name in ``config.json`` -> family."""

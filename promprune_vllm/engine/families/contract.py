@@ -98,6 +98,7 @@ class UpstreamModel:
 
     config: Any
     visual: Any
+    visual_dim: int
     vision_tower: Any
     multi_modal_projector: Any
     use_data_parallel: bool

@@ -5,13 +5,11 @@ Methods use only the merger's output. If a method merges tokens, the DeepStack r
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.model_executor.models import qwen3_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.families.qwen_vl import PrunedQwen3Mixin, PrunedQwenProcessorMixin
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
 __all__ = ["PrunedQwen3VL", "unsupported_reason"]
@@ -27,13 +25,5 @@ class PrunedQwen3VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen3VLMultiModa
     info=upstream.Qwen3VLProcessingInfo,
     dummy_inputs=upstream.Qwen3VLDummyInputsBuilder,
 )
-class PrunedQwen3VL(PrunedQwenMixin, upstream.Qwen3VLForConditionalGeneration):
+class PrunedQwen3VL(PrunedQwen3Mixin, upstream.Qwen3VLForConditionalGeneration):
     """Qwen3-VL whose ``embed_multimodal`` returns K rows per image."""
-
-    def merger_norm(self) -> Any:
-        """Return the module that gets the merger's input."""
-        return self.visual.merger.norm
-
-    def projected_width(self) -> int:
-        """Return the width D of a visual token, without its DeepStack rows."""
-        return int(self.visual_dim)

@@ -170,3 +170,15 @@ class PrunedQwenMixin(MRopePrunedMixin):
         shape = (grid[0], grid[1] // merge, grid[2] // merge)
         projected = rows[:, : self.projected_width()]
         return EncodedImage.whole(rows, VisionFeatures(projected=projected, grid=shape, **features))
+
+
+class PrunedQwen3Mixin(PrunedQwenMixin):
+    """The same for towers of Qwen3-VL's kind, whose rows also have the DeepStack rows of earlier blocks."""
+
+    def merger_norm(self) -> Any:
+        """Return the module that gets the merger's input."""
+        return self.visual.merger.norm
+
+    def projected_width(self) -> int:
+        """Return the width D of a visual token, without its DeepStack rows."""
+        return self.visual_dim
