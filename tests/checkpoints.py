@@ -36,7 +36,7 @@ WRITERS = {
     "build_demo_model": ("llava", "demo", "siglip"),
     "build_text_model": ("text",),
     "_build_llava_next": ("llava_next",),
-    "_build_qwen": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    "_build_qwen": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     "export": ("exported", "trained"),
 }
 

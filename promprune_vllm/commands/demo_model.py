@@ -16,15 +16,15 @@ from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 
 # For tiny models with byte tokens and head size 32: a short context, exact sums, a block size that the CPU
 # attention supports.
-_TINY_OPTIONS = "--dtype float32 --max-model-len 2048 --block-size 32 --enforce-eager"
+_TINY_OPTIONS = "--max-model-len 2048 --block-size 32 --enforce-eager"
 
 
 _FAMILY = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="Write a tiny random model to --out: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl "
-        "or qwen3_vl_moe.",
+        help="Write a tiny random model to --out: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl, "
+        "qwen3_vl_moe, qwen3_5 or qwen3_5_moe.",
     ),
 ]
 _TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or resume there.")]
@@ -88,15 +88,16 @@ def demo_model(
 
 
 def _write_random(family: str, out: Path, seed: int) -> None:
-    from promprune_vllm.demo.families import build_family_model
+    from promprune_vllm.demo.families import build_family_model, serving_dtype
 
     try:
         directory = build_family_model(family, out, seed=seed)
     except (ValueError, OSError) as error:
         fail(str(error))
     typer.echo(directory)
+    options = f"--dtype {serving_dtype(family)} {_TINY_OPTIONS}"
     # On stderr, so that MODEL=$(promprune demo-model ...) is only the directory.
-    typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {_TINY_OPTIONS}", err=True)
+    typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {options}", err=True)
 
 
 def _train(out: Path, *, minutes: float, device: str, seed: int, fresh: bool) -> None:

@@ -6,10 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_LINEAR = "linear_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayers:
+    """The layers with a state of fixed size (Gated DeltaNet) in a decoder that also has layers with attention.
+
+    Args:
+        count: Number of layers.
+        mixer: Weights of a layer without its MLP: queries, keys, values and gates, convolution, output.
+        state: Numbers in a layer's state, which each token reads and updates.
+    """
+
+    count: int
+    mixer: int
+    state: int
+
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Sizes of a decoder-only language model with equal layers, dense or of experts.
+    """Sizes of a decoder-only language model.
 
     Args:
         layers: Number of decoder layers.
@@ -20,6 +37,9 @@ class Decoder:
         intermediate: Width of the gated MLP, or of each expert.
         experts: Experts per layer; 1 for a dense model.
         used_experts: Experts per layer that a token passes through.
+        shared: Width of the expert that all tokens pass through; 0 if there is none.
+        gated: Whether a layer's attention has a gate for its output.
+        linear: Those of the layers that have no KV cache, if any.
     """
 
     layers: int
@@ -30,50 +50,94 @@ class Decoder:
     intermediate: int
     experts: int = 1
     used_experts: int = 1
+    shared: int = 0
+    gated: bool = False
+    linear: LinearLayers | None = None
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers that have a KV cache."""
+        return self.layers - (self.linear.count if self.linear else 0)
 
     @property
     def weights(self) -> int:
-        """Number of weights in the layers: q, k, v and o; gate, up and down of each expert; the router."""
+        """Number of weights in the layers, without norms and biases."""
         return self._weights(self.experts)
 
     def _weights(self, experts: int) -> int:
-        attention = self.hidden * self.head * 2 * (self.heads + self.kv_heads)
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        return self.layers * (attention + 3 * self.hidden * self.intermediate * experts + router)
+        attention = self.hidden * self.head * ((2 + self.gated) * self.heads + 2 * self.kv_heads)
+        mlp = 3 * self.hidden * (self.intermediate * experts + self.shared)
+        router = self.hidden * (self.experts + bool(self.shared)) if self.experts > 1 else 0
+        linear = self.linear.count * self.linear.mixer if self.linear else 0
+        return self.layers * (mlp + router) + self.attention_layers * attention + linear
 
     def prefill_flops(self, tokens: int) -> int:
         """Return the floating-point operations of a prefill of ``tokens`` tokens; a multiply-add counts as two.
 
         Every token is multiplied once with every weight of the layers, except those of experts that it does not
-        pass through. Token i attends to i keys and i values in
-        every head. Left out, because pruning does not change them or they are too small to matter: the output
-        head (used by one token per prompt), norms, softmax, rotations.
+        pass through. Token i attends to i keys and i values in every head. In a linear layer, it reads the state
+        twice (with its key and its query) and updates it once. Left out, because pruning does not change them or
+        they are too small to matter: the output head (used by one token per prompt), norms, softmax, rotations,
+        the decay of states.
         """
-        scores = 2 * self.layers * self.heads * self.head * tokens * (tokens + 1)
-        return 2 * self._weights(self.used_experts) * tokens + scores
+        scores = 2 * self.attention_layers * self.heads * self.head * tokens * (tokens + 1)
+        states = 6 * self.linear.count * self.linear.state * tokens if self.linear else 0
+        return 2 * self._weights(self.used_experts) * tokens + scores + states
 
 
-def feed_forward(text: Mapping[str, Any]) -> dict[str, int] | None:
-    """Return ``intermediate``, ``experts`` and ``used_experts`` of a ``Decoder``.
+def read_decoder(text: Mapping[str, Any]) -> Decoder | None:
+    """Return the sizes of a language model.
 
     Args:
-        text: The language model's part of config.json, with every default filled in.
+        text: Its part of config.json, with every default filled in.
 
     Returns:
-        ``None`` unless all layers are dense, or all have the same experts and no shared one.
+        ``None`` if its MLPs or its layers are of kinds that the formulas do not cover.
     """
+    feed_forward, linear = _feed_forward(text), _linear_layers(text)
+    if feed_forward is None or len(set(text.get("layer_types") or ()) - {_LINEAR, "full_attention"}) > 0:
+        return None
+    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    return Decoder(
+        layers=int(text["num_hidden_layers"]),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        head=int(text.get("head_dim") or hidden // heads),
+        # vLLM's default, too: the models with linear layers have this gate unless they say otherwise.
+        gated=linear is not None and bool(text.get("attn_output_gate", True)),
+        linear=linear,
+        **feed_forward,
+    )
+
+
+def _feed_forward(text: Mapping[str, Any]) -> dict[str, int] | None:
     # transformers calls Qwen3-VL's `num_experts` by its own name.
     experts = text.get("num_experts") or text.get("num_local_experts")
     if experts is None:
         intermediate = text.get("intermediate_size")
         return {"intermediate": intermediate} if isinstance(intermediate, int) else None
-    shared = text.get("shared_expert_intermediate_size") or text.get("n_shared_experts")
-    if shared or text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
+    if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1 or text.get("n_shared_experts"):
+        return None  # layers differ, or a shared expert of unknown width
+    sizes = {
+        "intermediate": text.get("moe_intermediate_size"),
+        "experts": experts,
+        "used_experts": text.get("num_experts_per_tok"),
+        "shared": text.get("shared_expert_intermediate_size") or 0,
+    }
+    return sizes if all(isinstance(size, int) for size in sizes.values()) else None
+
+
+def _linear_layers(text: Mapping[str, Any]) -> LinearLayers | None:
+    """Return the Gated DeltaNet layers of Qwen3-Next and Qwen3.5."""
+    count = list(text.get("layer_types") or ()).count(_LINEAR)
+    if not count:
         return None
-    sizes = (text.get("moe_intermediate_size"), experts, text.get("num_experts_per_tok"))
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    return dict(zip(("intermediate", "experts", "used_experts"), sizes, strict=True))
+    key_head, value_head = text["linear_key_head_dim"], text["linear_value_head_dim"]
+    key, value = key_head * text["linear_num_key_heads"], value_head * text["linear_num_value_heads"]
+    projections = text["hidden_size"] * (2 * key + 3 * value + 2 * text["linear_num_value_heads"])
+    convolution = (2 * key + value) * text["linear_conv_kernel_dim"]
+    return LinearLayers(count, projections + convolution, key_head * value)
 
 
 def saved_blocks(before: int, after: int, block_tokens: int) -> int:

@@ -47,7 +47,14 @@ _QWEN_TEXT: Mapping[str, Any] = MappingProxyType(
 )
 _HEAD = 32  # head size of the language model; its 16 rotary frequencies are split over time, height and width
 _SECTIONS = MappingProxyType(
-    {"qwen2_vl": [4, 6, 6], "qwen2_5_vl": [4, 6, 6], "qwen3_vl": [6, 5, 5], "qwen3_vl_moe": [6, 5, 5]}
+    {
+        "qwen2_vl": [4, 6, 6],
+        "qwen2_5_vl": [4, 6, 6],
+        "qwen3_vl": [6, 5, 5],
+        "qwen3_vl_moe": [6, 5, 5],
+        "qwen3_5": [2, 1, 1],  # a quarter of a head is rotated
+        "qwen3_5_moe": [2, 1, 1],
+    }
 )
 _TOWER: Mapping[str, Any] = MappingProxyType({"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2})
 _QWEN3_TOWER: Mapping[str, Any] = MappingProxyType(
@@ -77,11 +84,36 @@ _QWEN_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "qwen3_vl": _QWEN3_TOWER,
         "qwen3_vl_moe": _QWEN3_TOWER,
+        "qwen3_5": {**_QWEN3_TOWER, "deepstack_visual_indexes": []},
+        "qwen3_5_moe": {**_QWEN3_TOWER, "deepstack_visual_indexes": []},
     }
 )
 _EXPERTS: Mapping[str, Any] = MappingProxyType(
-    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 )
+# Three layers with a state of fixed size, then one with attention, as in the published models. vLLM's kernels for
+# CPUs need heads of 64 or 128 in the former; the keys' sizes are such that a block has few tokens.
+_LINEAR: Mapping[str, Any] = MappingProxyType(
+    {
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 1,
+        "num_key_value_heads": 4,
+    }
+)
+_MORE_TEXT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen3_vl": {},
+        "qwen3_vl_moe": {**_EXPERTS, "norm_topk_prob": True},
+        "qwen3_5": _LINEAR,
+        "qwen3_5_moe": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 64},
+    }
+)
+
+
+_BFLOAT16_ON_CPU = ("qwen3_5", "qwen3_5_moe")  # vLLM's kernels for their layers with a state take nothing else
 
 
 def build_family_model(family: str, directory: Path, *, seed: int = 0, dtype: DType = "float32") -> Path:
@@ -100,6 +132,11 @@ def build_family_model(family: str, directory: Path, *, seed: int = 0, dtype: DT
     if family not in FAMILIES:
         raise ValueError(f"there is no model family {family!r}; choose from {', '.join(FAMILIES)}")
     return FAMILIES[family](directory, seed, dtype)
+
+
+def serving_dtype(family: str) -> DType:
+    """Return the type in which a CPU serves a family's checkpoint exactly, or at all."""
+    return "bfloat16" if family in _BFLOAT16_ON_CPU else "float32"
 
 
 def _build_llava(directory: Path, seed: int, dtype: DType) -> Path:
@@ -157,8 +194,10 @@ def _qwen_text(family: str) -> dict[str, Any]:
     if not family.startswith("qwen3"):
         return {**_QWEN_TEXT, "rope_parameters": rope}
     # Since Qwen3-VL, the head size is set separately, and the frequencies are interleaved.
-    experts = _EXPERTS if family.endswith("_moe") else {}
-    return {**_QWEN_TEXT, **experts, "head_dim": _HEAD, "rope_parameters": {**rope, "mrope_interleaved": True}}
+    rope["mrope_interleaved"] = True
+    if family.startswith("qwen3_5"):
+        rope["partial_rotary_factor"] = 0.25
+    return {**_QWEN_TEXT, **_MORE_TEXT[family], "head_dim": _HEAD, "rope_parameters": rope}
 
 
 def _qwen_config(family: str, dtype: DType) -> Any:

@@ -88,6 +88,46 @@ def byte_tokenizer(
     )
 
 
+def byte_level_tokenizer(
+    max_tokens: int, *, special: tuple[str, ...], more: Mapping[str, str], chat_template: str
+) -> Any:
+    """Return the same as a `Qwen3_5Tokenizer`: transformers takes that class for Qwen3.5, whatever was saved.
+
+    Its tokens for bytes have the names that GPT-2 gave them.
+    """
+    from tokenizers import AddedToken
+    from transformers import Qwen3_5Tokenizer
+
+    pad, bos, eos, image = special
+    vocabulary = {token: i for i, token in enumerate(special)}
+    vocabulary |= {name: FIRST_BYTE_ID + byte for byte, name in enumerate(_gpt2_names())}
+    vocabulary |= {token: FIRST_BYTE_ID + 256 + i for i, token in enumerate(more.values())}
+    unused = unused_tokens(len(vocabulary), VOCAB_SIZE)
+    tokenizer = Qwen3_5Tokenizer(
+        vocab=vocabulary | unused,
+        merges=[],
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        extra_special_tokens={"image_token": image, **more},
+        chat_template=chat_template,
+        model_max_length=max_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+    named = (*special, *more.values(), *unused)
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in named]
+    )
+    return tokenizer
+
+
+def _gpt2_names() -> list[str]:
+    """Return a printable character for each byte: itself, or one behind all bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+
+
 def unprintable_ids() -> list[int]:
     """Return all ids except those of the 95 printable ASCII characters."""
     return [token for token in range(VOCAB_SIZE) if not 0x20 <= token - FIRST_BYTE_ID < 0x7F]

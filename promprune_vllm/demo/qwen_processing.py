@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer
+from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_level_tokenizer, byte_tokenizer
 
 # Same roles and ids as in `processing`: pad, begin, end, image.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
@@ -42,6 +42,8 @@ CLASSES: Mapping[str, str] = MappingProxyType(
         "qwen2_5_vl": "Qwen2_5_VL",
         "qwen3_vl": "Qwen3VL",
         "qwen3_vl_moe": "Qwen3VLMoe",
+        "qwen3_5": "Qwen3_5",
+        "qwen3_5_moe": "Qwen3_5Moe",
     }
 )
 """Prefix of the transformers class names, by ``model_type``."""
@@ -68,7 +70,8 @@ def qwen_processor(model_type: str, patch_px: int, merge: int, *, max_tokens: in
         geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     token_px = (patch_px * merge) ** 2
     size = {"shortest_edge": _MIN_TOKENS * token_px, "longest_edge": _MAX_TOKENS * token_px}  # areas, in pixels
-    tokenizer = byte_tokenizer(max_tokens, special=SPECIAL_TOKENS, more=MORE_TOKENS, chat_template=CHAT_TEMPLATE)
+    make = byte_level_tokenizer if model_type.startswith("qwen3_5") else byte_tokenizer
+    tokenizer = make(max_tokens, special=SPECIAL_TOKENS, more=MORE_TOKENS, chat_template=CHAT_TEMPLATE)
     processor = "Qwen3VLProcessor" if is_qwen3 else f"{CLASSES[model_type]}Processor"
     return getattr(transformers, processor)(
         image_processor=transformers.Qwen2VLImageProcessor(size=size, **geometry),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.core.savings import Decoder, feed_forward
+from promprune_vllm.core.savings import Decoder, read_decoder
 from promprune_vllm.errors import PlanError
 from promprune_vllm.planning import images
 
@@ -73,7 +73,7 @@ class Facts:
 
     def kv_bytes_per_token(self, cache_bytes: int | None = None) -> int:
         """Return the KV-cache bytes per token, over all layers and ranks."""
-        numbers = self.decoder.layers * self.decoder.kv_heads * self.decoder.head * 2  # keys and values
+        numbers = self.decoder.attention_layers * self.decoder.kv_heads * self.decoder.head * 2  # keys and values
         return numbers * (cache_bytes or self.dtype_bytes)
 
     def visual_tokens(self, width: int, height: int) -> int:
@@ -136,19 +136,11 @@ def _find_file(model: str, name: str) -> str | None:
 
 def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
     text = config.get("text_config") or config
-    heads, mlp = int(text["num_attention_heads"]), feed_forward(text)
-    if mlp is None:
+    decoder = read_decoder(text)
+    if decoder is None:
         raise PlanError(
-            f"{name} cannot be planned for: the layers of its language model differ, or share an expert."
+            f"{name} cannot be planned for: its language model has layers of a kind that is not known."
         )
-    decoder = Decoder(
-        layers=int(text["num_hidden_layers"]),
-        hidden=int(text["hidden_size"]),
-        heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
-        **mlp,
-    )
     tower = _tower(kind, config)
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     vocabulary = int(text["vocab_size"]) * decoder.hidden * (1 if tied else 2)
@@ -178,7 +170,7 @@ def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
         hidden = int(vision["embed_dim"])
         return Tower(layers, hidden, 2 * hidden * int(hidden * vision["mlp_ratio"]), 0, layers)
     hidden, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
-    if kind.startswith("qwen3_vl"):
+    if kind.startswith("qwen3_"):
         return Tower(layers, hidden, 2 * hidden * mlp, 0, layers)
     window = (int(vision["window_size"]) // int(vision["patch_size"])) ** 2
     return Tower(layers, hidden, 3 * hidden * mlp, window, len(vision["fullatt_block_indexes"]))

@@ -11,10 +11,8 @@ Config = Mapping[str, Any]
 # Pixel limits (min, max) of the published image processors, for models without a processor configuration.
 _QWEN2_PIXELS, _QWEN3_PIXELS = (3136, 12_845_056), (65_536, 16_777_216)
 _QWEN_PIXELS = {
-    "qwen2_vl": _QWEN2_PIXELS,
-    "qwen2_5_vl": _QWEN2_PIXELS,
-    "qwen3_vl": _QWEN3_PIXELS,
-    "qwen3_vl_moe": _QWEN3_PIXELS,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN2_PIXELS),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN3_PIXELS),
 }
 
 
@@ -105,9 +103,6 @@ def _qwen(config: Config, processor: Config, width: int, height: int) -> int:
 COUNTERS: Mapping[str, Callable[[Config, Config, int, int], int]] = {
     "llava": _llava,
     "llava_next": _llava_next,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
-    "qwen3_vl_moe": _qwen,
+    **dict.fromkeys(_QWEN_PIXELS, _qwen),
 }
 """Functions that count visual tokens, by ``model_type``."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from promprune_vllm import Need, methods
 from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.families import serving_dtype
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import TRACES_METHOD
@@ -26,7 +27,7 @@ from tests.engine.conftest import SHARED, Engine
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 # Landscape, portrait, square, and one smaller than a tower's own size.
 SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
-FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 UNLOADABLE = ("qwen3_vl", "qwen3_vl_moe") if versions.before("0.30") else ()
 Visual = tuple[str, int | None]  # (shape, budget)
 
@@ -57,11 +58,19 @@ class FamilyEngine(Engine):
         self.family = family
         if family in UNLOADABLE:
             pytest.skip("vLLM 0.29 for CPUs cannot load Qwen3-VL, with or without us: it ends with an IndexError")
-        super().__init__(model, **{"max_model_len": 1536, "num_gpu_blocks_override": 64, **options})
+        super().__init__(
+            model,
+            **{"dtype": serving_dtype(family), "max_model_len": 1536, "num_gpu_blocks_override": 64, **options},
+        )
 
     @property
     def mrope(self) -> bool:
         return self.family.startswith("qwen")
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of the KV cache."""
+        return int(self.llm.llm_engine.vllm_config.cache_config.block_size)
 
     def ask(
         self, *shapes: str, budget: int | None = None, before: str = "", text: str = "What?"
@@ -86,7 +95,7 @@ class FamilyEngine(Engine):
                 return
             fed.embeds.append(embeds.clone())
             fed.positions.append(kwargs["positions"].clone())
-            if getattr(model, "use_deepstack", False):
+            if getattr(model, "deepstack_num_level", 0):
                 levels = torch.stack([level[: len(embeds)] for level in model.deepstack_input_embeds])
                 fed.deepstack.append(levels.clone())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +12,19 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from promprune_vllm import cli
+from promprune_vllm.core.savings import read_decoder
 from promprune_vllm.demo import model as demo
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import FAMILIES, build_family_model
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.demo.qwen_processing import VIDEO_ID, VISION_END_ID, VISION_START_ID
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PHOTO = {"type": "image"}
 TEXT = {"type": "text", "text": "What?"}
 # Names as in the published checkpoints, up to the part that is a tower, a projector or a language model.
@@ -34,7 +39,7 @@ ROOTS = {
     "qwen2_5_vl": {"visual", "model", "lm_head"},
     "qwen3_vl": {"model.visual", "model.language_model", "lm_head"},
 }
-ROOTS["qwen3_vl_moe"] = ROOTS["qwen3_vl"]
+ROOTS |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), ROOTS["qwen3_vl"])
 ROOTS["llava_next"] = ROOTS["llava"] | {"image_newline"}
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -74,6 +79,20 @@ def test_these_families_are_built() -> None:
 def test_importing_it_is_cheap() -> None:
     code = "import sys, promprune_vllm.demo.families; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@each_family
+def test_the_formulas_count_the_weights_that_the_model_has(family: str, models: dict[str, Path]) -> None:
+    config = config_of(models[family])
+    decoder = read_decoder(AutoConfig.from_pretrained(models[family]).to_dict()["text_config"])
+    counted = 0
+    with safe_open(models[family] / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a dict
+            is_matrix = ".layers." in name and "vis" not in name.split(".layers.")[0]
+            if is_matrix and not re.search(r"norm\.weight$|norm\w*\.weight$|bias$|A_log$", name):
+                counted += math.prod(file.get_slice(name).get_shape())
+    assert decoder is not None, config
+    assert decoder.weights == counted
 
 
 @each_family
@@ -211,7 +230,12 @@ def test_every_family_keeps_what_makes_it_special(models: dict[str, Path]) -> No
         text = config_of(models[family])["text_config"]
         head = text["hidden_size"] // text["num_attention_heads"]
         assert text.get("head_dim", head) == head
-        assert sum(text["rope_parameters"]["mrope_section"]) == head // 2
+        rope = text["rope_parameters"]
+        assert sum(rope["mrope_section"]) == head * rope.get("partial_rotary_factor", 1) // 2
+    assert set(config_of(models["qwen3_5"])["text_config"]["layer_types"]) == {
+        "linear_attention",
+        "full_attention",
+    }
     assert len(config_of(models["llava_next"])["image_grid_pinpoints"]) == 5
 
 
@@ -222,6 +246,11 @@ def test_the_command_builds_a_model_and_says_how_to_serve_it(tmp_path: Path) -> 
     assert done.stdout == f"{out}\n"
     assert f"promprune serve '{out}' --dtype float32" in done.stderr
     assert config_of(out)["model_type"] == "qwen3_vl"
+
+
+def test_the_command_serves_a_family_in_a_type_that_a_cpu_has_kernels_for(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["demo-model", "--family", "qwen3_5", "--out", str(tmp_path / "model")])
+    assert "--dtype bfloat16" in done.stderr
 
 
 def test_the_command_refuses_what_it_cannot_build(tmp_path: Path) -> None:

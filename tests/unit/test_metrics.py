@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from promprune_vllm.core.savings import Decoder, feed_forward, saved_blocks
+from promprune_vllm.core.savings import Decoder, read_decoder, saved_blocks
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics import recorder as module
 from promprune_vllm.metrics.catalog import CATALOG, LABELS, UNPRUNED, Metric
@@ -131,37 +131,56 @@ def test_prefill_flops_of_a_known_model() -> None:
     assert LLAMA_7B.prefill_flops(1) == 2 * 6_476_005_376 + 4 * 32 * 4096
 
 
-QWEN_30B_A3B = {
-    "intermediate_size": 6144,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
+# Of published configurations: what the formulas read.
+QWEN3_VL_30B = {
+    **{"num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128},
+    **{"num_attention_heads": 32, "num_key_value_heads": 4},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+QWEN3_5_4_LAYERS = {
+    **{"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
 }
 
 
 def test_a_token_passes_through_some_of_the_experts() -> None:
     """Qwen3-VL-30B-A3B: 29.9 of its 30.5 billion weights are in the layers, 2.7 are used by a token."""
-    mlp = feed_forward(QWEN_30B_A3B)
-    assert mlp == {"intermediate": 768, "experts": 128, "used_experts": 8}
-    model = Decoder(layers=48, hidden=2048, heads=32, kv_heads=4, head=128, **mlp)
+    model = read_decoder(QWEN3_VL_30B)
+    assert model is not None
+    assert (model.experts, model.used_experts, model.intermediate, model.shared) == (128, 8, 768, 0)
     assert model.weights == 29_909_581_824
     assert model.prefill_flops(1) == 2 * 2_730_491_904 + 4 * 48 * 32 * 128
 
 
+def test_layers_with_a_state_read_and_update_it_once_per_token() -> None:
+    model = read_decoder(QWEN3_5_4_LAYERS)
+    assert model is not None
+    assert model.attention_layers == 1
+    attention = 64 * 32 * (3 * 4 + 2 * 2)  # q with its gate, o; k, v
+    # q, k: 16; v, its gate, the output: 64; decay and strength of 4 heads; a convolution over q, k, v.
+    linear = 64 * (2 * 16 + 3 * 64 + 2 * 4) + (2 * 16 + 64) * 4
+    assert model.weights == attention + 3 * linear + 4 * 3 * 64 * 96
+    states = 3 * 4 * 8 * 16  # numbers in all states
+    assert model.prefill_flops(10) == 10 * (2 * model.weights + 6 * states) + 4 * 4 * 32 * sum(range(1, 11))
+
+
 @pytest.mark.parametrize(
-    "other",
+    ("model", "other"),
     [
-        {"mlp_only_layers": [0]},
-        {"decoder_sparse_step": 2},
-        {"shared_expert_intermediate_size": 512},
-        {"num_experts_per_tok": None},
+        (QWEN3_VL_30B, {"mlp_only_layers": [0]}),
+        (QWEN3_VL_30B, {"decoder_sparse_step": 2}),
+        (QWEN3_VL_30B, {"n_shared_experts": 1}),
+        (QWEN3_VL_30B, {"num_experts_per_tok": None}),
+        (QWEN3_5_4_LAYERS, {"layer_types": ["sliding_attention"] * 4}),
     ],
     ids=str,
 )
-def test_layers_that_differ_or_share_an_expert_are_not_counted(other: dict[str, object]) -> None:
-    assert feed_forward(QWEN_30B_A3B | other) is None
+def test_what_the_formulas_do_not_cover_is_not_counted(model: dict[str, object], other: dict[str, object]) -> None:
+    assert read_decoder(model | other) is None
 
 
 @given(st.integers(1, 20_000), st.integers(1, 20_000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.core.savings import Decoder, feed_forward, saved_blocks
+from promprune_vllm.core.savings import Decoder, read_decoder, saved_blocks
 from promprune_vllm.engine.compat import parts, verdict
 from promprune_vllm.metrics.recorder import Saving
 
@@ -42,34 +42,24 @@ class Savings:
 
 def bytes_per_token(vllm_config: Any) -> int | None:
     """Return the bytes of KV cache that one token takes over all layers and ranks, or ``None`` if that varies."""
-    if verdict.current().is_off(parts.SAVINGS):
+    sizes = decoder(vllm_config)
+    if sizes is None:
         return None
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
 
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     stored = resolve_kv_cache_dtype_string(cache.cache_dtype, model)
-    if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers or model.use_mla or model.is_hybrid:
+    if stored not in _PLAIN_CACHES or cache.kv_cache_dtype_skip_layers:
         return None
     # If there are more ranks than KV heads, heads are repeated.
     heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
-    numbers = model.get_total_num_hidden_layers() * heads * model.get_head_size() * 2  # keys and values
+    numbers = sizes.attention_layers * heads * model.get_head_size() * 2  # keys and values
     return int(numbers * kv_cache_dtype_str_to_dtype(stored, model).itemsize)
 
 
 def decoder(vllm_config: Any) -> Decoder | None:
-    """Return the sizes of the language model, or ``None`` unless it is a decoder with equal layers."""
-    if verdict.current().is_off(parts.SAVINGS):
+    """Return the sizes of the language model, or ``None`` if the formulas do not cover it."""
+    model = vllm_config.model_config
+    if verdict.current().is_off(parts.SAVINGS) or model.use_mla:
         return None
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    text = model.hf_text_config
-    mlp = feed_forward(text.to_dict())
-    if model.use_mla or model.is_hybrid or mlp is None:
-        return None
-    return Decoder(
-        layers=model.get_total_num_hidden_layers(),
-        hidden=int(text.hidden_size),
-        heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
-        kv_heads=model.get_total_num_kv_heads(),
-        head=model.get_head_size(),
-        **mlp,
-    )
+    return read_decoder(model.hf_text_config.to_dict())

@@ -158,10 +158,7 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
     ),
     *of(
         parts.SAVINGS,
-        call(f"{_CONFIG}.get_total_num_hidden_layers"),
         call(f"{_CONFIG}.get_num_kv_heads", "parallel_config"),
-        call(f"{_CONFIG}.get_num_attention_heads", "parallel_config"),
-        call(f"{_CONFIG}.get_total_num_kv_heads"),
         call(f"{_CONFIG}.get_head_size"),
         call(f"{_TENSORS}:resolve_kv_cache_dtype_string", "kv_cache_dtype", "model_config"),
         call(f"{_TENSORS}:kv_cache_dtype_str_to_dtype", "kv_cache_dtype", "model_config"),

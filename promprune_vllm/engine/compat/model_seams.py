@@ -131,4 +131,12 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         call(f"{_QWEN3}_moe:Qwen3VLMoeForConditionalGeneration"),
         rely(f"{_QWEN3}_moe:Qwen3MoeLLMModel.forward", body=True),
     ),
+    *of(
+        parts.QWEN3_5,
+        call(f"{_MODELS}.qwen3_5:Qwen3_5ProcessingInfo"),
+        call(f"{_MODELS}.qwen3_5:Qwen3_5MoeProcessingInfo"),
+        call(f"{_MODELS}.qwen3_5:Qwen3_5ForConditionalGeneration"),
+        call(f"{_MODELS}.qwen3_5:Qwen3_5MoeForConditionalGeneration"),
+        rely(f"{_MODELS}.qwen3_5:Qwen3_5ForConditionalGeneration.embed_input_ids", body=True),
+    ),
 )

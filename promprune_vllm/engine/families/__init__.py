@@ -96,6 +96,24 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
         ),
+        "Qwen3_5ForConditionalGeneration": Family(
+            "Qwen3.5, Qwen3.6",
+            f"{_MODULES}.qwen3_5:PrunedQwen3_5",
+            _RECEIVED.format("the last block"),
+            f"{_ORIGINAL}; layers without attention have none",
+            _MROPE,
+            _QWEN_MU,
+            _BORROWED,
+        ),
+        "Qwen3_5MoeForConditionalGeneration": Family(
+            "Qwen3.5-MoE, Qwen3.6-MoE",
+            f"{_MODULES}.qwen3_5_moe:PrunedQwen3_5Moe",
+            _RECEIVED.format("the last block"),
+            f"{_ORIGINAL}; layers without attention have none",
+            _MROPE,
+            _QWEN_MU,
+            _BORROWED,
+        ),
     }
 )
 """Architecture name in ``config.json`` -> family."""
