@@ -155,10 +155,10 @@ def logprobs(output: Any) -> list[dict[int, float]]:
 
 
 def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each begins with 7 blocks of 32 tokens and ends with 9; all together have 63.
+    # Each begins with 7 blocks of 32 tokens and ends with 8; all together have 63.
     asks = [engine.ask("landscape", budget=60 + i, text=f"{i}?".ljust(140, "x")) for i in range(8)]
     engine.forget()
-    alone = [engine.generate([ask], tokens=50)[0] for ask in asks]
+    alone = [engine.generate([ask], tokens=24)[0] for ask in asks]
     engine.forget()
     preempted = []
     original = engine.core.scheduler._preempt_request
@@ -170,7 +170,7 @@ def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch:
             original(request, *args, **kwargs),
         ),
     )
-    together = engine.generate(asks, tokens=50)
+    together = engine.generate(asks, tokens=24)
     assert preempted
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 
@@ -352,3 +352,13 @@ def test_a_plan_from_the_configuration_has_the_engines_own_numbers(
     }
     assert facts.decoder == prompt_savings.decoder(config)
     assert facts.kv_bytes_per_token(config.model_config.dtype.itemsize) == prompt_savings.bytes_per_token(config)
+    # What the scheduler hands out: a block is one page in each layer with attention.
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    groups = engine.runner.kv_cache_config.kv_cache_groups
+    pages = [
+        len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+        for group in groups
+        if isinstance(group.kv_cache_spec, AttentionSpec)
+    ]
+    assert sum(pages) == engine.block * prompt_savings.bytes_per_token(config)
