@@ -1,4 +1,4 @@
-"""EAGLE heads that vLLM loads, made from a tiny model so that their drafts are accepted: nothing is trained.
+"""Heads that vLLM loads as drafters, made from a tiny model so that their drafts are accepted: nothing is trained.
 
 Behind each token of a table, they draft the one that follows it there. An output of theirs is a linear function of
 the token's embedding, fitted by least squares to the target's row of logits for the next token; whatever else the
@@ -8,6 +8,7 @@ target hands them is multiplied by 0.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,32 @@ def build_draft_head(kind: str, model: Path, directory: Path, following: Mapping
         "head_dim": text["hidden_size"] // text["num_attention_heads"],
         "intermediate_size": text["hidden_size"],
     }
+    directory.mkdir(parents=True)
+    make = {EAGLE: _eagle, EAGLE3: _eagle3}[kind]
+    sizes = (text[name] for name in _SIZES)
+    save_file(make(*sizes, *_pairs(model, following)), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(described))
+    return directory
+
+
+def build_with_mtp_head(model: Path, directory: Path, following: Mapping[int, int]) -> Path:
+    """Copy a Qwen3.5, which carries its head for multi-token prediction itself, with such a head."""
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    text = config["text_config"] | {"mtp_num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config | {"text_config": text}))
+    weights = _mtp(text, *_pairs(model, following))
+    save_file({f"mtp.{name}": values for name, values in weights.items()}, directory / "mtp.safetensors")
+    return directory
+
+
+def _pairs(model: Path, following: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of tokens, and the rows of logits of those that follow them, both ``(T, size)``."""
     target = {name: rows.float() for file in model.glob("*.safetensors") for name, rows in load_file(file).items()}
     (embedding,) = (rows for name, rows in target.items() if name.endswith("embed_tokens.weight"))
     (logits,) = (rows for name, rows in target.items() if name.endswith("lm_head.weight"))
     tokens = sorted(following)
-    entering, wanted = embedding[tokens], logits[[following[token] for token in tokens]]
-    directory.mkdir(parents=True)
-    make = {EAGLE: _eagle, EAGLE3: _eagle3}[kind]
-    save_file(make(*(text[name] for name in _SIZES), entering, wanted), directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(described))
-    return directory
+    return embedding[tokens], logits[[following[token] for token in tokens]]
 
 
 def _fit(entering: Tensor, wanted: Tensor) -> Tensor:
@@ -108,4 +125,24 @@ def _eagle3(size: int, heads: int, groups: int, entering: Tensor, wanted: Tensor
         "midlayer.self_attn.o_proj.weight": _fit(attended, wanted),
         "midlayer.self_attn.o_proj.bias": torch.zeros(size),
         **{f"midlayer.mlp.{name}_proj.weight": torch.zeros(size, size) for name in ("gate", "up", "down")},
+    }
+
+
+def _mtp(text: Mapping[str, int], entering: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Return weights whose layer adds nothing; its norms multiply by one more than their weights."""
+    size, heads, groups = (text[name] for name in _SIZES)
+    head, mlp = text["head_dim"], text["intermediate_size"]
+    normed = torch.nn.functional.rms_norm(entering, (size,), eps=_EPSILON)
+    shapes = {"q": (2 * heads * head, size), "k": (groups * head, size), "v": (groups * head, size)}
+    shapes |= {"o": (size, heads * head)}
+    return {
+        "fc.weight": torch.cat([_fit(normed, wanted), torch.zeros(size, size)], dim=1),
+        **{
+            f"{name}.weight": torch.zeros(size) for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+        },
+        **{f"layers.0.{name}_layernorm.weight": torch.zeros(size) for name in ("input", "post_attention")},
+        **{f"layers.0.self_attn.{name}_norm.weight": torch.zeros(head) for name in "qk"},
+        **{f"layers.0.self_attn.{name}_proj.weight": torch.zeros(shape) for name, shape in shapes.items()},
+        **{f"layers.0.mlp.{name}_proj.weight": torch.zeros(mlp, size) for name in ("gate", "up")},
+        "layers.0.mlp.down_proj.weight": torch.zeros(size, mlp),
     }
