@@ -85,6 +85,8 @@ def drafting(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Drafting]:
     family, method = request.param
+    if method == MTP and not runner.is_v2():
+        pytest.skip("vLLM's Model Runner V1 moves states beside drafts with a Triton kernel, which no CPU runs")
     without = FamilyEngine(family, models[family])
     expected = {budget: answers(without, budget) for budget in BUDGETS}
     without.close()
