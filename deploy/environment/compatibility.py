@@ -87,6 +87,8 @@ TESTS = (
     *("tests/engine/test_llava.py", "tests/engine/test_families.py"),
     *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
     *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
+    *("tests/engine/test_drafts.py", "tests/engine/test_prefix_hits.py", "tests/engine/test_prompt_embeds.py"),
+    "tests/engine/test_late_results.py",
     *(
         "tests/server/test_untested_vllm.py",
         "tests/server/test_budget.py",
@@ -96,7 +98,7 @@ TESTS = (
     "tests/server/test_routes.py",
     "tests/server/test_faults.py::test_an_image_of_a_refused_request_is_answered_the_next_time",
 )
-"""Patches, counts, rows, chunks, prefixes, preemption, failures; over HTTP: budgets, replies, errors."""
+"""Patches, counts, rows, chunks, prefixes, preemption, failures, drafts; over HTTP: budgets, replies, errors."""
 LEFT_OUT = (
     "tests/server/test_routes.py::test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits",
 )
