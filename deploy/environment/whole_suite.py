@@ -29,6 +29,7 @@ V2_TESTS = (
     *("tests/engine/test_runners.py", "tests/engine/test_disaggregation.py", "tests/engine/test_mrope_reach.py"),
     *("tests/engine/test_sharded_encoder.py", "tests/server/test_two_ranks.py", "tests/server/test_metrics.py"),
     *("tests/server/test_soak.py", "tests/server/test_kept_right_with_options.py"),
+    "tests/engine/test_late_results.py",
 )
 """What the release tier runs on V2 too: mutants, and what depends on the runner or SECURITY.md claims."""
 RUNNER = "PROMPRUNE_TEST_RUNNER"

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(not runner.is_v2(), reason=
 HERE = Path(__file__).parent.relative_to(ROOT)
 FAILURES = f"{HERE}/test_failures.py"
 FAR = f"{HERE}/test_mrope.py::test_positions_beyond_256_are_true_in_bfloat16[qwen2_5_vl]"
+WAITS = f"{HERE}/test_waits.py::test_positions_are_written_without_a_wait[qwen2_5_vl-9]"
 OF_V1 = (
     f"{HERE}/test_seeds.py",
     f"{HERE}/test_patches.py::test_in_an_offline_program_what_is_patched_is_what_the_rows_say",
@@ -58,6 +59,7 @@ MISSED = {
     "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs": FAILURES,
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": FAILURES,
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": FAILURES,
+    "vllm.v1.worker.gpu.mm.rope:RopeState.read_prefill_positions": WAITS,
     "promprune_vllm.engine.worker.mrope:_enable_position_hook": FAR,
 }
 """What a test would miss -> the test."""
