@@ -164,6 +164,19 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
         f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB per token. One chat: {traffic.images} of "
         f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. images/s and "
         f"arithmetic cover encoding and prefill at {100 * server.mfu:.0f} % of peak: the encoder processes every "
-        "patch at every budget, and decoding is extra.",
+        f"patch at every budget, and decoding is extra.{_long_blocks(facts, server)}",
         highlight=False,
+    )
+
+
+def _long_blocks(facts: Facts, server: Server) -> str:
+    """Return what to know about a model with linear layers."""
+    linear = facts.decoder.linear
+    if linear is None:
+        return ""
+    block = facts.block_tokens(server.block_tokens, server.cache_bytes)
+    return (
+        f" {linear.count} of {facts.decoder.layers} layers keep a state instead of a KV cache, as large as a block "
+        f"of {block:,} tokens in one of the others. A chat takes whole blocks, so that fewer tokens leave room for "
+        "more chats only where they save a block."
     )

@@ -17,11 +17,13 @@ class LinearLayers:
         count: Number of layers.
         mixer: Weights of a layer without its MLP: queries, keys, values and gates, convolution, output.
         state: Numbers in a layer's state, which each token reads and updates.
+        window: Numbers of the last tokens that a layer keeps for its convolution.
     """
 
     count: int
     mixer: int
     state: int
+    window: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +138,8 @@ def _linear_layers(text: Mapping[str, Any]) -> LinearLayers | None:
     key_head, value_head = text["linear_key_head_dim"], text["linear_value_head_dim"]
     key, value = key_head * text["linear_num_key_heads"], value_head * text["linear_num_value_heads"]
     projections = text["hidden_size"] * (2 * key + 3 * value + 2 * text["linear_num_value_heads"])
-    convolution = (2 * key + value) * text["linear_conv_kernel_dim"]
-    return LinearLayers(count, projections + convolution, key_head * value)
+    channels, kernel = 2 * key + value, text["linear_conv_kernel_dim"]
+    return LinearLayers(count, projections + channels * kernel, key_head * value, channels * (kernel - 1))
 
 
 def saved_blocks(before: int, after: int, block_tokens: int) -> int:

@@ -101,6 +101,7 @@ _LINEAR: Mapping[str, Any] = MappingProxyType(
         "linear_num_key_heads": 1,
         "linear_num_value_heads": 1,
         "num_key_value_heads": 4,
+        "mamba_ssm_dtype": "float32",
     }
 )
 _MORE_TEXT: Mapping[str, Mapping[str, Any]] = MappingProxyType(

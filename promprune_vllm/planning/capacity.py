@@ -64,7 +64,7 @@ class Server:
         reserve_gib: Part of that memory for activations and graphs, in GiB per GPU.
         mfu: Share of peak throughput that is reached.
         cache_bytes: Bytes per number in the KV cache; same as the weights by default.
-        block_tokens: Tokens per KV-cache block.
+        block_tokens: Tokens per KV-cache block, or a multiple of it in models with linear layers.
     """
 
     gpu: Gpu
@@ -130,7 +130,7 @@ def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[objec
     for budget in ("full", *budgets):
         kept = _kept(budget, seen)
         prompt = traffic.text_tokens + traffic.images * kept
-        blocks = -(-(prompt + traffic.answer_tokens) // server.block_tokens)
+        chat = facts.chat_bytes(prompt + traffic.answer_tokens, server.block_tokens, server.cache_bytes)
         flops = encode + facts.decoder.prefill_flops(prompt)
         rows.append(
             Row(
@@ -138,7 +138,7 @@ def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[objec
                 kept=kept,
                 prompt_tokens=prompt,
                 kv_bytes_per_image=kept * per_token,
-                chats=memory // (blocks * server.block_tokens * per_token),
+                chats=memory // chat,
                 images_per_s=traffic.images * server.gpu.tflops * 1e12 * server.ranks * server.mfu / flops,
                 arithmetic=flops / whole,
             )

@@ -60,6 +60,7 @@ class Facts:
         tower: The vision tower.
         parameters: Approximate number of parameters of the whole model.
         dtype_bytes: Bytes per weight.
+        state_dtype_bytes: Bytes per number in the states of linear layers.
     """
 
     name: str
@@ -70,6 +71,25 @@ class Facts:
     tower: Tower
     parameters: int
     dtype_bytes: int
+    state_dtype_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that one linear layer keeps for a request; 0 if the model has none."""
+        linear = self.decoder.linear
+        return linear.state * self.state_dtype_bytes + linear.window * self.dtype_bytes if linear else 0
+
+    def block_tokens(self, wanted: int, cache_bytes: int | None = None) -> int:
+        """Return the tokens of a KV-cache block, which vLLM makes long enough for a linear layer's state."""
+        page = wanted * self.kv_bytes_per_token(cache_bytes) // self.decoder.attention_layers
+        return wanted * max(1, -(-self.state_bytes // page))
+
+    def chat_bytes(self, tokens: int, wanted_block: int, cache_bytes: int | None = None) -> int:
+        """Return what a request of so many tokens takes in the cache: whole blocks, and one per linear layer."""
+        block = self.block_tokens(wanted_block, cache_bytes)
+        page = block * self.kv_bytes_per_token(cache_bytes) // self.decoder.attention_layers
+        linear = self.decoder.linear.count if self.decoder.linear else 0
+        return page * (self.decoder.attention_layers * -(-tokens // block) + linear)
 
     def kv_bytes_per_token(self, cache_bytes: int | None = None) -> int:
         """Return the KV-cache bytes per token, over all layers and ranks."""
@@ -153,7 +173,8 @@ def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, An
         decoder=decoder,
         tower=tower,
         parameters=decoder.weights + vocabulary + tower.weights + _projector(kind, config, decoder.hidden),
-        dtype_bytes=_BYTES.get(dtype.removeprefix("torch."), 2),
+        dtype_bytes=(weight := _BYTES.get(dtype.removeprefix("torch."), 2)),
+        state_dtype_bytes=_BYTES.get(str(text.get("mamba_ssm_dtype")), weight),
     )
 
 

@@ -362,3 +362,4 @@ def test_a_plan_from_the_configuration_has_the_engines_own_numbers(
         if isinstance(group.kv_cache_spec, AttentionSpec)
     ]
     assert sum(pages) == engine.block * prompt_savings.bytes_per_token(config)
+    assert engine.block == facts.block_tokens(32, config.model_config.dtype.itemsize)

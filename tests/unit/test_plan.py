@@ -20,7 +20,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configurations with the published models' sizes."""
-    from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+    from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig, Qwen3_5MoeConfig
 
     folder = tmp_path_factory.mktemp("models")
     vicuna: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064}
@@ -46,6 +46,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "next"
     )
     Qwen2_5_VLConfig(text_config=qwen, vision_config=tower, dtype="bfloat16").save_pretrained(folder / "qwen")
+    hybrid = {
+        "num_hidden_layers": 40,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "vocab_size": 248320,
+        "mamba_ssm_dtype": "float32",
+    }
+    Qwen3_5MoeConfig(
+        text_config=hybrid, vision_config={"out_hidden_size": 2048}, dtype="bfloat16"
+    ).save_pretrained(folder / "hybrid")
     return folder
 
 
@@ -55,7 +71,8 @@ def llava(models: Path) -> Facts:
 
 
 @pytest.mark.parametrize(
-    ("name", "billions", "kib_a_token"), [("llava", 7.06, 512), ("next", 7.06, 512), ("qwen", 8.29, 56)]
+    ("name", "billions", "kib_a_token"),
+    [("llava", 7.06, 512), ("next", 7.06, 512), ("qwen", 8.29, 56), ("hybrid", 35.1, 20)],
 )
 def test_published_models_have_the_sizes_they_are_known_for(
     models: Path, name: str, billions: float, kib_a_token: int
@@ -109,6 +126,21 @@ def test_more_ranks_hold_more_chats_and_a_smaller_cache_type_twice_as_many(llava
     assert two[0].images_per_s == pytest.approx(2 * one[0].images_per_s)
     (small, *_) = plan(llava, Server(GPUS["l4"], cache_bytes=1), traffic, [])
     assert small.chats in (2 * one[0].chats, 2 * one[0].chats + 1)
+
+
+def test_a_chat_of_a_hybrid_takes_long_blocks_and_a_state_in_each_linear_layer(models: Path) -> None:
+    """Qwen3.5-35B-A3B: 32 heads of 128 x 128 numbers in float32, and three tokens of 8,192 channels."""
+    facts = read(str(models / "hybrid"))
+    state = 32 * 128 * 128 * 4 + 3 * 8192 * 2
+    assert facts.state_bytes == state
+    a_token = 2 * 2 * 256 * 2  # in one of the ten layers with attention
+    block = facts.block_tokens(16)
+    assert (block - 16) * a_token < state <= block * a_token
+    for tokens, blocks in ((1, 1), (block, 1), (block + 1, 2)):
+        assert facts.chat_bytes(tokens, 16) == block * a_token * (10 * blocks + 30)
+    shown = " ".join(CliRunner().invoke(app, ["plan", "--model", str(models / "hybrid")]).stdout.split())
+    said = f"30 of 40 layers keep a state instead of a KV cache, as large as a block of {block:,} tokens"
+    assert said in shown
 
 
 def test_windows_of_a_tower_cost_less_than_looking_everywhere(models: Path) -> None:
