@@ -14,7 +14,7 @@ from tests.engine.test_families import engine  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
-# Of the largest saliency of an image, and of a token's own: two towers round queries and keys in ways of their own.
+# Of an image's largest saliency, and of a token's own: two towers round queries and keys in ways of their own.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 0.1)}
 
 
