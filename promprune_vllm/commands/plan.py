@@ -176,7 +176,7 @@ def _long_blocks(facts: Facts, server: Server) -> str:
         return ""
     block = facts.block_tokens(server.block_tokens, server.cache_bytes)
     return (
-        f" {linear.count} of {facts.decoder.layers} layers keep a state instead of a KV cache, as large as a block "
-        f"of {block:,} tokens in one of the others. A chat takes whole blocks, so that fewer tokens leave room for "
-        "more chats only where they save a block."
+        f" {linear.count} of {facts.decoder.layers} layers keep a state instead of a KV cache, as large as a "
+        f"block of {block:,} tokens in one of the others. A chat takes whole blocks, so that fewer tokens leave "
+        "room for more chats only where they save a block."
     )
