@@ -172,7 +172,7 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
 def _long_blocks(facts: Facts, server: Server) -> str:
     """Return what to know about a model with linear layers."""
     linear = facts.decoder.linear
-    if linear is None:
+    if not linear.count:
         return ""
     block = facts.block_tokens(server.block_tokens, server.cache_bytes)
     return (

@@ -26,6 +26,9 @@ class LinearLayers:
     window: int
 
 
+_NO_LINEAR_LAYERS = LinearLayers(count=0, mixer=0, state=0, window=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Sizes of a decoder-only language model.
@@ -41,7 +44,7 @@ class Decoder:
         used_experts: Experts per layer that a token passes through.
         shared: Width of the expert that all tokens pass through; 0 if there is none.
         gated: Whether a layer's attention has a gate for its output.
-        linear: Those of the layers that have no KV cache, if any.
+        linear: Those of the layers that have no KV cache.
     """
 
     layers: int
@@ -54,12 +57,12 @@ class Decoder:
     used_experts: int = 1
     shared: int = 0
     gated: bool = False
-    linear: LinearLayers | None = None
+    linear: LinearLayers = _NO_LINEAR_LAYERS
 
     @property
     def attention_layers(self) -> int:
         """Number of layers that have a KV cache."""
-        return self.layers - (self.linear.count if self.linear else 0)
+        return self.layers - self.linear.count
 
     @property
     def weights(self) -> int:
@@ -70,8 +73,8 @@ class Decoder:
         attention = self.hidden * self.head * ((2 + self.gated) * self.heads + 2 * self.kv_heads)
         mlp = 3 * self.hidden * (self.intermediate * experts + self.shared)
         router = self.hidden * (self.experts + bool(self.shared)) if self.experts > 1 else 0
-        linear = self.linear.count * self.linear.mixer if self.linear else 0
-        return self.layers * (mlp + router) + self.attention_layers * attention + linear
+        mixers = self.attention_layers * attention + self.linear.count * self.linear.mixer
+        return self.layers * (mlp + router) + mixers
 
     def prefill_flops(self, tokens: int) -> int:
         """Return the floating-point operations of a prefill of ``tokens`` tokens; a multiply-add counts as two.
@@ -83,7 +86,7 @@ class Decoder:
         the decay of states.
         """
         scores = 2 * self.attention_layers * self.heads * self.head * tokens * (tokens + 1)
-        states = 6 * self.linear.count * self.linear.state * tokens if self.linear else 0
+        states = 6 * self.linear.count * self.linear.state * tokens
         return 2 * self._weights(self.used_experts) * tokens + scores + states
 
 
@@ -96,10 +99,17 @@ def read_decoder(text: Mapping[str, Any]) -> Decoder | None:
     Returns:
         ``None`` if its MLPs or its layers are of kinds that the formulas do not cover.
     """
-    feed_forward, linear = _feed_forward(text), _linear_layers(text)
-    if feed_forward is None or len(set(text.get("layer_types") or ()) - {_LINEAR, "full_attention"}) > 0:
+    feed_forward = _feed_forward(text)
+    if feed_forward is None or not {_LINEAR, "full_attention"}.issuperset(text.get("layer_types") or ()):
         return None
-    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    try:
+        return _decoder(text, feed_forward)
+    except (KeyError, TypeError):  # a size has another name, or one value per layer: another kind of model
+        return None
+
+
+def _decoder(text: Mapping[str, Any], feed_forward: Mapping[str, int]) -> Decoder:
+    heads, hidden, linear = int(text["num_attention_heads"]), int(text["hidden_size"]), _linear_layers(text)
     return Decoder(
         layers=int(text["num_hidden_layers"]),
         hidden=hidden,
@@ -107,7 +117,7 @@ def read_decoder(text: Mapping[str, Any]) -> Decoder | None:
         kv_heads=int(text.get("num_key_value_heads") or heads),
         head=int(text.get("head_dim") or hidden // heads),
         # vLLM's default, too: the models with linear layers have this gate unless they say otherwise.
-        gated=linear is not None and bool(text.get("attn_output_gate", True)),
+        gated=linear.count > 0 and bool(text.get("attn_output_gate", True)),
         linear=linear,
         **feed_forward,
     )
@@ -130,11 +140,11 @@ def _feed_forward(text: Mapping[str, Any]) -> dict[str, int] | None:
     return sizes if all(isinstance(size, int) for size in sizes.values()) else None
 
 
-def _linear_layers(text: Mapping[str, Any]) -> LinearLayers | None:
+def _linear_layers(text: Mapping[str, Any]) -> LinearLayers:
     """Return the Gated DeltaNet layers of Qwen3-Next and Qwen3.5."""
     count = list(text.get("layer_types") or ()).count(_LINEAR)
     if not count:
-        return None
+        return _NO_LINEAR_LAYERS
     key_head, value_head = text["linear_key_head_dim"], text["linear_value_head_dim"]
     key, value = key_head * text["linear_num_key_heads"], value_head * text["linear_num_value_heads"]
     projections = text["hidden_size"] * (2 * key + 3 * value + 2 * text["linear_num_value_heads"])

@@ -77,24 +77,25 @@ class Facts:
     def state_bytes(self) -> int:
         """Bytes that one linear layer keeps for a request; 0 if the model has none."""
         linear = self.decoder.linear
-        return linear.state * self.state_dtype_bytes + linear.window * self.dtype_bytes if linear else 0
+        return linear.state * self.state_dtype_bytes + linear.window * self.dtype_bytes
 
     def block_tokens(self, wanted: int, cache_bytes: int | None = None) -> int:
         """Return the tokens of a KV-cache block, which vLLM makes long enough for a linear layer's state."""
-        page = wanted * self.kv_bytes_per_token(cache_bytes) // self.decoder.attention_layers
-        return wanted * max(1, -(-self.state_bytes // page))
+        return wanted * max(1, -(-self.state_bytes // (wanted * self._layer_bytes(cache_bytes))))
 
     def chat_bytes(self, tokens: int, wanted_block: int, cache_bytes: int | None = None) -> int:
         """Return what a request of so many tokens takes in the cache: whole blocks, and one per linear layer."""
         block = self.block_tokens(wanted_block, cache_bytes)
-        page = block * self.kv_bytes_per_token(cache_bytes) // self.decoder.attention_layers
-        linear = self.decoder.linear.count if self.decoder.linear else 0
-        return page * (self.decoder.attention_layers * -(-tokens // block) + linear)
+        pages = self.decoder.attention_layers * -(-tokens // block) + self.decoder.linear.count
+        return pages * block * self._layer_bytes(cache_bytes)
 
     def kv_bytes_per_token(self, cache_bytes: int | None = None) -> int:
         """Return the KV-cache bytes per token, over all layers and ranks."""
-        numbers = self.decoder.attention_layers * self.decoder.kv_heads * self.decoder.head * 2  # keys and values
-        return numbers * (cache_bytes or self.dtype_bytes)
+        return self.decoder.attention_layers * self._layer_bytes(cache_bytes)
+
+    def _layer_bytes(self, cache_bytes: int | None) -> int:
+        """Return the KV-cache bytes per token of one layer with attention: keys and values."""
+        return self.decoder.kv_heads * self.decoder.head * 2 * (cache_bytes or self.dtype_bytes)
 
     def visual_tokens(self, width: int, height: int) -> int:
         """Return the visual tokens of an image before pruning."""
@@ -165,6 +166,7 @@ def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, An
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     vocabulary = int(text["vocab_size"]) * decoder.hidden * (1 if tied else 2)
     dtype = str(config.get("dtype") or text.get("dtype") or "bfloat16")
+    dtype_bytes = _BYTES.get(dtype.removeprefix("torch."), 2)
     return Facts(
         name=name,
         kind=kind,
@@ -173,8 +175,8 @@ def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, An
         decoder=decoder,
         tower=tower,
         parameters=decoder.weights + vocabulary + tower.weights + _projector(kind, config, decoder.hidden),
-        dtype_bytes=(weight := _BYTES.get(dtype.removeprefix("torch."), 2)),
-        state_dtype_bytes=_BYTES.get(str(text.get("mamba_ssm_dtype")), weight),
+        dtype_bytes=dtype_bytes,
+        state_dtype_bytes=_BYTES.get(str(text.get("mamba_ssm_dtype")), dtype_bytes),
     )
 
 

@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typer.testing import CliRunner
 
 from promprune_vllm import cli
@@ -93,6 +95,40 @@ def test_the_formulas_count_the_weights_that_the_model_has(family: str, models: 
                 counted += math.prod(file.get_slice(name).get_shape())
     assert decoder is not None, config
     assert decoder.weights == counted
+
+
+# Their configurations take others, which have no defaults.
+COMPOSED = {"musicgen", "musicgen_melody"}
+# Layers with a state of another kind, by other names of sizes.
+OTHER_STATES = ("minimax", "kimi_linear", "nemotron_h", "granitemoehybrid", "mamba", "falcon_mamba", "rwkv")
+
+
+def test_the_formulas_refuse_a_language_model_of_another_kind_and_never_fail() -> None:
+    """They are asked about every model that a server with the plugin serves, a text model too, as it starts."""
+    found = {
+        kind: read_decoder(AutoConfig.for_model(kind).get_text_config().to_dict())
+        for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - COMPOSED
+    }
+    assert len(found) > 100
+    assert {kind for kind in OTHER_STATES if found[kind] is not None} == set()
+    assert all(found[kind] for kind in ("llama", "qwen2", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_moe", "is_hybrid", "is_covered"),
+    [
+        *[("llama", False, False, True), ("qwen3_moe", True, False, True), ("qwen3_5", False, True, True)],
+        *[("bamba", False, True, False), ("falcon_h1", False, True, False), ("deepseek_v2", True, False, False)],
+    ],
+)
+def test_nothing_is_counted_where_vllm_sees_experts_or_states_that_the_formulas_do_not(
+    kind: str, is_moe: bool, is_hybrid: bool, is_covered: bool
+) -> None:
+    from promprune_vllm.engine.api_server.prompt_savings import decoder
+
+    text = AutoConfig.for_model(kind).get_text_config()
+    seen_by_vllm = SimpleNamespace(hf_text_config=text, use_mla=False, is_moe=is_moe, is_hybrid=is_hybrid)
+    assert (decoder(SimpleNamespace(model_config=seen_by_vllm)) is not None) == is_covered
 
 
 @each_family

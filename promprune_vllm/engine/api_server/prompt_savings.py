@@ -62,4 +62,9 @@ def decoder(vllm_config: Any) -> Decoder | None:
     model = vllm_config.model_config
     if verdict.current().is_off(parts.SAVINGS) or model.use_mla:
         return None
-    return read_decoder(model.hf_text_config.to_dict())
+    sizes = read_decoder(model.hf_text_config.to_dict())
+    if sizes is None:
+        return None
+    # vLLM knows more kinds of experts and of layers with a state than the formulas do.
+    known = (model.is_moe, model.is_hybrid) == (sizes.experts > 1, sizes.linear.count > 0)
+    return sizes if known else None
