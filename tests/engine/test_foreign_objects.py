@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from promprune_vllm.engine import plugin
+from promprune_vllm.engine.worker.encoder_graphs import leave_out_pruned
 from promprune_vllm.server.routes import PATH
 
 pytestmark = pytest.mark.engine
@@ -141,3 +142,10 @@ def test_a_renderer_needs_nothing_that_vllms_own_does_not() -> None:
     finally:
         renderer.shutdown()
     assert prompt["prompt_token_ids"] == [1, 2, 3]
+
+
+def test_the_encoders_graphs_of_another_engines_model_stay_as_they_are() -> None:
+    """Patches belong to the process, and one of its engines may have a model that is not ours."""
+    replayed = [object()]
+    manager = SimpleNamespace(model=object())
+    assert leave_out_pruned(lambda *_: replayed)(manager, {}) is replayed

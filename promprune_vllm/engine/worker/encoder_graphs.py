@@ -24,7 +24,9 @@ def leave_out_pruned(original: Any) -> Any:
         if counts is not None and any(kept < total for total, kept, _ in counts.tolist()):
             return None
         embeddings = original(self, mm_kwargs)
-        return None if embeddings is None else self.model.as_sent(embeddings)
+        # A process may also run another engine, whose model is vLLM's own.
+        as_sent = getattr(self.model, "as_sent", None)
+        return embeddings if as_sent is None or embeddings is None else as_sent(embeddings)
 
     return execute
 
