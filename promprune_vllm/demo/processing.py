@@ -64,28 +64,15 @@ def byte_tokenizer(
         more: Special tokens with ids from `FIRST_BYTE_ID + 256`, by their attribute name on the tokenizer.
         chat_template: Jinja source.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    pad, bos, eos, image = special
-    vocabulary = {token: i for i, token in enumerate(special)}
-    vocabulary |= {f"<0x{byte:02X}>": FIRST_BYTE_ID + byte for byte in range(256)}
-    vocabulary |= {token: FIRST_BYTE_ID + 256 + i for i, token in enumerate(more.values())}
-    unused = unused_tokens(len(vocabulary), VOCAB_SIZE)
-    backend = Tokenizer(models.BPE(vocab=vocabulary | unused, merges=[], byte_fallback=True))
+    vocabulary = _vocabulary([f"<0x{byte:02X}>" for byte in range(256)], special, more)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    named = (*special, *more.values(), *unused)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        extra_special_tokens={"image_token": image, **more},
-        chat_template=chat_template,
-        model_max_length=max_tokens,
-        clean_up_tokenization_spaces=False,
-    )
+    backend.add_special_tokens(_special_tokens(vocabulary))
+    options = _options(max_tokens, special, more, chat_template)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 def byte_level_tokenizer(
@@ -95,30 +82,42 @@ def byte_level_tokenizer(
 
     Its tokens for bytes have the names that GPT-2 gave them.
     """
-    from tokenizers import AddedToken
     from transformers import Qwen3_5Tokenizer
 
-    pad, bos, eos, image = special
-    vocabulary = {token: i for i, token in enumerate(special)}
-    vocabulary |= {name: FIRST_BYTE_ID + byte for byte, name in enumerate(_gpt2_names())}
-    vocabulary |= {token: FIRST_BYTE_ID + 256 + i for i, token in enumerate(more.values())}
-    unused = unused_tokens(len(vocabulary), VOCAB_SIZE)
-    tokenizer = Qwen3_5Tokenizer(
-        vocab=vocabulary | unused,
-        merges=[],
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        extra_special_tokens={"image_token": image, **more},
-        chat_template=chat_template,
-        model_max_length=max_tokens,
-        clean_up_tokenization_spaces=False,
-    )
-    named = (*special, *more.values(), *unused)
-    tokenizer.backend_tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in named]
-    )
+    vocabulary = _vocabulary(_gpt2_names(), special, more)
+    options = _options(max_tokens, special, more, chat_template)
+    tokenizer = Qwen3_5Tokenizer(vocab=vocabulary, merges=[], **options)
+    tokenizer.backend_tokenizer.add_special_tokens(_special_tokens(vocabulary))
     return tokenizer
+
+
+def _vocabulary(of_bytes: list[str], special: tuple[str, ...], more: Mapping[str, str]) -> dict[str, int]:
+    """Return all `VOCAB_SIZE` tokens: special ones, one per byte, more special ones, unused ones."""
+    vocabulary = {token: i for i, token in enumerate((*special, *of_bytes, *more.values()))}
+    return vocabulary | unused_tokens(len(vocabulary), VOCAB_SIZE)
+
+
+def _special_tokens(vocabulary: Mapping[str, int]) -> list[Any]:
+    """Return the tokens of a vocabulary that are no bytes."""
+    from tokenizers import AddedToken
+
+    named = (token for token, i in vocabulary.items() if not FIRST_BYTE_ID <= i < FIRST_BYTE_ID + 256)
+    return [AddedToken(token, special=True, normalized=False) for token in named]
+
+
+def _options(
+    max_tokens: int, special: tuple[str, ...], more: Mapping[str, str], chat_template: str
+) -> dict[str, Any]:
+    pad, bos, eos, image = special
+    return {
+        "pad_token": pad,
+        "bos_token": bos,
+        "eos_token": eos,
+        "extra_special_tokens": {"image_token": image, **more},
+        "chat_template": chat_template,
+        "model_max_length": max_tokens,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _gpt2_names() -> list[str]:

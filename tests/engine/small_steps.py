@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,9 @@ NOTHING: dict[str, object] = {
 }
 
 
-def shared_engine(family: str, model: Path) -> SmallSteps:
-    """The engine of a family that several modules use."""
+def shared_engine(family: str, demo_model: Path, models: Mapping[str, Path]) -> SmallSteps:
+    """The engine of a family that several modules use; of LLaVA, with the demo model."""
+    model = demo_model if family == "llava" else models[family]
     return SHARED.get(f"{SMALL_STEPS}: {family}", lambda: SmallSteps(family, model))
 
 

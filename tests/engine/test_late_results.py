@@ -32,8 +32,7 @@ LONG = "x" * 60  # with it behind an image, a prompt takes three steps
 
 @pytest.fixture(params=[*FAMILIES, pytest.param("qwen3_vl", marks=pytest.mark.release)])
 def engine(request: pytest.FixtureRequest, demo_model: Path, models: dict[str, Path]) -> SmallSteps:
-    family = request.param
-    return shared_engine(family, demo_model if family == "llava" else models[family])
+    return shared_engine(request.param, demo_model, models)
 
 
 def _remembered(engine: SmallSteps) -> set[str]:

@@ -18,8 +18,7 @@ PICTURE = picture_of_its_own(5)
 
 @pytest.fixture(params=[*FAMILIES, pytest.param("qwen3_vl", marks=pytest.mark.release)])
 def engine(request: pytest.FixtureRequest, demo_model: Path, models: dict[str, Path]) -> SmallSteps:
-    family = request.param
-    return shared_engine(family, demo_model if family == "llava" else models[family])
+    return shared_engine(request.param, demo_model, models)
 
 
 def _block(engine: SmallSteps) -> int:

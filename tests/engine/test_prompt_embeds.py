@@ -33,8 +33,7 @@ Part = dict[str, Any]
 
 @pytest.fixture(params=FAMILIES)  # vLLM's Qwen3-VL cannot: see docs/upstream.md
 def engine(request: pytest.FixtureRequest, demo_model: Path, models: dict[str, Path]) -> SmallSteps:
-    family = request.param
-    return shared_engine(family, demo_model if family == "llava" else models[family])
+    return shared_engine(request.param, demo_model, models)
 
 
 def _tokens(engine: SmallSteps, text: str) -> list[int]:
