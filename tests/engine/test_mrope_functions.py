@@ -45,7 +45,7 @@ def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> No
     along = torch.arange(height)
     for cells in (along * width, along, along * width + along, along * width + width - 1):
         rows = torch.randn(len(cells), 6).to(dtype)
-        marked = encode_cells(rows, cells, width)
+        marked = encode_cells(rows, cells // width, cells % width)
         assert marked.dtype == dtype
         assert marked.shape == (len(cells), 6 + CHANNELS)
         assert torch.equal(marked[:, :6], rows)
@@ -57,7 +57,7 @@ def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> No
 @given(st.sampled_from(DTYPES), st.integers(1, 65_535), st.integers(0, 65_535), st.data())
 def test_cells_survive_up_to_sixteen_bits(dtype: torch.dtype, width: int, row: int, data: st.DataObject) -> None:
     column = data.draw(st.integers(0, width - 1))
-    marked = encode_cells(torch.zeros(1, 1, dtype=dtype), torch.tensor([row * width + column]), width)
+    marked = encode_cells(torch.zeros(1, 1, dtype=dtype), torch.tensor([row]), torch.tensor([column]))
     assert [int(value) for value in decode_cells(marked[:, 1:])] == [row, column]
 
 
@@ -75,7 +75,7 @@ def test_cells_are_written_where_their_tokens_are(media: list[bool], data: st.Da
     cells = data.draw(st.lists(st.none() | st.tuples(*[st.integers(0, 700)] * 2), min_size=1, max_size=sum(media)))
     nothing = torch.full((1, CHANNELS), -1.0)
     marks = [
-        nothing if at is None else encode_cells(nothing[:, :0], torch.tensor([at[0] * 701 + at[1]]), 701)
+        nothing if at is None else encode_cells(nothing[:, :0], torch.tensor([at[0]]), torch.tensor([at[1]]))
         for at in cells
     ]
     positions = torch.randint(0, 1000, (3, len(media)))

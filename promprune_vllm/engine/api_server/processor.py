@@ -20,6 +20,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine import patches
+from promprune_vllm.engine.api_server import placeholders
 from promprune_vllm.engine.api_server.allowed_methods import AllowedMethods
 from promprune_vllm.engine.api_server.load_monitor import current_level
 from promprune_vllm.engine.api_server.named_images import PromptImages, require_cached
@@ -28,7 +29,6 @@ from promprune_vllm.engine.api_server.pruning_plan import (
     ImagePlan,
     Plan,
     Summary,
-    shorten_placeholder,
     split_plan,
 )
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
@@ -49,6 +49,8 @@ patches.install(Stage.PROCESSOR)
 
 class PrunedProcessorMixin(ProcessorBase):
     """Goes before vLLM's processor class in a family's bases; the family implements ``ProcessorFamily``."""
+
+    modality = "image"
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
         super().__init__(info, dummy_inputs, **options)
@@ -83,21 +85,21 @@ class PrunedProcessorMixin(ProcessorBase):
             inputs_with_plan = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
             result = super().apply(inputs_with_plan, timing_ctx)
             if isinstance(images, PromptImages):
-                lengths = [placeholder.length for placeholder in result["mm_placeholders"].get("image", ())]
-                plans = images.final_plans(plans, lengths)
+                made = result["mm_placeholders"].get(self.modality, ())
+                plans = images.final_plans(plans, [placeholder.get_num_embeds() for placeholder in made])
                 images.remember(plan.cached)
             if plans:
                 method = self._methods.selectors[self._methods.index(request.method)].name
                 form = request.budget.form if request.sent else None
-                result[SUMMARY] = Summary(plans, plan.cached, method, form)
+                result[SUMMARY] = Summary(plans, plan.cached, method, form, self.modality)
         return result
 
     def _images(self, inputs: Any) -> Any:
         """Return a prompt's images: ``PromptImages``, or vLLM's items for ``image_embeds``, or ``None``."""
-        items = inputs.mm_data_items.get("image")
+        items = inputs.mm_data_items.get(self.modality)
         if items is None or isinstance(items, (ImageEmbeddingItems, DictEmbeddingItems)):
             return items
-        uuids = (inputs.mm_uuid_items or {}).get("image")
+        uuids = (inputs.mm_uuid_items or {}).get(self.modality)
         return PromptImages(items, uuids, older_minors.processor_cache(self, inputs))
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,10 +201,10 @@ class PrunedProcessorMixin(ProcessorBase):
     def _get_mm_hashes(self, inputs: Any) -> Any:
         plan, kwargs = split_plan(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
-        if "image" in hashes:
-            pairs = zip(hashes["image"], plan.images, strict=True)
-            hashes["image"] = [self._cache_key(key, image) for key, image in pairs]
-            require_cached(plan, hashes["image"], older_minors.processor_cache(self, inputs))
+        if self.modality in hashes:
+            pairs = zip(hashes[self.modality], plan.images, strict=True)
+            keys = hashes[self.modality] = [self._cache_key(key, image) for key, image in pairs]
+            require_cached(plan, keys, older_minors.processor_cache(self, inputs))
         return hashes
 
     def _cache_key(self, key: str, image: ImagePlan) -> str:
@@ -222,7 +224,7 @@ class PrunedProcessorMixin(ProcessorBase):
         rest = super()._get_cache_missing_processor_kwargs(
             replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
         )
-        plan.cached = tuple(mm_is_cached.get("image", ()))
+        plan.cached = tuple(mm_is_cached.get(self.modality, ()))
         missing = tuple(image for image, hit in zip(plan.images, plan.cached, strict=True) if not hit)
         return {**rest, PLAN: Plan(missing)}
 
@@ -239,8 +241,8 @@ class PrunedProcessorMixin(ProcessorBase):
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, kwargs = split_plan(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
-        fields[COUNTS] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-        fields[TEXT_TOKENS] = MultiModalFieldConfig.batched("image")
+        fields[COUNTS] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
+        fields[TEXT_TOKENS] = MultiModalFieldConfig.batched(self.modality)
         return fields
 
     def _get_prompt_updates(
@@ -249,6 +251,6 @@ class PrunedProcessorMixin(ProcessorBase):
         plan, kwargs = split_plan(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
         return [
-            shorten_placeholder(update, plan.images) if update.modality == "image" else update
+            placeholders.shorten(update, plan.images) if update.modality == self.modality else update
             for update in updates
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
@@ -56,12 +56,14 @@ class Summary:
         cached: Which images vLLM's processor cache already had. Ignored by ``==``.
         method: Name of the request's method.
         form: How the request wrote its budget (see ``BudgetRequest.form``), ``None`` if it did not send one.
+        modality: vLLM's name of what the images are, see ``ProcessorFamily``.
     """
 
     images: tuple[ImagePlan, ...]
     cached: tuple[bool, ...] = field(compare=False)
     method: str
     form: str | None
+    modality: str
 
 
 def split_plan(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
@@ -79,20 +81,4 @@ def record_prompt_images(prompt: Any) -> None:
     prompt[RECORDED] = True
     images = summary.images
     counts = [(image.total, image.kept) for image in images]
-    record_images(counts, prompt["mm_hashes"]["image"], [image.size for image in images])
-
-
-def shorten_placeholder(update: Any, plan: tuple[ImagePlan, ...]) -> Any:
-    """Return a prompt update of vLLM's whose placeholder has as many tokens as the image keeps."""
-    original = update.replacement
-
-    def replacement(index: int) -> list[int]:
-        placeholder: list[int] = original(index)
-        image = plan[index]
-        if len(placeholder) != image.total:
-            raise RuntimeError(
-                f"vLLM made a placeholder of {len(placeholder)} tokens for an image counted as {image.total}"
-            )
-        return placeholder[: image.kept]
-
-    return replace(update, replacement=replacement)
+    record_images(counts, prompt["mm_hashes"][summary.modality], [image.size for image in images])

@@ -37,16 +37,17 @@ def record_prompt(original: Any) -> Any:
         if isinstance(prompt, dict) and prompt.get("type") == "multimodal":
             # If images are recorded already, this is a beam of the same request; it has no summary.
             if SUMMARY not in prompt and current_usage() is None:
-                _add_summary(prompt, self.model_config)
+                _add_summary(prompt, self.model_config, self.input_processor.renderer.mm_processor)
             record_prompt_images(prompt)
         return original(self, *args, **kwargs)
 
     return start
 
 
-def _add_summary(prompt: dict[str, Any], model_config: Any) -> None:
+def _add_summary(prompt: dict[str, Any], model_config: Any, processor: Any) -> None:
     """Add the summary that our processor would have added, built from the images' fields."""
-    items = prompt["mm_kwargs"].get("image")
+    modality = getattr(processor, "modality", "image")  # vLLM's own processor has no such attribute
+    items = prompt["mm_kwargs"].get(modality)
     if not items:
         return  # for example a video, which this server has processed itself
     with refusing(model_config):
@@ -55,13 +56,13 @@ def _add_summary(prompt: dict[str, Any], model_config: Any) -> None:
             return  # the engine already has this image, and its counts are unknown here
         settings = Settings.from_environment()
         vocabulary = int(model_config.get_vocab_size())
-        placeholders = prompt["mm_placeholders"]["image"]
+        placeholders = prompt["mm_placeholders"][modality]
         images = tuple(
-            _checked_plan(item, placeholder.length, settings, vocabulary)
+            _checked_plan(item, placeholder.get_num_embeds(), settings, vocabulary)
             for item, placeholder in zip(items, placeholders, strict=True)
         )
     method = settings.allowed[next((image.method for image in images if image.kept < image.total), 0)]
-    prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None)
+    prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None, modality)
 
 
 def _refuse_fields() -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.geometry import Box, centre_crop
-from promprune_vllm.engine.worker.tower_hooks import clip_attention, inputs_of
-
-SUPPLIES = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
+from promprune_vllm.engine.families.tile_tower import TileTowerMixin
 
 
 def unsupported_tower(hf_config: Any) -> str | None:
@@ -38,40 +33,15 @@ def visible_area(image_processor: Any, width: int, height: int) -> Box:
     return (0.0, 0.0, float(width), float(height))
 
 
-class ClipTowerMixin:
-    """Captures features of tiles of ``image_size`` pixels; comes before vLLM's model class."""
+class ClipTowerMixin(TileTowerMixin):
+    """Captures features of a CLIP tower; comes before vLLM's model class."""
 
-    def tile_features(self, pixels: Tensor, needs: Need) -> list[VisionFeatures]:
-        """Encode tiles and return the features of each.
-
-        Args:
-            pixels: ``(T, 3, H, W)``.
-            needs: Features to capture.
-        """
+    def saliency_layer(self) -> Any:
+        """Return the attention of the layer that feeds the projector: vLLM does not create the layers after it."""
         model: Any = self
-        attention_layer = model.vision_tower.vision_model.encoder.layers[-1].self_attn
-        with clip_attention(attention_layer, needs) as captured, inputs_of(model.multi_modal_projector) as encoder:
-            projected = self.embed_tiles(pixels)  # (T, n, D)
-        config = model.config.vision_config
-        side = config.image_size // config.patch_size
-        saliency, keys = captured.get(Need.SALIENCY), captured.get(Need.KEYS)
-        return [
-            VisionFeatures(
-                projected=rows,
-                grid=(1, side, side),
-                saliency=None if saliency is None else saliency[i],
-                keys=None if keys is None else keys[i],
-                encoder=encoder[0][i] if Need.ENCODER in needs else None,
-            )
-            for i, rows in enumerate(projected)
-        ]
+        return model.vision_tower.vision_model.encoder.layers[-1].self_attn
 
-    def embed_tiles(self, pixels: Tensor) -> Sequence[Tensor] | Tensor:
-        """Encode and project ``(T, 3, H, W)`` tiles to ``(T, n, D)``, without pruning."""
-        raise NotImplementedError
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Project ``(K, Dv)`` rows that a method merged before the projector, to ``(K, D)``."""
+    def projector(self) -> Any:
+        """Return the module that projects the tower's rows."""
         model: Any = self
-        projected: Tensor = model.multi_modal_projector(rows)
-        return projected
+        return model.multi_modal_projector

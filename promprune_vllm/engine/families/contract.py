@@ -28,6 +28,9 @@ class ProcessorFamily(Protocol):
     supplies: ClassVar[Need]
     """Features that the family's model can capture. Every family also supplies the text."""
 
+    modality: ClassVar[str]
+    """vLLM's name of what is pruned, ``image`` unless the family says otherwise."""
+
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         """Return how many visual tokens an image has in vLLM.
 

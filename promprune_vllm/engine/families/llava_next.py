@@ -1,14 +1,12 @@
 """LLaVA-NeXT: one tile with the whole image, then crops at full resolution, merged and without padding.
 
-The budget covers the whole image with its crops. It is divided among the tiles in proportion to their valid
-tokens, and each tile is pruned separately (``PROMPRUNE_TILES`` has other modes). vLLM ends every row of the merged
-crops with a learned newline; newlines are kept only if the budget exceeds all visual tokens.
+vLLM ends every row of the merged crops with a learned newline; newlines are kept only if the budget exceeds all
+visual tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,9 +22,8 @@ from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families import clip_tower
-from promprune_vllm.engine.worker.device_copies import copy_to_device
-from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
+from promprune_vllm.engine.families import clip_tower, tile_tower
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
 seams.require(parts.CLIP, parts.LLAVA_NEXT)
@@ -40,7 +37,7 @@ def unsupported_reason(vllm_config: VllmConfig) -> str | None:
 class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiModalProcessor):
     """Placeholders of K tokens."""
 
-    supplies = clip_tower.SUPPLIES
+    supplies = tile_tower.SUPPLIES
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
         """Return how many visual tokens an image has in vLLM."""
@@ -99,13 +96,7 @@ class PrunedLlavaNext(PrunedModelMixin, clip_tower.ClipTowerMixin, llava_next.Ll
         stacked = torch.stack([tile.projected for tile in tiles])
         rows = self._merge_image_patch_embeddings(size, stacked, strategy="spatial_unpad")
         source = sources(self.config, len(tiles), tiles[0].tokens, size)  # (N,)
-        groups = [_merge_tiles(tiles, source)] if self._settings.tiles == "merged" else _tile_groups(tiles, source)
-        if self._settings.tiles == "base":
-            # The settings allow this only for PromPrune, which has an entropy.
-            method: Any = self._methods[0]
-            entropy = method.entropy_of(tiles[0])
-            groups = [Group(replace(group.features, entropy=entropy), group.positions) for group in groups]
-        return EncodedImage(rows, groups, _indices(source < 0, rows.device))
+        return self.image_of_tiles(rows, tiles, source, whole=0)
 
 
 def sources(config: Any, tiles: int, tokens: int, size: Tensor) -> Tensor:
@@ -126,36 +117,3 @@ def sources(config: Any, tiles: int, tokens: int, size: Tensor) -> Tensor:
     merge = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
     merged: Tensor = merge(model, size, indices, strategy="spatial_unpad")
     return merged.flatten().long()
-
-
-def _tile_groups(tiles: Sequence[VisionFeatures], source: Tensor) -> list[Group]:
-    """Return one group per tile with valid tokens; these form a rectangle in the tile."""
-    groups = []
-    for i, tile in enumerate(tiles):
-        in_tile = (source >= i * tile.tokens) & (source < (i + 1) * tile.tokens)
-        patches = source[in_tile] - i * tile.tokens
-        if patches.numel():
-            side = tile.grid[2]
-            height = int(patches[-1] // side - patches[0] // side) + 1
-            grid = (1, height, patches.numel() // height)
-            device = tile.projected.device
-            groups.append(Group(tile.take(copy_to_device(patches, device), grid), _indices(in_tile, device)))
-    return groups
-
-
-def _merge_tiles(tiles: Sequence[VisionFeatures], source: Tensor) -> Group:
-    """Return all tiles as one group in the order of the prompt, with a grid of a single row."""
-    shares = [
-        # Divided by the total that CLS pays to their tile, the saliencies of different tiles are comparable.
-        replace(tile, saliency=None if tile.saliency is None else tile.saliency / tile.saliency.sum())
-        for tile in tiles
-    ]
-    joined = VisionFeatures.join(shares)
-    device = joined.projected.device
-    visual = copy_to_device(source[source >= 0], device)
-    return Group(joined.take(visual, (1, 1, visual.numel())), _indices(source >= 0, device))
-
-
-def _indices(mask: Tensor, device: torch.device) -> Tensor:
-    """Return where a mask on the CPU is true, as int64 on a device."""
-    return copy_to_device(mask.nonzero().flatten(), device)

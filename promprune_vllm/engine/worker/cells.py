@@ -14,18 +14,16 @@ _BASE = 256  # the largest base whose digits are exact in bfloat16
 UNCHANGED = -1.0  # value of every channel where the position is already right
 
 
-def encode_cells(rows: Tensor, cells: Tensor, width: int) -> Tensor:
-    """Append to each embedding its row and column in the image's grid.
+def encode_cells(rows: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Append to each embedding its row and column in the grid.
 
     Args:
         rows: ``(K, W)`` embeddings.
-        cells: ``(K,)`` int64, indices of cells in raster order.
-        width: Columns of the grid.
+        row, column: ``(K,)`` int64.
 
     Returns:
         ``(K, W + CHANNELS)``.
     """
-    row, column = cells // width, cells % width
     digits = torch.stack([row // _BASE, row % _BASE, column // _BASE, column % _BASE], dim=1)
     return torch.cat([rows, digits.to(rows.dtype)], dim=1)
 

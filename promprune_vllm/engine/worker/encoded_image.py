@@ -68,3 +68,18 @@ class EncodedImage:
         """Return the image with the user's text, ``(M, D)`` embeddings, added to the features of each group."""
         groups = [replace(group, features=replace(group.features, text=text)) for group in self.groups]
         return replace(self, groups=groups)
+
+    def cells(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where tokens are in the grid of their group, an image or a frame of a video.
+
+        Args:
+            positions: ``(K,)`` int64, positions of visual tokens among the image's rows.
+
+        Returns:
+            Rows and columns, ``(K,)`` int64 each.
+        """
+        cell, width = (positions.new_empty(len(self.rows)) for _ in range(2))
+        for group in self.groups:
+            cell[group.positions] = torch.arange(len(group.positions), device=positions.device)
+            width[group.positions] = group.features.grid[2]
+        return cell[positions] // width[positions], cell[positions] % width[positions]

@@ -17,39 +17,66 @@ Captured = Mapping[str, Sequence[Tensor]]
 """Feature name -> tensors, one per image."""
 
 
-class Shares:
-    """Which rank encodes which images of a call.
+def share_images(patches: Sequence[int], *, sharded: bool) -> Shares:
+    """Share images as vLLM does for towers that take images of any size.
 
     Args:
         patches: Number of patches of each image.
         sharded: Whether each rank encodes its own images; otherwise every rank encodes all.
+    """
+    if not sharded:
+        return Shares(patches, None)
+    order, counts, _ = get_load_balance_assignment([*patches], get_tp_group().world_size)  # vLLM's own
+    images = iter(order)
+    return Shares(patches, [[next(images) for _ in range(count)] for count in counts])
+
+
+def share_tiles(tiles: int, patches: int, *, sharded: bool) -> Shares:
+    """Share tiles of one size as ``run_dp_sharded_vision_model`` does: evenly, the last ranks with fewer or none.
+
+    vLLM gives a rank with fewer tiles empty ones, after its own.
+
+    Args:
+        tiles: Number of tiles.
+        patches: Patches per tile.
+        sharded: Whether each rank encodes its own tiles; otherwise every rank encodes all.
+    """
+    if not sharded:
+        return Shares([patches] * tiles, None)
+    ranks = get_tp_group().world_size
+    each = -(-tiles // ranks)
+    by_rank = [[*range(tiles)][rank * each : (rank + 1) * each] for rank in range(ranks)]
+    return Shares([patches] * tiles, by_rank)
+
+
+class Shares:
+    """Which rank encodes which images, or tiles, of a call.
+
+    Args:
+        patches: Number of patches of each image.
+        by_rank: Indices of each rank's images, in the order in which its tower gets them; ``None`` if every rank
+            encodes all.
 
     Attributes:
-        own: Indices of this rank's images, in the order in which its tower gets them.
+        own: Indices of this rank's images.
     """
 
-    def __init__(self, patches: Sequence[int], *, sharded: bool) -> None:
+    def __init__(self, patches: Sequence[int], by_rank: Sequence[Sequence[int]] | None) -> None:
         self._patches = patches
-        self._by_rank: list[list[int]] | None = None
-        self.own = [*range(len(patches))]
-        if sharded:
-            group = get_tp_group()
-            order, counts, _ = get_load_balance_assignment([*patches], group.world_size)  # vLLM's own
-            images = iter(order)
-            self._by_rank = [[next(images) for _ in range(count)] for count in counts]
-            self.own = self._by_rank[group.rank_in_group]
+        self._by_rank = by_rank
+        self.own = [*range(len(patches))] if by_rank is None else by_rank[get_tp_group().rank_in_group]
 
     def exchange(self, captured: Captured, device: torch.device) -> Captured:
         """Return the features that all ranks captured, one tensor per image. Every rank must call this.
 
         Args:
-            captured: ``(P_i, ...)`` per image of this rank, in the order of ``own``.
+            captured: ``(P_i, ...)`` per image of this rank, in the order of ``own``; none if it has no images.
             device: The encoder's device.
         """
         if self._by_rank is None:
             return captured
         group = get_tp_group()
-        own = {name: torch.cat([*tensors]) for name, tensors in captured.items()}
+        own = {name: torch.cat([*tensors]) for name, tensors in captured.items() if tensors}
         # All ranks need the shapes: one without images has captured nothing, but must receive the others' tensors.
         shapes_by_rank: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in self._by_rank]
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}

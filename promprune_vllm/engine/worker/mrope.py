@@ -46,11 +46,11 @@ def unsupported_reason(vllm_config: VllmConfig) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An image in a prompt.
+    """A run of visual tokens in a prompt: an image, or one of the frames of a video.
 
     Args:
         offset: Index of its first token in the pruned prompt.
-        kept: Tokens after pruning.
+        kept: Tokens after pruning, at least one.
         total: Tokens before pruning.
     """
 
@@ -64,7 +64,7 @@ def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
 
     Args:
         length: Tokens of the pruned prompt.
-        spans: Its images, by offset. Which tokens an image keeps is not known yet, so its first ones are used.
+        spans: Its runs, by offset. Which tokens a run keeps is not known yet, so its first ones are used.
 
     Returns:
         ``(length,)`` int64, strictly increasing.
@@ -116,7 +116,7 @@ def remember_delta(original: Any) -> Any:
 
 
 class MRopePrunedMixin(PrunedModelMixin):
-    """Goes before vLLM's model class in the bases of a family with M-RoPE."""
+    """Goes before vLLM's model class in the bases of a family with M-RoPE, which implements ``total_tokens``."""
 
     supports_multimodal_pruning = True
 
@@ -124,21 +124,35 @@ class MRopePrunedMixin(PrunedModelMixin):
         self._prunes = families.unsupported_reason(vllm_config) is None
         self._sends = self._prunes and vllm_config.ec_transfer_config is not None
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self._prunes:
+        if not self._prunes:
+            # With --video-pruning-rate, runners would call a hook that not every class of vLLM's has.
+            self.supports_multimodal_pruning = getattr(super(), "supports_multimodal_pruning", False)
+        else:
             rotary_tables.lengthen(self, table_rows(vllm_config.model_config.max_model_len))
             # Not before super().__init__: vLLM's model reads the flag as "video pruning", which must stay off.
             _enable_position_hook(vllm_config.model_config.multimodal_config)
 
+    def total_tokens(self, feature: Any) -> int | None:
+        """Return how many visual tokens a feature has before pruning; ``None`` for those that are never pruned."""
+        raise NotImplementedError
+
+    def media_ids(self) -> Sequence[int]:
+        """Return the tokens in whose place embeddings are put."""
+        return self.config.image_token_id, self.config.video_token_id
+
+    def row_width(self) -> int:
+        """Return the width of an unpruned image's or video's rows."""
+        return int(self.visual.out_hidden_size)
+
     def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:
         """Append the channels to the kept rows of one image."""
-        (group,) = image.groups
-        return encode_cells(rows, positions, group.features.grid[2])
+        return encode_cells(rows, *image.cells(positions))
 
     def as_sent(self, embeddings: Any) -> Any:
         """Append the channels where an engine that shares its rows with others has left them out."""
         if not self._sends or embeddings is None:
             return embeddings
-        width: int = self.visual.out_hidden_size
+        width = self.row_width()
         return [
             rows if rows.shape[1] > width else torch.cat([rows, _unchanged(rows)], dim=1) for rows in embeddings
         ]
@@ -146,10 +160,10 @@ class MRopePrunedMixin(PrunedModelMixin):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Return the positions ``(3, L)`` of a prompt, and the offset from later tokens' indices to positions.
 
-        Until the encoder has run, all kept tokens of a pruned image have the position of its first cell.
+        Until the encoder has run, all kept tokens of a pruned run have the position of its first cell.
         """
         upstream = super().get_mrope_input_positions
-        spans = [span for feature in mm_features if (span := self._span(feature)) is not None]
+        spans = [span for feature in mm_features for span in self._spans(feature)]
         if not spans:
             positions, delta = upstream(input_tokens, mm_features)
             return positions, delta
@@ -161,7 +175,7 @@ class MRopePrunedMixin(PrunedModelMixin):
         positions = unpruned_positions[:, columns]
         for span in spans:
             cells = slice(span.offset, span.offset + span.kept)
-            positions[1:, cells] = positions[0, cells]  # all cells of an image share one position in time
+            positions[1:, cells] = positions[0, cells]  # all cells of a run share one position in time
         return positions, delta + len(tokens) - len(input_tokens)
 
     def recompute_mrope_positions(
@@ -196,7 +210,7 @@ class MRopePrunedMixin(PrunedModelMixin):
 
     def _split_channels(self, embeddings: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
         """Return the rows without channels, and ``(R, CHANNELS)`` digits if any image in the chunk is pruned."""
-        width: int = self.visual.out_hidden_size
+        width = self.row_width()
         if all(rows.shape[1] <= width for rows in embeddings):
             return embeddings, None
         digits = [
@@ -208,19 +222,18 @@ class MRopePrunedMixin(PrunedModelMixin):
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
         ids = torch.as_tensor(input_ids[start:], device=positions.device)  # (L - start,)
-        media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+        media = torch.stack([ids == token for token in self.media_ids()]).any(dim=0)
         # V2 has all of this on the GPU. V1 keeps positions on the CPU, so here it waits for the GPU's digits.
         written = write_cells(positions[:, start:], media, digits.to(positions.device))
         return torch.cat([positions[:, :start], written], dim=1)
 
-    def _span(self, feature: Any) -> Span | None:
-        """Return the span of a pruned image; ``None`` for anything else."""
-        if feature.modality != "image":
-            return None
-        merge = self.visual.spatial_merge_size
-        total = int(feature.data["image_grid_thw"].data.prod()) // merge**2
-        placeholder = feature.mm_position
-        return Span(placeholder.offset, placeholder.length, total) if placeholder.length < total else None
+    def _spans(self, feature: Any) -> list[Span]:
+        """Return the runs of a pruned feature, all of one size before pruning; none for anything else."""
+        total, placeholder = self.total_tokens(feature), feature.mm_position
+        if total is None or placeholder.get_num_embeds() == total:
+            return []
+        runs = placeholder.extract_embeds_range()
+        return [Span(first, last + 1 - first, total // len(runs)) for first, last in runs]
 
 
 def _unchanged(rows: Tensor) -> Tensor:
@@ -268,7 +281,22 @@ def _unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:
 def _unpruned_feature(feature: Any, columns: Tensor, spans: Sequence[Span]) -> Any:
     """Return a feature with the placeholder that it has in the unpruned prompt."""
     placeholder = feature.mm_position
-    total_by_offset = {span.offset: span.total for span in spans}
-    length = total_by_offset.get(placeholder.offset, placeholder.length)
-    offset = int(columns[placeholder.offset])
-    return replace(feature, mm_position=replace(placeholder, offset=offset, length=length))
+    end = placeholder.offset + placeholder.length
+    own = [span for span in spans if placeholder.offset <= span.offset < end]
+    moved = replace(placeholder, offset=int(columns[placeholder.offset]))
+    if own:
+        mask = placeholder.is_embed
+        dropped = sum(span.total - span.kept for span in own)
+        moved = replace(moved, length=placeholder.length + dropped)
+        if mask is not None:
+            moved = replace(moved, is_embed=_unpruned_mask(mask, placeholder.offset, own))
+    return replace(feature, mm_position=moved)
+
+
+def _unpruned_mask(mask: Tensor, offset: int, spans: Sequence[Span]) -> Tensor:
+    """Return which tokens of a placeholder in the unpruned prompt are visual."""
+    parts, done = [], 0
+    for span in spans:
+        parts += [mask[done : span.offset - offset], mask.new_ones(span.total)]
+        done = span.offset - offset + span.kept
+    return torch.cat([*parts, mask[done:]])

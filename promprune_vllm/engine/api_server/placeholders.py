@@ -1,0 +1,75 @@
+"""Shortens the placeholder of an image in the prompt to the tokens that the image keeps.
+
+A placeholder may have text among its visual tokens: InternVL's has one token before and one after, and models
+with tiles have separators between them. Text stays. The visual tokens form runs, which share the budget as a
+method's groups do, in proportion to their sizes. So every count follows from sizes alone, before anything is
+encoded. A family with several runs per image has one group for each, with as many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
+
+
+def shorten(update: Any, plans: Sequence[ImagePlan]) -> Any:
+    """Return a prompt update of vLLM's whose placeholders have as many visual tokens as the images keep.
+
+    Args:
+        update: A ``PromptReplacement`` or ``PromptInsertion``. Its content is a list of tokens or
+            ``PromptUpdateDetails``, or a function of the image's index that returns one.
+        plans: One per image.
+    """
+
+    def shortened(index: int) -> Any:
+        content = update.content
+        return _shorten(content(index) if callable(content) else content, plans[index])
+
+    name = "insertion" if hasattr(update, "insertion") else "replacement"
+    changed: Mapping[str, Any] = {name: shortened}
+    return replace(update, **changed)
+
+
+def _shorten(content: Any, plan: ImagePlan) -> Any:
+    full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
+    is_embed = content.is_embed if isinstance(content, PromptUpdateDetails) else None
+    visual = [True] * len(full) if is_embed is None else is_embed(full).tolist()
+    if sum(visual) != plan.total:
+        raise RuntimeError(
+            f"vLLM made a placeholder of {sum(visual)} visual tokens for an image counted as {plan.total}"
+        )
+    stays = kept_tokens(visual, plan.kept)
+    shorter = [token for token, stay in zip(full, stays, strict=True) if stay]
+    if is_embed is None:
+        return shorter
+    mask = torch.tensor([is_visual for is_visual, stay in zip(visual, stays, strict=True) if stay])
+
+    def is_embed_of_shorter(_: list[int]) -> Tensor:
+        return mask
+
+    return PromptUpdateDetails(full=shorter, is_embed=is_embed_of_shorter)
+
+
+def kept_tokens(is_visual: Sequence[bool], keep: int) -> list[bool]:
+    """Return which tokens of a placeholder stay: all text, and the first ones of each run of visual tokens.
+
+    Args:
+        is_visual: Whether each token is a visual one.
+        keep: Visual tokens to keep in all.
+    """
+    runs = [(visual, len(list(run))) for visual, run in groupby(is_visual)]
+    counts = iter(BudgetPolicy().allocate(keep, [size for visual, size in runs if visual]))
+    stays: list[bool] = []
+    for visual, size in runs:
+        kept = next(counts) if visual else size
+        stays += [True] * kept + [False] * (size - kept)
+    return stays

@@ -1,0 +1,164 @@
+"""Shared code of the families whose tower takes an image of any size as a sequence of patches: Qwen-VL, GLM-V.
+
+These towers have no CLS token. The saliency of a patch is the attention that it receives from all patches of its
+image in the last block with full attention. The saliency of a visual token is the mean over its patches. The
+language model has M-RoPE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.core import geometry
+from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.features import Need, VisionFeatures
+from promprune_vllm.core.positions import require_rows
+from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.api_server.refusals import refusing
+from promprune_vllm.engine.keys import SUMMARY
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.encoder_graphs import keep_eager
+from promprune_vllm.engine.worker.encoder_sharding import Captured, share_images
+from promprune_vllm.engine.worker.mrope import MRopePrunedMixin
+from promprune_vllm.engine.worker.patch_merge import PatchMerge
+from promprune_vllm.engine.worker.tower_hooks import attention_features, encoder_rows
+from promprune_vllm.errors import BudgetError
+
+
+class PatchTowerProcessorMixin(PrunedProcessorMixin):
+    """Placeholders of K tokens. A family implements ``image_tokens`` and ``token_grid``."""
+
+    supplies = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
+
+    end_token: ClassVar[str]
+    """The token that chat templates put after an image."""
+
+    def token_grid(self, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
+        """Return the rows and columns of the grid of tokens of an image with this size in pixels."""
+        raise NotImplementedError
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
+        result = super().apply(inputs, timing_ctx)
+        summary, placeholders = result.get(SUMMARY), result["mm_placeholders"].get(self.modality)
+        if not summary or summary.images[-1].kept == summary.images[-1].total:
+            return result
+        with refusing(self.info.ctx.model_config):
+            # The next position follows from the image's last row and column, which may have been dropped.
+            if placeholders[-1].offset + placeholders[-1].length == len(result["prompt_token_ids"]):
+                raise BudgetError(
+                    f"{FIELD} cannot be applied to an image that ends the prompt: put text or the token "
+                    f"{self.end_token} after it, as chat templates do.",
+                    reason="unsupported",
+                )
+        return result
+
+    def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+        """Refuse images whose positions could exceed the model's rotary table."""
+        if any(kept < total for total, kept in counts):
+            # An image of unknown size keeps every token, and takes at most as many positions.
+            positions_and_kept = [
+                (max(self.token_grid(size.width, size.height, kwargs)) if size else kept, kept)
+                for size, (_, kept) in zip(images.sizes, counts, strict=True)
+            ]
+            require_rows(positions_and_kept, self.info.ctx.model_config.max_model_len)
+
+    def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
+        """Return the pixel box of each visual token; vLLM resizes the image to a multiple of a token's size."""
+        whole = (0.0, 0.0, float(width), float(height))
+        return list(geometry.grid(*self.token_grid(width, height, {}), whole))
+
+    def embedded_tokens(self, images: Any, index: int) -> int:
+        """Return how many tokens an image sent as ``image_embeds`` has."""
+        merge: int = self.info.get_hf_config().vision_config.spatial_merge_size
+        return int(images.get(index)["image_grid_thw"].prod()) // merge**2
+
+
+class PatchTowerMixin(MRopePrunedMixin):
+    """Captures features of the tower; comes before vLLM's model class.
+
+    A family implements ``projector`` and ``project``, and whatever else differs.
+    """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._merge = PatchMerge(self.visual.spatial_merge_size)
+        if self._prunes:
+            keep_eager((self.visual.blocks[self.saliency_block()], self.visual.merger))
+
+    def saliency_block(self) -> int:
+        """Return the index of the block whose attention gives the saliency."""
+        return -1
+
+    def projector(self) -> Any:
+        """Return the first module after the tower's blocks that is never compiled: it gets the patches' rows."""
+        raise NotImplementedError
+
+    def patch_rows(self, inputs: Tensor) -> Tensor:
+        """Return the ``(P, Dv)`` rows of patches that ``projector`` was called with."""
+        return inputs.flatten(0, -2)
+
+    def projected_width(self) -> int:
+        """Return the width D of a visual token."""
+        return int(self.visual.out_hidden_size)
+
+    def in_raster_order(self, values: Tensor, grid: list[int]) -> Tensor:  # noqa: ARG002
+        """Reorder ``(N, ...)`` values of an image from the tower's order of tokens to raster order."""
+        return values
+
+    def total_tokens(self, feature: Any) -> int | None:
+        """Return how many tokens an image has before pruning; ``None`` for features that are never pruned."""
+        if feature.modality != "image":
+            return None
+        return int(feature.data["image_grid_thw"].data.prod()) // self._merge.side**2
+
+    def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
+        """Encode some of the images and return them with the requested features.
+
+        Args:
+            inputs: ``pixel_values`` of ``(P, C)``, the patches of all B images one after the other, and
+                ``image_grid_thw`` ``(B, 3)``, each image's grid of patches.
+            items: Which of the B images.
+            needs: Features to capture.
+        """
+        grids = inputs["image_grid_thw"]
+        counts = grids.prod(-1).tolist()  # patches per image
+        start = sum(counts[: items.start])
+        counts = counts[items]
+        pixels = inputs["pixel_values"][start : start + sum(counts)]
+        rows, captured = self._encode(pixels, grids[items], counts, needs)
+        return [
+            self._image(rows[i], grid, {name: values[i] for name, values in captured.items()})
+            for i, grid in enumerate(grids[items].tolist())
+        ]
+
+    def _encode(
+        self, pixels: Tensor, grids: Tensor, counts: Sequence[int], needs: Need
+    ) -> tuple[Sequence[Tensor], Captured]:
+        """Return the rows of each image, and the captured features of its patches."""
+        shares = share_images(counts, sharded=bool(getattr(self, "use_data_parallel", False)))
+        own = [counts[i] for i in shares.own]
+        layer = self.visual.blocks[self.saliency_block()].attn
+        with (
+            attention_features(layer, needs, counts=own) as captured,
+            encoder_rows(self.projector(), needs) as encoder,
+        ):
+            rows = self.embed_unpruned(pixel_values=pixels, image_grid_thw=grids)
+        if encoder:
+            captured["encoder"] = [*torch.split(self.patch_rows(encoder[0]), own)]  # (P, Dv) per image
+        return rows, shares.exchange(captured, pixels.device)
+
+    def _image(self, rows: Tensor, grid: list[int], captured: Mapping[str, Tensor]) -> EncodedImage:
+        frames, height, width = grid
+        features = {}
+        for name, patches in captured.items():
+            merge = self._merge.side_by_side if name == "encoder" else self._merge.mean
+            features[name] = self.in_raster_order(merge(patches, width), grid)
+        side = self._merge.side
+        projected = rows[:, : self.projected_width()]
+        shape = (frames, height // side, width // side)
+        return EncodedImage.whole(rows, VisionFeatures(projected=projected, grid=shape, **features))
