@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LINEAR = "linear_attention"
+_GLM_EXPERTS = ("glm4_moe", "glm4v_moe_text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ class Decoder:
         experts: Experts per layer; 1 for a dense model.
         used_experts: Experts per layer that a token passes through.
         shared: Width of the expert that all tokens pass through; 0 if there is none.
+        shared_gate: Whether that expert's output has a gate.
+        dense: Number of layers, the first ones, with a plain MLP in place of experts.
+        dense_intermediate: Width of that MLP.
         gated: Whether a layer's attention has a gate for its output.
         linear: Those of the layers that have no KV cache.
     """
@@ -56,6 +60,9 @@ class Decoder:
     experts: int = 1
     used_experts: int = 1
     shared: int = 0
+    shared_gate: bool = False
+    dense: int = 0
+    dense_intermediate: int = 0
     gated: bool = False
     linear: LinearLayers = _NO_LINEAR_LAYERS
 
@@ -72,9 +79,10 @@ class Decoder:
     def _weights(self, experts: int) -> int:
         attention = self.hidden * self.head * ((2 + self.gated) * self.heads + 2 * self.kv_heads)
         mlp = 3 * self.hidden * (self.intermediate * experts + self.shared)
-        router = self.hidden * (self.experts + bool(self.shared)) if self.experts > 1 else 0
+        router = self.hidden * (self.experts + self.shared_gate) if self.experts > 1 else 0
+        dense = 3 * self.hidden * self.dense_intermediate
         mixers = self.attention_layers * attention + self.linear.count * self.linear.mixer
-        return self.layers * (mlp + router) + mixers
+        return (self.layers - self.dense) * (mlp + router) + self.dense * dense + mixers
 
     def prefill_flops(self, tokens: int) -> int:
         """Return the floating-point operations of a prefill of ``tokens`` tokens; a multiply-add counts as two.
@@ -108,7 +116,7 @@ def read_decoder(text: Mapping[str, Any]) -> Decoder | None:
         return None
 
 
-def _decoder(text: Mapping[str, Any], feed_forward: Mapping[str, int]) -> Decoder:
+def _decoder(text: Mapping[str, Any], feed_forward: Mapping[str, Any]) -> Decoder:
     heads, hidden, linear = int(text["num_attention_heads"]), int(text["hidden_size"]), _linear_layers(text)
     return Decoder(
         layers=int(text["num_hidden_layers"]),
@@ -123,21 +131,40 @@ def _decoder(text: Mapping[str, Any], feed_forward: Mapping[str, int]) -> Decode
     )
 
 
-def _feed_forward(text: Mapping[str, Any]) -> dict[str, int] | None:
+def _feed_forward(text: Mapping[str, Any]) -> dict[str, Any] | None:
+    sizes = _glm_experts(text) if text.get("model_type") in _GLM_EXPERTS else _experts(text)
+    return sizes if sizes is not None and all(isinstance(size, int) for size in sizes.values()) else None
+
+
+def _glm_experts(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of GLM-4.5's layers. DeepSeek's have the same names, but another attention."""
+    width, shared = text.get("moe_intermediate_size"), text.get("n_shared_experts") or 0
+    return {
+        "intermediate": width,
+        "experts": text.get("n_routed_experts"),
+        "used_experts": text.get("num_experts_per_tok"),
+        "shared": width * shared if isinstance(width, int) else None,
+        "dense": text.get("first_k_dense_replace"),
+        "dense_intermediate": text.get("intermediate_size"),
+    }
+
+
+def _experts(text: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the sizes of a dense model's layers, or of Qwen's with experts."""
     # transformers calls Qwen3-VL's `num_experts` by its own name.
     experts = text.get("num_experts") or text.get("num_local_experts")
     if experts is None:
-        intermediate = text.get("intermediate_size")
-        return {"intermediate": intermediate} if isinstance(intermediate, int) else None
+        return {"intermediate": text.get("intermediate_size")}
     if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1 or text.get("n_shared_experts"):
         return None  # layers differ, or a shared expert of unknown width
-    sizes = {
+    shared = text.get("shared_expert_intermediate_size") or 0
+    return {
         "intermediate": text.get("moe_intermediate_size"),
         "experts": experts,
         "used_experts": text.get("num_experts_per_tok"),
-        "shared": text.get("shared_expert_intermediate_size") or 0,
+        "shared": shared,
+        "shared_gate": bool(shared),
     }
-    return sizes if all(isinstance(size, int) for size in sizes.values()) else None
 
 
 def _linear_layers(text: Mapping[str, Any]) -> LinearLayers:

@@ -115,11 +115,9 @@ def read(model: str) -> Facts:
     Raises:
         PlanError: There is no configuration, or its model type is not supported.
     """
-    from transformers import AutoConfig
-
     path = Path(model)
     try:
-        config = AutoConfig.from_pretrained(model).to_dict()
+        config = _read_config(model)
         processor = _read_image_processor(model)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -132,6 +130,18 @@ def read(model: str) -> Facts:
         raise PlanError(f"{model} is of type {kind!r}; supported types are {', '.join(images.COUNTERS)}.")
     name = path.parent.name if path.is_file() else path.name
     return _facts(name, kind, config, processor)
+
+
+def _read_config(model: str) -> dict[str, Any]:
+    """Return the model's configuration with every default, without running code that comes with a checkpoint."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    written, _ = PreTrainedConfig.get_config_dict(model)
+    if written.get("model_type") != "internvl_chat":
+        config: dict[str, Any] = AutoConfig.from_pretrained(model).to_dict()
+        return config
+    text = written["llm_config"]
+    return {**written, "text_config": AutoConfig.for_model(**text).to_dict()}
 
 
 def _read_image_processor(model: str) -> dict[str, Any]:
@@ -188,6 +198,9 @@ def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
         feature_layers = [feature] if isinstance(feature, int) else list(feature)
         used = max(layer % (layers + 1) for layer in feature_layers)  # 0 is the embeddings: -2 skips one layer
         return Tower(used, hidden, 2 * hidden * int(vision["intermediate_size"]), 0, used)
+    if kind.startswith("internvl"):
+        hidden, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
+        return Tower(layers, hidden, 2 * hidden * int(vision["intermediate_size"]), 0, layers)
     layers = int(vision["depth"])
     if kind == "qwen2_vl":
         hidden = int(vision["embed_dim"])
@@ -195,6 +208,9 @@ def _tower(kind: str, config: Mapping[str, Any]) -> Tower:
     hidden, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
     if kind.startswith("qwen3_"):
         return Tower(layers, hidden, 2 * hidden * mlp, 0, layers)
+    if kind.startswith("glm"):
+        width = mlp if kind == "glm_ocr" else int(vision["out_hidden_size"])
+        return Tower(layers, hidden, 3 * hidden * width, 0, layers)
     window = (int(vision["window_size"]) // int(vision["patch_size"])) ** 2
     return Tower(layers, hidden, 3 * hidden * mlp, window, len(vision["fullatt_block_indexes"]))
 
@@ -203,6 +219,14 @@ def _projector(kind: str, config: Mapping[str, Any], hidden: int) -> int:
     vision = config["vision_config"]
     if kind.startswith("llava"):
         return int(vision["hidden_size"]) * hidden + hidden**2
+    if kind.startswith("internvl"):
+        return round(vision["hidden_size"] / config["downsample_ratio"] ** 2) * hidden + hidden**2
+    if kind.startswith("glm"):
+        inner = int(
+            config["text_config"]["intermediate_size"] if kind == "glm_ocr" else vision["intermediate_size"]
+        )
+        merged = int(vision["hidden_size"]) * int(vision["spatial_merge_size"]) ** 2
+        return hidden * (merged + hidden + 3 * inner)
     inner = int(vision.get("embed_dim") or vision["hidden_size"]) * int(vision["spatial_merge_size"]) ** 2
     mergers = 1 + len(vision.get("deepstack_visual_indexes") or ())
     return mergers * (inner**2 + inner * hidden)

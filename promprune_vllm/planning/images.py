@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from promprune_vllm.errors import PlanError
@@ -10,6 +10,7 @@ from promprune_vllm.errors import PlanError
 Config = Mapping[str, Any]
 # Pixel limits (min, max) of the published image processors, for models without a processor configuration.
 _QWEN2_PIXELS, _QWEN3_PIXELS = (3136, 12_845_056), (65_536, 16_777_216)
+_GLM_PIXELS = (12_544, 11_760_000)  # over the two frames that an image is repeated in
 _QWEN_PIXELS = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN2_PIXELS),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN3_PIXELS),
@@ -37,18 +38,26 @@ def visual_tokens(config: Config, processor: Config, width: int, height: int) ->
 
 def patches(config: Config, processor: Config, width: int, height: int) -> int:
     """Return the number of patches that the vision tower encodes for an image, over all tiles."""
-    kind = str(config.get("model_type"))
-    if kind.startswith("qwen"):
-        return (
-            visual_tokens(config, processor, width, height)
-            * int(config["vision_config"]["spatial_merge_size"]) ** 2
-        )
+    kind, tokens = str(config.get("model_type")), visual_tokens(config, processor, width, height)
+    if "spatial_merge_size" in config["vision_config"]:
+        return tokens * int(config["vision_config"]["spatial_merge_size"]) ** 2
+    if "downsample_ratio" in config:
+        return int(tokens / config["downsample_ratio"] ** 2)
     return _side(config) ** 2 * (_tiles(config, width, height) if kind == "llava_next" else 1)
 
 
 def _side(config: Config) -> int:
-    vision = config["vision_config"]
-    return int(vision["image_size"]) // int(vision["patch_size"])
+    """Return the patches of a tile along each axis."""
+    return _tile_size(config) // _length(config["vision_config"]["patch_size"])
+
+
+def _tile_size(config: Config) -> int:
+    return _length(config["vision_config"]["image_size"])
+
+
+def _length(value: Any) -> int:
+    """Return a length that some configurations give as height and width."""
+    return int(value if isinstance(value, int) else value[0])
 
 
 def _llava(config: Config, _: Config, __: int, ___: int) -> int:
@@ -57,7 +66,7 @@ def _llava(config: Config, _: Config, __: int, ___: int) -> int:
 
 def _tiles(config: Config, width: int, height: int) -> int:
     best = _resolution(config, width, height)
-    size = int(config["vision_config"]["image_size"])
+    size = _tile_size(config)
     return 1 + (best[0] // size) * (best[1] // size)
 
 
@@ -73,7 +82,7 @@ def _resolution(config: Config, width: int, height: int) -> tuple[int, int]:
 
 
 def _llava_next(config: Config, _: Config, width: int, height: int) -> int:
-    side, size = _side(config), int(config["vision_config"]["image_size"])
+    side, size = _side(config), _tile_size(config)
     canvas = _resolution(config, width, height)
     rows, columns = side * (canvas[0] // size), side * (canvas[1] // size)
     if width / height > columns / rows:
@@ -100,9 +109,85 @@ def _qwen(config: Config, processor: Config, width: int, height: int) -> int:
     return (high // step) * (wide // step)
 
 
+def _internvl(config: Config, processor: Config, width: int, height: int) -> int:
+    least, most = (
+        int(processor.get(name, default)) for name, default in (("min_patches", 1), ("max_patches", 12))
+    )
+    arrangements = [
+        (across, down)
+        for across in range(1, most + 1)
+        for down in range(1, most + 1)
+        if least <= across * down <= most
+    ]
+    tile = int((processor.get("size") or {}).get("height") or _tile_size(config))
+    tiles = _best_arrangement(arrangements, tile, width, height)
+    return _tokens_of_tiles(config, tiles + (tiles > 1))
+
+
+def _internvl_chat(config: Config, _: Config, width: int, height: int) -> int:
+    is_cut = config["dynamic_image_size"]
+    least, most = (int(config[f"{name}_dynamic_patch"]) if is_cut else 1 for name in ("min", "max"))
+    # The order of a set decides between arrangements that fit equally well, there as here.
+    arrangements = {
+        (across, down)
+        for tiles in range(least, most + 1)
+        for across in range(1, tiles + 1)
+        for down in range(1, tiles + 1)
+        if least <= across * down <= most
+    }
+    tiles = _best_arrangement(arrangements, _tile_size(config), width, height)
+    return _tokens_of_tiles(config, tiles + (tiles > 1 and bool(config["use_thumbnail"])))
+
+
+def _best_arrangement(arrangements: Iterable[tuple[int, int]], tile: int, width: int, height: int) -> int:
+    """Return the tiles of the arrangement with the aspect ratio nearest to the image's.
+
+    Of equal ones it is the last whose pixels are less than twice the image's.
+
+    Args:
+        arrangements: Tiles across and down.
+        tile: Width and height of a tile in pixels.
+        width, height: Image size in pixels.
+    """
+    best, best_difference = 1, float("inf")
+    for across, down in sorted(arrangements, key=lambda each: each[0] * each[1]):
+        difference = abs(width / height - across / down)
+        fills = width * height > 0.5 * tile**2 * across * down
+        if difference < best_difference or (difference == best_difference and fills):
+            best, best_difference = across * down, difference
+    return best
+
+
+def _tokens_of_tiles(config: Config, tiles: int) -> int:
+    return tiles * int(_side(config) ** 2 * config["downsample_ratio"] ** 2)
+
+
+def _glm4v(config: Config, processor: Config, width: int, height: int) -> int:
+    from transformers.models.glm4v.image_processing_glm4v import smart_resize
+
+    vision, size = config["vision_config"], processor.get("size") or {}
+    step, frames = (
+        int(vision["patch_size"]) * int(vision["spatial_merge_size"]),
+        int(vision["temporal_patch_size"]),
+    )
+    high, wide = smart_resize(
+        num_frames=frames,
+        height=height,
+        width=width,
+        temporal_factor=frames,
+        factor=step,
+        min_pixels=int(size.get("shortest_edge") or _GLM_PIXELS[0]),
+        max_pixels=int(size.get("longest_edge") or _GLM_PIXELS[1]),
+    )
+    return int(high // step) * int(wide // step)
+
+
 COUNTERS: Mapping[str, Callable[[Config, Config, int, int], int]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     **dict.fromkeys(_QWEN_PIXELS, _qwen),
+    "internvl": _internvl,
+    "internvl_chat": _internvl_chat,
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), _glm4v),
 }
 """Functions that count visual tokens, by ``model_type``."""

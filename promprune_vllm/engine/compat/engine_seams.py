@@ -76,6 +76,7 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         call("vllm.multimodal.inputs:MultiModalFieldConfig.batched", "modality", "keep_on_cpu", body=True),
         call("vllm.multimodal.hasher:MultiModalHasher.hash_kwargs", "algorithm", body=True),
         rely("vllm.multimodal.inputs:PlaceholderRange", body=True),
+        call(f"{_PROCESSING}.processor:PromptUpdateDetails", "full", "is_embed", body=True),
         call(f"{_PROCESSING}.inputs:ProcessorInputs.get_mm_hashes", "model_id", "hash_algorithm", before="0.32"),
         call(f"{_PROCESSING}.dummy_inputs:BaseDummyInputsBuilder.get_dummy_processor_inputs", before="0.31"),
         add(f"{_PROCESSOR}._get_mm_hashes", before="0.32"),
@@ -109,6 +110,10 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         rely(f"{_V1}._execute_mm_encoder", words=("embed_multimodal", "_cache_encoder_output", "encoder_cache")),
         rely(f"{_ENCODER}.execute_mm_encoder", body=True),
         wrap("vllm.v1.worker.encoder_cudagraph:EncoderCudaGraphManager.execute", "mm_kwargs"),
+        call(
+            "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention",
+            *("num_heads", "head_size", "scale", "num_kv_heads"),
+        ),
     ),
     *of(
         parts.FAILED_IMAGES,

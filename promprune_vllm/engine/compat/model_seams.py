@@ -15,6 +15,9 @@ _QWEN2_5 = f"{_MODELS}.qwen2_5_vl"
 _QWEN2_5_MODEL = f"{_QWEN2_5}:Qwen2_5_VLForConditionalGeneration"
 _QWEN3 = f"{_MODELS}.qwen3_vl"
 _QWEN3_MODEL = f"{_QWEN3}:Qwen3VLForConditionalGeneration"
+_INTERN_CHAT = f"{_MODELS}.internvl"
+_INTERN = f"{_MODELS}.interns1"
+_GLM = f"{_MODELS}.glm4_1v"
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PRUNER = "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner"
 _ROPE_STATE = "vllm.v1.worker.gpu.mm.rope:RopeState"
@@ -138,5 +141,66 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         call(f"{_MODELS}.qwen3_5:Qwen3_5ForConditionalGeneration"),
         call(f"{_MODELS}.qwen3_5:Qwen3_5MoeForConditionalGeneration"),
         rely(f"{_MODELS}.qwen3_5:Qwen3_5ForConditionalGeneration.embed_input_ids", body=True),
+    ),
+    *of(
+        parts.INTERNVL_CHAT,
+        call(f"{_INTERN_CHAT}:InternVLMultiModalProcessor"),
+        call(f"{_INTERN_CHAT}:InternVLDummyInputsBuilder"),
+        call(f"{_INTERN_CHAT}:InternVLProcessingInfo.get_hf_processor", body=True),
+        call(f"{_INTERN_CHAT}:InternVLChatModel.extract_feature", "pixel_values", body=True),
+        rely(f"{_INTERN_CHAT}:InternVLChatModel._process_vision_input", body=True),
+        rely(f"{_INTERN_CHAT}:InternVLChatModel.embed_multimodal", body=True),
+        rely(f"{_INTERN_CHAT}:InternVLChatModel.pixel_shuffle", body=True),
+        rely(f"{_INTERN_CHAT}:BaseInternVLMultiModalProcessor._get_prompt_repl_image", body=True),
+        call(
+            "vllm.transformers_utils.processors.internvl:InternVLProcessor.get_num_image_tokens",
+            *("image_width", "image_height"),
+            body=True,
+        ),
+        call(
+            "vllm.transformers_utils.processors.internvl:calculate_internvl_targets",
+            *("orig_width", "orig_height", "target_ratios", "image_size", "use_thumbnail"),
+            body=True,
+        ),
+        rely(f"{_MODELS}.intern_vit:InternVisionModel.forward", body=True),
+        rely(f"{_MODELS}.intern_vit:InternParallelAttention.forward", body=True),
+        rely(f"{_MODELS}.vision:run_dp_sharded_vision_model", body=True),
+        call("vllm.distributed.parallel_state:GroupCoordinator.broadcast", "input_", "src"),
+        call(_PINNED),
+    ),
+    *of(
+        parts.INTERNVL,
+        call(f"{_INTERN}:InternS1MultiModalProcessor"),
+        call(f"{_INTERN}:InternS1DummyInputsBuilder"),
+        call(f"{_INTERN}:InternS1ProcessingInfo.get_hf_processor", body=True),
+        call(f"{_INTERN}:InternS1ForConditionalGeneration.extract_feature", "pixel_values", body=True),
+        rely(f"{_INTERN}:InternS1ForConditionalGeneration._process_vision_input", body=True),
+        rely(f"{_INTERN}:InternS1ForConditionalGeneration.embed_multimodal", body=True),
+        rely(f"{_INTERN}:InternS1ForConditionalGeneration.pixel_shuffle", body=True),
+        rely(f"{_INTERN}:InternS1MultiModalProcessor._get_prompt_updates", body=True),
+        rely(f"{_MODELS}.interns1_vit:InternS1VisionModel.forward", body=True),
+        rely(f"{_MODELS}.interns1_vit:InternSdpaAttention.forward", body=True),
+        call(_PINNED),
+    ),
+    *of(
+        parts.GLM4V,
+        call(f"{_GLM}:Glm4vMultiModalProcessor"),
+        call(f"{_GLM}:Glm4vDummyInputsBuilder"),
+        call(f"{_GLM}:Glm4vProcessingInfo.get_image_processor"),
+        call(f"{_GLM}:Glm4vForConditionalGeneration.get_mrope_input_positions", *_POSITIONS, body=True),
+        rely(f"{_GLM}:Glm4vForConditionalGeneration.iter_mm_grid_thw", body=True),
+        rely(f"{_GLM}:Glm4vForConditionalGeneration._process_image_input", body=True),
+        rely(f"{_GLM}:Glm4vForConditionalGeneration.embed_multimodal", body=True),
+        rely(f"{_GLM}:Glm4vMultiModalProcessor._get_prompt_updates", body=True),
+        rely(f"{_GLM}:Glm4vVisionAttention.forward", body=True),
+        call(f"{_GLM}:Glm4vVisionTransformer.forward", *_TOWER, body=True),
+        call(f"{_GLM}:Glm4vPatchMerger.forward", "x", body=True),
+        call(f"{_GLM}:Glm4vMoeForConditionalGeneration"),
+    ),
+    *of(
+        parts.GLM_OCR,
+        call(f"{_MODELS}.glm_ocr:GlmOcrForConditionalGeneration"),
+        rely(f"{_MODELS}.glm_ocr:GlmOcrVisionAttention.forward", body=True),
+        call(f"{_MODELS}.glm_ocr:GlmOcrVisionTransformer.forward", *_TOWER, body=True),
     ),
 )

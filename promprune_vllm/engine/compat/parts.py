@@ -32,7 +32,10 @@ class Part:
 
 
 def _family(name: str, *models: str) -> Part:
-    architectures = tuple(f"{model}ForConditionalGeneration" for model in models)
+    """Return the part of some architectures: full names, or what comes before ``ForConditionalGeneration``."""
+    architectures = tuple(
+        model if model.endswith("Model") else f"{model}ForConditionalGeneration" for model in models
+    )
     return Part(name, Kind.FAMILY, architectures, f"budgets for {', '.join(architectures)} get HTTP 400")
 
 
@@ -50,12 +53,18 @@ FAILED_IMAGES = Part("failed images", Kind.COMMON)
 CLIP = _family("CLIP tower", "Llava", "LlavaNext")
 LLAVA = _family("LLaVA", "Llava")
 LLAVA_NEXT = _family("LLaVA-NeXT", "LlavaNext")
-MROPE = _family("M-RoPE", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
+_QWEN = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
+_GLM = ("Glm4v", "Glm4vMoe", "GlmOcr")
+MROPE = _family("M-RoPE", *_QWEN, *_GLM)
 QWEN2_VL = _family("Qwen2-VL", "Qwen2VL")
 QWEN2_5_VL = _family("Qwen2.5-VL", "Qwen2_5_VL")
 QWEN3_VL = _family("Qwen3-VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 QWEN3_VL_MOE = _family("Qwen3-VL-MoE", "Qwen3VLMoe")
 QWEN3_5 = _family("Qwen3.5", "Qwen3_5", "Qwen3_5Moe")
+INTERNVL_CHAT = _family("InternVL", "InternVLChatModel")
+INTERNVL = _family("InternVL-HF", "InternVL")
+GLM4V = _family("GLM-V", *_GLM)
+GLM_OCR = _family("GLM-OCR", "GlmOcr")
 
 USAGE = _feature("usage", "replies have no usage.visual_tokens; the headers still tell")
 BATCH = _feature("batch usage", "results of `vllm run-batch` have no usage.visual_tokens")

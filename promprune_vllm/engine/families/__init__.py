@@ -21,6 +21,11 @@ _RECEIVED = (
 )
 _RECOUNTED = "consecutive over the kept tokens"
 _ORIGINAL = "kept tokens and text have the same (t, h, w) as without pruning"
+_CLS_OF_TOKEN = (
+    "attention that CLS pays to a patch in the tower's last layer, mean over heads, then over the token's 2 x 2 "
+    "patches, tile by tile"
+)
+_INTERN = "`ps_version` v1, tokens of other than 2 x 2 patches, LoRA on the tower"
 _CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
 _MROPE = "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that ends with a pruned image"
 # `promprune calibrate` measures mu for other towers and image sizes.
@@ -110,6 +115,47 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             f"{_MODULES}.qwen3_5_moe:PrunedQwen3_5Moe",
             _RECEIVED.format("the last block"),
             f"{_ORIGINAL}; layers without attention have none",
+            _MROPE,
+            _QWEN_MU,
+            _BORROWED,
+        ),
+        "InternVLChatModel": Family(
+            "InternVL 2 to 3.5",
+            f"{_MODULES}.internvl_chat:PrunedInternVLChat",
+            _CLS_OF_TOKEN,
+            _RECOUNTED,
+            _INTERN,
+        ),
+        "InternVLForConditionalGeneration": Family(
+            "InternVL 3, 3.5 (-HF)",
+            f"{_MODULES}.internvl:PrunedInternVL",
+            _CLS_OF_TOKEN,
+            _RECOUNTED,
+            _INTERN,
+        ),
+        "Glm4vForConditionalGeneration": Family(
+            "GLM-4.1V",
+            f"{_MODULES}.glm4v:PrunedGlm4v",
+            _RECEIVED.format("the last block"),
+            _ORIGINAL,
+            _MROPE,
+            _QWEN_MU,
+            _BORROWED,
+        ),
+        "Glm4vMoeForConditionalGeneration": Family(
+            "GLM-4.5V, GLM-4.6V",
+            f"{_MODULES}.glm4v_moe:PrunedGlm4vMoe",
+            _RECEIVED.format("the last block"),
+            _ORIGINAL,
+            _MROPE,
+            _QWEN_MU,
+            _BORROWED,
+        ),
+        "GlmOcrForConditionalGeneration": Family(
+            "GLM-OCR",
+            f"{_MODULES}.glm_ocr:PrunedGlmOcr",
+            _RECEIVED.format("the last block"),
+            _ORIGINAL,
             _MROPE,
             _QWEN_MU,
             _BORROWED,

@@ -1,0 +1,97 @@
+"""Shared code of the InternVL families: tiles of one size, then the whole image as one more tile.
+
+The tower is a ViT with a CLS token. Each token is made of 2 x 2 patches ("pixel shuffle"), whose saliency and keys
+are averaged. Positions are 1-D, consecutive over the kept tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from promprune_vllm.config import Settings
+from promprune_vllm.core import geometry
+from promprune_vllm.core.features import Need
+from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.families import tile_tower
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.encoder_graphs import keep_eager
+from promprune_vllm.engine.worker.patch_merge import PatchMerge
+from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
+
+
+class InternVLProcessorMixin(PrunedProcessorMixin):
+    """Placeholders of K tokens. A family implements ``image_tokens`` and ``tiles``."""
+
+    supplies = tile_tower.SUPPLIES
+
+    def tiles(self, width: int, height: int) -> tuple[int, int]:
+        """Return the rows and columns of tiles that an image of this size in pixels is cut into."""
+        raise NotImplementedError
+
+    def tile_tokens(self) -> int:
+        """Return the tokens of a tile."""
+        return int(self.info.get_hf_processor().image_seq_length)
+
+    def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
+        """Return the pixel box of each visual token: of the tiles, then of the whole image."""
+        side = round(self.tile_tokens() ** 0.5)
+        whole = (0.0, 0.0, float(width), float(height))
+        tiles = geometry.grid(*self.tiles(width, height), whole)
+        if len(tiles) > 1:
+            tiles.append(whole)
+        return [cell for tile in tiles for cell in geometry.grid(side, side, tile)]
+
+
+class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
+    """Captures features of the tower; comes before vLLM's model class. A family names the parts of its model."""
+
+    pixels: ClassVar[str]
+    """Name of the input with the ``(T, 3, H, W)`` tiles of all images."""
+
+    merge = PatchMerge(side=2, in_raster_order=True)
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        keep_eager((self.saliency_block(),))
+
+    def saliency_block(self) -> Any:
+        """Return the tower's last layer."""
+        raise NotImplementedError
+
+    def embed_tiles(self, pixels: Tensor) -> Any:
+        """Encode and project ``(T, 3, H, W)`` tiles to ``(T, n, D)``."""
+        model: Any = self
+        return model.extract_feature(pixels)
+
+    def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
+        """Encode some of the images and return them with the requested features.
+
+        Args:
+            inputs: The tiles of all B images one after the other, and ``image_num_patches`` ``(B,)``, how many
+                tiles each image has.
+            items: Which of the B images.
+            needs: Features to capture.
+        """
+        counts = inputs["image_num_patches"].tolist()
+        start = sum(counts[: items.start])
+        tiles = self.tile_features(inputs[self.pixels][start : start + sum(counts[items])], needs)
+        images = []
+        for count in counts[items]:
+            own, tiles = tiles[:count], tiles[count:]
+            rows = torch.cat([tile.projected for tile in own])
+            images.append(self.image_of_tiles(rows, own, torch.arange(len(rows)), whole=-1))
+        return images
+
+
+def unsupported_layout(config: Any) -> str | None:
+    """Return why an InternVL cannot be pruned because of how its tokens are laid out, or ``None``."""
+    if getattr(config, "ps_version", "v2") == "v1":
+        return "with ps_version v1, the tokens of a tile are ordered by columns"
+    if config.downsample_ratio != 0.5:
+        return f"its tokens are not made of 2 x 2 patches (downsample_ratio={config.downsample_ratio})"
+    if Settings.from_environment().tiles == "base" and not getattr(config, "use_thumbnail", True):
+        return "PROMPRUNE_TILES=base needs a tile with the whole image, and config.json has use_thumbnail false"
+    return None
