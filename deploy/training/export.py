@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.training import tokenizer
-from promprune_vllm.demo.model import checkpoint_name, save_checkpoint
+from promprune_vllm.demo.model import save_checkpoint
+from promprune_vllm.demo.random_weights import checkpoint_name
 
 
 def export(model: Any, directory: Path) -> Path:

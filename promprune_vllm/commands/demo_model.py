@@ -12,6 +12,7 @@ import typer
 
 from promprune_vllm.commands.checkout import import_from_checkout
 from promprune_vllm.commands.failures import fail
+from promprune_vllm.demo.families import FAMILIES, build_family_model, has_remote_code, serving_dtype
 from promprune_vllm.demo.trained import CARD, SCORES, TRAINED
 
 # For tiny models with byte tokens and head size 32: a short context, exact sums, a block size that the CPU
@@ -23,8 +24,7 @@ _FAMILY = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="Write a tiny random model to --out: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl, "
-        "qwen3_vl_moe, qwen3_5 or qwen3_5_moe.",
+        help=f"Write a tiny random model to --out: {', '.join(FAMILIES)}.",
     ),
 ]
 _TRAIN = Annotated[bool, typer.Option("--train", help="Train the demo model in --out, or resume there.")]
@@ -88,14 +88,14 @@ def demo_model(
 
 
 def _write_random(family: str, out: Path, seed: int) -> None:
-    from promprune_vllm.demo.families import build_family_model, serving_dtype
-
     try:
         directory = build_family_model(family, out, seed=seed)
     except (ValueError, OSError) as error:
         fail(str(error))
     typer.echo(directory)
     options = f"--dtype {serving_dtype(family)} {_TINY_OPTIONS}"
+    if has_remote_code(family):
+        options += " --trust-remote-code"
     # On stderr, so that MODEL=$(promprune demo-model ...) is only the directory.
     typer.echo(f"Serve it with: promprune serve {shlex.quote(str(directory))} {options}", err=True)
 

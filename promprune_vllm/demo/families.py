@@ -1,7 +1,8 @@
 """Tiny checkpoints with seeded random weights, one per model family, for tests and first steps.
 
-Each has its family's real structure (tiles, windows, deepstack, M-RoPE), real processors and the weight names of
-published checkpoints. Only the sizes are small, and the tokenizer works on bytes. The answers are meaningless.
+Each has its family's real structure (tiles, windows, deepstack, M-RoPE, experts), real processors and the weight
+names of published checkpoints. Only the sizes are small, and the tokenizer works on bytes. The answers are
+meaningless.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo import model, processing
+from promprune_vllm.demo import internvl, model, processing
 from promprune_vllm.demo import qwen_processing as qwen
-from promprune_vllm.demo.model import DType
+from promprune_vllm.demo.random_weights import DType
 
 Builder = Callable[[Path, int, DType], Path]
 
@@ -34,17 +35,6 @@ _LLAVA_NEXT = replace(TINY_LLAVA, image_px=112)  # 64 patches per tile
 # LLaVA-1.6's grids in tiles (height, width): the crops of an image fill one of them.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
-_QWEN_TEXT: Mapping[str, Any] = MappingProxyType(
-    {
-        "vocab_size": processing.VOCAB_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    }
-)
 _HEAD = 32  # head size of the language model; its 16 rotary frequencies are split over time, height and width
 _SECTIONS = MappingProxyType(
     {
@@ -140,6 +130,11 @@ def serving_dtype(family: str) -> DType:
     return "bfloat16" if family in _BFLOAT16_ON_CPU else "float32"
 
 
+def has_remote_code(family: str) -> bool:
+    """Return whether a family's configuration is code beside its weights, which a server must be told to trust."""
+    return family == "internvl_chat"
+
+
 def _build_llava(directory: Path, seed: int, dtype: DType) -> Path:
     return model.build_demo_model(directory, replace(TINY_LLAVA, seed=seed, dtype=dtype))
 
@@ -183,7 +178,7 @@ def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
             family,
             vision["patch_size"],
             vision["spatial_merge_size"],
-            max_tokens=_QWEN_TEXT["max_position_embeddings"],
+            max_tokens=model.TINY_TEXT["max_position_embeddings"],
         ).save_pretrained(target)
 
     contents = {"seed": seed, "dtype": dtype, "vision": dict(vision), "text": _qwen_text(family)}
@@ -193,12 +188,12 @@ def _build_qwen(family: str, directory: Path, seed: int, dtype: DType) -> Path:
 def _qwen_text(family: str) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _SECTIONS[family]}
     if not family.startswith("qwen3"):
-        return {**_QWEN_TEXT, "rope_parameters": rope}
+        return {**model.TINY_TEXT, "rope_parameters": rope}
     # Since Qwen3-VL, the head size is set separately, and the frequencies are interleaved.
     rope["mrope_interleaved"] = True
     if family.startswith("qwen3_5"):
         rope["partial_rotary_factor"] = 0.25
-    return {**_QWEN_TEXT, **_MORE_TEXT[family], "head_dim": _HEAD, "rope_parameters": rope}
+    return {**model.TINY_TEXT, **_MORE_TEXT[family], "head_dim": _HEAD, "rope_parameters": rope}
 
 
 def _qwen_config(family: str, dtype: DType) -> Any:
@@ -223,5 +218,7 @@ FAMILIES: Mapping[str, Builder] = MappingProxyType(
         "llava": _build_llava,
         "llava_next": _build_llava_next,
         **{family: partial(_build_qwen, family) for family in _QWEN_VISION},
+        "internvl": internvl.build_internvl,
+        "internvl_chat": internvl.build_internvl_chat,
     }
 )

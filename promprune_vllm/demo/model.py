@@ -11,56 +11,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from promprune_vllm.demo import processing
+from promprune_vllm.demo.random_weights import DType, random_weights
 
 if TYPE_CHECKING:
     import torch
 
 STAMP = "promprune_demo.json"  # the spec; a directory whose stamp equals the requested one is complete
-DType = Literal["float32", "bfloat16"]
 FORMAT_VERSION = 2  # increase it when the same spec starts to give different files
 
-# transformers 5 names -> names in published checkpoints, by model type; other types keep their names. vLLM
-# requires `vision_model`, which save_pretrained leaves out; transformers reads both.
-_LLAVA_NAMES = (
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.image_newline", "image_newline"),
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
+TINY_TEXT: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": processing.VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    }
 )
-_QWEN2_NAMES = (("model.visual.", "visual."), ("model.language_model.", "model."), ("lm_head.", "lm_head."))
-_CHECKPOINT_NAMES = {
-    "llava": _LLAVA_NAMES,
-    "llava_next": _LLAVA_NAMES,
-    "qwen2_vl": _QWEN2_NAMES,
-    "qwen2_5_vl": _QWEN2_NAMES,
-}
-
-# Standard deviation of a weight: the first pattern that matches its name applies. Gains are divided by
-# sqrt(fan_in), so that models of any size behave alike. They were tuned on photographs. The usual 0.02 makes all
-# attention uniform; these make the class token favor some patches (the first 64 get about half of its attention)
-# and put the normalized spectral entropy of the photos on both sides of PromPrune's mu = 0.42.
-_STD = (
-    (r"class_embedding$|embed_tokens\.weight$", 1.0),
-    (r"(position_embedding|pos_embed)\.weight$", 0.1),
-    (r"\.bias$", 0.05),
-)
-_GAIN = (
-    (r"vision_tower\..*\.[qk]_proj\.weight$|visual\..*\.qkv\.weight$", 2.0),
-    (r"visual\..*\.attn\.proj\.weight$", 0.25),  # undoes the gain of the values, which are in qkv too
-    (r"\.(o_proj|out_proj|down_proj|fc2)\.weight$", 0.5),
-    (r"", 1.0),
-)
+"""Sizes of the language model of the tiny checkpoints that are no LLaVA; a head has 32 channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +210,7 @@ def llava_config(spec: DemoModelSpec) -> Any:
 
 def write_weights(target: Path, model_class: Any, config: Any, seed: int, dtype: DType) -> None:
     """Write config and random weights of a model; the model itself is built on the meta device only."""
-    import torch
-
-    with torch.device("meta"):
-        model = model_class(config)
-    weights = {}
-    for parameter_name, parameter in model.named_parameters():
-        name = checkpoint_name(parameter_name, config.model_type)
-        weight = _random_weight(name, tuple(parameter.shape), seed).to(getattr(torch, dtype))
-        # Published experts are (E, in, out); transformers transposes them when it loads them.
-        transposed = config.model_type == "qwen3_vl_moe" and ".experts." in name
-        weights[name] = weight.transpose(1, 2).contiguous() if transposed else weight
-    save_checkpoint(target, weights, config)
+    save_checkpoint(target, random_weights(model_class, config, seed, dtype), config)
 
 
 def save_checkpoint(target: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
@@ -260,31 +228,3 @@ def save_config(target: Path, config: Any) -> None:
 
     config.save_pretrained(target)
     GenerationConfig(**processing.ROLE_IDS).save_pretrained(target)
-
-
-def checkpoint_name(name: str, model_type: str) -> str:
-    """Return the name of a transformers parameter in published checkpoints."""
-    for ours, published in _CHECKPOINT_NAMES.get(model_type, (("", ""),)):
-        if name.startswith(ours):
-            return published + name.removeprefix(ours)
-    raise ValueError(f"there is no checkpoint name for the parameter {name}")
-
-
-def _random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Return the weight `name` of this seed in float32; it does not depend on the model's other weights."""
-    import torch
-
-    if re.search(r"(norm\w*|ln_q)\.weight$", name):
-        return torch.ones(shape)
-    std = next((std for pattern, std in _STD if re.search(pattern, name)), None)
-    if std is None:
-        gain = next(gain for pattern, gain in _GAIN if re.search(pattern, name))
-        std = gain / math.sqrt(math.prod(shape[1:]))
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-    # Uniform, not normal: the last bits of torch.randn depend on the CPU, those of torch.rand do not.
-    weight = (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12.0))
-    if name.endswith("lm_head.weight"):
-        # 0 is below the largest of 95 random logits, so greedy answers are printable and never end early.
-        weight[processing.unprintable_ids()] = 0.0
-    return weight

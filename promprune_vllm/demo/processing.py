@@ -55,6 +55,7 @@ def byte_tokenizer(
     special: tuple[str, ...] = SPECIAL_TOKENS,
     more: Mapping[str, str] = MappingProxyType({}),
     chat_template: str = CHAT_TEMPLATE,
+    image_name: str = "image_token",
 ) -> Any:
     """Return a `PreTrainedTokenizerFast` of `VOCAB_SIZE` tokens: one per byte of text, one per special token.
 
@@ -63,6 +64,7 @@ def byte_tokenizer(
         special: The tokens of `PAD_ID`, `BOS_ID`, `EOS_ID` and `IMAGE_ID`.
         more: Special tokens with ids from `FIRST_BYTE_ID + 256`, by their attribute name on the tokenizer.
         chat_template: Jinja source.
+        image_name: Attribute name of the image token.
     """
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +73,7 @@ def byte_tokenizer(
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(_special_tokens(vocabulary))
-    options = _options(max_tokens, special, more, chat_template)
+    options = _options(max_tokens, special, more, chat_template, image_name)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
@@ -106,14 +108,18 @@ def _special_tokens(vocabulary: Mapping[str, int]) -> list[Any]:
 
 
 def _options(
-    max_tokens: int, special: tuple[str, ...], more: Mapping[str, str], chat_template: str
+    max_tokens: int,
+    special: tuple[str, ...],
+    more: Mapping[str, str],
+    chat_template: str,
+    image_name: str = "image_token",
 ) -> dict[str, Any]:
     pad, bos, eos, image = special
     return {
         "pad_token": pad,
         "bos_token": bos,
         "eos_token": eos,
-        "extra_special_tokens": {"image_token": image, **more},
+        "extra_special_tokens": {image_name: image, **more},
         "chat_template": chat_template,
         "model_max_length": max_tokens,
         "clean_up_tokenization_spaces": False,
