@@ -120,12 +120,6 @@ class SmallSteps(FamilyEngine):
         places = rendered["mm_placeholders"]["image"]
         return list(rendered["prompt_token_ids"]), [(each.offset, each.offset + each.length) for each in places]
 
-    def positions(
-        self, prompt: Sequence[int], visuals: Sequence[tuple[Any, int | None]], later: int
-    ) -> torch.Tensor:
-        """Positions that a prompt and what is generated must have: over kept tokens alone, or those of M-RoPE."""
-        return self.true_positions(prompt, visuals, later) if self.mrope else torch.arange(len(prompt) + later)
-
     def step(self) -> dict[str, Answer]:
         """Take a step, and return the answers that ended."""
         ended = [output for output in self.llm.llm_engine.step() if output.finished]
