@@ -35,6 +35,7 @@ class FamilyFacts:
     Args:
         inputs: Makes the inputs of images without vLLM.
         saliency: The saliency according to transformers.
+        mu: PromPrune's calibration, in force where neither the operator nor the checkpoint has one.
         views: How many times an image's tokens see its area, at least and at most.
         mrope: Whether positions are M-RoPE's; for lists of parameters, made before there is an engine to ask.
         options: Further options of vLLM's engine, without which the family cannot be served.
@@ -43,6 +44,7 @@ class FamilyFacts:
 
     inputs: Inputs
     saliency: Saliency
+    mu: float
     views: tuple[float, float] = (1, 1)
     mrope: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -78,7 +80,10 @@ def image_processor(*tensors: str, **always: Any) -> Inputs:
 
 
 _QWEN = FamilyFacts(
-    inputs=image_processor("pixel_values", "image_grid_thw"), saliency=saliency.received_by_patches, mrope=True
+    inputs=image_processor("pixel_values", "image_grid_thw"),
+    saliency=saliency.received_by_patches,
+    mu=0.5744,
+    mrope=True,
 )
 _QWEN3_VL = replace(_QWEN, first_minor="0.30")
 FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
@@ -86,6 +91,7 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
         "llava_next": FamilyFacts(
             inputs=image_processor("pixel_values", "image_sizes"),
             saliency=saliency.paid_by_cls,
+            mu=0.42,
             # The whole image, then crops of it without the patches at the edge that are half padding.
             views=(1.85, 2),
         ),

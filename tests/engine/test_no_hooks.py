@@ -1,7 +1,7 @@
 """A module of the vision tower has a hook only while a method needs what the hook captures.
 
-vLLM compiles towers and captures graphs of them, and a hook in the way costs either. Hooks are looked for inside the
-tower's own ``forward``, which the test wraps: a hook of the test would be one more.
+vLLM compiles towers and captures graphs of them, and a hook in the way costs either. The test looks for hooks from
+inside the tower's own ``forward``, which it wraps: a hook of the test would be one more.
 """
 
 from __future__ import annotations
