@@ -112,14 +112,10 @@ def test_what_the_host_reads_of_an_image_stays_there(
     engine.generate([engine.ask("landscape", budget=9)], tokens=1)
     ((image,),) = [request.mm_features for request in requests]
     kept = {name for name, element in image.data.items() if element.field.keep_on_cpu}
-    sizes = {name for name, values in engine.inputs("landscape").items() if not _has_pixels(values)}
+    inputs = engine.inputs("landscape", raw=False)  # normalised pixels, and sizes or counts
+    sizes = {name for name, values in inputs.items() if not torch.is_floating_point(values[0])}
     assert sizes
     assert kept == {COUNTS, *sizes}
-
-
-def _has_pixels(values: Any) -> bool:
-    """Whether a tensor, or a list of tensors, holds pixels and not sizes or counts."""
-    return any(tensor.is_floating_point() for tensor in values)
 
 
 @pytest.mark.parametrize("budget", [9, None])
