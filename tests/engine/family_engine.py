@@ -15,20 +15,17 @@ from PIL import Image
 
 from promprune_vllm import Need, methods
 from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.families import serving_dtype
 from promprune_vllm.demo.processing import IMAGE_ID
-from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import TRACES_METHOD
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from tests import runner
 from tests.engine.conftest import SHARED, Engine
+from tests.engine.family_facts import FACTS, UNLOADABLE, FamilyFacts, engine_options
 
 EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
 # Landscape, portrait, square, and one smaller than a tower's own size.
 SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
-FAMILIES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-UNLOADABLE = ("qwen3_vl", "qwen3_vl_moe") if versions.before("0.30") else ()
 Visual = tuple[str, int | None]  # (shape, budget)
 
 
@@ -57,15 +54,38 @@ class FamilyEngine(Engine):
     def __init__(self, family: str, model: Path, **options: Any) -> None:
         self.family = family
         if family in UNLOADABLE:
-            pytest.skip("vLLM 0.29 for CPUs cannot load Qwen3-VL, with or without us: it ends with an IndexError")
-        super().__init__(
-            model,
-            **{"dtype": serving_dtype(family), "max_model_len": 1536, "num_gpu_blocks_override": 64, **options},
-        )
+            pytest.skip("this minor of vLLM cannot load the family on a CPU, with or without us")
+        sizes = {"max_model_len": 1536, "num_gpu_blocks_override": 64}
+        super().__init__(model, **{**engine_options(family), **sizes, **options})
+
+    @property
+    def facts(self) -> FamilyFacts:
+        return FACTS[self.family]
 
     @property
     def mrope(self) -> bool:
-        return self.family.startswith("qwen")
+        return bool(self.llm.model_config.uses_mrope)
+
+    @property
+    def towers(self) -> dict[str, torch.nn.Module]:
+        """The vision tower, and what projects its output: modules by name, one may be within another."""
+        mapping = self.model.get_mm_mapping()
+        names = [name.rstrip(".") for name in (*mapping.tower_model, *mapping.connector)]
+        return {name: self.model.get_submodule(name) for name in names}
+
+    @property
+    def tower(self) -> torch.nn.Module:
+        return next(iter(self.towers.values()))
+
+    @property
+    def processor(self) -> Any:
+        """vLLM's processor of prompts with images, or ours in its place."""
+        return self.llm.llm_engine.input_processor.renderer.mm_processor
+
+    @property
+    def modalities(self) -> set[str]:
+        """What the model takes besides text."""
+        return set(self.processor.info.get_supported_mm_limits())
 
     @property
     def block(self) -> int:
@@ -76,7 +96,7 @@ class FamilyEngine(Engine):
         self, *shapes: str, budget: int | None = None, before: str = "", text: str = "What?"
     ) -> dict[str, Any]:
         """A prompt with images of these shapes, text before, between and after them."""
-        placeholder = "<|vision_start|><|image_pad|><|vision_end|>" if self.mrope else "<image>"
+        placeholder = type(self.model).get_placeholder_str("image", 1)
         between = "".join(f"{before}{placeholder}{i}. " for i, _ in enumerate(shapes))
         prompt: dict[str, Any] = {"prompt": f"{between}{text}"}
         if shapes:
@@ -102,10 +122,9 @@ class FamilyEngine(Engine):
         def before_tower(*_: Any) -> None:
             fed.tower_calls += 1
 
-        tower = self.model.visual if self.mrope else self.model.vision_tower
         handles = [
             self.model.register_forward_pre_hook(before_model, with_kwargs=True),
-            tower.register_forward_pre_hook(before_tower),
+            self.tower.register_forward_pre_hook(before_tower),
         ]
         try:
             yield fed
@@ -115,22 +134,17 @@ class FamilyEngine(Engine):
 
     def inputs(self, *shapes: str | Image.Image, raw: bool = True) -> dict[str, Any]:
         """What the Hugging Face processor makes of images: as vLLM hands them to the model, or normalised."""
-        from transformers import AutoProcessor
-
-        processor = AutoProcessor.from_pretrained(self.llm.model_config.model)
         # vLLM hands raw pixels to the Qwen towers, and normalises them there: to Qwen3-VL's since 0.32.
         raw = raw and self.llm.model_config.multimodal_config.mm_device_do_normalize
         options = {"do_normalize": False, "do_rescale": False} if raw else {}
         images = [picture(shape) if isinstance(shape, str) else shape for shape in shapes]
-        made = processor.image_processor(images=images, return_tensors="pt", **options)
-        names = ("pixel_values", "image_grid_thw") if self.mrope else ("pixel_values", "image_sizes")
-        return {name: made[name] for name in names}
+        return self.facts.inputs(self.llm.model_config.model, images, options)
 
     def give_encoder_graphs(self, patch: pytest.MonkeyPatch) -> Any:
         """Put vLLM's own manager of the encoder's graphs in: no graph fits, and it encodes without."""
         from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
 
-        config, device = self.llm.llm_engine.vllm_config, self.model.visual.device
+        config, device = self.llm.llm_engine.vllm_config, next(self.tower.parameters()).device
         graphs = EncoderCudaGraphManager(config, device, config.model_config.dtype, self.model)
         patch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
         patch.setattr(graphs, "is_captured", lambda: True)
@@ -149,8 +163,7 @@ class FamilyEngine(Engine):
 
     def boxes(self, shape: str) -> list[tuple[float, ...] | None]:
         """Where each token of an image looks, as the server tells it."""
-        processor = self.llm.llm_engine.input_processor.renderer.mm_processor
-        boxes: list[tuple[float, ...] | None] = processor.boxes(*SHAPES[shape])
+        boxes: list[tuple[float, ...] | None] = self.processor.boxes(*SHAPES[shape])
         return boxes
 
     def prompt_positions(self, length: int) -> torch.Tensor:
@@ -180,11 +193,14 @@ class FamilyEngine(Engine):
         return select_tokens(image, budget, self.model._methods[0]).rows(self.model.project)
 
     def true_positions(self, prompt: Sequence[int], visuals: Sequence[Visual], later: int) -> torch.Tensor:
-        """``(3, L + later)`` positions of a pruned prompt and what is generated, from the unpruned prompt.
+        """Positions of a pruned prompt and what is generated: ``(L + later,)``, or with M-RoPE ``(3, L + later)``.
 
-        Written from the definition: text advances by one in all three; a cell of an image has its own row and
-        column, counted from where the image starts; what follows starts behind the image's longer side.
+        M-RoPE's are those of the unpruned prompt, written from the definition: text advances by one in all three;
+        a cell of an image has its own row and column, counted from where the image starts; what follows starts
+        behind the image's longer side. Others are consecutive over the kept tokens.
         """
+        if not self.mrope:
+            return torch.arange(len(prompt) + later)
         columns: list[torch.Tensor] = []
         start, at, images = 0, 0, list(visuals)
         while at < len(prompt):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from tests.engine.conftest import SHARED, held_rows
@@ -119,12 +118,6 @@ class SmallSteps(FamilyEngine):
         (rendered,) = self.llm.llm_engine.renderer.render_cmpl([prompt])
         places = rendered["mm_placeholders"]["image"]
         return list(rendered["prompt_token_ids"]), [(each.offset, each.offset + each.length) for each in places]
-
-    def positions(
-        self, prompt: Sequence[int], visuals: Sequence[tuple[Any, int | None]], later: int
-    ) -> torch.Tensor:
-        """Positions that a prompt and what is generated must have: over kept tokens alone, or those of M-RoPE."""
-        return self.true_positions(prompt, visuals, later) if self.mrope else torch.arange(len(prompt) + later)
 
     def step(self) -> dict[str, Answer]:
         """Take a step, and return the answers that ended."""

@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 
 from promprune_vllm import get_method, methods
+from promprune_vllm.demo.families import FAMILIES as DEMO_FAMILIES
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
 from tests.conftest import UNMEASURED
 from tests.engine import naming
 from tests.engine.family_engine import (
     EVERYTHING,
-    FAMILIES,
     FAMILY_ENGINES,
     SHAPES,
-    UNLOADABLE,
     FamilyEngine,
     picture,
     shared_engine,
 )
+from tests.engine.family_facts import FACTS, FAMILIES, OWN_TESTS, UNLOADABLE
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -37,13 +37,6 @@ ROUNDING = 2e-6
 @pytest.fixture(params=FAMILIES)
 def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEngine:
     return shared_engine(request.param, models[request.param])
-
-
-@pytest.fixture
-def mrope(engine: FamilyEngine) -> FamilyEngine:
-    if not engine.mrope:
-        pytest.skip("positions are counted anew over the kept tokens")
-    return engine
 
 
 def budgets(engine: FamilyEngine, shape: str) -> list[int]:
@@ -79,48 +72,48 @@ def test_rows_and_positions_are_the_selected_ones_bit_for_bit(engine: FamilyEngi
         if rows.shape[1] > width:
             levels = image_rows(output, torch.cat(fed.deepstack, dim=1))  # (levels, K, D)
             assert torch.equal(levels.transpose(0, 1).flatten(1), rows[:, width:])
-        if engine.mrope:
-            truth = engine.true_positions(output.prompt_token_ids, [(shape, budget)], later=3)
-            assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
+        truth = engine.true_positions(output.prompt_token_ids, [(shape, budget)], later=3)
+        assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
 
 
 @pytest.mark.parametrize("chunk", [23, 37, 64])
 def test_positions_survive_chunked_prefill_and_prefix_hits(
-    mrope: FamilyEngine, chunk: int, monkeypatch: pytest.MonkeyPatch
+    engine: FamilyEngine, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three images behind text; then again, with a prefix cached that ends inside an image."""
     shapes = ("landscape", "portrait", "square")
-    monkeypatch.setattr(mrope.core.scheduler, "max_num_scheduled_tokens", chunk)
+    monkeypatch.setattr(engine.core.scheduler, "max_num_scheduled_tokens", chunk)
     for budget in (None, 1, 20, 40):
-        mrope.forget()
-        ask = mrope.ask(*shapes, budget=budget, before="A long text before the image. ")
+        engine.forget()
+        ask = engine.ask(*shapes, budget=budget, before="A long text before the image. ")
         visuals = [(shape, budget) for shape in shapes]
-        with mrope.fed() as fed:
-            (cold,) = mrope.generate([ask], tokens=4)
-        truth = mrope.true_positions(cold.prompt_token_ids, visuals, later=3)
+        with engine.fed() as fed:
+            (cold,) = engine.generate([ask], tokens=4)
+        truth = engine.true_positions(cold.prompt_token_ids, visuals, later=3)
         assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
-        with mrope.fed() as fed:
-            (hot,) = mrope.generate([ask], tokens=4)
+        with engine.fed() as fed:
+            (hot,) = engine.generate([ask], tokens=4)
         assert hot.num_cached_tokens > 0
         if budget is None or budget > 1:
             assert (
-                hot.prompt_token_ids[hot.num_cached_tokens] == IMAGE_ID or hot.num_cached_tokens % mrope.block == 0
+                hot.prompt_token_ids[hot.num_cached_tokens] == IMAGE_ID
+                or hot.num_cached_tokens % engine.block == 0
             )
-        assert torch.equal(torch.cat(fed.positions, dim=-1), truth[:, hot.num_cached_tokens :])
+        assert torch.equal(torch.cat(fed.positions, dim=-1), truth[..., hot.num_cached_tokens :])
         assert hot.outputs[0].token_ids == cold.outputs[0].token_ids
 
 
-def test_a_prefix_hit_ends_inside_an_image(mrope: FamilyEngine) -> None:
+def test_a_prefix_hit_ends_inside_an_image(engine: FamilyEngine) -> None:
     """The second request shares half the image with the first: the other half is encoded and placed anew."""
-    mrope.forget()
-    budget = mrope.block + 11  # layers with a state of fixed size make blocks longer
-    with mrope.fed() as fed:
-        mrope.generate([mrope.ask("landscape", budget=budget, before="x")], tokens=1)
-        (again,) = mrope.generate([mrope.ask("landscape", budget=budget, before="x", text="Other?")], tokens=4)
+    engine.forget()
+    budget = engine.block + 11  # layers with a state of fixed size make blocks longer
+    with engine.fed() as fed:
+        engine.generate([engine.ask("landscape", budget=budget, before="x")], tokens=1)
+        (again,) = engine.generate([engine.ask("landscape", budget=budget, before="x", text="Other?")], tokens=4)
     assert 0 < again.num_cached_tokens < budget
-    truth = mrope.true_positions(again.prompt_token_ids, [("landscape", budget)], later=3)
-    seen = torch.cat(fed.positions, dim=-1)[:, -(truth.shape[1] - again.num_cached_tokens) :]
-    assert torch.equal(seen, truth[:, again.num_cached_tokens :])
+    truth = engine.true_positions(again.prompt_token_ids, [("landscape", budget)], later=3)
+    seen = torch.cat(fed.positions, dim=-1)[..., -(truth.shape[-1] - again.num_cached_tokens) :]
+    assert torch.equal(seen, truth[..., again.num_cached_tokens :])
 
 
 def test_mixed_batches_equal_one_by_one(engine: FamilyEngine) -> None:
@@ -271,14 +264,26 @@ def test_of_named_images_none_is_taken_for_another(engine: FamilyEngine) -> None
 
 @pytest.mark.parametrize("options", [{}, {"visual_token_budget": 7}], ids=str)
 @pytest.mark.skipif(versions.before("0.30"), reason="vLLM 0.29 takes no videos that are named")
-def test_a_video_that_is_named_is_left_to_vllm(mrope: FamilyEngine, options: dict[str, Any]) -> None:
+def test_a_video_that_is_named_is_left_to_vllm(engine: FamilyEngine, options: dict[str, Any]) -> None:
+    if "video" not in engine.modalities:
+        pytest.skip("the family takes no videos")
     prompt = {
-        "prompt": "<|vision_start|><|video_pad|><|vision_end|>What?",
+        "prompt": f"{type(engine.model).get_placeholder_str('video', 1)}What?",
         "multi_modal_data": {"video": [None]},
         "multi_modal_uuids": {"video": ["new"]},
         "mm_processor_kwargs": options,
     }
-    assert naming.refusal(mrope, prompt) == naming.VLLM_SAYS.replace("image", "video")
+    assert naming.refusal(engine, prompt) == naming.VLLM_SAYS.replace("image", "video")
+
+
+def test_every_family_has_a_row_or_tests_of_its_own() -> None:
+    assert {*FACTS, *OWN_TESTS} == {*DEMO_FAMILIES}
+
+
+def test_the_table_says_what_vllm_says(engine: FamilyEngine) -> None:
+    """What lists of parameters are made from before there is an engine."""
+    assert engine.facts.mrope == engine.mrope
+    assert engine.facts.tiled == (len(engine.encoded("landscape").groups) > 1)
 
 
 def test_pictures_differ() -> None:
@@ -310,9 +315,8 @@ def test_boxes_cover_the_image(engine: FamilyEngine) -> None:
         assert corners.max(0).values[2:].tolist() == pytest.approx([width, height], abs=0.01)
         assert (corners[:, 2:] > corners[:, :2]).all()
         area = float(((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sum())
-        # LLaVA-NeXT sees the whole image, then crops of it without the patches at the edge that are half padding.
-        views = (1.85, 2) if engine.family == "llava_next" else (1, 1)
-        assert 0.98 * views[0] <= area / (width * height) <= 1.02 * views[1]
+        least, most = engine.facts.views
+        assert 0.98 * least <= area / (width * height) <= 1.02 * most
 
 
 @pytest.mark.parametrize("shape", ["landscape", "tiny"])

@@ -11,7 +11,8 @@ import pytest
 from tests import runner
 from tests.checkpoints import CHECKPOINTS
 from tests.engine.conftest import SHARED, Engine
-from tests.engine.family_engine import FAMILIES, FAMILY_ENGINES, shared_engine
+from tests.engine.family_engine import FAMILY_ENGINES, shared_engine
+from tests.engine.family_facts import FAMILIES
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES

@@ -18,10 +18,11 @@ from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from tests.engine.family_engine import FamilyEngine, picture
 
 pytestmark = pytest.mark.engine
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+# Family, and how many of the two modules with hooks vLLM would compile.
+COMPILED = {"qwen2_vl": 0, "qwen2_5_vl": 2, "qwen3_vl": 1, "qwen3_5": 1}
 
 
-@pytest.fixture(scope="module", params=QWEN)
+@pytest.fixture(scope="module", params=COMPILED)
 def half(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[FamilyEngine]:
     """In bfloat16, with the encoder's graphs and compilation on."""
     bypasses = {"cudagraph_mm_encoder": True, "compile_mm_encoder": True}
@@ -58,7 +59,7 @@ def test_graphs_and_compilation_of_the_encoder_stay_on(half: FamilyEngine) -> No
     assert half.llm.model_config.multimodal_config.video_pruning_rate is None
     block = half.model.visual.blocks[half.model.saliency_block()]
     hooked = [module for module in (block, half.model.visual.merger) if hasattr(module, "do_not_compile")]
-    assert len(hooked) == {"qwen2_vl": 0, "qwen2_5_vl": 2, "qwen3_vl": 1, "qwen3_5": 1}[half.family]
+    assert len(hooked) == COMPILED[half.family]
     for module in hooked:
         module.do_not_compile = False
     keep_eager((block, half.model.visual.merger))
@@ -106,7 +107,7 @@ def test_a_video_beside_a_pruned_image_passes_untouched(half: FamilyEngine) -> N
         embeds, positions = torch.cat(fed.embeds), torch.cat(fed.positions, dim=-1)
         frames = [i for i, token in enumerate(output.prompt_token_ids) if token == VIDEO_ID]
         after = positions[:, frames[-1] + 1 :]
-        assert len(frames) == 2 * 2 * 3 or half.family.startswith("qwen3")
+        assert len(frames) == 2 * 2 * 3
         seen[budget] = embeds[frames], positions[:, frames], after[:, -5:]
     for full, pruned in zip(*seen.values(), strict=True):
         assert torch.equal(full, pruned)

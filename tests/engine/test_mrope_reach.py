@@ -17,13 +17,13 @@ from vllm.model_executor.layers import rotary_embedding as layers
 from promprune_vllm.core.budget import Budget, BudgetRequest
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.positions import table_rows
-from promprune_vllm.demo.families import FAMILIES
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.errors import BudgetError, IncompatibleVllmError
 from tests.engine.family_engine import FamilyEngine, picture
+from tests.engine.family_facts import FACTS
 
 pytestmark = pytest.mark.engine
 LENGTH = 1280
@@ -31,7 +31,7 @@ SIDE = 128
 """Tokens of a bar, in every family; it is one token wide."""
 # A context as long as the checkpoint's, so that vLLM's own table is as short as it ever is.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    family: (family, {"max_position_embeddings": LENGTH}) for family in FAMILIES if family.startswith("qwen")
+    family: (family, {"max_position_embeddings": LENGTH}) for family, facts in FACTS.items() if facts.mrope
 }
 # And one that is longer, with YaRN: vLLM's table has 512 rows.
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "rope_theta": 1e6}
@@ -103,16 +103,12 @@ def served(engine: FamilyEngine, images: Sequence[Image.Image], budget: object, 
     return int(truth.max())
 
 
-def _processor(engine: FamilyEngine) -> Any:
-    return engine.llm.llm_engine.input_processor.renderer.mm_processor
-
-
 def test_the_tables_have_the_rows_that_requests_are_checked_against(engine: FamilyEngine) -> None:
     """So for every family that there is, and for each one to come."""
     tables = [rope.cos_sin_cache for rope in rotary_tables.tables(engine.model)]
     assert tables
     assert {len(table) for table in tables} == {table_rows(LENGTH)}
-    assert _processor(engine).info.ctx.model_config.max_model_len == LENGTH
+    assert engine.processor.info.ctx.model_config.max_model_len == LENGTH
 
 
 def test_positions_reach_the_last_row_and_the_next_image_is_refused(engine: FamilyEngine) -> None:
@@ -140,7 +136,7 @@ def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(
     full[5], full[-1] = "full", 0.5
     for budget, behind in ((0.008, 1080), ({"total": 2 * len(images)}, 1080), (full, 960)):
         assert served(engine, images, budget, behind=behind) > 2 * LENGTH
-    monkeypatch.setattr(_processor(engine), "_policy", BudgetPolicy(Budget(tokens=1)))
+    monkeypatch.setattr(engine.processor, "_policy", BudgetPolicy(Budget(tokens=1)))
     assert served(engine, images, None, behind=1080) > 2 * LENGTH
 
 
@@ -148,10 +144,10 @@ def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngi
     """The route ``/v1/visual_tokens/count`` knows sizes alone."""
     sizes = [SimpleNamespace(width=picture.width, height=picture.height) for picture in [bar(engine)] * 31]
     images = SimpleNamespace(get_count=lambda: len(sizes), get_image_size=sizes.__getitem__, sizes=sizes)
-    counts = _processor(engine).count(images, PruningRequest(BudgetRequest.parse(10), sent=True))
+    counts = engine.processor.count(images, PruningRequest(BudgetRequest.parse(10), sent=True))
     assert counts == [(SIDE, 10)] * 31
     with pytest.raises(BudgetError, match="limit is 5120"):
-        _processor(engine).count(images, PruningRequest(BudgetRequest.parse(1), sent=True))
+        engine.processor.count(images, PruningRequest(BudgetRequest.parse(1), sent=True))
 
 
 @pytest.mark.skipif(versions.before("0.32"), reason="tables have no factor yet")

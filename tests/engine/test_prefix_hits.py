@@ -44,7 +44,7 @@ def test_a_prompt_that_is_cached_as_a_whole_answers_the_same(
     hit = (len(tokens) - 1) // _block(engine) * _block(engine)
     assert len(tokens) % _block(engine) == over
     assert start < hit < end if text == "?" else end <= hit
-    truth = engine.positions(tokens, [(PICTURE, BUDGET)], LATER)
+    truth = engine.true_positions(tokens, [(PICTURE, BUDGET)], LATER)
     engine.forget()
     with engine.fed() as cold:
         (expected,) = engine.ask_all([prompt])
@@ -74,7 +74,7 @@ def test_another_question_about_two_images_hits_up_to_the_second(engine: SmallSt
     if lost:
         engine.core.reset_encoder_cache()
     tokens, [_, (start, end)] = engine.rendered(second)
-    truth = engine.positions(tokens, [(picture, BUDGET) for picture in pictures], LATER)
+    truth = engine.true_positions(tokens, [(picture, BUDGET) for picture in pictures], LATER)
     with engine.fed() as fed:
         (answer,) = engine.ask_all([second])
     assert start < answer.cached < end

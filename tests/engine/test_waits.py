@@ -19,7 +19,8 @@ from promprune_vllm.engine.keys import COUNTS
 from promprune_vllm.engine.worker import device_copies
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 from tests import runner
-from tests.engine.family_engine import FAMILIES, FAMILY_ENGINES, FamilyEngine, shared_engine
+from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine, shared_engine
+from tests.engine.family_facts import FAMILIES, TILED
 from tests.waits import EIGENVALUES, GPU, NoWaits, to_gpu
 
 pytestmark = pytest.mark.engine
@@ -62,8 +63,8 @@ def on_gpu(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The engine's model, as if its weights were on the GPU, as far as our code touches them."""
     model = engine.model
     width = engine.encoded("square").groups[0].features.projected.shape[1]
-    if not engine.mrope:
-        monkeypatch.setitem(model._parameters, "image_newline", to_gpu(model.image_newline.detach()))
+    for name, parameter in model.named_parameters(recurse=False):  # such as LLaVA-NeXT's newline
+        monkeypatch.setitem(model._parameters, name, to_gpu(parameter.detach()))
     monkeypatch.setattr(model, "project", lambda rows: rows.new_empty((len(rows), width)))  # vLLM's code
     monkeypatch.setattr(model, "_metrics", None)
     return model
@@ -90,7 +91,7 @@ def test_between_the_tower_and_the_language_model_nothing_waits(
 
 
 @pytest.mark.parametrize("tiles", ["merged", "base"])
-@pytest.mark.parametrize("engine", ["llava_next"], indirect=True)
+@pytest.mark.parametrize("engine", TILED, indirect=True)
 def test_neither_does_another_way_to_divide_tiles(
     engine: FamilyEngine, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +112,10 @@ def test_what_the_host_reads_of_an_image_stays_there(
     engine.generate([engine.ask("landscape", budget=9)], tokens=1)
     ((image,),) = [request.mm_features for request in requests]
     kept = {name for name, element in image.data.items() if element.field.keep_on_cpu}
-    assert kept == {COUNTS, "image_grid_thw" if engine.mrope else "image_sizes"}
+    inputs = engine.inputs("landscape", raw=False)  # normalised pixels, and sizes or counts
+    sizes = {name for name, values in inputs.items() if not torch.is_floating_point(values[0])}
+    assert sizes
+    assert kept == {COUNTS, *sizes}
 
 
 @pytest.mark.parametrize("budget", [9, None])

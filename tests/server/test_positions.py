@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.families import FAMILIES, build_family_model, serving_dtype
+from promprune_vllm.demo.families import build_family_model, serving_dtype
 from promprune_vllm.demo.server import Server, is_healthy
-from tests.engine.family_engine import UNLOADABLE
+from tests.engine.family_facts import FACTS, UNLOADABLE
 from tests.server.conftest import _serving, ask, body, post, saved
 
 # With each commit, the same positions are the subject of tests/engine/test_mrope_reach.py.
@@ -20,13 +20,13 @@ LONG = 4096
 
 
 # Experts change nothing about positions.
-QWEN = [family for family in FAMILIES if family.startswith("qwen") and not family.endswith("_moe")]
+MROPE = [family for family, facts in FACTS.items() if facts.mrope and not family.endswith("_moe")]
 
 
-@pytest.fixture(scope="module", params=QWEN)
+@pytest.fixture(scope="module", params=MROPE)
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if request.param in UNLOADABLE:
-        pytest.skip("vLLM 0.29 for CPUs cannot load Qwen3-VL")
+        pytest.skip("this minor of vLLM cannot load the family on a CPU")
     directory = tmp_path_factory.mktemp(request.param)
     model = build_family_model(request.param, directory / "model")
     options = ("--max-model-len", str(LONG), "--limit-mm-per-prompt", '{"image": 200}')

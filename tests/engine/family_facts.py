@@ -1,0 +1,114 @@
+"""What the tests must know of each model family and cannot read from its model: one row per family.
+
+A new family is one more row. What vLLM or the configuration tells (placeholders, the tower's name, M-RoPE, sizes)
+has no column here: ``FamilyEngine`` asks for it. No other file of the contract suite may name a family
+(``tests/unit/test_contract_suite.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from torch import Tensor
+
+from promprune_vllm.demo.families import serving_dtype
+from promprune_vllm.engine.compat import versions
+from tests.engine import saliency_references as saliency
+
+if TYPE_CHECKING:
+    from tests.engine.family_engine import FamilyEngine
+
+Inputs = Callable[[str, Sequence[Image.Image], Mapping[str, Any]], dict[str, Tensor]]
+"""(checkpoint, images, options of the image processor) -> the tensors of vLLM's ``embed_multimodal``, by name."""
+Saliency = Callable[["FamilyEngine", str], saliency.PerGroup]
+"""(engine, shape of an image) -> saliency of each group of tokens, ``(N,)``; and that of a layer that is wrong."""
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """One family.
+
+    Args:
+        inputs: Makes the inputs of images without vLLM.
+        saliency: The saliency according to transformers.
+        mu: PromPrune's calibration, in force where neither the operator nor the checkpoint has one.
+        views: How many times an image's tokens see its area, at least and at most.
+        mrope: Whether positions are M-RoPE's; for lists of parameters, made before there is an engine to ask.
+        options: Further options of vLLM's engine, without which the family cannot be served.
+        first_minor: The first minor of vLLM that can load the family on a CPU, if older ones are supported.
+    """
+
+    inputs: Inputs
+    saliency: Saliency
+    mu: float
+    views: tuple[float, float] = (1, 1)
+    mrope: bool = False
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    first_minor: str | None = None
+
+    @property
+    def tiled(self) -> bool:
+        """Whether an image is cut into tiles, each pruned by itself."""
+        return self.views[1] > 1
+
+    @property
+    def loadable(self) -> bool:
+        return self.first_minor is None or not versions.before(self.first_minor)
+
+
+def image_processor(*tensors: str, **always: Any) -> Inputs:
+    """Inputs from the checkpoint's own Hugging Face image processor.
+
+    Args:
+        tensors: Names of the tensors; ``"ours=theirs"`` where vLLM has another name than the processor.
+        always: Options that the checkpoint's Hugging Face processor sets for its image processor.
+    """
+
+    def make(checkpoint: str, images: Sequence[Image.Image], options: Mapping[str, Any]) -> dict[str, Tensor]:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(checkpoint).image_processor
+        made = processor(images=list(images), return_tensors="pt", **always, **options)
+        names = [name.partition("=") for name in tensors]
+        return {ours: made[theirs or ours] for ours, _, theirs in names}
+
+    return make
+
+
+_QWEN = FamilyFacts(
+    inputs=image_processor("pixel_values", "image_grid_thw"),
+    saliency=saliency.received_by_patches,
+    mu=0.5744,
+    mrope=True,
+)
+_QWEN3_VL = replace(_QWEN, first_minor="0.30")
+FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
+    {
+        "llava_next": FamilyFacts(
+            inputs=image_processor("pixel_values", "image_sizes"),
+            saliency=saliency.paid_by_cls,
+            mu=0.42,
+            # The whole image, then crops of it without the patches at the edge that are half padding.
+            views=(1.85, 2),
+        ),
+        "qwen2_vl": _QWEN,
+        "qwen2_5_vl": replace(_QWEN, saliency=saliency.received_in_window_order),
+        "qwen3_vl": _QWEN3_VL,
+        "qwen3_vl_moe": _QWEN3_VL,
+        "qwen3_5": _QWEN,
+        "qwen3_5_moe": _QWEN,
+    }
+)
+FAMILIES = tuple(FACTS)
+OWN_TESTS = ("llava",)  # test_llava.py, with the demo model
+TILED = tuple(family for family, facts in FACTS.items() if facts.tiled)
+UNLOADABLE = tuple(family for family, facts in FACTS.items() if not facts.loadable)
+
+
+def engine_options(family: str) -> dict[str, Any]:
+    """Options of vLLM's engine with which a demo model is served exactly; LLaVA-1.5 has no row, and needs none."""
+    return {"dtype": serving_dtype(family), **(FACTS[family].options if family in FACTS else {})}
