@@ -29,7 +29,11 @@ def families(
 
 
 def describe() -> list[dict[str, Any]]:
-    """Describe every family as plain data; ``mu`` is its default, ``mu_source`` where that comes from."""
+    """Describe every family as plain data.
+
+    ``mu`` is its default, ``mu_source`` where that comes from, ``mu_measured`` whether it is of the family's own
+    vision tower.
+    """
     from promprune_vllm.engine.families import FAMILIES
 
     return [
@@ -41,6 +45,7 @@ def describe() -> list[dict[str, Any]]:
             "refused": family.refused,
             "mu": _mu(family),
             "mu_source": family.calibrated,
+            "mu_measured": family.measured,
         }
         for architecture, family in FAMILIES.items()
     ]

@@ -40,6 +40,7 @@ class Family:
         refused: Configurations that cannot be pruned: requests with a budget are refused, others are served.
         calibration: Method -> options measured for this family, which replace the method's defaults.
         calibrated: Source of the calibration.
+        measured: Whether it was measured for this family's vision tower, and not borrowed from another one.
     """
 
     model: str
@@ -49,16 +50,23 @@ class Family:
     refused: str
     calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
     calibrated: str = "the method's default"
+    measured: bool = field(kw_only=True)
 
 
 _MODULES = "promprune_vllm.engine.families"
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "LlavaForConditionalGeneration": Family(
-            "LLaVA-1.5", f"{_MODULES}.llava:PrunedLlava", _CLS, _RECOUNTED, _CLIP_ONLY
+            *("LLaVA-1.5", f"{_MODULES}.llava:PrunedLlava", _CLS, _RECOUNTED, _CLIP_ONLY),
+            measured=True,
         ),
         "LlavaNextForConditionalGeneration": Family(
-            "LLaVA-NeXT", f"{_MODULES}.llava_next:PrunedLlavaNext", f"{_CLS}, tile by tile", _RECOUNTED, _CLIP_ONLY
+            "LLaVA-NeXT",
+            f"{_MODULES}.llava_next:PrunedLlavaNext",
+            f"{_CLS}, tile by tile",
+            _RECOUNTED,
+            _CLIP_ONLY,
+            measured=True,
         ),
         "Qwen2VLForConditionalGeneration": Family(
             "Qwen2-VL",
@@ -68,6 +76,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
         ),
         "Qwen2_5_VLForConditionalGeneration": Family(
             "Qwen2.5-VL",
@@ -77,6 +86,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             "the authors', at 1296 tokens",
+            measured=True,
         ),
         "Qwen3VLForConditionalGeneration": Family(
             "Qwen3-VL",
@@ -86,6 +96,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
         ),
         "Qwen3VLMoeForConditionalGeneration": Family(
             "Qwen3-VL-MoE",
@@ -95,6 +106,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
         ),
         "Qwen3_5ForConditionalGeneration": Family(
             "Qwen3.5, Qwen3.6",
@@ -104,6 +116,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
         ),
         "Qwen3_5MoeForConditionalGeneration": Family(
             "Qwen3.5-MoE, Qwen3.6-MoE",
@@ -113,6 +126,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
         ),
     }
 )
@@ -136,9 +150,10 @@ def register() -> None:
 
 
 def calibration(model_config: Any) -> Calibration:
-    """Return the options calibrated for a checkpoint, or otherwise for its family.
+    """Return the options calibrated for a checkpoint, and otherwise those for its family.
 
     A checkpoint's own calibration is in its config.json: ``"promprune_calibration": {"promprune": {"mu": 0.5}}``.
+    An option that it leaves out is the family's.
 
     Args:
         model_config: vLLM's ``ModelConfig``.
@@ -147,7 +162,7 @@ def calibration(model_config: Any) -> Calibration:
         SettingsError: The checkpoint's calibration is not such an object.
     """
     family = family_of(model_config.architectures)
-    of_family = {} if family is None else family.calibration
+    of_family: Calibration = {} if family is None else family.calibration
     of_checkpoint = getattr(model_config.hf_config, CALIBRATION, {})
     if not isinstance(of_checkpoint, dict) or not all(
         isinstance(options, dict) for options in of_checkpoint.values()
@@ -156,7 +171,8 @@ def calibration(model_config: Any) -> Calibration:
             f"config.json of {model_config.model} has {CALIBRATION} = {of_checkpoint!r}: it takes an object of "
             'methods with objects of options, such as {"promprune": {"mu": 0.5}}.'
         )
-    return {**of_family, **of_checkpoint}
+    names = dict.fromkeys((*of_family, *of_checkpoint))
+    return {name: {**of_family.get(name, {}), **of_checkpoint.get(name, {})} for name in names}
 
 
 def unsupported_reason(vllm_config: Any) -> str | None:
