@@ -41,6 +41,8 @@ class Family:
         calibration: Method -> options measured for this family, which replace the method's defaults.
         calibrated: Source of the calibration.
         measured: Whether it was measured for this family's vision tower, and not borrowed from another one.
+        megapixel_tokens: Visual tokens, before pruning, of an image of 1024 x 1024 pixels with the published
+            checkpoints' processors.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Family:
     calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
     calibrated: str = "the method's default"
     measured: bool = field(kw_only=True)
+    megapixel_tokens: int = field(kw_only=True)
 
 
 _MODULES = "promprune_vllm.engine.families"
@@ -59,6 +62,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "LlavaForConditionalGeneration": Family(
             *("LLaVA-1.5", f"{_MODULES}.llava:PrunedLlava", _CLS, _RECOUNTED, _CLIP_ONLY),
             measured=True,
+            megapixel_tokens=576,
         ),
         "LlavaNextForConditionalGeneration": Family(
             "LLaVA-NeXT",
@@ -67,6 +71,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _RECOUNTED,
             _CLIP_ONLY,
             measured=True,
+            megapixel_tokens=2928,
         ),
         "Qwen2VLForConditionalGeneration": Family(
             "Qwen2-VL",
@@ -77,6 +82,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
             measured=False,
+            megapixel_tokens=1369,
         ),
         "Qwen2_5_VLForConditionalGeneration": Family(
             "Qwen2.5-VL",
@@ -87,6 +93,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             "the authors', at 1296 tokens",
             measured=True,
+            megapixel_tokens=1369,
         ),
         "Qwen3VLForConditionalGeneration": Family(
             "Qwen3-VL",
@@ -97,6 +104,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
             measured=False,
+            megapixel_tokens=1024,
         ),
         "Qwen3VLMoeForConditionalGeneration": Family(
             "Qwen3-VL-MoE",
@@ -107,6 +115,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
             measured=False,
+            megapixel_tokens=1024,
         ),
         "Qwen3_5ForConditionalGeneration": Family(
             "Qwen3.5, Qwen3.6",
@@ -117,6 +126,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
             measured=False,
+            megapixel_tokens=1024,
         ),
         "Qwen3_5MoeForConditionalGeneration": Family(
             "Qwen3.5-MoE, Qwen3.6-MoE",
@@ -127,6 +137,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _QWEN_MU,
             _BORROWED,
             measured=False,
+            megapixel_tokens=1024,
         ),
     }
 )
