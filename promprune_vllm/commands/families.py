@@ -12,7 +12,10 @@ from promprune_vllm.markdown import table
 if TYPE_CHECKING:
     from promprune_vllm.engine.families import Family
 
-_COLUMNS = ("architecture", "model", "saliency", "positions", "refused", "calibration of `promprune`")
+_COLUMNS = (
+    *("architecture", "model", "tokens of 1024 x 1024 pixels", "saliency", "positions", "refused"),
+    "calibration of `promprune`",
+)
 
 
 def families(
@@ -29,18 +32,24 @@ def families(
 
 
 def describe() -> list[dict[str, Any]]:
-    """Describe every family as plain data; ``mu`` is its default, ``mu_source`` where that comes from."""
+    """Describe every family as plain data.
+
+    ``mu`` is its default, ``mu_source`` where that comes from, ``mu_measured`` whether it is of the family's own
+    vision tower, and ``megapixel_tokens`` the visual tokens of 1024 x 1024 pixels before pruning.
+    """
     from promprune_vllm.engine.families import FAMILIES
 
     return [
         {
             "architecture": architecture,
             "model": family.model,
+            "megapixel_tokens": family.megapixel_tokens,
             "saliency": family.saliency,
             "positions": family.positions,
             "refused": family.refused,
             "mu": _mu(family),
             "mu_source": family.calibrated,
+            "mu_measured": family.measured,
         }
         for architecture, family in FAMILIES.items()
     ]
@@ -52,6 +61,7 @@ def markdown() -> str:
         (
             f"`{row['architecture']}`",
             row["model"],
+            f"{row['megapixel_tokens']:,}",
             row["saliency"],
             row["positions"],
             row["refused"],
@@ -70,6 +80,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     grid = Table.grid(padding=(0, 2))
     for row in rows:
         grid.add_row(f"[bold]{row['model']}", row["architecture"])
+        grid.add_row("  tokens", f"{row['megapixel_tokens']:,} of 1024 x 1024 pixels, before pruning")
         for name in ("saliency", "positions", "refused"):
             grid.add_row(f"  {name}", row[name])
         grid.add_row("  promprune", _calibration(row))

@@ -167,9 +167,9 @@ def test_the_rest_of_the_document_is_stock_vllms(server: Server, stock: Server) 
 
 @pytest.fixture(scope="module")
 def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Another family, an API key, two API servers, and limits of the operator's."""
+    """Another family, whose mu nobody measured, an API key, two API servers, and limits of the operator's."""
     directory = tmp_path_factory.mktemp("guarded")
-    model = build_family_model("qwen2_5_vl", directory / "model")
+    model = build_family_model("qwen2_vl", directory / "model")
     options = (
         *("--api-server-count", "2", "--visual-token-detail"),
         *("--visual-token-budget", "50%", "--visual-token-low", "8", "--visual-token-max", "40"),
@@ -193,7 +193,7 @@ def test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits(gu
     key = {"authorization": f"Bearer {KEY}"}
     for _ in range(8):  # new connections, so that both processes get some
         state = httpx.get(f"{server.url}{ROUTE}", headers=key).raise_for_status().json()
-        assert (state["family"], state["method"]["options"]["mu"]) == ("Qwen2.5-VL", 0.5744)
+        assert (state["family"], state["method"]["options"]["mu"]) == ("Qwen2-VL", 0.5744)
         limits = {name: state["limits"][name] for name in ("default", "max", "low", "detail")}
         assert limits == {"default": 0.5, "max": 40, "low": 8, "detail": True}
         assert state["fields"]["visual_token_method"]["enum"] == ["promprune", "random", "uniform", None]
@@ -203,6 +203,16 @@ def test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits(gu
     refused = httpx.post(f"{server.url}{COUNT}", json=odd, headers=key)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "images"
+
+
+def test_of_all_processes_one_warns_of_a_borrowed_mu(guarded_server: Server) -> None:
+    """Of two API servers, an engine and a worker."""
+    lines = guarded_server.log.read_text().splitlines()
+    assert sum("PromPrune keeps 50% tokens" in line for line in lines) == 2, "each API server says what it does"
+    (line,) = (line for line in lines if "promprune calibrate" in line)
+    assert "WARNING" in line
+    assert "mu = 0.5744 (Qwen2.5-VL's; not measured for this tower)" in line
+    assert f"`promprune calibrate {guarded_server.log.parent / 'model'} --images DIR`" in line
 
 
 def _compare(server: Server, key: dict[str, str], fields: dict[str, Any]) -> None:

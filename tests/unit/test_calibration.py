@@ -29,6 +29,7 @@ from promprune_vllm.core.calibration import (
 )
 from promprune_vllm.demo import photo_path
 from promprune_vllm.engine import families
+from promprune_vllm.engine.api_server import borrowed_mu
 from promprune_vllm.engine.worker.calibration_run import _stdout_to_stderr, image_files
 from promprune_vllm.errors import SettingsError
 
@@ -160,10 +161,9 @@ def test_an_option_in_the_models_place_is_named() -> None:
     assert "MODEL must come before vLLM's options, got --dtype first" in result.output
 
 
-def model_config(**own: Any) -> Any:
+def model_config(architecture: str = "Qwen2_5_VLForConditionalGeneration", **own: Any) -> Any:
     """What is looked at of vLLM's ``ModelConfig``."""
-    architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    return SimpleNamespace(model="some/model", architectures=architectures, hf_config=SimpleNamespace(**own))
+    return SimpleNamespace(model="some/model", architectures=[architecture], hf_config=SimpleNamespace(**own))
 
 
 def test_a_checkpoint_carries_its_own_calibration() -> None:
@@ -174,9 +174,62 @@ def test_a_checkpoint_carries_its_own_calibration() -> None:
     operators = Settings(method_options={"mu": 0.7})
     assert operators.selector(own) == get_method("promprune", mu=0.7, tau=0.05)  # the operator's own come first
     assert Settings().digest(own) != Settings().digest(family)
+    only_tau = families.calibration(model_config(promprune_calibration={"promprune": {"tau": 0.05}}))
+    assert Settings().selector(only_tau) == get_method("promprune", mu=0.5744, tau=0.05)
 
 
 @pytest.mark.parametrize("carried", [0.3, {"mu": 0.3}, [], None])
 def test_a_calibration_of_another_form_is_refused(carried: object) -> None:
     with pytest.raises(SettingsError, match=r"config\.json of some/model has promprune_calibration = "):
         families.calibration(model_config(promprune_calibration=carried))
+
+
+BORROWERS = [name for name, family in families.FAMILIES.items() if not family.measured]
+NEW = BORROWERS[0]
+
+
+def test_towers_that_nobody_measured_are_known() -> None:
+    assert {"Qwen2VLForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"} < set(BORROWERS)
+    own = ("Llava", "LlavaNext", "Qwen2_5_VL")
+    assert not {f"{name}ForConditionalGeneration" for name in own} & set(BORROWERS)
+
+
+@pytest.mark.parametrize("architecture", BORROWERS)
+def test_of_a_borrowed_mu_the_server_says_whose_it_is_and_how_to_measure_it(architecture: str) -> None:
+    said = borrowed_mu.describe(model_config(architecture), Settings())
+    assert said is not None
+    family = families.FAMILIES[architecture]
+    mu = Settings().selector(family.calibration).mu
+    assert f"for some/model at mu = {mu} ({family.calibrated})" in said
+    assert "`promprune calibrate some/model --images DIR`" in said
+    assert "--visual-token-method-options" in said
+    assert "\n" not in said
+
+
+def test_where_another_method_is_configured_the_servers_options_would_not_set_mu() -> None:
+    settings = Settings(method="divprune", allow_methods=("promprune",))
+    said = borrowed_mu.describe(model_config(NEW), settings) or ""
+    assert 'config.json: "promprune_calibration": {"promprune": {"mu": ...}}' in said
+    assert "--visual-token-method-options" not in said
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (model_config(), Settings()),
+        (model_config("LlamaForCausalLM"), Settings()),
+        (model_config(NEW), Settings(method_options={"mu": 0.5744})),
+        (model_config(NEW, promprune_calibration={"promprune": {"mu": 0.5744}}), Settings()),
+        (model_config(NEW), Settings(method="split-50", allow_methods=("divprune",))),
+        (model_config(NEW), Settings(method_options={"kr_min": 0.5, "kr_max": 0.5})),
+    ],
+    ids=("measured", "no family", "option", "checkpoint", "not allowed", "fixed split"),
+)
+def test_of_a_mu_that_is_measured_set_or_never_used_nothing_is_said(config: Any, settings: Settings) -> None:
+    assert borrowed_mu.describe(config, settings) is None
+
+
+@pytest.mark.parametrize("settings", [Settings(method_options={"tau": 0.05}), Settings(allow_methods=("random",))])
+def test_other_options_do_not_set_mu(settings: Settings) -> None:
+    carried = model_config(NEW, promprune_calibration={"promprune": {"tau": 0.05}})
+    assert borrowed_mu.describe(carried, settings) is not None

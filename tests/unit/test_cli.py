@@ -221,9 +221,15 @@ def test_families_say_which_mu_they_have_and_where_it_comes_from() -> None:
     assert (measured["mu"], measured["mu_source"]) == (0.5744, "the authors', at 1296 tokens")
     default = listed["LlavaForConditionalGeneration"]
     assert (default["mu"], default["mu_source"]) == (0.42, "the method's default")
+    assert {name: row["mu_measured"] for name, row in listed.items()} == {
+        name: family.measured for name, family in FAMILIES.items()
+    }
+    tokens = {name: row["megapixel_tokens"] for name, row in listed.items()}
+    assert tokens == {name: family.megapixel_tokens for name, family in FAMILIES.items()}
     shown = run(cli.app, ["families"], env={"COLUMNS": "300"}).output
     for text in ("mu 0.5744 (the authors', at 1296 tokens)", "mu 0.42 (the method's default)"):
         assert text in shown
+    assert all(f"{count:,} of 1024 x 1024 pixels" in shown for count in tokens.values())
     for row in listed.values():
         assert all(row[name] in shown for name in ("architecture", "model", "saliency", "positions", "refused"))
 

@@ -45,6 +45,9 @@ class Family:
         refused: Configurations that cannot be pruned: requests with a budget are refused, others are served.
         calibration: Method -> options measured for this family, which replace the method's defaults.
         calibrated: Source of the calibration.
+        measured: Whether it was measured for this family's vision tower, and not borrowed from another one.
+        megapixel_tokens: Visual tokens, before pruning, of an image of 1024 x 1024 pixels with the published
+            checkpoints' processors.
     """
 
     model: str
@@ -54,16 +57,26 @@ class Family:
     refused: str
     calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
     calibrated: str = "the method's default"
+    measured: bool = field(kw_only=True)
+    megapixel_tokens: int = field(kw_only=True)
 
 
 _MODULES = "promprune_vllm.engine.families"
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "LlavaForConditionalGeneration": Family(
-            "LLaVA-1.5", f"{_MODULES}.llava:PrunedLlava", _CLS, _RECOUNTED, _CLIP_ONLY
+            *("LLaVA-1.5", f"{_MODULES}.llava:PrunedLlava", _CLS, _RECOUNTED, _CLIP_ONLY),
+            measured=True,
+            megapixel_tokens=576,
         ),
         "LlavaNextForConditionalGeneration": Family(
-            "LLaVA-NeXT", f"{_MODULES}.llava_next:PrunedLlavaNext", f"{_CLS}, tile by tile", _RECOUNTED, _CLIP_ONLY
+            "LLaVA-NeXT",
+            f"{_MODULES}.llava_next:PrunedLlavaNext",
+            f"{_CLS}, tile by tile",
+            _RECOUNTED,
+            _CLIP_ONLY,
+            measured=True,
+            megapixel_tokens=2928,
         ),
         "Qwen2VLForConditionalGeneration": Family(
             "Qwen2-VL",
@@ -73,6 +86,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1369,
         ),
         "Qwen2_5_VLForConditionalGeneration": Family(
             "Qwen2.5-VL",
@@ -82,6 +97,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             "the authors', at 1296 tokens",
+            measured=True,
+            megapixel_tokens=1369,
         ),
         "Qwen3VLForConditionalGeneration": Family(
             "Qwen3-VL",
@@ -91,6 +108,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1024,
         ),
         "Qwen3VLMoeForConditionalGeneration": Family(
             "Qwen3-VL-MoE",
@@ -100,6 +119,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1024,
         ),
         "Qwen3_5ForConditionalGeneration": Family(
             "Qwen3.5, Qwen3.6",
@@ -109,6 +130,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1024,
         ),
         "Qwen3_5MoeForConditionalGeneration": Family(
             "Qwen3.5-MoE, Qwen3.6-MoE",
@@ -118,6 +141,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1024,
         ),
         "InternVLChatModel": Family(
             "InternVL 2 to 3.5",
@@ -182,9 +207,10 @@ def register() -> None:
 
 
 def calibration(model_config: Any) -> Calibration:
-    """Return the options calibrated for a checkpoint, or otherwise for its family.
+    """Return the options calibrated for a checkpoint, and otherwise those for its family.
 
     A checkpoint's own calibration is in its config.json: ``"promprune_calibration": {"promprune": {"mu": 0.5}}``.
+    An option that it leaves out is the family's.
 
     Args:
         model_config: vLLM's ``ModelConfig``.
@@ -193,7 +219,7 @@ def calibration(model_config: Any) -> Calibration:
         SettingsError: The checkpoint's calibration is not such an object.
     """
     family = family_of(model_config.architectures)
-    of_family = {} if family is None else family.calibration
+    of_family: Calibration = {} if family is None else family.calibration
     of_checkpoint = getattr(model_config.hf_config, CALIBRATION, {})
     if not isinstance(of_checkpoint, dict) or not all(
         isinstance(options, dict) for options in of_checkpoint.values()
@@ -202,7 +228,8 @@ def calibration(model_config: Any) -> Calibration:
             f"config.json of {model_config.model} has {CALIBRATION} = {of_checkpoint!r}: it takes an object of "
             'methods with objects of options, such as {"promprune": {"mu": 0.5}}.'
         )
-    return {**of_family, **of_checkpoint}
+    names = dict.fromkeys((*of_family, *of_checkpoint))
+    return {name: {**of_family.get(name, {}), **of_checkpoint.get(name, {})} for name in names}
 
 
 def unsupported_reason(vllm_config: Any) -> str | None:
