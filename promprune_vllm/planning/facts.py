@@ -220,11 +220,11 @@ def _projector(kind: str, config: Mapping[str, Any], hidden: int) -> int:
     if kind.startswith("llava"):
         return int(vision["hidden_size"]) * hidden + hidden**2
     if kind.startswith("internvl"):
-        return round(vision["hidden_size"] / config["downsample_ratio"] ** 2) * hidden + hidden**2
+        merged = int(vision["hidden_size"] / config["downsample_ratio"] ** 2)
+        return merged * hidden + hidden**2
     if kind.startswith("glm"):
-        inner = int(
-            config["text_config"]["intermediate_size"] if kind == "glm_ocr" else vision["intermediate_size"]
-        )
+        widths = config["text_config"] if kind == "glm_ocr" else vision
+        inner = int(widths["intermediate_size"])
         merged = int(vision["hidden_size"]) * int(vision["spatial_merge_size"]) ** 2
         return hidden * (merged + hidden + 3 * inner)
     inner = int(vision.get("embed_dim") or vision["hidden_size"]) * int(vision["spatial_merge_size"]) ** 2

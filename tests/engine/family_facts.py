@@ -7,8 +7,10 @@ has no column here: ``FamilyEngine`` asks for it. No other file of the contract 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,17 @@ def image_processor(*tensors: str, **always: Any) -> Inputs:
     return make
 
 
+def chat_tiles(checkpoint: str, images: Sequence[Image.Image], _: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs of InternVL's original layout: transformers has no processor for it, vLLM has one of its own."""
+    from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
+
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    names = ("min_dynamic_patch", "max_dynamic_patch", "dynamic_image_size", "use_thumbnail")
+    processor = InternVLImageProcessor(config["force_image_size"], *(config[name] for name in names))
+    return dict(processor(list(images), return_tensors="pt"))
+
+
+_TILES_AND_WHOLE = (1, 2)  # a small image is one tile
 _QWEN = FamilyFacts(
     inputs=image_processor("pixel_values", "image_grid_thw"),
     saliency=saliency.received_by_patches,
@@ -94,6 +107,19 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
             mu=0.42,
             # The whole image, then crops of it without the patches at the edge that are half padding.
             views=(1.85, 2),
+        ),
+        "internvl": FamilyFacts(
+            inputs=image_processor("pixel_values", "image_num_patches=num_patches", crop_to_patches=True),
+            saliency=saliency.paid_by_cls_to_squares,
+            mu=0.42,
+            views=_TILES_AND_WHOLE,
+        ),
+        "internvl_chat": FamilyFacts(
+            inputs=chat_tiles,
+            saliency=saliency.paid_by_cls_to_squares,
+            mu=0.42,
+            views=_TILES_AND_WHOLE,
+            options=MappingProxyType({"trust_remote_code": True}),
         ),
         "qwen2_vl": _QWEN,
         "qwen2_5_vl": replace(_QWEN, saliency=saliency.received_in_window_order),

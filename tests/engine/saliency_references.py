@@ -95,6 +95,29 @@ def paid_by_cls(engine: FamilyEngine, shape: str) -> PerGroup:
     return found[0], found[1]
 
 
+def paid_by_cls_to_squares(engine: FamilyEngine, shape: str) -> PerGroup:
+    """Attention of CLS in the last layer to each token's 2 x 2 patches, tile by tile; and in the layer before."""
+    from transformers import InternVLForConditionalGeneration
+
+    model = InternVLForConditionalGeneration.from_pretrained(
+        # The checkpoint in the original layout has the same weights, and transformers has no model for it.
+        _directory(engine).with_name("internvl"),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    (pixels,) = (tensor for tensor in engine.inputs(shape).values() if tensor.ndim == 4)
+    with torch.inference_mode():
+        attentions = model.model.vision_tower(pixels, output_attentions=True).attentions
+    last, before = ([*_of_squares(attentions[layer][:, :, 0, 1:].mean(dim=1))] for layer in (-1, -2))
+    return last, before
+
+
+def _of_squares(tiles: Tensor) -> Tensor:
+    """Mean of ``(T, side * side)`` patches row by row over 2 x 2 of them."""
+    side = round(tiles.shape[1] ** 0.5)
+    return torch.nn.functional.avg_pool2d(tiles.view(len(tiles), 1, side, side), 2).flatten(1)
+
+
 def _valid(engine: FamilyEngine, shape: str) -> list[Tensor]:
     """Which tokens of each tile are no padding, from transformers' own unpadding of a map of ones."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image

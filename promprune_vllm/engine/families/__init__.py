@@ -31,6 +31,7 @@ _MROPE = "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a pro
 # `promprune calibrate` measures mu for other towers and image sizes.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
 _BORROWED = "Qwen2.5-VL's; not measured for this tower"
+_BORROWED_CLS = "LLaVA's; not measured for this tower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _CLS_OF_TOKEN,
             _RECOUNTED,
             _INTERN,
+            calibrated=_BORROWED_CLS,
+            measured=False,
+            megapixel_tokens=2560,
         ),
         "InternVLForConditionalGeneration": Family(
             "InternVL 3, 3.5 (-HF)",
@@ -157,6 +161,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _CLS_OF_TOKEN,
             _RECOUNTED,
             _INTERN,
+            calibrated=_BORROWED_CLS,
+            measured=False,
+            megapixel_tokens=2560,
         ),
         "Glm4vForConditionalGeneration": Family(
             "GLM-4.1V",
@@ -166,6 +173,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1369,
         ),
         "Glm4vMoeForConditionalGeneration": Family(
             "GLM-4.5V, GLM-4.6V",
@@ -175,6 +184,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1369,
         ),
         "GlmOcrForConditionalGeneration": Family(
             "GLM-OCR",
@@ -184,6 +195,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _MROPE,
             _QWEN_MU,
             _BORROWED,
+            measured=False,
+            megapixel_tokens=1369,
         ),
     }
 )
