@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo import internvl, model, processing
+from promprune_vllm.demo import glm, internvl, model, processing
 from promprune_vllm.demo import qwen_processing as qwen
 from promprune_vllm.demo.random_weights import DType
 
@@ -220,5 +220,6 @@ FAMILIES: Mapping[str, Builder] = MappingProxyType(
         **{family: partial(_build_qwen, family) for family in _QWEN_VISION},
         "internvl": internvl.build_internvl,
         "internvl_chat": internvl.build_internvl_chat,
+        **{family: partial(glm.build_glm, family) for family in glm.CLASSES},
     }
 )

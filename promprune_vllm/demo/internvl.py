@@ -32,14 +32,6 @@ _TOWER: Mapping[str, Any] = MappingProxyType(
         "norm_type": "layer_norm",
     }
 )
-_TEXT: Mapping[str, Any] = MappingProxyType(
-    {
-        **model.TINY_TEXT,
-        **processing.ROLE_IDS,
-        "num_hidden_layers": 2,  # with more, answers are one letter repeated
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    }
-)
 _CHAT: Mapping[str, Any] = MappingProxyType(
     {
         "architectures": ["InternVLChatModel"],
@@ -80,7 +72,7 @@ def build_internvl(directory: Path, seed: int, dtype: DType) -> Path:
     def write(target: Path) -> None:
         model.save_checkpoint(target, _weights(seed, dtype), _config(dtype))
         inputs.internvl_processor(
-            _TILE_PX, _TILE_TOKENS, _MAX_TILES, max_tokens=_TEXT["max_position_embeddings"]
+            _TILE_PX, _TILE_TOKENS, _MAX_TILES, max_tokens=model.TINY_TEXT["max_position_embeddings"]
         ).save_pretrained(target)
 
     return model.publish(directory, model.stamp("internvl", _spec(seed, dtype)), write)
@@ -92,16 +84,25 @@ def build_internvl_chat(directory: Path, seed: int, dtype: DType) -> Path:
     def write(target: Path) -> None:
         model.save_checkpoint(target, _original_layout(_weights(seed, dtype)), _chat_config(dtype))
         inputs.tile_preprocessing(_TILE_PX).save_pretrained(target)
-        inputs.internvl_tokenizer("internvl_chat", max_tokens=_TEXT["max_position_embeddings"]).save_pretrained(
-            target
-        )
+        inputs.internvl_tokenizer(
+            "internvl_chat", max_tokens=model.TINY_TEXT["max_position_embeddings"]
+        ).save_pretrained(target)
 
     contents = {**_spec(seed, dtype), "chat": dict(_CHAT)}
     return model.publish(directory, model.stamp("internvl_chat", contents), write)
 
 
 def _spec(seed: int, dtype: DType) -> dict[str, Any]:
-    return {"seed": seed, "dtype": dtype, "vision": dict(_TOWER), "text": dict(_TEXT), "tiles": _MAX_TILES}
+    return {"seed": seed, "dtype": dtype, "vision": dict(_TOWER), "text": _text(), "tiles": _MAX_TILES}
+
+
+def _text() -> dict[str, Any]:
+    return {
+        **model.TINY_TEXT,
+        **processing.ROLE_IDS,
+        "num_hidden_layers": 2,  # with more, answers are one letter repeated
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
 
 
 def _weights(seed: int, dtype: DType) -> dict[str, torch.Tensor]:
@@ -116,7 +117,7 @@ def _config(dtype: DType) -> Any:
     return InternVLConfig(
         architectures=["InternVLForConditionalGeneration"],
         vision_config=InternVLVisionConfig(**_TOWER, attention_bias=True, dtype=dtype),
-        text_config=Qwen2Config(**_TEXT, dtype=dtype),
+        text_config=Qwen2Config(**_text(), dtype=dtype),
         image_token_id=processing.IMAGE_ID,
         image_seq_length=_TILE_TOKENS,
         downsample_ratio=_SHUFFLE,
@@ -131,7 +132,7 @@ def _chat_config(dtype: DType) -> Any:
     from promprune_vllm.demo.configuration_internvl_chat import InternVLChatConfig
 
     tower = {**_TOWER, "qkv_bias": True, "qk_normalization": False, "initializer_factor": 1.0}
-    language = Qwen2Config(**_TEXT, architectures=["Qwen2ForCausalLM"], dtype=dtype).to_dict()
+    language = Qwen2Config(**_text(), architectures=["Qwen2ForCausalLM"], dtype=dtype).to_dict()
     return InternVLChatConfig(vision_config=tower, llm_config=language, **_CHAT, dtype=dtype)
 
 

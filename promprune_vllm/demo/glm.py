@@ -1,0 +1,90 @@
+"""Tiny GLM-V checkpoints: GLM-4.1V, which is dense, and GLM-4.5V, which has experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from promprune_vllm.demo import glm_processing as inputs
+from promprune_vllm.demo import model, processing
+from promprune_vllm.demo.random_weights import DType
+
+CLASSES: Mapping[str, str] = MappingProxyType({"glm4v": "Glm4v", "glm4v_moe": "Glm4vMoe"})
+"""Prefix of the transformers class names, by ``model_type``."""
+
+_TOWER: Mapping[str, Any] = MappingProxyType(
+    {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "out_hidden_size": 128,
+        "num_heads": 2,
+        "image_size": 336,  # of the position embeddings, which are interpolated to the image's size
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+)
+_MORE_TEXT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "glm4v": {},
+        "glm4v_moe": {
+            "head_dim": 32,
+            "use_qk_norm": False,
+            "first_k_dense_replace": 1,  # the other three layers have experts
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+        },
+    }
+)
+
+
+def build_glm(family: str, directory: Path, seed: int, dtype: DType) -> Path:
+    """Write a checkpoint of a model type, a key of ``CLASSES``."""
+
+    def write(target: Path) -> None:
+        import transformers
+
+        model_class = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
+        model.write_weights(target, model_class, _config(family, dtype), seed, dtype)
+        inputs.glm_processor(
+            _TOWER["patch_size"],
+            _TOWER["spatial_merge_size"],
+            max_tokens=model.TINY_TEXT["max_position_embeddings"],
+        ).save_pretrained(target)
+
+    contents = {"seed": seed, "dtype": dtype, "vision": dict(_TOWER), "text": _text(family)}
+    return model.publish(directory, model.stamp(family, contents), write)
+
+
+def _text(family: str) -> dict[str, Any]:
+    # Half of a head of 32 is rotated; its 8 frequencies are split over time, height and width.
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+    sizes = {**model.TINY_TEXT, **processing.ROLE_IDS, "attention_bias": True, "rope_parameters": rope}
+    return {**sizes, **_MORE_TEXT[family]}
+
+
+def _config(family: str, dtype: DType) -> Any:
+    import transformers
+
+    name = CLASSES[family]
+    return getattr(transformers, f"{name}Config")(
+        architectures=[f"{name}ForConditionalGeneration"],
+        vision_config=dict(_TOWER),
+        text_config=getattr(transformers, f"{name}TextConfig")(**_text(family), dtype=dtype).to_dict(),
+        image_token_id=processing.IMAGE_ID,
+        video_token_id=inputs.VIDEO_ID,
+        image_start_token_id=inputs.IMAGE_START_ID,
+        image_end_token_id=inputs.IMAGE_END_ID,
+        video_start_token_id=inputs.VIDEO_START_ID,
+        video_end_token_id=inputs.VIDEO_END_ID,
+        dtype=dtype,
+    )
