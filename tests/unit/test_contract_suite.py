@@ -1,6 +1,6 @@
 """The tests that every family must pass ask none for its name: what they must know of it is a row of a table.
 
-A name may be a parameter of a fixture or a test. Elsewhere, no string and no import may hold a name or part of one,
+A name may be a parameter of a fixture or a test. Elsewhere no string and no import may hold a name or part of one,
 and ``engine.family`` may be nothing but a key.
 """
 
