@@ -92,13 +92,13 @@ def chat_tiles(checkpoint: str, images: Sequence[Image.Image], _: Mapping[str, A
 
 
 _TILES_AND_WHOLE = (1, 2)  # a small image is one tile
-_QWEN = FamilyFacts(
+_PATCHES = FamilyFacts(
     inputs=image_processor("pixel_values", "image_grid_thw"),
     saliency=saliency.received_by_patches,
     mu=0.5744,
     mrope=True,
 )
-_QWEN3_VL = replace(_QWEN, first_minor="0.30")
+_QWEN3_VL = replace(_PATCHES, first_minor="0.30")
 FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
     {
         "llava_next": FamilyFacts(
@@ -121,12 +121,14 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
             views=_TILES_AND_WHOLE,
             options=MappingProxyType({"trust_remote_code": True}),
         ),
-        "qwen2_vl": _QWEN,
-        "qwen2_5_vl": replace(_QWEN, saliency=saliency.received_in_window_order),
+        "qwen2_vl": _PATCHES,
+        "qwen2_5_vl": replace(_PATCHES, saliency=saliency.received_in_window_order),
         "qwen3_vl": _QWEN3_VL,
         "qwen3_vl_moe": _QWEN3_VL,
-        "qwen3_5": _QWEN,
-        "qwen3_5_moe": _QWEN,
+        "qwen3_5": _PATCHES,
+        "qwen3_5_moe": _PATCHES,
+        "glm4v": _PATCHES,
+        "glm4v_moe": _PATCHES,
     }
 )
 FAMILIES = tuple(FACTS)
