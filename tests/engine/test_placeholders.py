@@ -1,0 +1,115 @@
+"""Placeholders of every form that vLLM's processors make, shortened to what an image keeps."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.processing import PromptInsertion, PromptReplacement, PromptUpdateDetails
+
+from promprune_vllm import VisionFeatures, get_method
+from promprune_vllm.engine.api_server import placeholders
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
+
+pytestmark = pytest.mark.engine
+TEXT, VISUAL = 7, 3
+# Tiles with separators between them, as Llama 4 and SmolVLM have: text, a run, text, a run, text.
+TILED = [TEXT, *[VISUAL] * 6, TEXT, TEXT, *[VISUAL] * 3, TEXT]
+LAYOUTS = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
+
+
+def shortened(content: Any, plan: ImagePlan, update: Any = PromptReplacement) -> Any:
+    """What vLLM gets from our update for an image, as token ids and a mask."""
+    name = "replacement" if update is PromptReplacement else "insertion"
+    ours = placeholders.shorten(update(modality="image", target=[VISUAL], **{name: content}), [plan])
+    found = ours.content(0)
+    if isinstance(found, list):
+        return found, None
+    return found.full, found.is_embed(found.full).tolist()
+
+
+def test_a_plain_list_is_cut() -> None:
+    assert shortened(lambda _: [VISUAL] * 9, ImagePlan(9, 4)) == ([VISUAL] * 4, None)
+
+
+def test_content_may_be_the_same_for_all_images_and_an_insertion() -> None:
+    for update in (PromptReplacement, PromptInsertion):
+        assert shortened([VISUAL] * 9, ImagePlan(9, 4), update) == ([VISUAL] * 4, None)
+        details = PromptUpdateDetails.from_seq([VISUAL] * 9)
+        assert shortened(details, ImagePlan(9, 4), update) == ([VISUAL] * 4, None)
+
+
+def test_text_stays_and_runs_share_the_budget() -> None:
+    for keep, first, second in ((9, 6, 3), (6, 4, 2), (2, 1, 1), (1, 1, 0)):
+        details = PromptUpdateDetails.select_token_id(TILED, VISUAL)
+        tokens, mask = shortened(lambda _, found=details: found, ImagePlan(9, keep))
+        assert tokens == [TEXT, *[VISUAL] * first, TEXT, TEXT, *[VISUAL] * second, TEXT]
+        assert mask == [token == VISUAL for token in tokens]
+
+
+def test_which_tokens_are_visual_is_said_by_the_mask_and_not_by_their_ids() -> None:
+    """Some models put embeddings in the place of tokens that stand in text as well."""
+    mask = torch.tensor([False, True, True, False])
+    details = PromptUpdateDetails(full=[VISUAL] * 4, is_embed=lambda _: mask)
+    assert shortened(details, ImagePlan(2, 1)) == ([VISUAL] * 3, [False, True, False])
+
+
+def test_another_count_than_the_plans_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="9 visual tokens for an image counted as 8"):
+        shortened(PromptUpdateDetails.select_token_id(TILED, VISUAL), ImagePlan(8, 4))
+
+
+@given(LAYOUTS, st.data())
+def test_every_layout_keeps_its_text_and_the_budget(layout: list[bool], data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, sum(layout)))
+    stays = placeholders.kept_tokens(layout, keep)
+    assert all(stay for visual, stay in zip(layout, stays, strict=True) if not visual)
+    assert sum(stay for visual, stay in zip(layout, stays, strict=True) if visual) == keep
+
+
+@given(LAYOUTS, st.data())
+def test_a_run_has_as_many_tokens_as_the_worker_keeps_of_its_group(
+    layout: list[bool], data: st.DataObject
+) -> None:
+    """Runs are counted in the API server and groups in the worker, both from sizes alone."""
+    keep = data.draw(st.integers(1, sum(layout)))
+    stays = placeholders.kept_tokens(layout, keep)
+    runs, groups, at, row = [], [], 0, 0
+    for visual, run in groupby(layout):
+        size = len(list(run))
+        if visual:
+            runs.append(sum(stays[at : at + size]))
+            features = VisionFeatures(projected=torch.randn(size, 2), grid=(1, 1, size))
+            groups.append(Group(features, torch.arange(row, row + size)))
+            row += size
+        at += size
+    image = EncodedImage(torch.randn(row, 2), groups, torch.empty(0, dtype=torch.int64))
+    _, positions = select_tokens(image, keep, get_method("uniform")).rows(lambda rows: rows)
+    of_groups = [int(torch.isin(positions, group.positions).sum()) for group in groups]
+    assert of_groups == runs
+
+
+def test_vllm_finds_the_shorter_placeholder() -> None:
+    """Its own search in the prompt, with the mask that it makes of ours."""
+    from vllm.multimodal.processing.processor import find_mm_placeholders
+
+    update = placeholders.shorten(
+        PromptReplacement(
+            modality="image",
+            target=[VISUAL],
+            replacement=lambda _: PromptUpdateDetails.select_token_id(TILED, VISUAL),
+        ),
+        [ImagePlan(9, 6)],
+    )
+    prompt = [1, 2, *update.content(0).full, 5]
+    (found,) = find_mm_placeholders(prompt, {"image": [[update.resolve(0)]]})["image"]
+    place: PlaceholderRange = found.to_range()
+    assert (place.offset, place.length, place.get_num_embeds()) == (2, 10, 6)
+    assert place.extract_embeds_range() == [(3, 6), (9, 10)]
