@@ -100,7 +100,7 @@ def _text() -> dict[str, Any]:
     return {
         **model.TINY_TEXT,
         **processing.ROLE_IDS,
-        "num_hidden_layers": 2,  # with more, answers are one letter repeated
+        "num_hidden_layers": 3,  # with more, every answer is one letter repeated
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
 

@@ -1,4 +1,4 @@
-"""A tiny checkpoint of every model family: its bytes, its names, its image tokens, its chat template."""
+"""A tiny checkpoint of every model family: its bytes, its names, what it answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,14 +20,9 @@ from typer.testing import CliRunner
 from promprune_vllm import cli
 from promprune_vllm.core.savings import read_decoder
 from promprune_vllm.demo import model as demo
-from promprune_vllm.demo import photo_path
-from promprune_vllm.demo.families import FAMILIES, build_family_model
-from promprune_vllm.demo.processing import IMAGE_ID
-from promprune_vllm.demo.qwen_processing import VIDEO_ID, VISION_END_ID, VISION_START_ID
+from promprune_vllm.demo.families import FAMILIES, build_family_model, has_remote_code
+from tests.engine.family_prompts import GLM, INTERNVL, PHOTO, QWEN, TEXT, photo, processor_of, prompt
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-PHOTO = {"type": "image"}
-TEXT = {"type": "text", "text": "What?"}
 # Names as in the published checkpoints, up to the part that is a tower, a projector or a language model.
 ROOTS = {
     "llava": {
@@ -40,34 +34,19 @@ ROOTS = {
     "qwen2_vl": {"visual", "model", "lm_head"},
     "qwen2_5_vl": {"visual", "model", "lm_head"},
     "qwen3_vl": {"model.visual", "model.language_model", "lm_head"},
+    "internvl": {"vision_tower", "multi_modal_projector", "language_model.model", "language_model.lm_head"},
+    "internvl_chat": {"vision_model", "mlp1", "language_model.model", "language_model.lm_head"},
 }
-ROOTS |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), ROOTS["qwen3_vl"])
+ROOTS |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", *GLM), ROOTS["qwen3_vl"])
 ROOTS["llava_next"] = ROOTS["llava"] | {"image_newline"}
 
+UNCOUNTED = ("glm4v_moe",)  # the first layer has no experts, the others a shared one: see below
+
 each_family = pytest.mark.parametrize("family", FAMILIES)
-each_qwen = pytest.mark.parametrize("family", QWEN)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: build_family_model(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def processors(models: dict[str, Path]) -> dict[str, Any]:
-    from transformers import AutoProcessor
-
-    return {family: AutoProcessor.from_pretrained(directory) for family, directory in models.items()}
-
-
-def photo(name: str) -> Image.Image:
-    with Image.open(photo_path(name)) as image:
-        return image.convert("RGB")
-
-
-def prompt(processor: Any, *parts: dict[str, str]) -> str:
-    return processor.apply_chat_template([{"role": "user", "content": list(parts)}], add_generation_prompt=True)
+# transformers has no code for the others.
+each_that_transformers_has = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if not has_remote_code(family)]
+)
 
 
 def config_of(directory: Path) -> dict[str, Any]:
@@ -75,7 +54,7 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 def test_these_families_are_built() -> None:
-    assert list(FAMILIES) == ["llava", "llava_next", *QWEN]
+    assert list(FAMILIES) == ["llava", "llava_next", *QWEN, *INTERNVL, *GLM]
 
 
 def test_importing_it_is_cheap() -> None:
@@ -83,10 +62,11 @@ def test_importing_it_is_cheap() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
-@each_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNCOUNTED])
 def test_the_formulas_count_the_weights_that_the_model_has(family: str, models: dict[str, Path]) -> None:
     config = config_of(models[family])
-    decoder = read_decoder(AutoConfig.from_pretrained(models[family]).to_dict()["text_config"])
+    read = AutoConfig.from_pretrained(models[family], trust_remote_code=has_remote_code(family)).to_dict()
+    decoder = read_decoder(read["llm_config" if family == "internvl_chat" else "text_config"])
     counted = 0
     with safe_open(models[family] / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118  not a dict
@@ -119,6 +99,7 @@ def test_the_formulas_refuse_a_language_model_of_another_kind_and_never_fail() -
     [
         *[("llama", False, False, True), ("qwen3_moe", True, False, True), ("qwen3_5", False, True, True)],
         *[("bamba", False, True, False), ("falcon_h1", False, True, False), ("deepseek_v2", True, False, False)],
+        ("glm4v_moe_text", True, False, False),
     ],
 )
 def test_nothing_is_counted_where_vllm_sees_experts_or_states_that_the_formulas_do_not(
@@ -146,7 +127,8 @@ def test_the_seed_decides_the_bytes(family: str, models: dict[str, Path], tmp_pa
 def test_a_finished_model_is_not_built_again(
     family: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "write_weights", lambda *_: pytest.fail("built again"))
+    for name in ("write_weights", "save_checkpoint"):
+        monkeypatch.setattr(demo, name, lambda *_: pytest.fail("built again"))
     assert build_family_model(family, models[family]) == models[family]
 
 
@@ -159,28 +141,29 @@ def test_another_dtype_is_another_model(models: dict[str, Path], tmp_path: Path)
 
 
 @each_family
-def test_transformers_finds_every_weight_under_its_published_name(family: str, models: dict[str, Path]) -> None:
-    from safetensors import safe_open
-    from transformers import AutoModelForImageTextToText
-
+def test_every_weight_has_its_published_name(family: str, models: dict[str, Path]) -> None:
     with safe_open(models[family] / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert {root for root in ROOTS[family] if any(f"{name}.".startswith(f"{root}.") for name in names)} == ROOTS[
         family
     ]
     assert all(any(f"{name}.".startswith(f"{root}.") for root in ROOTS[family]) for name in names)
+
+
+@each_that_transformers_has
+def test_transformers_finds_every_weight(family: str, models: dict[str, Path]) -> None:
+    from transformers import AutoModelForImageTextToText
+
     model, report = AutoModelForImageTextToText.from_pretrained(models[family], output_loading_info=True)
     assert not any(report.values()), report
     assert type(model).__name__ == config_of(models[family])["architectures"][0]
 
 
-@each_family
-def test_the_answer_is_printable_and_depends_on_the_photo(
-    family: str, models: dict[str, Path], processors: dict[str, Any]
-) -> None:
+@each_that_transformers_has
+def test_the_answer_is_printable_and_depends_on_the_photo(family: str, models: dict[str, Path]) -> None:
     from transformers import AutoModelForImageTextToText
 
-    model, processor = AutoModelForImageTextToText.from_pretrained(models[family]), processors[family]
+    model, processor = AutoModelForImageTextToText.from_pretrained(models[family]), processor_of(models[family])
     answers = []
     for name in ("coffee", "rocket"):
         inputs = processor(images=photo(name), text=prompt(processor, PHOTO, TEXT), return_tensors="pt")
@@ -190,71 +173,6 @@ def test_the_answer_is_printable_and_depends_on_the_photo(
     assert all(len(text) == 4 and text.isascii() and text.isprintable() for text in answers)
 
 
-# Coffee is 600 x 400 pixels, rocket is taller than wide. LLaVA-NeXT: the whole image (64), and the crops without
-# padding with one newline per row of theirs.
-@pytest.mark.parametrize(
-    ("family", "name", "expected"),
-    [
-        ("llava", "coffee", 144),
-        ("llava", "rocket", 144),
-        ("llava_next", "coffee", 64 + 10 * (16 + 1)),
-        ("qwen2_vl", "coffee", 13 * 19),
-        ("qwen2_5_vl", "coffee", 13 * 19),
-        ("qwen3_vl", "coffee", 12 * 19),
-    ],
-)
-def test_a_photo_becomes_this_many_image_tokens(
-    processors: dict[str, Any], family: str, name: str, expected: int
-) -> None:
-    processor = processors[family]
-    inputs = processor(images=photo(name), text=prompt(processor, PHOTO, TEXT), return_tensors="pt")
-    assert int((inputs["input_ids"] == IMAGE_ID).sum()) == expected
-    if family in QWEN:
-        assert int(inputs["image_grid_thw"].prod()) == 4 * expected
-
-
-@each_qwen
-def test_a_video_becomes_what_its_grid_says(processors: dict[str, Any], family: str) -> None:
-    import numpy as np
-
-    processor = processors[family]
-    frames = np.zeros((4, 3, 64, 96), dtype=np.uint8)
-    inputs = processor(
-        videos=[frames],
-        text=prompt(processor, {"type": "video"}, TEXT),
-        return_tensors="pt",
-        do_sample_frames=False,
-    )
-    assert inputs["video_grid_thw"][0, 0] == 2  # two frames are one step in time
-    assert int((inputs["input_ids"] == VIDEO_ID).sum()) == int(inputs["video_grid_thw"].prod()) // 4
-
-
-@each_qwen
-def test_the_qwen_template_renders_parts_in_their_order(processors: dict[str, Any], family: str) -> None:
-    see, watch = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
-    shown = prompt(processors[family], TEXT, PHOTO, {"type": "video"}, TEXT)
-    assert shown == f"<|im_start|>user\nWhat?{see}{watch}What?<|im_end|>\n<|im_start|>assistant\n"
-    ids = processors[family].tokenizer.encode(see + "é")
-    assert ids == [VISION_START_ID, IMAGE_ID, VISION_END_ID, 4 + 0xC3, 4 + 0xA9]
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-    ]
-    assert processors[family].apply_chat_template(conversation) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nHello<|im_end|>\n"
-        "<|im_start|>assistant\nHi<|im_end|>\n"
-    )
-
-
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_the_llava_template_puts_images_first(processors: dict[str, Any], family: str) -> None:
-    assert prompt(processors[family], TEXT, PHOTO) == "<s>USER: <image>\nWhat? ASSISTANT:"
-    spoken = processors[family].apply_chat_template([{"role": "user", "content": "Hello"}])
-    assert spoken == "<s>USER: Hello "
-
-
 def test_every_family_keeps_what_makes_it_special(models: dict[str, Path]) -> None:
     windowed = config_of(models["qwen2_5_vl"])["vision_config"]
     last = windowed["depth"] - 1
@@ -262,7 +180,7 @@ def test_every_family_keeps_what_makes_it_special(models: dict[str, Path]) -> No
     assert len(windowed["fullatt_block_indexes"]) < last
     deep = config_of(models["qwen3_vl"])
     assert len(deep["vision_config"]["deepstack_visual_indexes"]) <= deep["text_config"]["num_hidden_layers"]
-    for family in QWEN:
+    for family in (*QWEN, *GLM):
         text = config_of(models[family])["text_config"]
         head = text["hidden_size"] // text["num_attention_heads"]
         assert text.get("head_dim", head) == head
@@ -273,6 +191,19 @@ def test_every_family_keeps_what_makes_it_special(models: dict[str, Path]) -> No
         "full_attention",
     }
     assert len(config_of(models["llava_next"])["image_grid_pinpoints"]) == 5
+
+
+def test_glm_has_a_dense_layer_and_layers_with_experts_that_are_apart(models: dict[str, Path]) -> None:
+    with safe_open(models["glm4v_moe"] / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    layers = [f"model.language_model.layers.{i}.mlp" for i in range(4)]
+    parts = ("gate_proj", "up_proj", "down_proj")
+    expected = {f"{layers[0]}.{part}.weight" for part in parts}
+    for layer in layers[1:]:
+        owners = [*(f"{layer}.experts.{i}" for i in range(4)), f"{layer}.shared_experts"]
+        expected |= {f"{owner}.{part}.weight" for owner in owners for part in parts}
+        expected |= {f"{layer}.gate.weight", f"{layer}.gate.e_score_correction_bias"}
+    assert {name for name in names if ".mlp." in name and "visual" not in name} == expected
 
 
 def test_the_command_builds_a_model_and_says_how_to_serve_it(tmp_path: Path) -> None:
@@ -287,6 +218,14 @@ def test_the_command_builds_a_model_and_says_how_to_serve_it(tmp_path: Path) -> 
 def test_the_command_serves_a_family_in_a_type_that_a_cpu_has_kernels_for(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["demo-model", "--family", "qwen3_5", "--out", str(tmp_path / "model")])
     assert "--dtype bfloat16" in done.stderr
+
+
+def test_the_command_says_that_a_configuration_is_code(tmp_path: Path) -> None:
+    told = {}
+    for family in INTERNVL:
+        done = CliRunner().invoke(cli.app, ["demo-model", "--family", family, "--out", str(tmp_path / family)])
+        told[family] = "--trust-remote-code" in done.stderr
+    assert told == {"internvl": False, "internvl_chat": True}
 
 
 def test_the_command_refuses_what_it_cannot_build(tmp_path: Path) -> None:
