@@ -1,4 +1,4 @@
-"""M-RoPE with several runs in one feature, such as the frames of a video: each has a start and cells of its own."""
+"""M-RoPE with several runs in a feature, such as the frames of a video: each has a start and cells of its own."""
 
 from __future__ import annotations
 

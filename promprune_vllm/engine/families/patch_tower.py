@@ -72,11 +72,6 @@ class PatchTowerProcessorMixin(PrunedProcessorMixin):
         whole = (0.0, 0.0, float(width), float(height))
         return list(geometry.grid(*self.token_grid(width, height, {}), whole))
 
-    def embedded_tokens(self, images: Any, index: int) -> int:
-        """Return how many tokens an image sent as ``image_embeds`` has."""
-        merge: int = self.info.get_hf_config().vision_config.spatial_merge_size
-        return int(images.get(index)["image_grid_thw"].prod()) // merge**2
-
 
 class PatchTowerMixin(MRopePrunedMixin):
     """Captures features of the tower; comes before vLLM's model class.

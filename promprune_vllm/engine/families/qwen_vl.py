@@ -41,6 +41,11 @@ class PrunedQwenProcessorMixin(PatchTowerProcessorMixin):
         side = config.patch_size * config.spatial_merge_size
         return resized.height // side, resized.width // side
 
+    def embedded_tokens(self, images: Any, index: int) -> int:
+        """Return how many tokens an image sent as ``image_embeds`` has."""
+        merge: int = self.info.get_hf_config().vision_config.spatial_merge_size
+        return int(images.get(index)["image_grid_thw"].prod()) // merge**2
+
 
 class PrunedQwenMixin(PatchTowerMixin):
     """Captures features of a Qwen-VL tower; comes before vLLM's model class."""
