@@ -135,13 +135,10 @@ def _time(times: Mapping[str, Mapping[str, float]], name: str) -> str:
 def prefill_markdown(results: Path = RESULTS) -> str:
     """Render what of a prefill's gain selection leaves, with every expected model."""
     rows = read(results).get("prefill", {})
-    columns = (
-        *("model", "visual tokens", "all, ms", "K, ms", "selection: ours, ms", "plain, ms"),
-        *("saving kept: ours", "plain", "target on one H200"),
-    )
+    columns = (*text.PREFILL_COLUMNS, "target on one H200")
     lines = []
     for case in (widths.CASES[name] for name in SHAPES["7b"].prefill):
-        unknown = (f"{case.groups * case.n} to {case.groups * case.keep}", _ABSENT, *("",) * 5)
+        unknown = (f"{case.groups * case.n} to {case.groups * case.keep}", _ABSENT, *("",) * (len(columns) - 4))
         cells = text.prefill_cells(rows[case.model]) if case.model in rows else unknown
         lines.append((case.model + (", with received attention" if case.patches else ""), *cells, "90 %"))
     head = "On a GPU the selection time matters most" + (

@@ -27,7 +27,7 @@ UNSERVABLE = {
 }
 """Published methods that need the decoder's attention maps: name -> paper, and why they cannot be supported."""
 
-_COLUMNS = ("method", "paper", "needs", "what it does", "merges or drops", "golden agreement")
+_COLUMNS = ("method", "paper", "needs", "reads the tower", "what it does", "merges or drops", "golden agreement")
 _ABSENT = "-"
 
 
@@ -43,13 +43,17 @@ def markdown(methods: Iterable[Mapping[str, Any]]) -> str:
             f"`{row['name']}`",
             _linked(row["paper"]),
             ", ".join(row["needs"]),
+            "yes" if row["reads_tower"] else "**no**",
             row["summary"],
             "merges" if row["merges"] else "drops",
             _agreement(measured.get(row["name"])),
         )
         for row in methods
     ]
-    rows += [(name, _linked(paper), _ABSENT, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()]
+    rows += [
+        (name, _linked(paper), _ABSENT, _ABSENT, why, _ABSENT, _ABSENT)
+        for name, (paper, why) in UNSERVABLE.items()
+    ]
     return table(_COLUMNS, rows)
 
 

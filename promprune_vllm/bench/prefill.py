@@ -1,5 +1,8 @@
 """``promprune bench prefill``: time of prefill with all visual tokens, with K, and of selecting the K.
 
+PromPrune needs the attention that tokens receive. A tower with a class token has computed it; for the others it is
+computed a second time, and that is timed alone too. Methods that need no attention are timed beside PromPrune.
+
 The language models have the published widths and random weights: prefill time does not depend on weight values.
 If the machine is too small for a whole model, fewer layers run and their time is scaled up, since every layer does
 the same work. The selection time is not scaled.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +65,10 @@ CASES = {
     REHEARSAL: Case("tiny", Decoder(4, 128, 4, 2, 32, 256), 1, 64, 16, patches=256),
 }
 _VISION_HEADS = 16
+FREE = ("divprune", "random")
+"""Methods without attention: the one that selects by the tokens, and the floor."""
+SELECTIONS = ("ours", "plain", *FREE)
+"""PromPrune with our kernels and by the plain procedure, and the methods without attention."""
 
 
 def measure(
@@ -105,18 +113,16 @@ def _measure(case: Case, device: torch.device, layers: int, repeats: int) -> dic
         name: torch.randn(1, tokens + TEXT_TOKENS, case.decoder.hidden, device=device, dtype=dtype)
         for name, tokens in visual.items()
     }
-    ours, plain_selection = _selections(case, device, dtype)
     variants: dict[str, Callable[[], object]] = {
         "full": lambda: prefill(inputs["full"]),
         "native": lambda: prefill(inputs["native"]),
-        "ours": ours,
-        "plain": plain_selection,
+        **_selections(case, device, dtype),
     }
     timed = {name: _synchronized(run, device) for name, run in variants.items()}
     times = machine.time_interleaved(timed, repeats, machine.clock(threads=2)[1])
     factor = case.decoder.layers / layers
     full, native = (times[name]["median"] * factor for name in ("full", "native"))
-    costs = {name: times[name]["median"] for name in ("ours", "plain")}
+    costs = {name: times[name]["median"] for name in SELECTIONS}
     return {
         "model": case.model,
         "tokens": visual["full"],
@@ -127,6 +133,7 @@ def _measure(case: Case, device: torch.device, layers: int, repeats: int) -> dic
         "native_ms": native,
         "selection_ms": costs,
         "saving_kept": {name: 1 - cost / (full - native) for name, cost in costs.items()},
+        "attention_share": times["attention"]["median"] / costs["ours"] if case.patches else None,
         "measured": times,
     }
 
@@ -168,45 +175,50 @@ def _prefill(
     return lambda embeddings: model(inputs_embeds=embeddings, use_cache=True)
 
 
-def _selections(
-    case: Case, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return two functions that select an image's tokens: our kernels, and the plain procedure."""
+def _selections(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return functions that select an image's tokens, by name, and ``attention``, if it is computed, alone."""
     images = workload.Images.generate(case.groups, case.n, case.decoder.hidden, dtype, device)
     shape = (case.patches, _VISION_HEADS, case.vision_head)
     random = torch.Generator().manual_seed(1)
     queries, keys = (torch.randn(shape, generator=random).to(device, dtype) for _ in range(2))
 
+    def attention(received: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+        return received(queries, keys, case.vision_head**-0.5).view(case.n, -1).mean(dim=1)
+
     def with_attention(received: Callable[[Tensor, Tensor, float], Tensor]) -> workload.Images:
-        if not case.patches:
-            return images
-        return images.with_saliency(received(queries, keys, case.vision_head**-0.5).view(case.n, -1).mean(dim=1))
+        return images.with_saliency(attention(received)) if case.patches else images
 
-    def ours() -> list[Tensor]:
-        kept = with_attention(ops.received_attention).select(case.keep)
-        return [x[indices] for x, indices in zip(images.tokens, kept, strict=True)]
+    def gathered(select: Callable[[], list[Tensor]]) -> Callable[[], object]:
+        return lambda: [x[indices] for x, indices in zip(images.tokens, select(), strict=True)]
 
-    def plain_selection() -> list[Tensor]:
-        kept = with_attention(plain.received_attention).select_plain(case.keep)
-        return [x[indices] for x, indices in zip(images.tokens, kept, strict=True)]
-
-    return ours, plain_selection
+    selections = {
+        "ours": gathered(lambda: with_attention(ops.received_attention).select(case.keep)),
+        "plain": gathered(lambda: with_attention(plain.received_attention).select_plain(case.keep)),
+        **{method: gathered(partial(images.select_by, method, case.keep)) for method in FREE},
+    }
+    return {**selections, "attention": lambda: attention(ops.received_attention)} if case.patches else selections
 
 
 def table(document: dict[str, Any]) -> Table:
     """Return the document as a table."""
-    shown = Table(title=f"Prefill with {TEXT_TOKENS} text tokens, milliseconds, on {document['device']}")
-    for name in ("model", "visual tokens", "all", "K", "select: ours", "plain", "saving kept: ours", "plain"):
+    title = f"Prefill with {TEXT_TOKENS} text tokens, and selection (saving kept), in ms on {document['device']}"
+    shown = Table(title=title)
+    for name in ("model", "visual tokens", "all", "K", "promprune", "attention in it", "plain", *FREE):
         shown.add_column(name, justify="left" if name == "model" else "right")
     for row in document["cases"]:
         scaled = (
-            "" if row["layers"] == row["layers_run"] else f", {row['layers_run']} of {row['layers']} layers run"
+            "" if row["layers"] == row["layers_run"] else f"\n{row['layers_run']} of {row['layers']} layers run"
+        )
+        share = row["attention_share"]
+        ours, *others = (
+            f"{row['selection_ms'][name]:.1f} ({row['saving_kept'][name]:.1%})" for name in SELECTIONS
         )
         shown.add_row(
             row["model"] + scaled,
             f"{row['tokens']} to {row['kept']}",
             *(f"{row[name]:.1f}" for name in ("full_ms", "native_ms")),
-            *(f"{row['selection_ms'][name]:.1f}" for name in ("ours", "plain")),
-            *(f"{row['saving_kept'][name]:.1%}" for name in ("ours", "plain")),
+            ours,
+            "-" if share is None else f"{share:.0%}",
+            *others,
         )
     return shown

@@ -53,6 +53,11 @@ class Images:
         selections = select_many(groups, [keep] * len(groups), "promprune", mu=self.mu, tau=TAU)
         return [selection.indices for selection in selections]
 
+    def select_by(self, method: str, keep: int) -> list[Tensor]:
+        """Return ``(keep,)`` kept tokens of each image, by a method that needs nothing but the tokens."""
+        groups = [VisionFeatures(projected=x, grid=(1, 1, len(x))) for x in self.tokens]
+        return [selection.indices for selection in select_many(groups, [keep] * len(groups), method)]
+
     def select_plain(self, keep: int) -> list[Tensor]:
         """Return ``(keep,)`` kept tokens of each image, by the plain procedure."""
         with self.saliency.device:

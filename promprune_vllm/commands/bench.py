@@ -120,7 +120,10 @@ def prefill(
     *,
     as_json: _JSON = False,
 ) -> None:
-    """Time prefill with all visual tokens, prefill with K of them, and the selection of the K."""
+    """Time prefill with all visual tokens, prefill with K of them, and the selection of the K.
+
+    PromPrune is timed beside methods without attention, since some towers compute attention again for it.
+    """
     from rich.console import Console
 
     from promprune_vllm.bench import prefill as measuring

@@ -29,7 +29,12 @@ def methods(
 
 
 def describe() -> list[dict[str, Any]]:
-    """Describe every method as plain data: name, paper, summary, needs, whether it merges, default options."""
+    """Describe every method as plain data.
+
+    Each has its name, paper, summary, needs, whether any of these is captured inside the vision tower, whether it
+    merges, and its default options.
+    """
+    from promprune_vllm.core.features import OF_TOWER
     from promprune_vllm.core.registry import methods as registered
     from promprune_vllm.core.registry import options_of
 
@@ -39,6 +44,7 @@ def describe() -> list[dict[str, Any]]:
             "paper": method.paper,
             "summary": _summary(method),
             "needs": [need.name.lower() for need in method.needs if need.name],
+            "reads_tower": bool(method.needs & OF_TOWER),
             "merges": method.merges,
             "options": options_of(method()),
         }

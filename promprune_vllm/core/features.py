@@ -20,6 +20,10 @@ class Need(Flag):
     TEXT = auto()
 
 
+OF_TOWER = Need.ENCODER | Need.KEYS | Need.SALIENCY
+"""What is captured inside the vision tower; the rest is there without it."""
+
+
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
     """The visual tokens of one group: an image, a crop, or a block of frames.

@@ -71,6 +71,8 @@ def test_methods_as_json_and_as_a_table() -> None:
     (promprune,) = [row for row in listed if row["name"] == "promprune"]
     assert promprune["options"]["mu"] == 0.42
     assert "saliency" in promprune["needs"]
+    free = {row["name"] for row in listed if not row["reads_tower"]}
+    assert free == {row["name"] for row in listed if not {"encoder", "keys", "saliency"} & set(row["needs"])}
     table = run(cli.app, ["methods"], env={"COLUMNS": "250"}).output
     for row in listed:
         (line,) = [line for line in table.splitlines() if line.split()[:1] == [row["name"]]]

@@ -41,6 +41,15 @@ def test_every_table_between_marks_is_written_by_something() -> None:
     assert closed == BLOCKS.keys() | by_others
 
 
+def test_the_methods_that_read_nothing_of_the_tower_are_named() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    first = page.partition("## Methods that read nothing of the tower")[2].partition(" look only at ")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table("methods").splitlines()]
+    free = {row[1] for row in rows if row[4] == "**no**"}
+    assert free == set(re.findall(r"`[\w-]+`", first))
+    assert {"`divprune`", "`random`"} < free
+
+
 def test_building_the_documents_mends_what_is_out_of_date(tmp_path: Path) -> None:
     copies = [Path(shutil.copy(page, tmp_path)) for page in BUILT]
     assert write(copies) == []

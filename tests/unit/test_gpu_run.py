@@ -21,7 +21,7 @@ from promprune_vllm.bench.gpu.report import JSON, MARKDOWN, Report, read
 from promprune_vllm.bench.gpu.run import run_stages
 from promprune_vllm.bench.gpu.shapes import GROUPS, SHAPES
 from promprune_vllm.bench.gpu.stages import Stage, stages
-from promprune_vllm.bench.prefill import CASES
+from promprune_vllm.bench.prefill import CASES, FREE, SELECTIONS
 from promprune_vllm.cli import app
 from promprune_vllm.errors import BenchError
 from tests.documents import ROOT
@@ -66,8 +66,9 @@ def prefilled(model: str) -> dict[str, Any]:
         "layers_run": 32,
         "full_ms": 50.0,
         "native_ms": 10.0,
-        "selection_ms": {"ours": 1.0, "plain": 20.0},
-        "saving_kept": {"ours": 0.975, "plain": 0.5},
+        "selection_ms": dict(zip(SELECTIONS, (1.0, 20.0, 0.6, 0.04), strict=True)),
+        "saving_kept": dict(zip(SELECTIONS, (0.975, 0.5, 0.985, 0.999), strict=True)),
+        "attention_share": None if model.startswith("LLaVA") else 0.3,
     }
     return {"cases": [row]}
 
@@ -109,6 +110,7 @@ RUN = {
     "kernels 576x4096:64": kernel("576x4096:64"),
     "kernels 1296x3584:256": kernel("1296x3584:256"),
     "prefill llava-1.5-7b": prefilled("LLaVA-1.5-7B"),
+    "prefill qwen2.5-vl-7b": prefilled("Qwen2.5-VL-7B"),
     "vllm": served((256, "full", 20.0), (256, 64, 50.0)),
 }
 
@@ -277,7 +279,7 @@ def test_figures_reach_the_documents_with_their_machine_and_command(tmp_path: Pa
     rows = documents.record(write(tmp_path / "run", RUN), results)
     assert rows == [
         *("tests tests", "kernels 576x4096:64", "kernels 1296x3584:256", "prefill LLaVA-1.5-7B"),
-        *("vllm 256 in flight, full", "vllm 256 in flight, 64"),
+        *("prefill Qwen2.5-VL-7B", "vllm 256 in flight, full", "vllm 256 in flight, 64"),
     ]
     source = (
         "NVIDIA H200 (compute capability 9.0, driver 580.1, CUDA 13.0; torch 2.13.0, triton 3.7.1), commit abc, "
@@ -295,7 +297,11 @@ def test_figures_reach_the_documents_with_their_machine_and_command(tmp_path: Pa
     assert f"| 576x4096:64, LLaVA-1.5-7B | {spread} | {spread} | {spread} | 1.0 ms |" in blocks[1]
     assert f"| 1296x3584:256, received attention | {spread} | {spread} | - | - |" in blocks[1]
     assert "| 5x576x4096:64, LLaVA-NeXT-7B | not measured yet |" in blocks[1]
-    assert "| LLaVA-1.5-7B | 576 to 64 | 50.0 | 10.0 | 1.00 | 20.0 | 97.5 % | 50.0 % | 90 % |" in blocks[2]
+    others = "20.0 (50.0 %) | 0.60 (98.5 %) | 0.04 (99.9 %) | 90 % |"
+    assert f"| LLaVA-1.5-7B | 576 to 64 | 50.0 | 10.0 | 1.00 (97.5 %) | - | {others}" in blocks[2]
+    assert f"| 576 to 64 | 50.0 | 10.0 | 1.00 (97.5 %) | 30 % | {others}" in blocks[2]
+    assert text.PREFILL_COLUMNS[-3:] == ("plain", *(f"`{method}`" for method in FREE))
+    assert len({line.count("|") for line in blocks[2].splitlines() if line.startswith("| ")}) == 1
     assert "| Qwen3-VL-8B, with received attention | 1024 to 256 | not measured yet |" in blocks[2]
     assert "| 256 | 64 | 100 % | 50.00 (1.00x) | 100 ms (1.00x) | 200 ms | 1,000 | ? |" in blocks[3]
     assert "Model Runner V2, CUDA graphs, 12,345 KV blocks of 16 tokens" in blocks[3]
@@ -323,7 +329,7 @@ def test_a_later_run_replaces_what_it_measured_again_and_keeps_the_rest(tmp_path
     assert {row for row, machine in machines.items() if machine == "NVIDIA L4"} == {
         *("kernels 576x4096:64", "vllm 256 in flight, full"),
     }
-    assert len(machines) == 6
+    assert len(machines) == 7
     shown = documents.kernels_markdown(results)
     assert "* 576x4096:64: measured on NVIDIA L4 (" in shown
     assert "* 1296x3584:256: measured on NVIDIA H200 (" in shown

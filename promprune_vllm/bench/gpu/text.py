@@ -83,20 +83,31 @@ def kernels(rows: Rows) -> str:
     return table(columns, lines)
 
 
+PREFILL_COLUMNS = (
+    *("model", "visual tokens", "all, ms", "K, ms", "`promprune`, ms (saving kept)", "attention in it"),
+    *("plain", "`divprune`", "`random`"),
+)
+"""The last ones are those of ``bench.prefill.SELECTIONS``; it is not imported, since torch takes seconds."""
+
+
 def prefill(rows: Rows) -> str:
     """Render what of a prefill's gain selection leaves."""
-    columns = ("model", "visual tokens", "all, ms", "K, ms", "selection, ms", "plain", "saving kept", "plain")
-    return table(columns, ((_scaled(row), *prefill_cells(row)) for row in rows.values()))
+    return table(PREFILL_COLUMNS, ((_scaled(row), *prefill_cells(row)) for row in rows.values()))
 
 
 def prefill_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the cells of a row after the model's name."""
+    share, kept = row["attention_share"], row["saving_kept"]
+    ours, *others = (
+        f"{milliseconds(cost)} ({100 * kept[name]:.1f} %)" for name, cost in row["selection_ms"].items()
+    )
     return (
         f"{row['tokens']} to {row['kept']}",
         milliseconds(row["full_ms"]),
         milliseconds(row["native_ms"]),
-        *(milliseconds(row["selection_ms"][name]) for name in ("ours", "plain")),
-        *(f"{100 * row['saving_kept'][name]:.1f} %" for name in ("ours", "plain")),
+        ours,
+        "-" if share is None else f"{100 * share:.0f} %",
+        *others,
     )
 
 
