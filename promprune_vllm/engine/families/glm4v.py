@@ -34,7 +34,9 @@ class PrunedGlm4vProcessor(PatchTowerProcessorMixin, upstream.Glm4vMultiModalPro
 
         vLLM's own function overlooks the request's options and the least number of pixels.
         """
-        images: Any = self.info.get_image_processor(**kwargs)
+        info: Any = self.info
+        images = info.get_image_processor(**kwargs)
+        given: Any = info.ctx.get_merged_mm_kwargs(kwargs).get("size") or {}
         side = images.patch_size * images.merge_size
         high, wide = smart_resize(
             num_frames=images.temporal_patch_size,
@@ -42,8 +44,8 @@ class PrunedGlm4vProcessor(PatchTowerProcessorMixin, upstream.Glm4vMultiModalPro
             width=width,
             temporal_factor=images.temporal_patch_size,
             factor=side,
-            min_pixels=images.size["shortest_edge"],
-            max_pixels=images.size["longest_edge"],
+            min_pixels=given.get("shortest_edge") or images.size["shortest_edge"],
+            max_pixels=given.get("longest_edge") or images.size["longest_edge"],
         )
         return high // side, wide // side
 
