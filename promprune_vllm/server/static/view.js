@@ -49,6 +49,9 @@ function hatch(svg, reply, boxes) {
 export function draw(container, reply, url, name) {
   const states = tokenStates(reply), heat = saliencyRanks(reply);
   let cropped = false;
+  // Some models have the whole image first, others last; its tokens are the larger ones.
+  const widths = reply.views.map((first) => reply.boxes[first][2] - reply.boxes[first][0]);
+  const whole = widths.indexOf(Math.max(...widths));
   container.replaceChildren();
   reply.views.forEach((from, number) => {
     const to = reply.views[number + 1] ?? reply.seen;
@@ -68,7 +71,7 @@ export function draw(container, reply, url, name) {
       if (heat) cell.style.setProperty("--heat", (0.9 * (heat[token] ?? 0) ** 3).toFixed(3));
     }
     if (number === 0) cropped = hatch(svg, reply, reply.boxes.slice(from, to).filter((box) => box !== null));
-    const what = reply.views.length === 1 ? name : number === 0 ? `${name}, whole` : `${name}, in crops at full size`;
+    const what = reply.views.length === 1 ? name : number === whole ? `${name}, whole` : `${name}, in crops at full size`;
     const caption = `${what}: ${kept} of ${to - from} tokens kept`;
     svg.setAttribute("aria-label", caption);
     const line = document.createElement("figcaption");
