@@ -83,11 +83,14 @@ def image_processor(*tensors: str, **always: Any) -> Inputs:
 
 def chat_tiles(checkpoint: str, images: Sequence[Image.Image], _: Mapping[str, Any]) -> dict[str, Tensor]:
     """Inputs of InternVL's original layout: transformers has no processor for it, vLLM has one of its own."""
-    from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
+    from vllm.transformers_utils.processors import internvl
 
+    before = getattr(internvl, "InternVLImageProcessor", None)  # its name until vLLM 0.32
     config = json.loads((Path(checkpoint) / "config.json").read_text())
     names = ("min_dynamic_patch", "max_dynamic_patch", "dynamic_image_size", "use_thumbnail")
-    processor = InternVLImageProcessor(config["force_image_size"], *(config[name] for name in names))
+    processor = (before or internvl.InternVLChatImageProcessor)(
+        config["force_image_size"], *(config[name] for name in names)
+    )
     return dict(processor(list(images), return_tensors="pt"))
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from promprune_vllm.demo import families as demo
-from promprune_vllm.demo import model, qwen_processing
+from promprune_vllm.demo import glm_processing, model, qwen_processing
+from promprune_vllm.demo import internvl as demo_internvl
 from promprune_vllm.engine import plugin
 from promprune_vllm.engine.api_server.endpoints import _Sizes
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
@@ -43,6 +44,24 @@ def qwen(kind: str, least: int, most: int, directory: Path, patch: pytest.Monkey
     return demo.build_family_model(kind, directory)
 
 
+def internvl(kind: str, directory: Path, patch: pytest.MonkeyPatch) -> Path:
+    """With the published size of tiles, and number of them."""
+    tile, tiles = 448, 12
+    for name, value in (("_TILE_PX", tile), ("_TILE_TOKENS", 256), ("_MAX_TILES", tiles)):
+        patch.setattr(demo_internvl, name, value)
+    patch.setattr(demo_internvl, "_TOWER", {**demo_internvl._TOWER, "image_size": tile})
+    chat = {**demo_internvl._CHAT, "force_image_size": tile, "max_dynamic_patch": tiles}
+    patch.setattr(demo_internvl, "_CHAT", chat)
+    return demo.build_family_model(kind, directory)
+
+
+def glm(kind: str, directory: Path, patch: pytest.MonkeyPatch) -> Path:
+    """With the published limits of pixels, in tokens; both frames of an image count."""
+    patch.setattr(glm_processing, "_MIN_TOKENS", 112 * 112 // (2 * 28**2))
+    patch.setattr(glm_processing, "_MAX_TOKENS", 15_000 // 2)
+    return demo.build_family_model(kind, directory)
+
+
 PUBLISHED: Mapping[str, Build] = {
     "Llava": llava,
     "LlavaNext": llava_next,
@@ -52,6 +71,11 @@ PUBLISHED: Mapping[str, Build] = {
     "Qwen3VLMoe": partial(qwen, "qwen3_vl_moe", 65_536 // 32**2, 16_777_216 // 32**2),
     "Qwen3_5": partial(qwen, "qwen3_5", 65_536 // 32**2, 16_777_216 // 32**2),
     "Qwen3_5Moe": partial(qwen, "qwen3_5_moe", 65_536 // 32**2, 16_777_216 // 32**2),
+    "InternVLChatModel": partial(internvl, "internvl_chat"),
+    "InternVL": partial(internvl, "internvl"),
+    "Glm4v": partial(glm, "glm4v"),
+    "Glm4vMoe": partial(glm, "glm4v_moe"),
+    "GlmOcr": partial(glm, "glm_ocr"),
 }
 """Class of the model -> a tiny checkpoint that cuts images as the published ones do."""
 
@@ -67,12 +91,16 @@ def test_a_megapixel_has_the_tokens_that_the_table_says(
     plugin.register()
     build = PUBLISHED[architecture.removesuffix("ForConditionalGeneration")]
     directory = build(tmp_path / "model", monkeypatch)
-    processor = MULTIMODAL_REGISTRY.create_processor(ModelConfig(model=str(directory)))
+    config = ModelConfig(model=str(directory), trust_remote_code=True)  # InternVL's own, written by the builder
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
     counted = processor.count(_Sizes([(SIDE, SIDE)]), PruningRequest())
     expected = FAMILIES[architecture].megapixel_tokens
     assert counted == [(expected, expected)]
-    alone = AutoProcessor.from_pretrained(directory)._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)])
-    assert alone.num_image_tokens == [expected]
+    alone = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+    if hasattr(alone, "_get_num_multimodal_tokens"):  # transformers has no processor for InternVLChat
+        (tokens,) = alone._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens
+        around = 2 * hasattr(alone, "start_image_token")  # counted by InternVL's
+        assert tokens == expected + around
 
 
 def test_the_documents_say_it_of_every_model() -> None:

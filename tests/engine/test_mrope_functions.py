@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promprune_vllm.engine.worker.cells import CHANNELS, decode_cells, encode_cells, write_cells
-from promprune_vllm.engine.worker.mrope import Span, unpruned_columns
+from promprune_vllm.engine.worker.unpruned_prompt import Span, unpruned_columns
 from tests.waits import NoWaits, to_gpu
 
 pytestmark = pytest.mark.engine

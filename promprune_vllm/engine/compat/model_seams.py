@@ -146,16 +146,15 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         parts.INTERNVL_CHAT,
         call(f"{_INTERN_CHAT}:InternVLMultiModalProcessor"),
         call(f"{_INTERN_CHAT}:InternVLDummyInputsBuilder"),
-        call(f"{_INTERN_CHAT}:InternVLProcessingInfo.get_hf_processor", body=True),
+        call(f"{_INTERN_CHAT}:InternVLProcessingInfo.get_hf_processor"),
         call(f"{_INTERN_CHAT}:InternVLChatModel.extract_feature", "pixel_values", body=True),
         rely(f"{_INTERN_CHAT}:InternVLChatModel._process_vision_input", body=True),
         rely(f"{_INTERN_CHAT}:InternVLChatModel.embed_multimodal", body=True),
         rely(f"{_INTERN_CHAT}:InternVLChatModel.pixel_shuffle", body=True),
+        rely(f"{_INTERN_CHAT}:InternVLMultiModalProcessor._get_prompt_updates", body=True),
         rely(f"{_INTERN_CHAT}:BaseInternVLMultiModalProcessor._get_prompt_repl_image", body=True),
         call(
-            "vllm.transformers_utils.processors.internvl:InternVLProcessor.get_num_image_tokens",
-            *("image_width", "image_height"),
-            body=True,
+            f"{_INTERN_CHAT}:BaseInternVLProcessingInfo.get_num_image_tokens", *_SIZE[:2], "processor", body=True
         ),
         call(
             "vllm.transformers_utils.processors.internvl:calculate_internvl_targets",

@@ -31,7 +31,6 @@ _MROPE = "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a pro
 # `promprune calibrate` measures mu for other towers and image sizes.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
 _BORROWED = "Qwen2.5-VL's; not measured for this tower"
-_BORROWED_CLS = "LLaVA's; not measured for this tower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +145,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             megapixel_tokens=1024,
         ),
         "InternVLChatModel": Family(
-            "InternVL 2 to 3.5",
+            "InternVL2 to 3.5",
             f"{_MODULES}.internvl_chat:PrunedInternVLChat",
             _CLS_OF_TOKEN,
             _RECOUNTED,
             _INTERN,
-            calibrated=_BORROWED_CLS,
             measured=False,
             megapixel_tokens=2560,
         ),
         "InternVLForConditionalGeneration": Family(
-            "InternVL 3, 3.5 (-HF)",
+            "InternVL3-HF, InternVL3.5-HF",
             f"{_MODULES}.internvl:PrunedInternVL",
             _CLS_OF_TOKEN,
             _RECOUNTED,
             _INTERN,
-            calibrated=_BORROWED_CLS,
             measured=False,
             megapixel_tokens=2560,
         ),

@@ -26,8 +26,10 @@ class PrunedInternVLChatProcessor(InternVLProcessorMixin, upstream.InternVLMulti
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         """Return how many visual tokens an image has in vLLM."""
-        size, processor = images.get_image_size(index), self.info.get_hf_processor(**kwargs)
-        return int(processor.get_num_image_tokens(image_width=size.width, image_height=size.height))
+        info: Any = self.info
+        size, processor = images.get_image_size(index), info.get_hf_processor(**kwargs)
+        tokens = info.get_num_image_tokens(image_width=size.width, image_height=size.height, processor=processor)
+        return int(tokens)
 
     def tiles(self, width: int, height: int) -> tuple[int, int]:
         """Return the rows and columns of tiles that an image is cut into."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.engine.worker.cells import CHANNELS, UNCHANGED, encode_cells, write_cells
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
+from promprune_vllm.engine.worker.unpruned_prompt import Span, unpruned_columns, unpruned_feature, unpruned_tokens
 
 seams.require(parts.MROPE)
 
@@ -42,37 +42,6 @@ def unsupported_reason(vllm_config: VllmConfig) -> str | None:
     if multimodal is not None and multimodal.is_multimodal_pruning_enabled() and not _is_ours(multimodal):
         return "with --video-pruning-rate, vLLM's own pruning of videos already uses the hook for positions"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A run of visual tokens in a prompt: an image, or one of the frames of a video.
-
-    Args:
-        offset: Index of its first token in the pruned prompt.
-        kept: Tokens after pruning, at least one.
-        total: Tokens before pruning.
-    """
-
-    offset: int
-    kept: int
-    total: int
-
-
-def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
-    """Return the index in the unpruned prompt of each token of a pruned prompt.
-
-    Args:
-        length: Tokens of the pruned prompt.
-        spans: Its runs, by offset. Which tokens a run keeps is not known yet, so its first ones are used.
-
-    Returns:
-        ``(length,)`` int64, strictly increasing.
-    """
-    columns = torch.arange(length)
-    for span in spans:
-        columns[span.offset + span.kept :] += span.total - span.kept
-    return columns
 
 
 _ahead: ContextVar[int] = ContextVar("promprune_ahead", default=0)
@@ -169,8 +138,8 @@ class MRopePrunedMixin(PrunedModelMixin):
             return positions, delta
         spans.sort(key=lambda span: span.offset)
         columns = unpruned_columns(len(input_tokens), spans)
-        tokens = _unpruned_tokens(input_tokens, spans)
-        unpruned_features = [_unpruned_feature(feature, columns, spans) for feature in mm_features]
+        tokens = unpruned_tokens(input_tokens, spans)
+        unpruned_features = [unpruned_feature(feature, columns, spans) for feature in mm_features]
         unpruned_positions, delta = upstream(tokens, unpruned_features)
         positions = unpruned_positions[:, columns]
         for span in spans:
@@ -267,36 +236,3 @@ def add_pruning_flag(_: None) -> Any:
 def _prunes_positions(runner: Any) -> bool:
     config = runner.model_config.multimodal_config
     return config is not None and bool(config.is_multimodal_pruning_enabled())
-
-
-def _unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:
-    unpruned: list[int] = []
-    done = 0
-    for span in spans:
-        unpruned += tokens[done : span.offset] + [tokens[span.offset]] * span.total
-        done = span.offset + span.kept
-    return unpruned + list(tokens[done:])
-
-
-def _unpruned_feature(feature: Any, columns: Tensor, spans: Sequence[Span]) -> Any:
-    """Return a feature with the placeholder that it has in the unpruned prompt."""
-    placeholder = feature.mm_position
-    end = placeholder.offset + placeholder.length
-    own = [span for span in spans if placeholder.offset <= span.offset < end]
-    moved = replace(placeholder, offset=int(columns[placeholder.offset]))
-    if own:
-        mask = placeholder.is_embed
-        dropped = sum(span.total - span.kept for span in own)
-        moved = replace(moved, length=placeholder.length + dropped)
-        if mask is not None:
-            moved = replace(moved, is_embed=_unpruned_mask(mask, placeholder.offset, own))
-    return replace(feature, mm_position=moved)
-
-
-def _unpruned_mask(mask: Tensor, offset: int, spans: Sequence[Span]) -> Tensor:
-    """Return which tokens of a placeholder in the unpruned prompt are visual."""
-    parts, done = [], 0
-    for span in spans:
-        parts += [mask[done : span.offset - offset], mask.new_ones(span.total)]
-        done = span.offset - offset + span.kept
-    return torch.cat([*parts, mask[done:]])

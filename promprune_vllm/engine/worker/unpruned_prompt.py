@@ -1,0 +1,75 @@
+"""The unpruned prompt that a pruned one stands for, as far as positions depend on it: tokens and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of visual tokens in a prompt: an image, or one of the frames of a video.
+
+    Args:
+        offset: Index of its first token in the pruned prompt.
+        kept: Tokens after pruning, at least one.
+        total: Tokens before pruning.
+    """
+
+    offset: int
+    kept: int
+    total: int
+
+
+def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
+    """Return the index in the unpruned prompt of each token of a pruned prompt.
+
+    Args:
+        length: Tokens of the pruned prompt.
+        spans: Its runs, by offset. Which tokens a run keeps is not known yet, so its first ones are used.
+
+    Returns:
+        ``(length,)`` int64, strictly increasing.
+    """
+    columns = torch.arange(length)
+    for span in spans:
+        columns[span.offset + span.kept :] += span.total - span.kept
+    return columns
+
+
+def unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:
+    """Return the tokens of the unpruned prompt."""
+    unpruned: list[int] = []
+    done = 0
+    for span in spans:
+        unpruned += tokens[done : span.offset] + [tokens[span.offset]] * span.total
+        done = span.offset + span.kept
+    return unpruned + list(tokens[done:])
+
+
+def unpruned_feature(feature: Any, columns: Tensor, spans: Sequence[Span]) -> Any:
+    """Return a feature with the placeholder that it has in the unpruned prompt."""
+    placeholder = feature.mm_position
+    end = placeholder.offset + placeholder.length
+    own = [span for span in spans if placeholder.offset <= span.offset < end]
+    moved = replace(placeholder, offset=int(columns[placeholder.offset]))
+    if own:
+        mask = placeholder.is_embed
+        dropped = sum(span.total - span.kept for span in own)
+        moved = replace(moved, length=placeholder.length + dropped)
+        if mask is not None:
+            moved = replace(moved, is_embed=_unpruned_mask(mask, placeholder.offset, own))
+    return replace(feature, mm_position=moved)
+
+
+def _unpruned_mask(mask: Tensor, offset: int, spans: Sequence[Span]) -> Tensor:
+    """Return which tokens of a placeholder in the unpruned prompt are visual."""
+    parts, done = [], 0
+    for span in spans:
+        parts += [mask[done : span.offset - offset], mask.new_ones(span.total)]
+        done = span.offset - offset + span.kept
+    return torch.cat([*parts, mask[done:]])
