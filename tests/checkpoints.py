@@ -39,7 +39,7 @@ WRITERS = {
     "_build_qwen": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     "build_internvl": ("internvl",),
     "build_internvl_chat": ("internvl_chat",),
-    "build_glm": ("glm4v", "glm4v_moe"),
+    "build_glm": ("glm4v", "glm4v_moe", "glm_ocr"),
     "export": ("exported", "trained"),
 }
 

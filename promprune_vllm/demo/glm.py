@@ -1,4 +1,4 @@
-"""Tiny GLM-V checkpoints: GLM-4.1V, which is dense, and GLM-4.5V, which has experts."""
+"""Tiny GLM-V checkpoints: GLM-4.1V, which is dense, GLM-4.5V, which has experts, and GLM-OCR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from promprune_vllm.demo import glm_processing as inputs
 from promprune_vllm.demo import model, processing
 from promprune_vllm.demo.random_weights import DType
 
-CLASSES: Mapping[str, str] = MappingProxyType({"glm4v": "Glm4v", "glm4v_moe": "Glm4vMoe"})
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {"glm4v": "Glm4v", "glm4v_moe": "Glm4vMoe", "glm_ocr": "GlmOcr"}
+)
 """Prefix of the transformers class names, by ``model_type``."""
 
 _TOWER: Mapping[str, Any] = MappingProxyType(
@@ -43,6 +45,12 @@ _MORE_TEXT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "norm_topk_prob": True,
             "routed_scaling_factor": 1.0,
         },
+        "glm_ocr": {
+            "head_dim": 32,
+            "attention_bias": False,
+            # Of the tower's merger too: vLLM reads its width here, transformers takes three times the output's.
+            "intermediate_size": 3 * _TOWER["out_hidden_size"],
+        },
     }
 )
 
@@ -56,6 +64,7 @@ def build_glm(family: str, directory: Path, seed: int, dtype: DType) -> Path:
         model_class = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
         model.write_weights(target, model_class, _config(family, dtype), seed, dtype)
         inputs.glm_processor(
+            family,
             _TOWER["patch_size"],
             _TOWER["spatial_merge_size"],
             max_tokens=model.TINY_TEXT["max_position_embeddings"],
@@ -66,8 +75,14 @@ def build_glm(family: str, directory: Path, seed: int, dtype: DType) -> Path:
 
 
 def _text(family: str) -> dict[str, Any]:
-    # Half of a head of 32 is rotated; its 8 frequencies are split over time, height and width.
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+    # Half of a head of 32 is rotated, all of it in GLM-OCR; its frequencies are split over time, height and width.
+    share, sections = (1.0, [4, 6, 6]) if family == "glm_ocr" else (0.5, [2, 3, 3])
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": share,
+        "mrope_section": sections,
+    }
     sizes = {**model.TINY_TEXT, **processing.ROLE_IDS, "attention_bias": True, "rope_parameters": rope}
     return {**sizes, **_MORE_TEXT[family]}
 

@@ -46,25 +46,27 @@ CHAT_TEMPLATE = """\
 _MIN_TOKENS, _MAX_TOKENS = 4, 256
 
 
-def glm_processor(patch_px: int, merge: int, *, max_tokens: int) -> Any:
-    """Return a ``Glm4vProcessor``.
+def glm_processor(family: str, patch_px: int, merge: int, *, max_tokens: int) -> Any:
+    """Return the processor of the published checkpoints: a ``Glm4vProcessor``, or GLM-OCR's ``Glm46VProcessor``.
 
     Args:
+        family: A model type.
         patch_px: Width and height of a patch in pixels.
         merge: Patches per visual token along each axis.
         max_tokens: Maximum length of a prompt in tokens.
     """
-    from transformers import Glm4vImageProcessor, Glm4vProcessor, Glm4vVideoProcessor
+    import transformers
 
+    name = "Glm46V" if family == "glm_ocr" else "Glm4v"
     geometry: dict[str, Any] = {"patch_size": patch_px, "merge_size": merge, "temporal_patch_size": 2}
     token_px = 2 * (patch_px * merge) ** 2  # of two frames: an image counts as two
     size = {"shortest_edge": _MIN_TOKENS * token_px, "longest_edge": _MAX_TOKENS * token_px}  # volumes, in pixels
-    return Glm4vProcessor(
-        image_processor=Glm4vImageProcessor(size=size, **geometry),
+    return getattr(transformers, f"{name}Processor")(
+        image_processor=getattr(transformers, f"{name}ImageProcessor")(size=size, **geometry),
         tokenizer=byte_tokenizer(
             max_tokens, special=SPECIAL_TOKENS, more=MORE_TOKENS, chat_template=CHAT_TEMPLATE
         ),
-        video_processor=Glm4vVideoProcessor(
+        video_processor=getattr(transformers, f"{name}VideoProcessor")(
             size=size, max_image_size={"longest_edge": size["longest_edge"]}, **geometry
         ),
         chat_template=CHAT_TEMPLATE,

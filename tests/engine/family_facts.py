@@ -132,6 +132,7 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
         "qwen3_5_moe": _PATCHES,
         "glm4v": _PATCHES,
         "glm4v_moe": _PATCHES,
+        "glm_ocr": _PATCHES,
     }
 )
 FAMILIES = tuple(FACTS)

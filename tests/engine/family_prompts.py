@@ -12,7 +12,7 @@ from promprune_vllm.demo import photo_path
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 INTERNVL = ("internvl", "internvl_chat")
-GLM = ("glm4v", "glm4v_moe")
+GLM = ("glm4v", "glm4v_moe", "glm_ocr")
 PHOTO = {"type": "image"}
 VIDEO = {"type": "video"}
 TEXT = {"type": "text", "text": "What?"}

@@ -42,6 +42,7 @@ def watched(processor: Any) -> Any:
         ("glm4v", "coffee", 13 * 19),
         ("glm4v", "rocket", 15 * 11),
         ("glm4v_moe", "coffee", 13 * 19),
+        ("glm_ocr", "coffee", 13 * 19),
     ],
 )
 def test_a_photo_becomes_this_many_image_tokens(
@@ -94,9 +95,11 @@ def test_a_glm_video_is_images_with_their_times(models: dict[str, Path], family:
     inputs = watched(processor)
     steps, rows, columns = inputs["video_grid_thw"][0].tolist()
     assert steps == 2
-    image = f"<|begin_of_image|>{'<|image|>' * (rows * columns // 4)}<|end_of_image|>0"
+    image = f"<|begin_of_image|>{'<|image|>' * (rows * columns // 4)}<|end_of_image|>"
+    times = ("0.0 seconds", "0.1 seconds") if family == "glm_ocr" else ("0", "0")
+    frames = "".join(image + time for time in times)
     assert processor.tokenizer.decode(inputs["input_ids"][0]) == (
-        f"[gMASK]<sop><|user|>\n<|begin_of_video|>{image * 2}<|end_of_video|>What?<|assistant|>\n"
+        f"[gMASK]<sop><|user|>\n<|begin_of_video|>{frames}<|end_of_video|>What?<|assistant|>\n"
     )
 
 
