@@ -11,9 +11,7 @@ from promprune_vllm.demo import glm_processing as inputs
 from promprune_vllm.demo import model, processing
 from promprune_vllm.demo.random_weights import DType
 
-CLASSES: Mapping[str, str] = MappingProxyType(
-    {"glm4v": "Glm4v", "glm4v_moe": "Glm4vMoe", "glm_ocr": "GlmOcr"}
-)
+CLASSES: Mapping[str, str] = MappingProxyType({"glm4v": "Glm4v", "glm4v_moe": "Glm4vMoe", "glm_ocr": "GlmOcr"})
 """Prefix of the transformers class names, by ``model_type``."""
 
 _TOWER: Mapping[str, Any] = MappingProxyType(

@@ -56,8 +56,8 @@ class InspectReply(BaseModel):
         description="Pixel box of each token: left, top, right, bottom; null for a newline token."
     )
     views: list[int] = Field(
-        description="Index of the first token of each view: the whole image and, if there are any, its crops, in the "
-        "model's order."
+        description="Index of the first token of each view: the whole image and, if there are any, its crops, in "
+        "the model's order."
     )
     indices: list[int] = Field(description="Indices of the kept tokens, ascending.")
     groups: list[Group] = Field(description="Empty if every token is kept.")

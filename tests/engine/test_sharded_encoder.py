@@ -1,4 +1,4 @@
-"""``--mm-encoder-tp-mode data``: two ranks encode different images, keep the same tokens, and answer as one."""
+"""``--mm-encoder-tp-mode``: two ranks that share the encoder's work keep the same tokens, and answer as one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from promprune_vllm.demo.families import build_family_model
 from tests.engine.family_engine import FamilyEngine
+from tests.engine.family_facts import engine_options
 from tests.engine.test_families import difference
 
 pytestmark = [pytest.mark.engine, pytest.mark.release]
@@ -17,9 +18,14 @@ METHODS = ("promprune", "prunesid", "visionzip", "divprune")
 ROUNDING = 1e-4  # two ranks add up in another order
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_ranks_that_encode_different_images_answer_as_one(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Towers of patches, and one of tiles, of which a rank has fewer than the other, or none; at last one whose ranks
+# encode every image and share the heads.
+SHARED = [*((family, "data") for family in ("qwen2_5_vl", "qwen3_vl", "glm4v", "internvl_chat"))]
+
+
+@pytest.mark.parametrize(("family", "mode"), [*SHARED, ("internvl_chat", "weights")])
+def test_ranks_that_share_the_work_answer_as_one(
+    family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_family_model(family, tmp_path / family)
     monkeypatch.setenv("PROMPRUNE_ALLOW_METHODS", ",".join(METHODS))
@@ -32,7 +38,7 @@ def test_ranks_that_encode_different_images_answer_as_one(
     alone.close()
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    sharded = TwoRanks(family, model)
+    sharded = TwoRanks(family, model, mode)
     try:
         for one, two in zip(expected, answers(sharded, asks), strict=True):
             assert one.prompt_token_ids == two.prompt_token_ids
@@ -49,20 +55,20 @@ def answers(engine: FamilyEngine, asks: list[dict[str, Any]]) -> list[Any]:
 class TwoRanks(FamilyEngine):
     """An engine whose workers are processes: nobody can look into them from here."""
 
-    def __init__(self, family: str, model: Path) -> None:
+    def __init__(self, family: str, model: Path, mode: str) -> None:
         from vllm import LLM
 
         self.family = family
         self.llm = LLM(
             str(model),
-            dtype="float32",
+            **engine_options(family),
             max_model_len=1536,
             enforce_eager=True,
             block_size=32,
             seed=0,
             num_gpu_blocks_override=64,
             tensor_parallel_size=2,
-            mm_encoder_tp_mode="data",
+            mm_encoder_tp_mode=mode,
         )
 
     def close(self) -> None:
