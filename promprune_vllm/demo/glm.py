@@ -27,6 +27,10 @@ _TOWER: Mapping[str, Any] = MappingProxyType(
         "temporal_patch_size": 2,
     }
 )
+_MORE_VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    # Of the blocks: in the others it is the merger's width, and blocks are as wide as the output.
+    {"glm4v": {}, "glm4v_moe": {}, "glm_ocr": {"intermediate_size": 192}}
+)
 _MORE_TEXT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "glm4v": {},
@@ -68,8 +72,12 @@ def build_glm(family: str, directory: Path, seed: int, dtype: DType) -> Path:
             max_tokens=model.TINY_TEXT["max_position_embeddings"],
         ).save_pretrained(target)
 
-    contents = {"seed": seed, "dtype": dtype, "vision": dict(_TOWER), "text": _text(family)}
+    contents = {"seed": seed, "dtype": dtype, "vision": _vision(family), "text": _text(family)}
     return model.publish(directory, model.stamp(family, contents), write)
+
+
+def _vision(family: str) -> dict[str, Any]:
+    return {**_TOWER, **_MORE_VISION[family]}
 
 
 def _text(family: str) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def _config(family: str, dtype: DType) -> Any:
     name = CLASSES[family]
     return getattr(transformers, f"{name}Config")(
         architectures=[f"{name}ForConditionalGeneration"],
-        vision_config=dict(_TOWER),
+        vision_config=_vision(family),
         text_config=getattr(transformers, f"{name}TextConfig")(**_text(family), dtype=dtype).to_dict(),
         image_token_id=processing.IMAGE_ID,
         video_token_id=inputs.VIDEO_ID,

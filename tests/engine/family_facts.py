@@ -39,6 +39,7 @@ class FamilyFacts:
         saliency: The saliency according to transformers.
         mu: PromPrune's calibration, in force where neither the operator nor the checkpoint has one.
         views: How many times an image's tokens see its area, at least and at most.
+        projector: The module that gets what the encoder returns, where vLLM counts it as part of the tower.
         mrope: Whether positions are M-RoPE's; for lists of parameters, made before there is an engine to ask.
         options: Further options of vLLM's engine, without which the family cannot be served.
         first_minor: The first minor of vLLM that can load the family on a CPU, if older ones are supported.
@@ -48,6 +49,7 @@ class FamilyFacts:
     saliency: Saliency
     mu: float
     views: tuple[float, float] = (1, 1)
+    projector: str | None = None
     mrope: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     first_minor: str | None = None
@@ -102,6 +104,7 @@ _PATCHES = FamilyFacts(
     mrope=True,
 )
 _QWEN3_VL = replace(_PATCHES, first_minor="0.30")
+_GLM = replace(_PATCHES, projector="visual.downsample")  # a convolution before what vLLM calls the connector
 FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
     {
         "llava_next": FamilyFacts(
@@ -130,9 +133,9 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
         "qwen3_vl_moe": _QWEN3_VL,
         "qwen3_5": _PATCHES,
         "qwen3_5_moe": _PATCHES,
-        "glm4v": _PATCHES,
-        "glm4v_moe": _PATCHES,
-        "glm_ocr": _PATCHES,
+        "glm4v": _GLM,
+        "glm4v_moe": _GLM,
+        "glm_ocr": _GLM,
     }
 )
 FAMILIES = tuple(FACTS)

@@ -21,6 +21,7 @@ from promprune_vllm import cli
 from promprune_vllm.core.savings import read_decoder
 from promprune_vllm.demo import model as demo
 from promprune_vllm.demo.families import FAMILIES, build_family_model, has_remote_code
+from promprune_vllm.planning.facts import read as read_facts
 from tests.engine.family_prompts import GLM, INTERNVL, PHOTO, QWEN, TEXT, photo, processor_of, prompt
 
 # Names as in the published checkpoints, up to the part that is a tower, a projector or a language model.
@@ -39,8 +40,6 @@ ROOTS = {
 }
 ROOTS |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", *GLM), ROOTS["qwen3_vl"])
 ROOTS["llava_next"] = ROOTS["llava"] | {"image_newline"}
-
-UNCOUNTED = ("glm4v_moe",)  # the first layer has no experts, the others a shared one: see below
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 # transformers has no code for the others.
@@ -62,7 +61,7 @@ def test_importing_it_is_cheap() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNCOUNTED])
+@each_family
 def test_the_formulas_count_the_weights_that_the_model_has(family: str, models: dict[str, Path]) -> None:
     config = config_of(models[family])
     read = AutoConfig.from_pretrained(models[family], trust_remote_code=has_remote_code(family)).to_dict()
@@ -99,7 +98,7 @@ def test_the_formulas_refuse_a_language_model_of_another_kind_and_never_fail() -
     [
         *[("llama", False, False, True), ("qwen3_moe", True, False, True), ("qwen3_5", False, True, True)],
         *[("bamba", False, True, False), ("falcon_h1", False, True, False), ("deepseek_v2", True, False, False)],
-        ("glm4v_moe_text", True, False, False),
+        ("glm4v_moe_text", True, False, True),
     ],
 )
 def test_nothing_is_counted_where_vllm_sees_experts_or_states_that_the_formulas_do_not(
@@ -191,6 +190,15 @@ def test_every_family_keeps_what_makes_it_special(models: dict[str, Path]) -> No
         "full_attention",
     }
     assert len(config_of(models["llava_next"])["image_grid_pinpoints"]) == 5
+
+
+@pytest.mark.parametrize("family", GLM)
+def test_a_plan_of_glm_counts_the_matrices_that_are_in_the_file(family: str, models: dict[str, Path]) -> None:
+    """Their towers read the same sizes by different names."""
+    small = re.compile(r"norm|bias$|patch_embed|visual\.embeddings")  # left out of plans
+    with safe_open(models[family] / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if not small.search(name)]  # noqa: SIM118
+    assert read_facts(str(models[family])).parameters == sum(map(math.prod, shapes))
 
 
 def test_glm_has_a_dense_layer_and_layers_with_experts_that_are_apart(models: dict[str, Path]) -> None:

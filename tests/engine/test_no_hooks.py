@@ -83,7 +83,8 @@ def test_a_method_has_exactly_the_hooks_that_it_needs(engine: FamilyEngine, name
     assert len(attention) == bool(needs & (Need.SALIENCY | Need.KEYS))
     projector = found - attention
     assert len(projector) == bool(needs & Need.ENCODER)
-    connectors = tuple(engine.model.get_mm_mapping().connector)
+    own = engine.facts.projector
+    connectors = (own,) if own else tuple(engine.model.get_mm_mapping().connector)
     assert all(module.startswith(connectors) for module in projector)
 
 
