@@ -84,7 +84,7 @@ TOOLS = (
 )
 TESTS = (
     *("tests/engine/test_patches.py", "tests/engine/test_seam.py", "tests/engine/test_seeds.py"),
-    *("tests/engine/test_llava.py", "tests/engine/test_families.py"),
+    *("tests/engine/test_llava.py", "tests/engine/test_families.py", "tests/engine/test_family_places.py"),
     *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
     *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
     *("tests/engine/test_drafts.py", "tests/engine/test_prefix_hits.py", "tests/engine/test_prompt_embeds.py"),

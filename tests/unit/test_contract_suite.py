@@ -20,6 +20,7 @@ CONTRACT = (
     "family_engine.py",
     "test_calibrate.py",
     "test_families.py",
+    "test_family_places.py",
     "test_late_results.py",
     "test_logprobs.py",
     "test_no_hooks.py",
