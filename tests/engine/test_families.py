@@ -37,8 +37,14 @@ def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEng
     return shared_engine(request.param, models[request.param])
 
 
-def budgets(engine: FamilyEngine, shape: str) -> list[int]:
-    total = engine.tokens(shape)
+PICTURES = [*((shape,) for shape in SHAPES), ("landscape", "portrait")]
+"""Shapes of the images of a prompt."""
+each_prompt = pytest.mark.parametrize("shapes", PICTURES, ids="-".join)
+
+
+def budgets(engine: FamilyEngine, *shapes: str) -> list[int]:
+    """Some budgets for each image, with which the first is pruned."""
+    total = engine.tokens(shapes[0])
     return sorted({1, min(7, total), min(33, total), total - 1} - {0})
 
 
@@ -47,30 +53,33 @@ def image_rows(output: Any, embeds: torch.Tensor) -> torch.Tensor:
     return embeds[..., where, :]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_prompt_tokens_drop_by_exactly_what_is_pruned(engine: FamilyEngine, shape: str) -> None:
-    total = engine.tokens(shape)
-    wanted = [None, total, total + 1, *budgets(engine, shape)]
-    outputs = engine.generate([engine.ask(shape, budget=budget) for budget in wanted], tokens=1)
+@each_prompt
+def test_prompt_tokens_drop_by_exactly_what_is_pruned(engine: FamilyEngine, shapes: tuple[str, ...]) -> None:
+    totals = [engine.tokens(shape) for shape in shapes]
+    wanted = [None, totals[0], totals[0] + 1, *budgets(engine, *shapes)]
+    outputs = engine.generate([engine.ask(*shapes, budget=budget) for budget in wanted], tokens=1)
     lengths = [len(output.prompt_token_ids) for output in outputs]
-    kept = [min(budget or total, total) for budget in wanted]
-    assert [lengths[0] - length for length in lengths] == [total - count for count in kept]
+    kept = [sum(min(budget or total, total) for total in totals) for budget in wanted]
+    assert [lengths[0] - length for length in lengths] == [sum(totals) - count for count in kept]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_and_positions_are_the_selected_ones_bit_for_bit(engine: FamilyEngine, shape: str) -> None:
+@each_prompt
+def test_rows_and_positions_are_the_selected_ones_bit_for_bit(
+    engine: FamilyEngine, shapes: tuple[str, ...]
+) -> None:
     """DeepStack rows too; positions of prompt and three decode steps against the unpruned prompt's."""
-    for budget in (*budgets(engine, shape), None):
+    for budget in (*budgets(engine, *shapes), None):
         engine.forget()
         with engine.fed() as fed:
-            (output,) = engine.generate([engine.ask(shape, budget=budget, before="Look: ")], tokens=4)
-        rows, _ = engine.kept(shape, budget)
+            (output,) = engine.generate([engine.ask(*shapes, budget=budget, before="Look: ")], tokens=4)
+        rows = torch.cat([engine.kept(shape, budget)[0] for shape in shapes])
         width = engine.llm.model_config.get_hidden_size()
         assert torch.equal(image_rows(output, torch.cat(fed.embeds)), rows[:, :width])
         if rows.shape[1] > width:
             levels = image_rows(output, torch.cat(fed.deepstack, dim=1))  # (levels, K, D)
             assert torch.equal(levels.transpose(0, 1).flatten(1), rows[:, width:])
-        truth = engine.true_positions(output.prompt_token_ids, [(shape, budget)], later=3)
+        visuals = [(shape, budget) for shape in shapes]
+        truth = engine.true_positions(output.prompt_token_ids, visuals, later=3)
         assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
 
 

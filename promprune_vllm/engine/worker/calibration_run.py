@@ -168,12 +168,13 @@ def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
     from vllm.model_executor.model_loader import get_model_cls
     from vllm.multimodal.media import ImageMediaIO
 
-    placeholder = get_model_cls(llm.model_config).get_placeholder_str("image", 0)
+    modality: str = llm.llm_engine.input_processor.renderer.mm_processor.modality
+    placeholder = get_model_cls(llm.model_config).get_placeholder_str(modality, 0)
     try:
         prompt = {
             "prompt": f"{placeholder}\n",
-            "multi_modal_data": {"image": ImageMediaIO().load_file(file)},
-            "multi_modal_uuids": {"image": uuid.uuid4().hex},  # so that no image comes from a cache
+            "multi_modal_data": {modality: ImageMediaIO().load_file(file)},
+            "multi_modal_uuids": {modality: uuid.uuid4().hex},  # so that no image comes from a cache
             "mm_processor_kwargs": {FIELD: 1},
         }
         llm.generate(prompt, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
