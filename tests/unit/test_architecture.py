@@ -159,7 +159,7 @@ def test_the_engine_is_laid_out_by_process() -> None:
 
 
 def test_what_vllm_calls_an_image_is_asked_of_the_family() -> None:
-    """Models name it otherwise, and videos are to come. Left: our default, content parts, limits of `calibrate`."""
+    """Models name it otherwise. Left: our default, parts of a message, a limit of `calibrate`."""
     may = {
         "api_server/processor.py": 1,
         "api_server/rendered_features.py": 1,
