@@ -194,6 +194,11 @@ class PrunedProcessorMixin(ProcessorBase):
         special = set(tokenizer.all_special_ids)
         return tuple(token for token in ids if token not in special)[-MAX_TEXT_TOKENS:]
 
+    def image_options(self, kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """Return the options of the server and of a request that apply to images, as transformers reads them."""
+        merged: dict[str, Any] = self.info.ctx.get_merged_mm_kwargs(kwargs)
+        return {**merged, **(merged.get("images_kwargs") or {})}
+
     def embedded_tokens(self, images: Any, index: int) -> int:
         """Return how many tokens an image sent as ``image_embeds`` has."""
         return int(images.get_feature_size(index))

@@ -34,9 +34,8 @@ class PrunedGlm4vProcessor(PatchTowerProcessorMixin, upstream.Glm4vMultiModalPro
 
         vLLM's own function overlooks the request's options and the least number of pixels.
         """
-        info: Any = self.info
-        images = info.get_image_processor(**kwargs)
-        given: Any = info.ctx.get_merged_mm_kwargs(kwargs).get("size") or {}
+        images = self.info.get_image_processor(**kwargs)
+        given: Any = self.image_options(kwargs).get("size") or {}
         side = images.patch_size * images.merge_size
         high, wide = smart_resize(
             num_frames=images.temporal_patch_size,

@@ -28,24 +28,26 @@ class PrunedInternVLProcessor(InternVLProcessorMixin, upstream.InternS1MultiModa
         """Return how many visual tokens an image has; vLLM's own function overlooks a default of the processor."""
         processor, options = self._options(kwargs)
         size = images.get_image_size(index)
-        counts = processor._get_num_multimodal_tokens([(size.height, size.width)], **options)
-        return int(counts["num_image_patches"][0]) * self.tile_tokens()
+        tiles = processor.image_processor.get_number_of_image_patches(size.height, size.width, options)
+        return int(tiles) * int(processor.image_seq_length)
 
     def tiles(self, width: int, height: int) -> tuple[int, int]:
         """Return the rows and columns of tiles that an image is cut into."""
         processor, options = self._options({})
         images = processor.image_processor
-        least, most = (options.get(name, getattr(images, name)) for name in ("min_patches", "max_patches"))
-        if not options.get("crop_to_patches", True):
+        if not options["crop_to_patches"]:
             return 1, 1
+        least, most = (options.get(name, getattr(images, name)) for name in ("min_patches", "max_patches"))
         canvas = images.size["height"], images.size["width"]
         columns, rows = get_optimal_tiled_canvas((height, width), canvas, least, most)
         return rows, columns
 
     def _options(self, kwargs: Mapping[str, object]) -> tuple[Any, Mapping[str, Any]]:
-        """Return the processor of transformers, and the options of the server and a request."""
-        info: Any = self.info
-        return info.get_hf_processor(**kwargs), info.ctx.get_merged_mm_kwargs(kwargs)
+        """Return the processor of transformers, and its options for images with those of a request."""
+        # The processor cuts images, whatever its image processor says. Its own function that counts tokens would
+        # keep a request's options for all later requests.
+        options = {"crop_to_patches": True, **self.image_options(kwargs)}
+        return self.info.get_hf_processor(**kwargs), options
 
 
 @MULTIMODAL_REGISTRY.register_processor(

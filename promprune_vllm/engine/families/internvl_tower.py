@@ -31,16 +31,13 @@ class InternVLProcessorMixin(PrunedProcessorMixin):
         """Return the rows and columns of tiles that an image of this size in pixels is cut into."""
         raise NotImplementedError
 
-    def tile_tokens(self) -> int:
-        """Return the tokens of a tile."""
-        return int(self.info.get_hf_processor().image_seq_length)
-
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
-        """Return the pixel box of each visual token: of the tiles, then of the whole image."""
-        side = round(self.tile_tokens() ** 0.5)
+        """Return the pixel box of each visual token: of the tiles, then of the whole image if it is one more."""
+        processor = self.info.get_hf_processor()
+        side = round(processor.image_seq_length**0.5)
         whole = (0.0, 0.0, float(width), float(height))
         tiles = geometry.grid(*self.tiles(width, height), whole)
-        if len(tiles) > 1:
+        if len(tiles) > 1 and getattr(processor.image_processor, "use_thumbnail", True):
             tiles.append(whole)
         return [cell for tile in tiles for cell in geometry.grid(side, side, tile)]
 
