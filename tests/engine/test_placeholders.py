@@ -13,10 +13,11 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import PromptInsertion, PromptReplacement, PromptUpdateDetails
 
 from promprune_vllm import VisionFeatures, get_method
-from promprune_vllm.engine.api_server import placeholders
+from promprune_vllm.engine.api_server import placeholders, rendered_features
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
+from promprune_vllm.errors import BudgetError
 
 pytestmark = pytest.mark.engine
 TEXT, VISUAL = 7, 3
@@ -64,6 +65,18 @@ def test_which_tokens_are_visual_is_said_by_the_mask_and_not_by_their_ids() -> N
 def test_another_count_than_the_plans_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="9 visual tokens for an image counted as 8"):
         shortened(PromptUpdateDetails.select_token_id(TILED, VISUAL), ImagePlan(8, 4))
+
+
+def test_features_are_refused_if_it_is_unknown_which_tokens_are_visual() -> None:
+    """A render server sends no masks, and the engine would end for a row too few."""
+    tokens = [1, *[VISUAL] * 4, 2, *TILED]
+    plain, tiled = (1, 4), (6, len(TILED))
+    mask = torch.tensor(TILED) == VISUAL
+    for places, masks in (([plain], [None]), ([plain, tiled], [None, mask])):
+        ranges = [PlaceholderRange(*place, is_embed=each) for place, each in zip(places, masks, strict=True)]
+        rendered_features.refuse_text_among(ranges, tokens)
+    with pytest.raises(BudgetError, match="content_parts"):
+        rendered_features.refuse_text_among([PlaceholderRange(*plain), PlaceholderRange(*tiled)], tokens)
 
 
 @given(LAYOUTS, st.data())

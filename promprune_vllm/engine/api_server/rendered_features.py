@@ -7,6 +7,7 @@ are checked here: in the engine, a wrong one would be a server error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,17 +53,42 @@ def _add_summary(prompt: dict[str, Any], model_config: Any, processor: Any) -> N
         return  # for example a video, which this server has processed itself
     with refusing(model_config):
         _refuse_fields()
+        placeholders = prompt["mm_placeholders"][modality]
+        if hasattr(processor, "modality"):
+            refuse_text_among(placeholders, prompt["prompt_token_ids"])
         if any(item is None for item in items):
             return  # the engine already has this image, and its counts are unknown here
         settings = Settings.from_environment()
         vocabulary = int(model_config.get_vocab_size())
-        placeholders = prompt["mm_placeholders"][modality]
         images = tuple(
             _checked_plan(item, placeholder.get_num_embeds(), settings, vocabulary)
             for item, placeholder in zip(items, placeholders, strict=True)
         )
     method = settings.allowed[next((image.method for image in images if image.kept < image.total), 0)]
     prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None, modality)
+
+
+def refuse_text_among(placeholders: Sequence[Any], tokens: Sequence[int]) -> None:
+    """Refuse images with text among their visual tokens, such as InternVL's: the engine would end.
+
+    vLLM does not pass on which tokens of a placeholder are visual, so the engine would expect a row for each.
+
+    Args:
+        placeholders: Of the images, vLLM's ``PlaceholderRange``.
+        tokens: Of the prompt.
+
+    Raises:
+        BudgetError: A placeholder without a mask has tokens of several ids.
+    """
+    for placeholder in placeholders:
+        start, end = placeholder.offset, placeholder.offset + placeholder.length
+        if placeholder.is_embed is None and len(set(tokens[start:end])) > 1:
+            raise BudgetError(
+                "The place of an image has tokens of several ids, as with InternVL, and features do not say which "
+                "of them are visual. Send the image itself in content_parts instead.",
+                param="features",
+                reason="unsupported",
+            )
 
 
 def _refuse_fields() -> None:
