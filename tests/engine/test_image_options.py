@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,3 +60,18 @@ def test_options_count_for_their_own_request_alone(family: str, tmp_path: Path) 
     assert [counted(processor, options) for options in OPTIONS[family]] == tokens
     assert len(set(tokens)) > 1
     assert [made(family, alone, options) for options in OPTIONS[family]] == tokens
+
+
+def test_the_processor_of_another_glm_may_have_larger_steps() -> None:
+    """vLLM serves GLMGA with the class of GLM-4.1V."""
+    from transformers import GlmgaImageProcessor
+
+    from promprune_vllm.engine.families.glm4v import PrunedGlm4vProcessor
+
+    images = GlmgaImageProcessor(patch_expand_factor=3)
+    processor = object.__new__(PrunedGlm4vProcessor)
+    processor.info = SimpleNamespace(
+        get_image_processor=lambda: images, ctx=SimpleNamespace(get_merged_mm_kwargs=dict)
+    )
+    (grid,) = images(Image.new("RGB", SIZE), return_tensors="pt")["image_grid_thw"].tolist()
+    assert processor.token_grid(*SIZE, {}) == (grid[1] // 2, grid[2] // 2) == (33, 21)

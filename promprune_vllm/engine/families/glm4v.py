@@ -42,7 +42,7 @@ class PrunedGlm4vProcessor(PatchTowerProcessorMixin, upstream.Glm4vMultiModalPro
             height=height,
             width=width,
             temporal_factor=images.temporal_patch_size,
-            factor=side,
+            factor=side * getattr(images, "patch_expand_factor", 1),  # of transformers' GLMGA
             min_pixels=given.get("shortest_edge") or images.size["shortest_edge"],
             max_pixels=given.get("longest_edge") or images.size["longest_edge"],
         )
