@@ -26,6 +26,7 @@ _PINNED = "vllm.utils.platform_utils:is_pin_memory_available"
 _TOWER = ("x", "grid_thw")
 _SIZE = ("image_width", "image_height", "image_processor", "mm_kwargs")
 _POSITIONS = ("input_tokens", "mm_features")
+_OPTIONS = "vllm.multimodal.processing.context:InputProcessingContext.get_merged_mm_kwargs"
 
 MODEL_SEAMS: tuple[Seam, ...] = (
     *of(
@@ -172,6 +173,7 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         call(f"{_INTERN}:InternS1MultiModalProcessor"),
         call(f"{_INTERN}:InternS1DummyInputsBuilder"),
         call(f"{_INTERN}:InternS1ProcessingInfo.get_hf_processor", body=True),
+        call(_OPTIONS, "kwargs"),
         call(f"{_INTERN}:InternS1ForConditionalGeneration.extract_feature", "pixel_values", body=True),
         rely(f"{_INTERN}:InternS1ForConditionalGeneration._process_vision_input", body=True),
         rely(f"{_INTERN}:InternS1ForConditionalGeneration.embed_multimodal", body=True),
@@ -186,6 +188,7 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         call(f"{_GLM}:Glm4vMultiModalProcessor"),
         call(f"{_GLM}:Glm4vDummyInputsBuilder"),
         call(f"{_GLM}:Glm4vProcessingInfo.get_image_processor"),
+        call(_OPTIONS, "kwargs"),
         call(f"{_GLM}:Glm4vForConditionalGeneration.get_mrope_input_positions", *_POSITIONS, body=True),
         rely(f"{_GLM}:Glm4vForConditionalGeneration.iter_mm_grid_thw", body=True),
         rely(f"{_GLM}:Glm4vForConditionalGeneration._process_image_input", body=True),
