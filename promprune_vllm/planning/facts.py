@@ -140,8 +140,12 @@ def _read_config(model: str) -> dict[str, Any]:
     if written.get("model_type") != "internvl_chat":
         config: dict[str, Any] = AutoConfig.from_pretrained(model).to_dict()
         return config
-    text = written["llm_config"]
-    return {**written, "text_config": AutoConfig.for_model(**text).to_dict()}
+    text = dict(written.get("llm_config") or {})
+    kind = text.pop("model_type", None)
+    try:
+        return {**written, "text_config": AutoConfig.for_model(kind, **text).to_dict()}
+    except ValueError as error:
+        raise ValueError(f"transformers knows no language model of type {kind!r}") from error
 
 
 def _read_image_processor(model: str) -> dict[str, Any]:

@@ -62,9 +62,12 @@ def test_which_tokens_are_visual_is_said_by_the_mask_and_not_by_their_ids() -> N
     assert shortened(details, ImagePlan(2, 1)) == ([VISUAL] * 3, [False, True, False])
 
 
-def test_another_count_than_the_plans_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="9 visual tokens for an image counted as 8"):
-        shortened(PromptUpdateDetails.select_token_id(TILED, VISUAL), ImagePlan(8, 4))
+def test_an_image_that_was_counted_wrong_is_pruned_by_no_budget_and_served_without() -> None:
+    """An option of the processor may change images in a way that a family does not count."""
+    details = PromptUpdateDetails.select_token_id(TILED, VISUAL)
+    with pytest.raises(BudgetError, match="vLLM made 9 tokens of, and which was counted as 8"):
+        shortened(details, ImagePlan(8, 4))
+    assert shortened(details, ImagePlan(8, 8))[0] == TILED
 
 
 def test_features_are_refused_if_it_is_unknown_which_tokens_are_visual() -> None:

@@ -15,7 +15,7 @@ from promprune_vllm.engine import families, keys, plugin
 from promprune_vllm.engine.api_server import admission, endpoints, request_hooks
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, remember_admitted
 from promprune_vllm.engine.api_server.request_fields import read_field, remember_http_fields
-from promprune_vllm.engine.compat import versions
+from promprune_vllm.engine.compat import parts, versions
 from promprune_vllm.engine.compat.seam import Seam
 from promprune_vllm.engine.compat.seams import SEAMS
 from promprune_vllm.engine.families.contract import ModelFamily, ProcessorFamily
@@ -113,7 +113,26 @@ def test_adapters_on_the_tower_are_refused(architecture: str) -> None:
     assert "--enable-tower-connector-lora" in (families.unsupported_reason(server) or "")
 
 
-@pytest.mark.parametrize("architecture", [name for name in families.FAMILIES if name.startswith("Qwen")])
+@pytest.mark.parametrize("architecture", ["InternVLChatModel", "InternVLForConditionalGeneration"])
+def test_what_internvl_families_refuse(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = {"downsample_ratio": 0.5, "ps_version": "v2", "use_thumbnail": True}
+
+    def reason(options: dict[str, Any] | None = None, **changed: Any) -> str:
+        server = _server(architecture, SimpleNamespace(**{**layout, **changed}))
+        server.model_config.multimodal_config.mm_processor_kwargs = options
+        return families.unsupported_reason(server) or ""
+
+    assert reason() == ""
+    assert "ps_version v1" in reason(ps_version="v1")
+    assert "downsample_ratio=0.25" in reason(downsample_ratio=0.25)
+    assert reason(use_thumbnail=False) == ""
+    monkeypatch.setenv("PROMPRUNE_TILES", "base")
+    assert reason() == ""
+    for without in (reason(use_thumbnail=False), reason({"use_thumbnail": False})):
+        assert "PROMPRUNE_TILES=base needs a tile with the whole image" in without
+
+
+@pytest.mark.parametrize("architecture", parts.MROPE.architectures)
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
@@ -214,7 +233,8 @@ def test_a_familys_class_is_called_as_vllms_is(architecture: str) -> None:
     """vLLM compares names of classes: by another, Qwen-VL would not load beside an EAGLE head on Runner V1."""
     path, _, name = families.FAMILIES[architecture].target.partition(":")
     ours = getattr(importlib.import_module(path), name)
-    assert ours.__name__ == architecture
+    assert ours.__name__ == ours.__bases__[-1].__name__
+    assert architecture.startswith("InternVL") or ours.__name__ == architecture
     assert ours.__qualname__ == name  # by which Python finds it
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from promprune_vllm.core.budget import FIELD
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
+from promprune_vllm.errors import BudgetError
 
 
 def shorten(update: Any, plans: Sequence[ImagePlan]) -> Any:
@@ -40,12 +42,17 @@ def shorten(update: Any, plans: Sequence[ImagePlan]) -> Any:
 
 
 def _shorten(content: Any, plan: ImagePlan) -> Any:
+    if plan.kept == plan.total:
+        return content  # also if the count is wrong: it decides nothing
     full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
     is_embed = content.is_embed if isinstance(content, PromptUpdateDetails) else None
     visual = [True] * len(full) if is_embed is None else is_embed(full).tolist()
     if sum(visual) != plan.total:
-        raise RuntimeError(
-            f"vLLM made a placeholder of {sum(visual)} visual tokens for an image counted as {plan.total}"
+        raise BudgetError(
+            f"{FIELD} cannot be applied to an image that vLLM made {sum(visual)} tokens of, and which was counted "
+            f"as {plan.total}: an option in mm_processor_kwargs changes it in a way that is not counted. Leave "
+            f"the option out, or {FIELD}.",
+            reason="unsupported",
         )
     stays = kept_tokens(visual, plan.kept)
     shorter = [token for token, stay in zip(full, stays, strict=True) if stay]

@@ -35,7 +35,8 @@ class PrunedGlm4vProcessor(PatchTowerProcessorMixin, upstream.Glm4vMultiModalPro
         vLLM's own function overlooks the request's options and the least number of pixels.
         """
         images = self.info.get_image_processor(**kwargs)
-        given: Any = self.image_options(kwargs).get("size") or {}
+        size = self.image_options(kwargs).get("size")
+        given = size if isinstance(size, Mapping) else {}  # transformers refuses anything else
         side = images.patch_size * images.merge_size
         high, wide = smart_resize(
             num_frames=images.temporal_patch_size,

@@ -6,19 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
-from vllm.config import VllmConfig
 from vllm.model_executor.models import interns1 as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.internvl_tower import InternVLMixin, InternVLProcessorMixin, unsupported_layout
+from promprune_vllm.engine.families.internvl_tower import InternVLMixin, InternVLProcessorMixin, unsupported_reason
 
+__all__ = ["PrunedInternVL", "unsupported_reason"]
 seams.require(parts.INTERNVL)
-
-
-def unsupported_reason(vllm_config: VllmConfig) -> str | None:
-    """Return why this InternVL cannot be pruned, or ``None``."""
-    return unsupported_layout(vllm_config.model_config.hf_config)
 
 
 class PrunedInternVLProcessor(InternVLProcessorMixin, upstream.InternS1MultiModalProcessor):

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.model_executor.models import internvl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processors.internvl import calculate_internvl_targets
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.internvl_tower import InternVLMixin, InternVLProcessorMixin, unsupported_layout
+from promprune_vllm.engine.families.internvl_tower import InternVLMixin, InternVLProcessorMixin, unsupported_reason
 
+__all__ = ["PrunedInternVLChat", "unsupported_reason"]
 seams.require(parts.INTERNVL_CHAT)
-
-
-def unsupported_reason(vllm_config: VllmConfig) -> str | None:
-    """Return why this InternVL cannot be pruned, or ``None``."""
-    return unsupported_layout(vllm_config.model_config.hf_config)
 
 
 class PrunedInternVLChatProcessor(InternVLProcessorMixin, upstream.InternVLMultiModalProcessor):

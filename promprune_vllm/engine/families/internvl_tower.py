@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need
+from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.families import tile_tower
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
@@ -52,7 +54,8 @@ class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        keep_eager((self.saliency_block(),))
+        if families.unsupported_reason(vllm_config) is None:
+            keep_eager((self.saliency_block(),))
 
     def saliency_block(self) -> Any:
         """Return the tower's last layer."""
@@ -83,12 +86,16 @@ class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
         return images
 
 
-def unsupported_layout(config: Any) -> str | None:
+def unsupported_reason(vllm_config: VllmConfig) -> str | None:
     """Return why an InternVL cannot be pruned because of how its tokens are laid out, or ``None``."""
+    config = vllm_config.model_config.hf_config
     if getattr(config, "ps_version", "v2") == "v1":
         return "with ps_version v1, the tokens of a tile are ordered by columns"
     if config.downsample_ratio != 0.5:
         return f"its tokens are not made of 2 x 2 patches (downsample_ratio={config.downsample_ratio})"
-    if Settings.from_environment().tiles == "base" and not getattr(config, "use_thumbnail", True):
-        return "PROMPRUNE_TILES=base needs a tile with the whole image, and config.json has use_thumbnail false"
+    multimodal = vllm_config.model_config.multimodal_config
+    options = getattr(multimodal, "mm_processor_kwargs", None) or {}
+    has_whole = options.get("use_thumbnail", getattr(config, "use_thumbnail", True))
+    if Settings.from_environment().tiles == "base" and not has_whole:
+        return "PROMPRUNE_TILES=base needs a tile with the whole image, and use_thumbnail is false"
     return None
