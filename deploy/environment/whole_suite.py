@@ -25,6 +25,15 @@ ENGINE_TESTS = (
     *("tests/server/test_metrics.py", "tests/server/test_two_ranks.py"),
 )
 """They have the worker or the engine as their subject, and depend on vLLM's model runner."""
+WITHOUT_RUNNER = tuple(
+    f"tests/engine/test_{name}.py"
+    for name in (
+        *("borrowed_mu", "calibrate", "checkpoints", "demo_model", "demo_training", "family_inputs"),
+        *("family_models", "image_options", "megapixel", "mrope_functions", "no_hooks", "placeholders"),
+        *("saliency", "tower_protocol"),
+    )
+)
+"""Of these, what is the same on every runner: processors, checkpoints, towers."""
 V2_TESTS = (
     *("tests/engine/test_runners.py", "tests/engine/test_disaggregation.py", "tests/engine/test_mrope_reach.py"),
     *("tests/engine/test_sharded_encoder.py", "tests/server/test_two_ranks.py", "tests/server/test_metrics.py"),
@@ -95,7 +104,7 @@ def runs(options: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
     v1 = {RUNNER: "v1"}
     yield [*options], v1
     of_each_commit = ["-m", "not release", *(option for option in options if option != RELEASE)]
-    yield [*of_each_commit, *ENGINE_TESTS], v1
+    yield [*of_each_commit, *ENGINE_TESTS, *(f"--ignore={path}" for path in WITHOUT_RUNNER)], v1
     yield [*options, *V2_TESTS], {RUNNER: "v2-async"}
 
 

@@ -125,9 +125,12 @@ def test_the_release_tier_has_the_tests_of_the_engine_on_both_runners(whole_suit
     assert commit == ([*whole_suite.MEASURED, "--randomly-seed=1"], {})
     release, other, v2 = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
     assert release == (["-mrelease", "--randomly-seed=1"], {VARIABLE: "v1"})
-    assert other == (["-m", "not release", "--randomly-seed=1", *whole_suite.ENGINE_TESTS], {VARIABLE: "v1"})
+    without = [f"--ignore={path}" for path in whole_suite.WITHOUT_RUNNER]
+    of_engine = ["-m", "not release", "--randomly-seed=1", *whole_suite.ENGINE_TESTS, *without]
+    assert other == (of_engine, {VARIABLE: "v1"})
     assert v2 == (["-mrelease", "--randomly-seed=1", *whole_suite.V2_TESTS], {VARIABLE: RUNNERS[0]})
-    assert all((ROOT / path).exists() for path in (*whole_suite.ENGINE_TESTS, *whole_suite.V2_TESTS))
+    named = (*whole_suite.ENGINE_TESTS, *whole_suite.V2_TESTS, *whole_suite.WITHOUT_RUNNER)
+    assert all((ROOT / path).exists() for path in named)
 
 
 def test_no_test_is_left_out_of_every_run(whole_suite: ModuleType) -> None:

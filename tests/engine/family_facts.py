@@ -144,6 +144,8 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
 # Where a minor has both runners, V1 runs no variants: its code is older than they are, and shared.
 _ALL = runner.is_v2() or versions.before("0.32")
 FAMILIES = tuple(family for family, facts in FACTS.items() if _ALL or not facts.variant)
+KINDS = tuple(family for family, facts in FACTS.items() if not facts.variant)
+VARIANTS = tuple(family for family, facts in FACTS.items() if facts.variant)
 OWN_TESTS = ("llava",)  # test_llava.py, with the demo model
 TILED = tuple(family for family, facts in FACTS.items() if facts.tiled)
 UNLOADABLE = tuple(family for family, facts in FACTS.items() if not facts.loadable)

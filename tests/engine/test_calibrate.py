@@ -24,7 +24,7 @@ from promprune_vllm.engine.worker import calibration_run
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from tests.engine import family_engine
 from tests.engine.family_engine import FamilyEngine
-from tests.engine.family_facts import FAMILIES, TILED, UNLOADABLE, engine_options
+from tests.engine.family_facts import KINDS, TILED, UNLOADABLE, VARIANTS, engine_options
 
 pytestmark = pytest.mark.engine
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -48,7 +48,9 @@ class Attached(FamilyEngine):
         return image
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[*KINDS, *(pytest.param(each, marks=pytest.mark.release) for each in VARIANTS)]
+)
 def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Attached]:
     family = request.param
     if family in UNLOADABLE:

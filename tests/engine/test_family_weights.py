@@ -57,6 +57,7 @@ def served(family: str, models: dict[str, Path]) -> Engine:
     return SHARED.get(f"weights of {family}", lambda: Engine(models[family], trust_remote_code=remote, **options))
 
 
+@pytest.mark.release
 def test_vllm_computes_what_transformers_does(family: str, served: Engine, models: dict[str, Path]) -> None:
     from transformers import AutoModelForImageTextToText
     from vllm import SamplingParams
