@@ -115,7 +115,7 @@ def test_what_the_host_reads_of_an_image_stays_there(
     inputs = engine.inputs("landscape", raw=False)  # normalised pixels, and sizes or counts
     sizes = {name for name, values in inputs.items() if not torch.is_floating_point(values[0])}
     assert sizes
-    assert kept == {COUNTS, *sizes}
+    assert kept >= {COUNTS, *sizes}
 
 
 @pytest.mark.parametrize("budget", [9, None])

@@ -32,7 +32,8 @@ def init_endpoints(original: Any) -> Any:
 
     async def init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
         await original(engine_client, state, args)
-        borrowed_mu.warn(state.online_renderer.renderer)
+        if (renderer := getattr(state, "online_renderer", None)) is not None:  # else it is no server of vLLM's
+            borrowed_mu.warn(renderer.renderer)
         endpoints = getattr(state, ENDPOINTS, None)
         if endpoints is None:  # a batch run, which has a state but no app
             return

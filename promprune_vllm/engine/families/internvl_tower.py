@@ -6,6 +6,7 @@ are averaged. Positions are 1-D, consecutive over the kept tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from vllm.config import VllmConfig
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core import geometry
-from promprune_vllm.core.features import Need
+from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.families import tile_tower
@@ -80,10 +81,13 @@ class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
         tiles = self.tile_features(inputs[self.pixels][start : start + sum(counts[items])], needs)
         images = []
         for count in counts[items]:
-            own, tiles = tiles[:count], tiles[count:]
-            rows = torch.cat([tile.projected for tile in own])
-            images.append(self.image_of_tiles(rows, own, torch.arange(len(rows)), whole=-1))
+            images.append(self._image(tiles[:count]))
+            tiles = tiles[count:]
         return images
+
+    def _image(self, tiles: Sequence[VisionFeatures]) -> EncodedImage:
+        rows = torch.cat([tile.projected for tile in tiles])
+        return self.image_of_tiles(rows, tiles, torch.arange(len(rows)), whole=-1)
 
 
 def unsupported_reason(vllm_config: VllmConfig) -> str | None:
