@@ -156,8 +156,13 @@ def test_equal_images_count_twice_and_what_cannot_be_measured_is_named(
 
 @pytest.mark.parametrize("engine", TILED, indirect=True)
 def test_tiles_are_measured_as_the_server_prunes_them(engine: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = entropy(engine.encoded("coffee").groups[0].features.projected)
-    visual = torch.cat([group.features.projected for group in engine.encoded("coffee").groups])
+    groups = engine.encoded("coffee").groups
+    with Image.open(photo_path("coffee")) as photo:
+        boxes = engine.processor.boxes(*photo.size)
+    # The tile with the whole image has the largest tokens; it is the first in some families, and the last in others.
+    whole = max(groups, key=lambda group: boxes[group.positions[0]][2] - boxes[group.positions[0]][0])
+    base = entropy(whole.features.projected)
+    visual = torch.cat([group.features.projected for group in groups])
     for tiles, truth in (("base", base), ("merged", entropy(visual))):
         monkeypatch.setattr(engine.model, "_settings", Settings(tiles=tiles))
         measured = calibration_run.measure(engine.llm, photo_path("coffee"))

@@ -25,7 +25,7 @@ from tests.engine.family_engine import (
     FamilyEngine,
     shared_engine,
 )
-from tests.engine.family_facts import FACTS, FAMILIES, OWN_TESTS, UNLOADABLE
+from tests.engine.family_facts import FACTS, FAMILIES, KINDS, OWN_TESTS, UNLOADABLE
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -37,6 +37,8 @@ def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEng
     return shared_engine(request.param, models[request.param])
 
 
+# What a variant has of another family, code for code, is tested there.
+each_kind = pytest.mark.parametrize("engine", KINDS, indirect=True)
 PICTURES = [*((shape,) for shape in SHAPES), ("landscape", "portrait")]
 """Shapes of the images of a prompt."""
 each_prompt = pytest.mark.parametrize("shapes", PICTURES, ids="-".join)
@@ -154,6 +156,7 @@ def logprobs(output: Any) -> list[dict[int, float]]:
     return [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
 
 
+@each_kind
 def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each begins with 7 blocks of 32 tokens and ends with 8; all together have 63.
     asks = [engine.ask("landscape", budget=60 + i, text=f"{i}?".ljust(140, "x")) for i in range(8)]
@@ -175,6 +178,7 @@ def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch:
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 
 
+@each_kind
 @pytest.mark.parametrize("name", [name for name, m in methods().items() if not m.needs & ~EVERYTHING])
 def test_every_method_the_family_supplies_is_served_exactly(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch, name: str
@@ -188,6 +192,7 @@ def test_every_method_the_family_supplies_is_served_exactly(
     assert torch.equal(image_rows(output, torch.cat(fed.embeds)), rows[:, :width])
 
 
+@each_kind
 def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from promprune_vllm.engine.worker import pruned_model
 
@@ -277,11 +282,13 @@ def test_without_a_budget_or_with_a_large_one_it_is_stock_vllm(
             assert json.loads(json.dumps(logprobs(output))) == values
 
 
+@each_kind
 @pytest.mark.parametrize("check", naming.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_an_image_that_is_named_and_not_sent(engine: FamilyEngine, check: Any) -> None:
     check(engine, lambda: engine.ask("landscape"))
 
 
+@each_kind
 def test_of_named_images_none_is_taken_for_another(engine: FamilyEngine) -> None:
     naming.check_another_image_is_never_served(
         engine, lambda: engine.ask("landscape"), lambda: engine.ask("portrait")
@@ -289,6 +296,7 @@ def test_of_named_images_none_is_taken_for_another(engine: FamilyEngine) -> None
     naming.check_some_of_several_are_named(engine, lambda: engine.ask("landscape", "portrait"))
 
 
+@each_kind
 @pytest.mark.parametrize("options", [{}, {"visual_token_budget": 7}], ids=str)
 @pytest.mark.skipif(versions.before("0.30"), reason="vLLM 0.29 takes no videos that are named")
 def test_a_video_that_is_named_is_left_to_vllm(engine: FamilyEngine, options: dict[str, Any]) -> None:

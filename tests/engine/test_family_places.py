@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.engine.family_engine import FAMILY_ENGINES, SHAPES, FamilyEngine, picture, shared_engine
-from tests.engine.family_facts import FAMILIES
+from tests.engine.family_facts import FAMILIES, KINDS
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -53,6 +53,7 @@ def test_boxes_cover_the_image(engine: FamilyEngine) -> None:
         assert 0.98 * least <= area / (width * height) <= 1.02 * most
 
 
+@pytest.mark.parametrize("engine", KINDS, indirect=True)
 @pytest.mark.parametrize("shape", ["landscape", "tiny"])
 def test_what_is_told_of_an_image_is_what_entered_the_language_model(engine: FamilyEngine, shape: str) -> None:
     total = engine.tokens(shape)

@@ -19,8 +19,7 @@ LONG = 4096
 """Tokens of the context, and all positions that these checkpoints know of."""
 
 
-# Experts change nothing about positions.
-MROPE = [family for family, facts in FACTS.items() if facts.mrope and not family.endswith("_moe")]
+MROPE = [family for family, facts in FACTS.items() if facts.mrope and not facts.variant]
 
 
 @pytest.fixture(scope="module", params=MROPE)
