@@ -159,7 +159,7 @@ def test_tiles_are_measured_as_the_server_prunes_them(engine: Attached, monkeypa
     groups = engine.encoded("coffee").groups
     with Image.open(photo_path("coffee")) as photo:
         boxes = engine.processor.boxes(*photo.size)
-    # The tile with the whole image has the largest tokens; it is the first in some families, and the last in others.
+    # The tile with the whole image has the largest tokens; in some families it comes first, in others last.
     whole = max(groups, key=lambda group: boxes[group.positions[0]][2] - boxes[group.positions[0]][0])
     base = entropy(whole.features.projected)
     visual = torch.cat([group.features.projected for group in groups])
