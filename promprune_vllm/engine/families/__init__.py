@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -62,6 +63,20 @@ class Family:
 
 
 _MODULES = "promprune_vllm.engine.families"
+_patches = partial(
+    Family,
+    saliency=_RECEIVED.format("the last block"),
+    positions=_ORIGINAL,
+    refused=_MROPE,
+    calibration=_QWEN_MU,
+    calibrated=_BORROWED,
+    measured=False,
+)
+"""A family whose tower takes patches, with M-RoPE."""
+_tiles = partial(Family, saliency=_CLS_OF_TOKEN, positions=_RECOUNTED, refused=_INTERN, measured=False)
+"""A family whose tower takes tiles, with two by two patches for each token."""
+_DEEPSTACK = f"{_ORIGINAL}; DeepStack rows stay with their tokens"
+_LINEAR = f"{_ORIGINAL}; layers without attention have none"
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "LlavaForConditionalGeneration": Family(
@@ -78,122 +93,49 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             measured=True,
             megapixel_tokens=2928,
         ),
-        "Qwen2VLForConditionalGeneration": Family(
-            "Qwen2-VL",
-            f"{_MODULES}.qwen2_vl:PrunedQwen2VL",
-            _RECEIVED.format("the last block"),
-            _ORIGINAL,
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
-            megapixel_tokens=1369,
+        "Qwen2VLForConditionalGeneration": _patches(
+            "Qwen2-VL", f"{_MODULES}.qwen2_vl:PrunedQwen2VL", megapixel_tokens=1369
         ),
-        "Qwen2_5_VLForConditionalGeneration": Family(
+        "Qwen2_5_VLForConditionalGeneration": _patches(
             "Qwen2.5-VL",
             f"{_MODULES}.qwen2_5_vl:PrunedQwen2_5_VL",
-            _RECEIVED.format("the last block with full attention"),
-            _ORIGINAL,
-            _MROPE,
-            _QWEN_MU,
-            "the authors', at 1296 tokens",
+            saliency=_RECEIVED.format("the last block with full attention"),
+            calibrated="the authors', at 1296 tokens",
             measured=True,
             megapixel_tokens=1369,
         ),
-        "Qwen3VLForConditionalGeneration": Family(
-            "Qwen3-VL",
-            f"{_MODULES}.qwen3_vl:PrunedQwen3VL",
-            _RECEIVED.format("the last block"),
-            f"{_ORIGINAL}; DeepStack rows stay with their tokens",
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
-            megapixel_tokens=1024,
+        "Qwen3VLForConditionalGeneration": _patches(
+            "Qwen3-VL", f"{_MODULES}.qwen3_vl:PrunedQwen3VL", positions=_DEEPSTACK, megapixel_tokens=1024
         ),
-        "Qwen3VLMoeForConditionalGeneration": Family(
+        "Qwen3VLMoeForConditionalGeneration": _patches(
             "Qwen3-VL-MoE",
             f"{_MODULES}.qwen3_vl_moe:PrunedQwen3VLMoe",
-            _RECEIVED.format("the last block"),
-            f"{_ORIGINAL}; DeepStack rows stay with their tokens",
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
+            positions=_DEEPSTACK,
             megapixel_tokens=1024,
         ),
-        "Qwen3_5ForConditionalGeneration": Family(
-            "Qwen3.5, Qwen3.6",
-            f"{_MODULES}.qwen3_5:PrunedQwen3_5",
-            _RECEIVED.format("the last block"),
-            f"{_ORIGINAL}; layers without attention have none",
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
-            megapixel_tokens=1024,
+        "Qwen3_5ForConditionalGeneration": _patches(
+            "Qwen3.5, Qwen3.6", f"{_MODULES}.qwen3_5:PrunedQwen3_5", positions=_LINEAR, megapixel_tokens=1024
         ),
-        "Qwen3_5MoeForConditionalGeneration": Family(
+        "Qwen3_5MoeForConditionalGeneration": _patches(
             "Qwen3.5-MoE, Qwen3.6-MoE",
             f"{_MODULES}.qwen3_5_moe:PrunedQwen3_5Moe",
-            _RECEIVED.format("the last block"),
-            f"{_ORIGINAL}; layers without attention have none",
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
+            positions=_LINEAR,
             megapixel_tokens=1024,
         ),
-        "InternVLChatModel": Family(
-            "InternVL2 to 3.5",
-            f"{_MODULES}.internvl_chat:PrunedInternVLChat",
-            _CLS_OF_TOKEN,
-            _RECOUNTED,
-            _INTERN,
-            measured=False,
-            megapixel_tokens=2560,
+        "InternVLChatModel": _tiles(
+            "InternVL2 to 3.5", f"{_MODULES}.internvl_chat:PrunedInternVLChat", megapixel_tokens=2560
         ),
-        "InternVLForConditionalGeneration": Family(
-            "InternVL3-HF, InternVL3.5-HF",
-            f"{_MODULES}.internvl:PrunedInternVL",
-            _CLS_OF_TOKEN,
-            _RECOUNTED,
-            _INTERN,
-            measured=False,
-            megapixel_tokens=2560,
+        "InternVLForConditionalGeneration": _tiles(
+            "InternVL3-HF, InternVL3.5-HF", f"{_MODULES}.internvl:PrunedInternVL", megapixel_tokens=2560
         ),
-        "Glm4vForConditionalGeneration": Family(
-            "GLM-4.1V",
-            f"{_MODULES}.glm4v:PrunedGlm4v",
-            _RECEIVED.format("the last block"),
-            _ORIGINAL,
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
-            megapixel_tokens=1369,
+        "Glm4vForConditionalGeneration": _patches(
+            "GLM-4.1V", f"{_MODULES}.glm4v:PrunedGlm4v", megapixel_tokens=1369
         ),
-        "Glm4vMoeForConditionalGeneration": Family(
-            "GLM-4.5V, GLM-4.6V",
-            f"{_MODULES}.glm4v_moe:PrunedGlm4vMoe",
-            _RECEIVED.format("the last block"),
-            _ORIGINAL,
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
-            megapixel_tokens=1369,
+        "Glm4vMoeForConditionalGeneration": _patches(
+            "GLM-4.5V, GLM-4.6V", f"{_MODULES}.glm4v_moe:PrunedGlm4vMoe", megapixel_tokens=1369
         ),
-        "GlmOcrForConditionalGeneration": Family(
-            "GLM-OCR",
-            f"{_MODULES}.glm_ocr:PrunedGlmOcr",
-            _RECEIVED.format("the last block"),
-            _ORIGINAL,
-            _MROPE,
-            _QWEN_MU,
-            _BORROWED,
-            measured=False,
-            megapixel_tokens=1369,
+        "GlmOcrForConditionalGeneration": _patches(
+            "GLM-OCR", f"{_MODULES}.glm_ocr:PrunedGlmOcr", megapixel_tokens=1369
         ),
     }
 )
