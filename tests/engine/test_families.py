@@ -86,6 +86,7 @@ def test_rows_and_positions_are_the_selected_ones_bit_for_bit(
         assert torch.equal(torch.cat(fed.positions, dim=-1), truth)
 
 
+@each_kind
 @pytest.mark.parametrize("chunk", [23, 37, 64])
 def test_positions_survive_chunked_prefill_and_prefix_hits(
     engine: FamilyEngine, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +127,7 @@ def test_a_prefix_hit_ends_inside_an_image(engine: FamilyEngine) -> None:
     assert torch.equal(seen, truth[..., again.num_cached_tokens :])
 
 
+@each_kind
 def test_mixed_batches_equal_one_by_one(engine: FamilyEngine) -> None:
     asks = [
         engine.ask("landscape", text="a?"),
@@ -222,6 +224,7 @@ def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch
     assert engine.generate([bad])[0].outputs[0].token_ids == expected[1]
 
 
+@each_kind
 def test_an_encoder_call_has_no_more_tokens_than_were_profiled(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
