@@ -74,9 +74,11 @@ def bar(engine: FamilyEngine, length: int = SIDE, width: int = 1, *, upright: bo
     return picture("square").resize(size[::-1] if upright else size)
 
 
-def ask(images: Sequence[Image.Image], budget: object, *, behind: int = 40) -> dict[str, Any]:
+def ask(
+    engine: FamilyEngine, images: Sequence[Image.Image], budget: object, *, behind: int = 40
+) -> dict[str, Any]:
     """Images with text between them, and as much text behind as a test wants."""
-    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    placeholder = type(engine.model).get_placeholder_str("image", 0)
     prompt = {
         "prompt": "".join(f"{placeholder}{i}. " for i, _ in enumerate(images)) + "x" * behind,
         "multi_modal_data": {"image": list(images)},
@@ -95,7 +97,7 @@ def served(engine: FamilyEngine, images: Sequence[Image.Image], budget: object, 
     """Answer until the context is full, check every position on the way, and return the largest."""
     engine.forget()
     with engine.fed() as fed:
-        (output,) = engine.generate([ask(images, budget, behind=behind)], tokens=LENGTH)
+        (output,) = engine.generate([ask(engine, images, budget, behind=behind)], tokens=LENGTH)
     prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
     assert len(prompt) + len(answer) == LENGTH
     assert len(fed.positions) > len(answer) + 1, "the prompt came in chunks"
@@ -115,17 +117,17 @@ def test_the_tables_have_the_rows_that_requests_are_checked_against(engine: Fami
 
 def test_positions_reach_the_last_row_and_the_next_image_is_refused(engine: FamilyEngine) -> None:
     """30 bars that keep 1 token are 3810 positions ahead of the tokens; 3840 are what the table has room for."""
-    before = engine.generate([ask([picture("portrait")], 9)])[0].outputs[0].token_ids
+    before = engine.generate([ask(engine, [picture("portrait")], 9)])[0].outputs[0].token_ids
     bars = [bar(engine, upright=i % 2 == 1) for i in range(30)]
     images = [*bars, bar(engine, 31)]
     room = LENGTH - 31 * 3 - sum(len(f"{i}. ") for i in range(31))
     largest = served(engine, images, 1, behind=room - 50)
     assert largest == table_rows(LENGTH) - 2, "the last row is the last token's, which is never fed"
     with pytest.raises(VLLMValidationError, match="could reach 5121, and the limit is 5120") as refused:
-        engine.generate([ask([*images, bar(engine, 2, 2)], 1)])
+        engine.generate([ask(engine, [*images, bar(engine, 2, 2)], 1)])
     assert refused.value.parameter == "visual_token_budget"
     engine.forget()
-    assert engine.generate([ask([picture("portrait")], 9)])[0].outputs[0].token_ids == before
+    assert engine.generate([ask(engine, [picture("portrait")], 9)])[0].outputs[0].token_ids == before
 
 
 def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(

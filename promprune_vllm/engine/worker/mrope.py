@@ -234,5 +234,6 @@ def add_pruning_flag(_: None) -> Any:
 
 
 def _prunes_positions(runner: Any) -> bool:
-    config = runner.model_config.multimodal_config
-    return config is not None and bool(config.is_multimodal_pruning_enabled())
+    config, model = runner.model_config.multimodal_config, getattr(runner, "model", None)
+    is_on = config is not None and bool(config.is_multimodal_pruning_enabled())
+    return is_on and bool(getattr(model, "supports_multimodal_pruning", False))
