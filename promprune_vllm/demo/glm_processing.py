@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer
+from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer, content_parts
 
 # Same roles and ids as in `processing`: pad, begin, end (an answer ends where the user's turn starts), image.
 SPECIAL_TOKENS = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|image|>")
@@ -25,22 +25,19 @@ MORE_TOKENS: Mapping[str, str] = MappingProxyType(
 _FIRST = FIRST_BYTE_ID + 256
 VIDEO_ID, IMAGE_START_ID, IMAGE_END_ID, VIDEO_START_ID, VIDEO_END_ID = range(_FIRST, _FIRST + 5)
 
-# Parts stay in the given order, as these models were trained.
+_IMAGE, _VIDEO = "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
 CHAT_TEMPLATE = """\
 {{- '[gMASK]<sop>' }}
 {%- for message in messages %}
   {{- '<|' + message['role'] + '|>\\n' }}
   {%- if message['content'] is string %}{{- message['content'] }}
   {%- else %}
-    {%- for part in message['content'] %}
-      {%- if part['type'] in ('image', 'image_url') %}{{- '<|begin_of_image|><|image|><|end_of_image|>' }}
-      {%- elif part['type'] in ('video', 'video_url') %}{{- '<|begin_of_video|><|video|><|end_of_video|>' }}
-      {%- elif part['type'] == 'text' %}{{- part['text'] }}
-      {%- endif %}
-    {%- endfor %}
+(parts)
   {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}""".replace(
+    "(parts)", content_parts(_IMAGE, _VIDEO)
+)
 
 # Limits of visual tokens per image, so that several photos fit into a short context.
 _MIN_TOKENS, _MAX_TOKENS = 4, 256

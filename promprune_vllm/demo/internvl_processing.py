@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer
+from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_tokenizer, chatml
 
 # Same roles and ids as in `processing`: pad, begin, end, image.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
@@ -21,27 +21,10 @@ MORE_TOKENS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 """Special tokens behind the bytes, by attribute name on the tokenizer, by ``model_type``."""
 
-# Parts stay in the given order, as these models were trained. `PLACEHOLDER` stands for an image.
-PLACEHOLDER = "(image)"
-_CHAT_TEMPLATE = """\
-{%- for message in messages %}
-  {{- '<|im_start|>' + message['role'] + '\\n' }}
-  {%- if message['content'] is string %}{{- message['content'] }}
-  {%- else %}
-    {%- for part in message['content'] %}
-      {%- if part['type'] in ('image', 'image_url') %}{{- '(image)\\n' }}
-      {%- elif part['type'] in ('video', 'video_url') %}{{- '<video>\\n' }}
-      {%- elif part['type'] == 'text' %}{{- part['text'] }}
-      {%- endif %}
-    {%- endfor %}
-  {%- endif %}
-  {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 CHAT_TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
-        "internvl": _CHAT_TEMPLATE.replace(PLACEHOLDER, "<IMG_CONTEXT>"),
-        "internvl_chat": _CHAT_TEMPLATE.replace(PLACEHOLDER, "<image>"),  # plain text, which vLLM replaces
+        "internvl": chatml(r"<IMG_CONTEXT>\n", r"<video>\n"),
+        "internvl_chat": chatml(r"<image>\n", r"<video>\n"),  # plain text, which vLLM replaces
     }
 )
 """Jinja sources, by ``model_type``."""

@@ -39,6 +39,38 @@ CHAT_TEMPLATE = CHAT_FRAME.replace(
     {%- endfor %}""",
 )
 
+_PARTS = """\
+    {%- for part in message['content'] %}
+      {%- if part['type'] in ('image', 'image_url') %}{{- '(image)' }}
+      {%- elif part['type'] in ('video', 'video_url') %}{{- '(video)' }}
+      {%- elif part['type'] == 'text' %}{{- part['text'] }}
+      {%- endif %}
+    {%- endfor %}"""
+_CHATML = """\
+{%- for message in messages %}
+  {{- '<|im_start|>' + message['role'] + '\\n' }}
+  {%- if message['content'] is string %}{{- message['content'] }}
+  {%- else %}
+(parts)
+  {%- endif %}
+  {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def content_parts(image: str, video: str) -> str:
+    """Return the part of a chat template that writes a message's parts in the given order.
+
+    Args:
+        image, video: What stands for one in the prompt, as in a Jinja string.
+    """
+    return _PARTS.replace("(image)", image).replace("(video)", video)
+
+
+def chatml(image: str, video: str) -> str:
+    """Return the chat template of Qwen, and of models with its language model; see ``content_parts``."""
+    return _CHATML.replace("(parts)", content_parts(image, video))
+
 
 def unused_tokens(first: int, size: int) -> dict[str, int]:
     """Return special tokens for the ids from `first` to `size - 1`, which no model here was trained on.

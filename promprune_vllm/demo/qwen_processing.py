@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_level_tokenizer, byte_tokenizer
+from promprune_vllm.demo.processing import FIRST_BYTE_ID, byte_level_tokenizer, byte_tokenizer, chatml
 
 # Same roles and ids as in `processing`: pad, begin, end, image.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
@@ -19,22 +19,9 @@ MORE_TOKENS: Mapping[str, str] = MappingProxyType(
 )
 VIDEO_ID, VISION_START_ID, VISION_END_ID = range(FIRST_BYTE_ID + 256, FIRST_BYTE_ID + 259)
 
-# Parts stay in the given order, as these models were trained.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-  {{- '<|im_start|>' + message['role'] + '\\n' }}
-  {%- if message['content'] is string %}{{- message['content'] }}
-  {%- else %}
-    {%- for part in message['content'] %}
-      {%- if part['type'] in ('image', 'image_url') %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-      {%- elif part['type'] in ('video', 'video_url') %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-      {%- elif part['type'] == 'text' %}{{- part['text'] }}
-      {%- endif %}
-    {%- endfor %}
-  {%- endif %}
-  {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+CHAT_TEMPLATE = chatml(
+    "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+)
 
 CLASSES: Mapping[str, str] = MappingProxyType(
     {

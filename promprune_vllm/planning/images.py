@@ -110,9 +110,7 @@ def _qwen(config: Config, processor: Config, width: int, height: int) -> int:
 
 
 def _internvl(config: Config, processor: Config, width: int, height: int) -> int:
-    least, most = (
-        int(processor.get(name, default)) for name, default in (("min_patches", 1), ("max_patches", 12))
-    )
+    least, most = int(processor.get("min_patches", 1)), int(processor.get("max_patches", 12))
     arrangements = [
         (across, down)
         for across in range(1, most + 1)
@@ -166,10 +164,8 @@ def _glm4v(config: Config, processor: Config, width: int, height: int) -> int:
     from transformers.models.glm4v.image_processing_glm4v import smart_resize
 
     vision, size = config["vision_config"], processor.get("size") or {}
-    step, frames = (
-        int(vision["patch_size"]) * int(vision["spatial_merge_size"]),
-        int(vision["temporal_patch_size"]),
-    )
+    step = int(vision["patch_size"]) * int(vision["spatial_merge_size"])
+    frames = int(vision["temporal_patch_size"])
     high, wide = smart_resize(
         num_frames=frames,
         height=height,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from promprune_vllm import Need, methods
+from promprune_vllm.core.features import OF_TOWER
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.keys import TRACES_METHOD
@@ -23,7 +24,7 @@ from tests import runner
 from tests.engine.conftest import SHARED, Engine
 from tests.engine.family_facts import FACTS, UNLOADABLE, FamilyFacts, engine_options
 
-EVERYTHING = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
+EVERYTHING = Need.PROJECTED | OF_TOWER
 # Landscape, portrait, square, and one smaller than a tower's own size.
 SHAPES = {"landscape": (360, 220), "portrait": (180, 330), "square": (224, 224), "tiny": (40, 30)}
 Visual = tuple[str, int | None]  # (shape, budget)

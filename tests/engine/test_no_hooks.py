@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from promprune_vllm import Need, get_method, methods
+from promprune_vllm.core.features import OF_TOWER
 from tests.engine.family_engine import EVERYTHING, FAMILY_ENGINES, FamilyEngine, shared_engine
 from tests.engine.family_facts import FAMILIES
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
-CAPTURED = Need.SALIENCY | Need.KEYS | Need.ENCODER
 SERVED = [name for name, method in methods().items() if not method.needs & ~(EVERYTHING | Need.TEXT)]
 
 
@@ -70,13 +70,13 @@ def while_pruning(engine: FamilyEngine, name: str) -> set[str]:
     return set().union(*seen)
 
 
-@pytest.mark.parametrize("name", [name for name in SERVED if not methods()[name].needs & CAPTURED])
+@pytest.mark.parametrize("name", [name for name in SERVED if not methods()[name].needs & OF_TOWER])
 def test_a_method_that_needs_nothing_of_the_tower_leaves_it_without_hooks(engine: FamilyEngine, name: str) -> None:
     assert while_pruning(engine, name) == set()
 
 
 # One method for each set of features: which hooks there are depends on nothing else.
-READERS = {methods()[name].needs & CAPTURED: name for name in SERVED if methods()[name].needs & CAPTURED}
+READERS = {methods()[name].needs & OF_TOWER: name for name in SERVED if methods()[name].needs & OF_TOWER}
 
 
 @pytest.mark.parametrize("name", READERS.values())

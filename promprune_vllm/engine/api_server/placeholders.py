@@ -46,18 +46,19 @@ def _shorten(content: Any, plan: ImagePlan) -> Any:
         return content  # also if the count is wrong: it decides nothing
     full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
     is_embed = content.is_embed if isinstance(content, PromptUpdateDetails) else None
-    visual = [True] * len(full) if is_embed is None else is_embed(full).tolist()
-    if sum(visual) != plan.total:
+    visual: list[bool] = [] if is_embed is None else is_embed(full).tolist()
+    made = len(full) if is_embed is None else sum(visual)
+    if made != plan.total:
         raise BudgetError(
-            f"{FIELD} cannot be applied to an image that vLLM made {sum(visual)} tokens of, and which was counted "
+            f"{FIELD} cannot be applied to an image that vLLM made {made} tokens of, and which was counted "
             f"as {plan.total}: an option in mm_processor_kwargs changes it in a way that is not counted. Leave "
             f"the option out, or {FIELD}.",
             reason="unsupported",
         )
+    if is_embed is None:
+        return full[: plan.kept]
     stays = kept_tokens(visual, plan.kept)
     shorter = [token for token, stay in zip(full, stays, strict=True) if stay]
-    if is_embed is None:
-        return shorter
     mask = torch.tensor([is_visual for is_visual, stay in zip(visual, stays, strict=True) if stay])
 
     def is_embed_of_shorter(_: list[int]) -> Tensor:

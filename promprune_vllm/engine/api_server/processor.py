@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.core.budget import FIELD, BudgetRequest
-from promprune_vllm.core.features import Need
+from promprune_vllm.core.features import OF_TOWER, Need
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.api_server import placeholders
 from promprune_vllm.engine.api_server.allowed_methods import AllowedMethods
@@ -51,6 +51,7 @@ class PrunedProcessorMixin(ProcessorBase):
     """Goes before vLLM's processor class in a family's bases; the family implements ``ProcessorFamily``."""
 
     modality = "image"
+    supplies = Need.PROJECTED | OF_TOWER
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
         super().__init__(info, dummy_inputs, **options)

@@ -26,7 +26,7 @@ class ProcessorFamily(Protocol):
     """What a family's processor knows about its model, in the API server."""
 
     supplies: ClassVar[Need]
-    """Features that the family's model can capture. Every family also supplies the text."""
+    """Features that the family's model can capture, all of them unless the family says otherwise; and the text."""
 
     modality: ClassVar[str]
     """vLLM's name of what is pruned, ``image`` unless the family says otherwise."""

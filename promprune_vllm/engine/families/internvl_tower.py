@@ -28,8 +28,6 @@ from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 class InternVLProcessorMixin(PrunedProcessorMixin):
     """Placeholders of K tokens. A family implements ``image_tokens`` and ``tiles``."""
 
-    supplies = tile_tower.SUPPLIES
-
     def tiles(self, width: int, height: int) -> tuple[int, int]:
         """Return the rows and columns of tiles that an image of this size in pixels is cut into."""
         raise NotImplementedError

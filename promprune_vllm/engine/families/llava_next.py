@@ -22,7 +22,7 @@ from promprune_vllm.core import geometry
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families import clip_tower, tile_tower
+from promprune_vllm.engine.families import clip_tower
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 
@@ -36,8 +36,6 @@ def unsupported_reason(vllm_config: VllmConfig) -> str | None:
 
 class PrunedLlavaNextProcessor(PrunedProcessorMixin, llava_next.LlavaNextMultiModalProcessor):
     """Placeholders of K tokens."""
-
-    supplies = tile_tower.SUPPLIES
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:  # noqa: ARG002
         """Return how many visual tokens an image has in vLLM."""

@@ -32,8 +32,6 @@ from promprune_vllm.errors import BudgetError
 class PatchTowerProcessorMixin(PrunedProcessorMixin):
     """Placeholders of K tokens. A family implements ``image_tokens`` and ``token_grid``."""
 
-    supplies = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
-
     end_token: ClassVar[str]
     """The token that chat templates put after an image."""
 

@@ -20,8 +20,6 @@ from promprune_vllm.engine.worker.encoder_sharding import share_tiles
 from promprune_vllm.engine.worker.patch_merge import PatchMerge
 from promprune_vllm.engine.worker.tower_hooks import ClassToken, attention_features, encoder_rows
 
-SUPPLIES = Need.PROJECTED | Need.ENCODER | Need.KEYS | Need.SALIENCY
-
 
 class TileTowerMixin:
     """Captures features of tiles of ``image_size`` pixels; comes before vLLM's model class."""
