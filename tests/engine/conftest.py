@@ -168,6 +168,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         SHARED.close()
 
 
+def pytest_exception_interact() -> None:
+    """Close the shared engine after a failed test: one that died answers no more, and every test would wait."""
+    SHARED.close()
+
+
 @pytest.fixture
 def engine(demo_model: Path) -> Engine:
     return SHARED.get("demo", lambda: Engine(demo_model))

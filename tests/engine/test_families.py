@@ -225,6 +225,24 @@ def test_a_failed_image_ends_its_request_alone(engine: FamilyEngine, monkeypatch
 
 
 @each_kind
+def test_an_image_that_is_counted_wrong_is_served_as_vllm_counts_it(
+    engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an option of the processor that a family does not count; beside a pruned image, in one batch."""
+    asks = [engine.ask("landscape"), engine.ask("portrait", budget=20)]
+    engine.forget()
+    expected = [output.outputs[0].token_ids for output in engine.generate(asks)]
+    original = engine.processor.image_tokens
+
+    def one_too_many(images: Any, index: int, options: Any) -> int:
+        return int(original(images, index, options)) + (images.get_image_size(index) == SHAPES["landscape"])
+
+    engine.forget()
+    monkeypatch.setattr(engine.processor, "image_tokens", one_too_many)
+    assert [output.outputs[0].token_ids for output in engine.generate(asks)] == expected
+
+
+@each_kind
 def test_an_encoder_call_has_no_more_tokens_than_were_profiled(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,12 +88,23 @@ class PrunedProcessorMixin(ProcessorBase):
             if isinstance(images, PromptImages):
                 made = result["mm_placeholders"].get(self.modality, ())
                 plans = images.final_plans(plans, [placeholder.get_num_embeds() for placeholder in made])
+                self._correct_counts(result["mm_kwargs"].get(self.modality, ()), plans)
                 images.remember(plan.cached)
             if plans:
                 method = self._methods.selectors[self._methods.index(request.method)].name
                 form = request.budget.form if request.sent else None
                 result[SUMMARY] = Summary(plans, plan.cached, method, form, self.modality)
         return result
+
+    @staticmethod
+    def _correct_counts(items: Sequence[Any], plans: Sequence[ImagePlan]) -> None:
+        """Let the worker expect as many tokens of an unpruned image as its placeholder has.
+
+        An option may change an image in a way that is not counted; see ``placeholders``.
+        """
+        for item, plan in zip(items, plans, strict=True):
+            if item is not None and plan.kept == plan.total:  # ``None``: the engine has it cached
+                item[COUNTS].data[:2] = plan.total
 
     def _images(self, inputs: Any) -> Any:
         """Return a prompt's images: ``PromptImages``, or vLLM's items for ``image_embeds``, or ``None``."""

@@ -58,15 +58,15 @@ def _embed(
         return [None for _ in jobs]
     selected = guard.agree([guard.run_alone(model.select, *pair) for pair in zip(images, jobs, strict=True)])
     return [
-        None if assemble is None else guard.run_together(_assemble_checked, assemble, job)
+        None if assemble is None else guard.run_together(_assemble_checked, assemble, job.kept)
         for assemble, job in zip(selected, jobs, strict=True)
     ]
 
 
-def _assemble_checked(assemble: Callable[[], Tensor], job: PruneJob) -> Tensor:
+def _assemble_checked(assemble: Callable[[], Tensor], kept: int) -> Tensor:
     rows = assemble()
-    if rows.ndim != 2 or (job.kept < job.total and rows.shape[0] != job.kept):
-        raise RuntimeError(f"got rows of shape {tuple(rows.shape)} for a placeholder of {job.kept} tokens")
+    if rows.ndim != 2 or rows.shape[0] != kept:
+        raise RuntimeError(f"got rows of shape {tuple(rows.shape)} for a placeholder of {kept} tokens")
     return rows
 
 

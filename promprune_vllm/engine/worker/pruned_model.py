@@ -123,12 +123,12 @@ class PrunedModelMixin(ModelBase):
 
         There are two steps because only the second may communicate between ranks, see ``fault_isolation.Step``.
         """
-        if job.kept == job.total:
-            return lambda: image.rows
         if len(image.rows) != job.total:
             raise RuntimeError(
                 f"the encoder returned {len(image.rows)} tokens, but the processor counted {job.total}"
             )
+        if job.kept == job.total:
+            return lambda: image.rows
         method = job.method.name
         with self._measure_time(method, "choose") as selection_marks:
             selected = select_tokens(image, job.kept, job.method)
