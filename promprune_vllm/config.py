@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from promprune_vllm.core.budget import Budget, from_text
+from promprune_vllm.core.escalation import BELOW, WINDOW, Escalation
 from promprune_vllm.core.policy import BudgetPolicy, OutOfRange
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -102,6 +103,19 @@ class Settings(Switch):
     floor: int = Field(
         default=64, description="adapting to load or content keeps at least this many tokens per image"
     )
+    escalate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="answer again with more tokens if the first answer's confidence is below this probability, "
+        "unless a request says otherwise (default: never)",
+    )
+    escalate_to: str = Field(
+        default="full", description='tokens per image in the second try: a number, "25%" or "full"'
+    )
+    escalate_window: int = Field(
+        default=WINDOW, ge=1, description="tokens of an answer that decide; a stream starts after them"
+    )
     method: str = Field(default="promprune", description="method that selects tokens; see `promprune methods`")
     method_options: dict[str, Any] = Field(
         default_factory=dict, description="options of --visual-token-method as JSON, such as '{\"mu\": 0.42}'"
@@ -151,6 +165,7 @@ class Settings(Switch):
                 f'{PREFIX}METHOD_OPTIONS is a JSON object such as {{"mu": 0.42}}.'
             ) from error
         settings.policy()
+        settings.escalation()
         for method in settings.allowed:
             settings.selector(method=method)
         if settings.tiles == "base" and settings.allowed != ("promprune",):
@@ -185,6 +200,14 @@ class Settings(Switch):
             )
         except BudgetError as error:
             raise SettingsError(f"The {PREFIX}* limits cannot be honored: {error}") from error
+
+    def escalation(self) -> Escalation:
+        """Return when and how answers are asked for again where a request does not say."""
+        below = BELOW if self.escalate is None else self.escalate
+        try:
+            return Escalation(below, _budget(self.escalate_to), self.escalate_window)
+        except BudgetError as error:
+            raise SettingsError(f"{PREFIX}ESCALATE_TO cannot be honored: {error}") from error
 
     def selector(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> Selector:
         """Return a method with its options set.

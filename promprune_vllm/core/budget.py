@@ -73,7 +73,7 @@ class Budget:
         Raises:
             BudgetError: The value is not a budget. The message gives the value, the limits and the next step.
         """
-        number = _number(value)
+        number = number_of(value)
         if isinstance(number, int):
             if not 1 <= number <= MAX_BUDGET_TOKENS:
                 raise _error(value, _TOKENS, name)  # shows the value as it was sent
@@ -128,7 +128,7 @@ class BudgetRequest:
                 raise _error(value, f"a list of 1 to {MAX_IMAGES} entries, one per image")
             return cls(each=tuple(Budget.parse(entry, f"{FIELD}[{i}]") for i, entry in enumerate(value)))
         if isinstance(value, dict):
-            total = _number(value.get("total"))
+            total = number_of(value.get("total"))
             if set(value) != {"total"} or not isinstance(total, int):
                 raise _error(value, '{"total": tokens} if it is an object')
             if not 1 <= total <= MAX_BUDGET_TOKENS:
@@ -178,7 +178,7 @@ class BudgetRequest:
         return self.each[index] if isinstance(self.each, tuple) else self.each
 
 
-def _number(value: object) -> int | Fraction | None:
+def number_of(value: object) -> int | Fraction | None:
     """Return the exact number that a client sent as a number or as text; ``None`` if it is not a number."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -206,7 +206,7 @@ def from_text(text: str) -> object:
 
 
 def _error(value: object, requirement: str, name: str = FIELD) -> BudgetError:
-    return BudgetError(f"{name} must be {requirement}, got {shown(value)} ({_json_type(value)}). {_NEXT_STEP}")
+    return BudgetError(f"{name} must be {requirement}, got {shown(value)} ({json_type(value)}). {_NEXT_STEP}")
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -220,7 +220,8 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """Return what JSON calls the type of a value, for error messages."""
     names = {
         bool: "boolean",
         int: "integer",

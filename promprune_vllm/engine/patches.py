@@ -96,6 +96,11 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_ASYNC}.generate", "api_server.rendered_features:record_prompt"),
         (f"{_ASYNC}.encode", "api_server.rendered_features:record_prompt"),
     ),
+    *_rows(
+        *(Stage.PLUGIN, reasons.ESCALATION),
+        (f"{_RENDERER}._process_singleton_async", "api_server.escalation:remember_second_try"),
+        (f"{_ASYNC}.generate", "api_server.escalation:ask_again_if_unsure"),
+    ),
     *_rows(*(Stage.PLUGIN, reasons.USAGE), (f"{_ONLINE}.__init__", "api_server.usage_fields:prepare_usage_types")),
     *_rows(*(Stage.PLUGIN, reasons.NAMES), (_SPACES, "vllm_fixes.token_names:allow_unnamed_tokens")),
     *_rows(

@@ -15,6 +15,8 @@ OUTCOMES = ("pruned", "full", "text", "refused", "failed")
 REASONS: tuple[str, ...] = get_args(BudgetReason)
 FORMS = ("tokens", "share", "full", "auto", "list", "total")
 STAGES = ("choose", "assemble")
+DECISIONS = ("sure", "asked_again", "no_room", "failed")
+DISCARDED = ("prompt", "visual", "answer")
 LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model_name": ("the name the model is served under, as in vLLM's own series", ()),
     "method": (f"a method the server allows; `{UNPRUNED}` for images that keep every token", ()),
@@ -22,6 +24,8 @@ LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reason": ("why a budget was refused", REASONS),
     "form": ("what kind of budget was sent", FORMS),
     "stage": ("stage of a selection", STAGES),
+    "decision": ("whether a first answer was good enough", DECISIONS),
+    "tokens": ("which tokens; the visual ones are among those of the prompt", DISCARDED),
     "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
     "version": ("version of promprune-vllm", ()),
     "vllm_version": ("version of vLLM", ()),
@@ -175,6 +179,29 @@ ENCODER_BATCH_TOKENS = Metric(
     "most the size that the encoder's memory was profiled for.",
     buckets=(256.0, 576.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0),
 )
+ESCALATIONS = Metric(
+    "promprune_escalations_total",
+    "counter",
+    "Prompts whose answer could be asked for again, by decision: sure (the first answer left), asked_again (the "
+    "second answer left), no_room (the longer prompt would not fit, so the first answer left), failed (the prompt "
+    "could not be processed again, so the first was sent again).",
+    labels=("model_name", "decision"),
+)
+CONFIDENCE = Metric(
+    "promprune_answer_confidence",
+    "histogram",
+    "Confidence of first answers that could be asked for again: lowest probability of the likeliest token among "
+    "the first tokens (--visual-token-escalate-window).",
+    # Close to 1, where thresholds are.
+    buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0),
+)
+DISCARDED_TOKENS = Metric(
+    "promprune_escalation_discarded_tokens_total",
+    "counter",
+    "Tokens of first tries that were thrown away: of the prompt, of its images (visual), and of the answer. They "
+    "are not among the tokens that other metrics count.",
+    labels=("model_name", "tokens"),
+)
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
@@ -210,6 +237,9 @@ CATALOG = (
     SPECTRAL_ENTROPY,
     SALIENCY_SHARE,
     ENCODER_BATCH_TOKENS,
+    ESCALATIONS,
+    CONFIDENCE,
+    DISCARDED_TOKENS,
     POLICY_LEVEL,
     BUILD_INFO,
     PART_OFF,

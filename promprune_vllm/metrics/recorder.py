@@ -158,6 +158,17 @@ class Recorder:
         """Count a budget sent with images by its kind, one of ``FORMS``."""
         self._at(catalog.BUDGETS, form).inc()
 
+    def escalation(self, decision: str, confidence: float | None = None) -> None:
+        """Count what became of a first try, one of ``DECISIONS``, and its confidence if it was decided by that."""
+        self._at(catalog.ESCALATIONS, decision).inc()
+        if confidence is not None:
+            self._at(catalog.CONFIDENCE).observe(confidence)
+
+    def discarded(self, **tokens: int) -> None:
+        """Count the tokens of a first try that was thrown away, by kind, as in ``DISCARDED``."""
+        for kind, count in tokens.items():
+            self._at(catalog.DISCARDED_TOKENS, kind).inc(count)
+
     def selection(self, method: str, stage: str, seconds: float) -> None:
         """Observe how long one of ``STAGES`` took for one image."""
         self._at(catalog.SELECTION_SECONDS, method, stage).observe(seconds)

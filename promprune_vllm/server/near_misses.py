@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD, shown
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.errors import BudgetError
 
-FIELDS = (FIELD, METHOD_FIELD)
+FIELDS = (FIELD, METHOD_FIELD, ESCALATE_FIELD)
 XARGS = "vllm_xargs"
 WRAPPERS = ("extra_body", "extra_args", "sampling_params", "chat_template_kwargs")
 """Objects in which clients send our fields by mistake. (The OpenAI SDK unpacks ``extra_body``; other clients send

@@ -21,13 +21,15 @@ class Route:
     Args:
         effect: Whether it ``obeys`` a budget, ``refuses`` one, or has ``no image`` to prune.
         note: Anything else a client should know.
+        asks_again: Whether it takes ``visual_token_escalate``: it answers, or counts the tokens of such a request.
     """
 
     effect: Effect
     note: str = ""
+    asks_again: bool = False
 
 
-_OBEYS, _NO_IMAGE = Route("obeys"), Route("no image")
+_OBEYS, _ANSWERS, _NO_IMAGE = Route("obeys"), Route("obeys", asks_again=True), Route("no image")
 _PER_PROMPT = Route("obeys", "applies to each pair of texts or images; a list has one entry per image of a pair")
 _RENDER = Route("obeys", "returns pruned features; send them to `/inference/v1/generate`")
 _REFUSED_WITH_FEATURES = (
@@ -38,21 +40,27 @@ _REFUSED_WITH_FEATURES = (
 POST_ROUTES: Mapping[str, Route] = MappingProxyType(
     {
         # generate
-        "/v1/chat/completions": _OBEYS,
+        "/v1/chat/completions": _ANSWERS,
         "/v1/chat/completions/batch": Route(
-            "obeys", "applies to each conversation; a list has one entry per image of a conversation"
+            "obeys",
+            "applies to each conversation; a list has one entry per image of a conversation",
+            asks_again=True,
         ),
-        "/v1/completions": Route("no image", "prompts are text only; an invalid budget is still refused"),
-        "/v1/responses": _OBEYS,
-        "/v1/messages": _OBEYS,
-        "/v1/messages/count_tokens": Route("obeys", "counts what `/v1/messages` uses with the same budget"),
+        "/v1/completions": Route(
+            "no image", "prompts are text only; an invalid budget is still refused", asks_again=True
+        ),
+        "/v1/responses": _ANSWERS,
+        "/v1/messages": _ANSWERS,
+        "/v1/messages/count_tokens": Route(
+            "obeys", "counts what `/v1/messages` uses with the same budget", asks_again=True
+        ),
         "/v1/systemone": Route("obeys", "applies to each question"),
-        "/cohere/v2/chat": _OBEYS,
+        "/cohere/v2/chat": _ANSWERS,
         "/cohere/v2/chat/render": _RENDER,
         "/generative_scoring": _NO_IMAGE,
-        "/invocations": Route("obeys", "same as the route that the body is a request for"),
+        "/invocations": Route("obeys", "same as the route that the body is a request for", asks_again=True),
         # both
-        "/tokenize": Route("obeys", "counts what a chat uses with the same budget"),
+        "/tokenize": Route("obeys", "counts what a chat uses with the same budget", asks_again=True),
         "/detokenize": _NO_IMAGE,
         # pooling
         "/pooling": _OBEYS,
@@ -71,7 +79,7 @@ POST_ROUTES: Mapping[str, Route] = MappingProxyType(
         "/v1/messages/render": _RENDER,
         "/v1/chat/completions/derender": _NO_IMAGE,
         "/v1/completions/derender": _NO_IMAGE,
-        "/inference/v1/generate": Route("obeys", _REFUSED_WITH_FEATURES),
+        "/inference/v1/generate": Route("obeys", _REFUSED_WITH_FEATURES, asks_again=True),
         "/inference/v1/abort_requests": _NO_IMAGE,
         "/abort_requests": _NO_IMAGE,
         # ours

@@ -1,114 +1,16 @@
-"""JSON schemas of our request fields, and the bodies of our routes (those of inspect: ``inspect_schemas.py``).
-
-Clients read them in the server's OpenAPI document. Only ``core.budget`` validates a budget; a test compares the
-schema with it.
-"""
+"""The bodies of our routes (those of inspect: ``inspect_schemas.py``), as the OpenAPI document shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from promprune_vllm.core.budget import AUTO, FIELD, FULL, MAX_BUDGET_TOKENS, MAX_IMAGES, METHOD_FIELD
+from promprune_vllm.server.field_schemas import budget_schema
 
 MAX_COUNTED_IMAGES = 64
 MAX_SIDE_PX = 65_535
 """Largest width or height of an image to count; JPEG's limit."""
-
-# Above 0 and at most 100, written with up to three digits and nine decimals.
-_PERCENT = r"^(?!0+(\.0+)?%$)([0-9]{1,2}|0[0-9]{2}|100(?=%|\.0+%))(\.[0-9]{1,9})?%$"
-_TOKENS_TEXT = r"([1-9][0-9]{0,5}|1000000)(\.0{1,9})?"
-_SHARE_TEXT = r"0\.(?!0+$)[0-9]{1,9}"
-_FORMS: tuple[dict[str, Any], ...] = (
-    {
-        "type": "integer",
-        "minimum": 1,
-        "maximum": MAX_BUDGET_TOKENS,
-        "title": "Tokens",
-        "description": "Number of tokens to keep per image; an image with fewer keeps all.",
-    },
-    {
-        "type": "number",
-        "exclusiveMinimum": 0,
-        "exclusiveMaximum": 1,
-        "title": "Share",
-        "description": "Share of each image's tokens to keep, rounded up.",
-    },
-    {
-        "type": "string",
-        "pattern": _PERCENT,
-        "title": "Percentage",
-        "description": 'A share, such as "25%".',
-    },
-    {
-        "type": "string",
-        "pattern": f"^({_TOKENS_TEXT}|{_SHARE_TEXT})$",
-        "title": "Number as text",
-        "description": 'For clients that cannot send numbers: "64" is 64, "0.25" is 0.25.',
-    },
-    {
-        "type": "string",
-        "enum": [FULL, AUTO],
-        "title": "Word",
-        "description": f'"{FULL}" keeps every token, "{AUTO}" lets the server decide.',
-    },
-)
-
-
-def budget_schema() -> dict[str, Any]:
-    """Return the JSON schema of ``visual_token_budget``."""
-    each = {
-        "type": "array",
-        "items": {"oneOf": list(_FORMS)},
-        "minItems": 1,
-        "maxItems": MAX_IMAGES,
-        "title": "One entry per image",
-        "description": "One budget per image, in order of appearance.",
-    }
-    total = {
-        "type": "object",
-        "properties": {
-            "total": {
-                "oneOf": [
-                    {"type": "integer", "minimum": 1, "maximum": MAX_BUDGET_TOKENS},
-                    {"type": "string", "pattern": f"^{_TOKENS_TEXT}$"},
-                ]
-            }
-        },
-        "required": ["total"],
-        "additionalProperties": False,
-        "title": "Total",
-        "description": "Tokens for all images together, split in proportion to their token counts.",
-    }
-    nothing = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
-    return {
-        "title": "Visual token budget",
-        "description": "How many visual tokens of each image enter the language model. PromPrune selects which.",
-        "oneOf": [*_FORMS, each, total, nothing],
-        "examples": [64, 0.25, "25%", FULL, AUTO, [64, FULL], {"total": 256}],
-    }
-
-
-def method_schema(allowed: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON schema of ``visual_token_method``.
-
-    Args:
-        allowed: Methods the operator allows, the server's default first.
-    """
-    return {
-        "title": "Visual token method",
-        "description": "Method that selects the tokens; the server's default if the field is left out.",
-        "enum": [*allowed, None],
-        "examples": [allowed[0]],
-    }
-
-
-def field_schemas(allowed: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the JSON schemas of every field we add to requests, by name."""
-    return {FIELD: budget_schema(), METHOD_FIELD: method_schema(allowed)}
-
 
 AnyBudget = Annotated[Any, WithJsonSchema(budget_schema())]
 """Any JSON; validated by ``BudgetRequest.parse``, whose errors say more than pydantic's."""
@@ -220,6 +122,16 @@ class Adaptation(BaseModel):
     level: float = Field(description="Share of the default that an image keeps right now.")
 
 
+class Escalation(BaseModel):
+    """When answers of requests without ``visual_token_escalate`` are asked for again; the rest is the default."""
+
+    on: bool = Field(description="Whether requests without the field may be answered again.")
+    below: float = Field(description="Answer again if the first answer's confidence is below this.")
+    to: int | float | str = Field(description="Budget of each image in the second try.")
+    window: int = Field(description="How many tokens of the first answer decide.")
+    reason: str | None = Field(description="Why this server answers once; null if it can answer again.")
+
+
 class PartOff(BaseModel):
     """A part of promprune-vllm that does not run on this vLLM."""
 
@@ -253,4 +165,5 @@ class VisualTokens(BaseModel):
     allowed_methods: list[Method]
     limits: Limits
     adaptation: Adaptation
+    escalation: Escalation
     fields: dict[str, dict[str, Any]] = Field(description="JSON schemas of the fields that requests may add.")

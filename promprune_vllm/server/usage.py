@@ -9,10 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 USAGE_FIELD = "visual_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTry:
+    """The first answer to a prompt that may be answered again.
+
+    Args:
+        confidence: Lowest probability of a likeliest token among its first tokens.
+        asked_again: Whether it was thrown away for the answer of a second try. Only then, the rest is told.
+        kept: Visual tokens of the first try.
+        prompt_tokens: Tokens of its prompt.
+        completion_tokens: Tokens of its answer that were generated before it was thrown away.
+    """
+
+    confidence: float
+    asked_again: bool = False
+    kept: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def usage(self) -> dict[str, Any]:
+        """Return its entry in a reply's usage."""
+        fields = asdict(self) if self.asked_again else {"confidence": self.confidence, "asked_again": False}
+        return {**fields, "confidence": round(self.confidence, 6)}
 
 
 @dataclass(slots=True)
@@ -23,11 +47,13 @@ class ImageUsage:
         images: ``(seen, kept)`` of each image.
         identifiers: Their keys in the engine's caches.
         sizes: Width and height of each in pixels; ``None`` for an image that was sent as embeddings.
+        first_tries: Of the prompts whose answer may be asked for again, in the order in which they were decided.
     """
 
     images: list[tuple[int, int]] = field(default_factory=list)
     identifiers: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
+    first_tries: list[FirstTry] = field(default_factory=list)
 
     @property
     def seen(self) -> int:
@@ -42,7 +68,8 @@ class ImageUsage:
     def usage(self) -> dict[str, Any]:
         """Return a reply's ``usage.visual_tokens``."""
         images = [{"seen": seen, "kept": kept} for seen, kept in self.images]
-        return {"seen": self.seen, "kept": self.kept, "images": images}
+        counts = {"seen": self.seen, "kept": self.kept, "images": images}
+        return counts | ({"first_tries": [each.usage() for each in self.first_tries]} if self.first_tries else {})
 
 
 _usage: ContextVar[ImageUsage | None] = ContextVar("visual_token_usage", default=None)
@@ -52,13 +79,33 @@ def record_images(
     images: Sequence[tuple[int, int]],
     identifiers: Sequence[str] = (),
     sizes: Sequence[tuple[int, int] | None] = (),
-) -> None:
-    """Add images to the usage of the request being handled (see ``ImageUsage``); outside of one, do nothing."""
+    at: int | None = None,
+) -> int:
+    """Add images to the usage of the request being handled (see ``ImageUsage``); outside of one, do nothing.
+
+    Args:
+        images: ``(seen, kept)`` of each image.
+        identifiers: Their keys in the engine's caches.
+        sizes: Width and height of each.
+        at: Where the images are that these replace, if they do.
+
+    Returns:
+        The index of the first of them.
+    """
+    current = _usage.get()
+    if current is None:
+        return 0
+    start = len(current.images) if at is None else at
+    place = slice(start, start + len(images))
+    current.images[place], current.identifiers[place], current.sizes[place] = images, identifiers, sizes
+    return start
+
+
+def record_first_try(first: FirstTry) -> None:
+    """Add a first try to the usage of the request being handled; outside of one, do nothing."""
     current = _usage.get()
     if current is not None:
-        current.images.extend(images)
-        current.identifiers.extend(identifiers)
-        current.sizes.extend(sizes)
+        current.first_tries.append(first)
 
 
 def current_usage() -> ImageUsage | None:

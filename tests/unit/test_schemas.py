@@ -14,21 +14,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, MAX_IMAGES, BudgetRequest
+from promprune_vllm.core.escalation import EscalationRequest
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.field_schemas import budget_schema, escalation_schema, field_schemas, method_schema
 from promprune_vllm.server.inspect_schemas import InspectRequest
 from promprune_vllm.server.openapi import add_fields, document
 from promprune_vllm.server.routes import PATH, router
 from promprune_vllm.server.schemas import (
     Adaptation,
     CountReply,
+    Escalation,
     ImageCount,
     Limits,
     Method,
     VisualTokens,
     VllmCheck,
-    budget_schema,
-    field_schemas,
-    method_schema,
 )
 
 VALIDATOR = jsonschema.Draft202012Validator(budget_schema())
@@ -58,6 +58,26 @@ VALUE = st.one_of(
 def test_the_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(budget_schema())
     jsonschema.Draft202012Validator.check_schema(method_schema(["promprune"]))
+    jsonschema.Draft202012Validator.check_schema(escalation_schema())
+
+
+@settings(max_examples=400)
+@given(ONE | st.dictionaries(st.sampled_from(["below", "to", "window"]), ONE | st.none()))
+@example({"below": 0.9, "to": "full"})
+@example({"below": "0.9", "to": "25%"})
+@example({"to": "auto"})
+@example({})
+@example("1.0")
+@example(1.0)
+def test_the_schema_of_escalation_takes_what_the_parser_takes(value: object) -> None:
+    try:
+        EscalationRequest.parse(value)
+        parsed = True
+    except BudgetError:
+        parsed = False
+    if _beyond_json_schema(value):
+        return
+    assert jsonschema.Draft202012Validator(escalation_schema()).is_valid(value) == parsed
 
 
 @settings(max_examples=400)
@@ -124,8 +144,14 @@ def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
             "Other",
             "visual_token_budget",
             "visual_token_method",
+            "visual_token_escalate",
         }
-        assert set(chat["properties"]) == {"model", "visual_token_budget", "visual_token_method"}
+        assert set(chat["properties"]) == {
+            "model",
+            "visual_token_budget",
+            "visual_token_method",
+            "visual_token_escalate",
+        }
         assert ask["properties"]["visual_token_budget"] == {}, "what a route says itself stays"
         assert schemas["Text"]["properties"] == {}
         assert schemas["visual_token_method"]["enum"] == ["promprune", "random", None]
@@ -157,6 +183,7 @@ class _Backend:
             method=method,
             allowed_methods=[method],
             limits=Limits(default="full", min=1, max=None, low=64, out_of_range="clamp", floor=64, detail=False),
+            escalation=Escalation(on=False, below=0.9, to="full", window=16, reason=None),
             adaptation=Adaptation(to_load=False, to_content=False, level=1.0),
             fields=field_schemas(["promprune"]),
         )

@@ -5,22 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine import families
+from promprune_vllm.engine.api_server import escalation_refusals
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.errors import BudgetError
 
 
 def admit(renderer: Any, request: PruningRequest) -> None:
     """Raise ``BudgetError`` unless this renderer's model can honor the request."""
-    if not request.sent:
+    if not (request.sent or request.asks_again):
         return
+    name = FIELD if request.sent else ESCALATE_FIELD
     if reason := unsupported_reason(renderer):
         raise BudgetError(
-            f"{FIELD} cannot be honored: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
+            f"{name} cannot be honored: {served_name(renderer.model_config)} cannot be pruned, {reason}. "
             "Leave the field out, or serve a model that can be pruned.",
+            param=name,
             reason="unsupported",
         )
     renderer.mm_processor.check_method(request.method)
+    if request.asks_again and (reason := escalation_refusals.unsupported_reason(renderer.model_config)):
+        escalation_refusals.refuse(reason)
 
 
 def unsupported_reason(renderer: Any) -> str | None:

@@ -17,10 +17,9 @@ from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
-from promprune_vllm.engine.api_server import http_fields, inspector
+from promprune_vllm.engine.api_server import escalation_refusals, http_fields, inspector
 from promprune_vllm.engine.api_server.admission import admit, served_name, unsupported_reason
 from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
@@ -31,11 +30,14 @@ from promprune_vllm.engine.compat import parts, seams, verdict
 from promprune_vllm.engine.compat.parts import Kind
 from promprune_vllm.engine.compat.verdict import Verdict
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.field_schemas import field_schemas
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
+from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.near_misses import check as check_names
 from promprune_vllm.server.openapi import document
 from promprune_vllm.server.page import page
 from promprune_vllm.server.reply_headers import VisualTokenHeaders
+from promprune_vllm.server.route_table import POST_ROUTES
 from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
     Adaptation,
@@ -43,6 +45,7 @@ from promprune_vllm.server.schemas import (
     CachesReply,
     CountReply,
     EncoderCache,
+    Escalation,
     ImageCount,
     Limits,
     Method,
@@ -50,7 +53,6 @@ from promprune_vllm.server.schemas import (
     ProcessorCache,
     VisualTokens,
     VllmCheck,
-    field_schemas,
 )
 
 if TYPE_CHECKING:
@@ -94,20 +96,24 @@ class EngineBackend:
         self._inspector = inspector
         self._settings = Settings.from_environment()
 
-    def check_fields(self, body: Mapping[str, Any]) -> PruningRequest:
+    def check_fields(self, body: Mapping[str, Any], path: str) -> PruningRequest:
         """Return what a request asks for, admitted.
 
         Args:
             body: The decoded JSON of a request to any of vLLM's routes.
+            path: The route's.
 
         Raises:
             VLLMValidationError: Our fields are misspelled, misplaced or invalid, or the server cannot honor them.
         """
         with refusing(self._renderer.model_config):
             check_names(body)
-            fields = PruningFields(find_field(body, FIELD), find_field(body, METHOD_FIELD))
-            request = PruningRequest.parse(fields)
+            budget, method, escalate = (find_field(body, name) for name in FIELDS)
+            request = PruningRequest.parse(PruningFields(budget, method, escalate=escalate))
             admit(self._renderer, request)
+            route = POST_ROUTES.get(path)
+            if request.asks_again and not (route and route.asks_again):
+                escalation_refusals.refuse(f"{path} generates no answer")
         return request
 
     def state(self) -> VisualTokens:
@@ -133,7 +139,18 @@ class EngineBackend:
                 to_content=self._settings.adapt_to_content,
                 level=1.0 if reason else float(self._renderer.mm_processor.current_level()),
             ),
+            escalation=self._escalation(),
             fields=field_schemas(self._settings.allowed),
+        )
+
+    def _escalation(self) -> Escalation:
+        again = self._settings.escalation()
+        return Escalation(
+            on=self._settings.escalate is not None,
+            below=again.below,
+            to=again.to.printed(),
+            window=again.window,
+            reason=escalation_refusals.unsupported_reason(self._renderer.model_config),
         )
 
     def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:

@@ -8,7 +8,7 @@ decoded body with the request, so nothing is parsed twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from fastapi import Depends, Request
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 
 def attach(app: FastAPI) -> None:
     """Read our fields on every route that the app has so far. Our own routes, added later, check theirs."""
-    dependency = Depends(_read_fields)
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
+            dependency = Depends(_reader(route.path))
             dependant = get_parameterless_sub_dependant(depends=dependency, path=route.path_format)
             route.dependant.dependencies.insert(0, dependant)  # APIRoute adds dependencies the same way
 
 
-async def _read_fields(request: Request) -> None:
-    body = await _decode_body(request)
-    if isinstance(body, Mapping):
-        request_fields.remember_http_fields(body)
-        pruning_request.remember_admitted(request.app.state.visual_tokens.check_fields(body))
+def _reader(path: str) -> Callable[[Request], Awaitable[None]]:
+    async def read_fields(request: Request) -> None:
+        body = await _decode_body(request)
+        if isinstance(body, Mapping):
+            request_fields.remember_http_fields(body)
+            pruning_request.remember_admitted(request.app.state.visual_tokens.check_fields(body, path))
+
+    return read_fields
 
 
 async def _decode_body(request: Request) -> object:

@@ -17,7 +17,8 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
-from promprune_vllm.core.budget import FIELD, BudgetRequest
+from promprune_vllm.core.budget import FIELD, Budget, BudgetRequest
+from promprune_vllm.core.escalation import EscalationRequest
 from promprune_vllm.core.features import OF_TOWER, Need
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.api_server import placeholders
@@ -28,6 +29,7 @@ from promprune_vllm.engine.api_server.pruning_plan import (
     MAX_TEXT_TOKENS,
     ImagePlan,
     Plan,
+    Retry,
     Summary,
     split_plan,
 )
@@ -93,8 +95,25 @@ class PrunedProcessorMixin(ProcessorBase):
             if plans:
                 method = self._methods.selectors[self._methods.index(request.method)].name
                 form = request.budget.form if request.sent else None
-                result[SUMMARY] = Summary(plans, plan.cached, method, form, self.modality)
+                retry = self._retry(request, plans)
+                result[SUMMARY] = Summary(plans, plan.cached, method, form, self.modality, retry)
         return result
+
+    def _retry(self, request: PruningRequest, plans: Sequence[ImagePlan]) -> Retry | None:
+        """Return the second try of a prompt, ``None`` if there is none: it would keep no more tokens."""
+        default = self._settings.escalation()
+        wish = request.escalate or EscalationRequest(wanted=self._settings.escalate is not None)
+        escalation = wish.over(default)
+        if escalation is None:
+            return None
+        policy = replace(self._policy, out_of_range="clamp")
+        kept = [max(plan.kept, policy.resolve(escalation.to, plan.total)) for plan in plans]
+        more = sum(kept) - sum(plan.kept for plan in plans)
+        if more == 0:
+            return None
+        budget = BudgetRequest(each=tuple(Budget(tokens=tokens) for tokens in kept))
+        again = replace(request, budget=budget, sent=True, escalate=EscalationRequest(wanted=False))
+        return Retry(escalation, again, more, sent=request.asks_again)
 
     @staticmethod
     def _correct_counts(items: Sequence[Any], plans: Sequence[ImagePlan]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from promprune_vllm.config import Settings
 from promprune_vllm.engine.api_server.pruning_plan import Summary
 from promprune_vllm.engine.compat import verdict
-from promprune_vllm.engine.keys import COUNTED, SAVINGS, SUMMARY
+from promprune_vllm.engine.keys import COUNTED, SAVINGS, SUMMARY, TRIES
 from promprune_vllm.metrics.recorder import Build, expose, recorder
 
 
@@ -49,14 +49,18 @@ def count_prompts(original: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
         # Without a type the prompt is not rendered yet (vLLM calls this again), or vLLM only checks options.
         if isinstance(prompt, dict) and "type" in prompt and not prompt.get(COUNTED):
-            _count(self, prompt)
             prompt[COUNTED] = True  # a prompt may be sent twice
+            if TRIES in prompt:  # counted later, if it is the try that is answered
+                prompt[TRIES].accept()
+            else:
+                count(self, prompt)
         return request
 
     return process_inputs
 
 
-def _count(input_processor: Any, engine_input: dict[str, Any]) -> None:
+def count(input_processor: Any, engine_input: dict[str, Any]) -> None:
+    """Count a prompt that the engine has accepted."""
     metrics = recorder(input_processor.model_config.served_model_name)
     summary: Summary | None = engine_input.get(SUMMARY)
     if summary is None:

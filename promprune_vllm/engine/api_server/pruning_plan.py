@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
 from promprune_vllm.server.usage import record_images
+
+if TYPE_CHECKING:
+    from promprune_vllm.core.escalation import Escalation
+    from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 
 MAX_TEXT_TOKENS = 256
 """Only the last 256 tokens of the user's text are used: enough for a question."""
@@ -48,6 +52,23 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Retry:
+    """The second try of a pruned prompt.
+
+    Args:
+        escalation: When to ask again.
+        request: What to ask then: a budget for each image, and everything else as in the first try.
+        more_tokens: How much longer the prompt is then.
+        sent: Whether the client asked for a second try, and not only the server's operator.
+    """
+
+    escalation: Escalation
+    request: PruningRequest
+    more_tokens: int
+    sent: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """How the images of one prompt were pruned.
 
@@ -57,6 +78,7 @@ class Summary:
         method: Name of the request's method.
         form: How the request wrote its budget (see ``BudgetRequest.form``), ``None`` if it did not send one.
         modality: vLLM's name of what the images are, see ``ProcessorFamily``.
+        retry: The second try that this prompt may have. Ignored by ``==``.
     """
 
     images: tuple[ImagePlan, ...]
@@ -64,6 +86,7 @@ class Summary:
     method: str
     form: str | None
     modality: str
+    retry: Retry | None = field(default=None, compare=False)
 
 
 def split_plan(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
@@ -76,9 +99,15 @@ def split_plan(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
 def record_prompt_images(prompt: Any) -> None:
     """Add a processed prompt's images to the usage of the current request; each prompt counts once."""
     summary: Summary | None = prompt.get(SUMMARY)
-    if summary is None or prompt.get(RECORDED):
-        return
-    prompt[RECORDED] = True
-    images = summary.images
-    counts = [(image.total, image.kept) for image in images]
-    record_images(counts, prompt["mm_hashes"][summary.modality], [image.size for image in images])
+    if summary is not None and RECORDED not in prompt:
+        prompt[RECORDED] = record_images(*_counted(prompt, summary))
+
+
+def replace_prompt_images(prompt: Any, second: Any) -> None:
+    """Record the images of a prompt's second try in place of its own."""
+    second[RECORDED] = record_images(*_counted(second, second[SUMMARY]), at=prompt[RECORDED])
+
+
+def _counted(prompt: Any, summary: Summary) -> tuple[list[tuple[int, int]], list[str], list[Any]]:
+    counts = [(image.total, image.kept) for image in summary.images]
+    return counts, prompt["mm_hashes"][summary.modality], [image.size for image in summary.images]

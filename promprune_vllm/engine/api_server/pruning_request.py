@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from promprune_vllm.core.budget import Budget, BudgetRequest
+from promprune_vllm.core.escalation import EscalationRequest
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.request_fields import PruningFields
 from promprune_vllm.engine.keys import REQUEST
@@ -26,6 +27,7 @@ class PruningRequest:
             allowed methods.
         text: The user's last message, for methods that use it.
         details: OpenAI's ``detail`` of each image, if the server honors it.
+        escalate: Whether and when the answer is asked for again; ``None`` if the client does not say.
     """
 
     budget: BudgetRequest = field(default_factory=BudgetRequest)
@@ -33,16 +35,23 @@ class PruningRequest:
     method: object = None
     text: str | None = None
     details: tuple[str, ...] | None = None
+    escalate: EscalationRequest | None = None
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether the client asks for a second try."""
+        return self.escalate is not None and self.escalate.wanted
 
     @classmethod
     def parse(cls, fields: PruningFields) -> PruningRequest:
         """Validate a request's fields.
 
         Raises:
-            BudgetError: The budget is invalid.
+            BudgetError: The budget or the escalation is invalid.
         """
         budget = BudgetRequest() if fields.budget is None else BudgetRequest.parse(fields.budget)
-        return cls(budget, fields.explicit, fields.method, fields.text, fields.details)
+        escalate = None if fields.escalate is None else EscalationRequest.parse(fields.escalate)
+        return cls(budget, fields.explicit, fields.method, fields.text, fields.details, escalate)
 
     @classmethod
     def split_options(cls, kwargs: Mapping[str, object]) -> tuple[PruningRequest, dict[str, object]]:
@@ -79,4 +88,4 @@ def remember_admitted(request: PruningRequest) -> None:
 def admitted_request() -> PruningRequest | None:
     """Return it, or ``None`` if the client sent no fields or there is no HTTP request."""
     request = _admitted.get()
-    return request if request is not None and request.sent else None
+    return request if request is not None and (request.sent or request.escalate is not None) else None

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import COUNTS, SUMMARY, TEXT_TOKENS
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.usage import current_usage
 
 _NEXT_STEP = (
@@ -92,8 +92,8 @@ def refuse_text_among(placeholders: Sequence[Any], tokens: Sequence[int]) -> Non
 
 
 def _refuse_fields() -> None:
-    for name in (FIELD, METHOD_FIELD):
-        if request_fields.read_field(None, name) is not None:
+    for name in FIELDS:
+        if request_fields.read_field(None, name) not in (None, False):
             raise BudgetError(
                 f"{name} cannot be applied to images sent as features: the render server has already processed "
                 f"them. Send {name} to its render route instead.",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from promprune_vllm.core.budget import AUTO, FIELD, METHOD_FIELD, shown
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine.keys import DETAIL_OPTION, TEXT_OPTION
 from promprune_vllm.errors import BudgetError
-from promprune_vllm.server.near_misses import XARGS
+from promprune_vllm.server.near_misses import FIELDS, XARGS
 
 _http_fields: ContextVar[Mapping[str, Any] | None] = ContextVar("visual_token_http_fields", default=None)
 _IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")
@@ -25,12 +26,14 @@ class PruningFields:
         method: ``visual_token_method``.
         text: The user's last message, for methods that use it.
         details: OpenAI's ``detail`` of each image, if the server honors it.
+        escalate: ``visual_token_escalate``.
     """
 
     budget: object = None
     method: object = None
     text: str | None = None
     details: tuple[str, ...] | None = None
+    escalate: object = None
 
     @property
     def explicit(self) -> bool:
@@ -39,7 +42,7 @@ class PruningFields:
 
     def as_kwargs(self) -> dict[str, object]:
         """Return the fields that are set as processor options, which vLLM passes on to the processor."""
-        sent = {FIELD: self.budget, METHOD_FIELD: self.method}
+        sent = {FIELD: self.budget, METHOD_FIELD: self.method, ESCALATE_FIELD: self.escalate}
         values = {**sent, TEXT_OPTION: self.text, DETAIL_OPTION: self.details}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -54,7 +57,7 @@ class PruningFields:
             BudgetError: One of our options has a wrong type.
         """
         rest = dict(kwargs)
-        budget, method = rest.pop(FIELD, None), rest.pop(METHOD_FIELD, None)
+        budget, method, escalate = (rest.pop(name, None) for name in FIELDS)
         text: Any = rest.pop(TEXT_OPTION, None)
         details: Any = rest.pop(DETAIL_OPTION, None)
         if text is not None and not isinstance(text, str):
@@ -63,7 +66,8 @@ class PruningFields:
         if details is not None and not is_string_list:
             raise _type_error(DETAIL_OPTION, 'a list with "low", "high" or "auto" for each image', details)
         details = None if details is None else tuple(details)
-        return cls(AUTO if budget is None and method is not None else budget, method, text, details), rest
+        budget = AUTO if budget is None and method is not None else budget
+        return cls(budget, method, text, details, escalate), rest
 
 
 def read_field(request: Any, name: str) -> object:
@@ -86,7 +90,7 @@ def remember_http_fields(body: Mapping[str, Any]) -> None:
     Args:
         body: Its decoded JSON, before any of vLLM's schemas can drop a field.
     """
-    _http_fields.set({name: body[name] for name in (FIELD, METHOD_FIELD, XARGS) if name in body})
+    _http_fields.set({name: body[name] for name in (*FIELDS, XARGS) if name in body})
 
 
 def find_field(fields: Mapping[str, Any], name: str) -> object:
@@ -117,7 +121,8 @@ def from_request(request: Any, messages: object, *, honor_detail: bool) -> Pruni
     details = tuple(_details(messages)) if honor_detail else ()
     explicit_details = details if {"low", "high"} & set(details) else None
     text = _last_user_text(messages)
-    return PruningFields(read_field(request, FIELD), read_field(request, METHOD_FIELD), text, explicit_details)
+    budget, method, escalate = (read_field(request, name) for name in FIELDS)
+    return PruningFields(budget, method, text, explicit_details, escalate)
 
 
 def _type_error(name: str, expected: str, value: object) -> BudgetError:

@@ -8,6 +8,7 @@ vLLM's own check, which refuses processor options sent by clients, runs in betwe
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
@@ -18,6 +19,7 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
+from promprune_vllm.engine.api_server import escalation_refusals
 from promprune_vllm.engine.api_server.admission import admit, unsupported_reason
 from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, admitted_request
@@ -37,7 +39,8 @@ def read_request(original: Any) -> Any:
 
     async def preprocess(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         messages = args[0] if args else kwargs.get("messages")
-        token = _fields.set(_gather_fields(self, request, messages))
+        beams = "beam search answers once" if getattr(request, "use_beam_search", False) else None
+        token = _fields.set(_gather_fields(self, request, messages, answers_once=beams))
         try:
             result = await original(self, request, *args, **kwargs)
         finally:
@@ -54,17 +57,23 @@ def read_pooling_request(original: Any) -> Any:
 
     async def init_context(self: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         # No reset: each pooling request runs in its own task.
-        _fields.set(_gather_fields(self, request, getattr(request, "messages", None)))
+        messages = getattr(request, "messages", None)
+        _fields.set(_gather_fields(self, request, messages, answers_once="the request asks for no answer"))
         return await original(self, io_processor, request, *args, **kwargs)
 
     return init_context
 
 
-def _gather_fields(serving: Any, request: Any, messages: object) -> PruningFields:
+def _gather_fields(
+    serving: Any, request: Any, messages: object, *, answers_once: str | None = None
+) -> PruningFields:
     with refusing(serving.model_config):
         older_minors.refuse_our_options(request)
         honor_detail = getattr(serving.renderer.mm_processor, "honors_detail", False)
-        return from_request(request, messages, honor_detail=honor_detail)
+        fields = from_request(request, messages, honor_detail=honor_detail)
+        if answers_once and PruningRequest.parse(fields).asks_again:
+            escalation_refusals.refuse(answers_once)
+        return fields
 
 
 def _as_client_error(error_type: type[Exception]) -> Callable[[Any], Any]:
@@ -103,12 +112,14 @@ def attach_request(original: Any) -> Any:
         fields = _drop_unused(self, fields, has_media)
         options = {**(prompt.get("mm_processor_kwargs") or {}), **fields.as_kwargs()}
         admitted = admitted_request()
-        if admitted is not None:
+        if admitted is not None and not isinstance(options.get(REQUEST), PruningRequest):  # a second try has one
             options[REQUEST] = replace(admitted, text=fields.text, details=fields.details)
         with refusing(self.model_config):
             request, rest = PruningRequest.split_options(options)
             if admitted is None:
                 admit(self, request)
+            if request.asks_again and not asyncio.iscoroutinefunction(original):
+                escalation_refusals.refuse("vllm.LLM answers once, only servers answer again")
             if not has_media:
                 request.budget.check_images(0)
         if has_media and _has_our_processor(self) and request != PruningRequest():
@@ -152,6 +163,7 @@ def prepare_renderer(original: Any) -> Any:
         if self.mm_processor is None:  # a text model
             return
         _refuse_engine_options(self.model_config)
+        _require_escalation(self.model_config)
         reason = unsupported_reason(self)
         for processor in older_minors.processors(self) if reason else ():
             processor.unsupported_reason = reason
@@ -162,6 +174,12 @@ def prepare_renderer(original: Any) -> Any:
 def log_pruning_support(renderer: Any) -> None:
     """Log in one line whether a renderer's model can be pruned."""
     settings = Settings.from_environment()
+    if settings.escalate is not None:
+        again = settings.escalation()
+        logger.info(
+            "PromPrune answers again with %s tokens if confidence is below %s. vllm.LLM never answers again.",
+            *(again.to.printed(), again.below),
+        )
     if reason := unsupported_reason(renderer):
         model = renderer.model_config.model
         logger.warning("PromPrune cannot prune %s: %s. Requests with %s get HTTP 400.", model, reason, FIELD)
@@ -182,6 +200,13 @@ def _refuse_engine_options(model_config: Any) -> None:
             f"for all requests with {FLAG}budget or {PREFIX}BUDGET. For one request, send the field with it, or "
             "offline pass mm_processor_kwargs to LLM.chat or LLM.generate."
         )
+
+
+def _require_escalation(model_config: Any) -> None:
+    """Raise ``SettingsError`` if answers are to be asked for again, and cannot be on this server."""
+    below = Settings.from_environment().escalate
+    if below is not None and (reason := escalation_refusals.unsupported_reason(model_config)):
+        raise SettingsError(f"{FLAG}escalate {below} ({PREFIX}ESCALATE) cannot be honored: {reason}.")
 
 
 def _propagate_context(executor: Any) -> None:

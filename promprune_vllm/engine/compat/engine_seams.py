@@ -188,6 +188,20 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         wrap(f"{_ASYNC}.encode", "prompt"),
     ),
     *of(
+        parts.ESCALATION,
+        wrap(f"{_RENDERER}._process_singleton_async", "prompt"),
+        wrap(f"{_ASYNC}.generate", "prompt", "sampling_params", "request_id"),
+        call("vllm.outputs:CompletionOutput", "token_ids", "logprobs", "cumulative_logprob", "finish_reason"),
+        call("vllm.outputs:RequestOutput", "outputs", "finished"),
+        call("vllm.sampling_params:SamplingParams.clone"),
+        rely(
+            "vllm.sampling_params:SamplingParams",
+            words=("n:", "logprobs:", "prompt_logprobs:", "max_tokens:", "output_kind:", "extra_args:"),
+        ),
+        rely("vllm.sampling_params:RequestOutputKind", body=True),
+        call("vllm.logprobs:FlatLogprobs.append", "logprobs_one_position"),
+    ),
+    *of(
         parts.USAGE,
         wrap(f"{_ONLINE}.__init__", "model_config", "renderer"),
         wrap(f"{_ENTRY}.serve.engine.protocol:UsageInfo", "prompt_tokens"),

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.keys import OPTION_PREFIXES
 from promprune_vllm.errors import BudgetError
@@ -118,8 +119,8 @@ def refuse_our_options(request: Any) -> None:
     ours = sorted(key for key in sent or () if key.startswith(OPTION_PREFIXES))
     if ours:
         raise BudgetError(
-            f"{ours[0]} is not allowed in mm_processor_kwargs: send {FIELD} and {METHOD_FIELD} at the top level "
-            "of the request, or in vllm_xargs.",
+            f"{ours[0]} is not allowed in mm_processor_kwargs: send {FIELD}, {METHOD_FIELD} and "
+            f"{ESCALATE_FIELD} at the top level of the request, or in vllm_xargs.",
             param="mm_processor_kwargs",
         )
 

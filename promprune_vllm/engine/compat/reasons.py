@@ -38,6 +38,12 @@ FEATURES = Reason(
     "Such images skip our processor, and no plugin hook sees them.",
     "a plugin hook that sees prompts on their way to the engine",
 )
+ESCALATION = Reason(
+    parts.ESCALATION,
+    "a second try with more tokens for an answer of low confidence",
+    "Every route gets its answer from `AsyncLLM.generate`, and no plugin hook can replace an answer.",
+    "a plugin hook around the generation of an answer",
+)
 LOAD = Reason(
     parts.LOAD,
     "budgets that adapt to load",

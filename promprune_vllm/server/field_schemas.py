@@ -1,0 +1,149 @@
+"""JSON schemas of our request fields.
+
+Clients read them in the server's OpenAPI document. Only ``core`` validates a field; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from promprune_vllm.core.budget import AUTO, FIELD, FULL, MAX_BUDGET_TOKENS, MAX_IMAGES, METHOD_FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD
+
+# Above 0 and at most 100, written with up to three digits and nine decimals.
+_PERCENT = r"^(?!0+(\.0+)?%$)([0-9]{1,2}|0[0-9]{2}|100(?=%|\.0+%))(\.[0-9]{1,9})?%$"
+_TOKENS_TEXT = r"([1-9][0-9]{0,5}|1000000)(\.0{1,9})?"
+_SHARE_TEXT = r"0\.(?!0+$)[0-9]{1,9}"
+_FORMS: tuple[dict[str, Any], ...] = (
+    {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_BUDGET_TOKENS,
+        "title": "Tokens",
+        "description": "Number of tokens to keep per image; an image with fewer keeps all.",
+    },
+    {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "exclusiveMaximum": 1,
+        "title": "Share",
+        "description": "Share of each image's tokens to keep, rounded up.",
+    },
+    {
+        "type": "string",
+        "pattern": _PERCENT,
+        "title": "Percentage",
+        "description": 'A share, such as "25%".',
+    },
+    {
+        "type": "string",
+        "pattern": f"^({_TOKENS_TEXT}|{_SHARE_TEXT})$",
+        "title": "Number as text",
+        "description": 'For clients that cannot send numbers: "64" is 64, "0.25" is 0.25.',
+    },
+    {
+        "type": "string",
+        "enum": [FULL, AUTO],
+        "title": "Word",
+        "description": f'"{FULL}" keeps every token, "{AUTO}" lets the server decide.',
+    },
+)
+
+
+def budget_schema() -> dict[str, Any]:
+    """Return the JSON schema of ``visual_token_budget``."""
+    each = {
+        "type": "array",
+        "items": {"oneOf": list(_FORMS)},
+        "minItems": 1,
+        "maxItems": MAX_IMAGES,
+        "title": "One entry per image",
+        "description": "One budget per image, in order of appearance.",
+    }
+    total = {
+        "type": "object",
+        "properties": {
+            "total": {
+                "oneOf": [
+                    {"type": "integer", "minimum": 1, "maximum": MAX_BUDGET_TOKENS},
+                    {"type": "string", "pattern": f"^{_TOKENS_TEXT}$"},
+                ]
+            }
+        },
+        "required": ["total"],
+        "additionalProperties": False,
+        "title": "Total",
+        "description": "Tokens for all images together, split in proportion to their token counts.",
+    }
+    nothing = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
+    return {
+        "title": "Visual token budget",
+        "description": "How many visual tokens of each image enter the language model. PromPrune selects which.",
+        "oneOf": [*_FORMS, each, total, nothing],
+        "examples": [64, 0.25, "25%", FULL, AUTO, [64, FULL], {"total": 256}],
+    }
+
+
+def method_schema(allowed: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON schema of ``visual_token_method``.
+
+    Args:
+        allowed: Methods the operator allows, the server's default first.
+    """
+    return {
+        "title": "Visual token method",
+        "description": "Method that selects the tokens; the server's default if the field is left out.",
+        "enum": [*allowed, None],
+        "examples": [allowed[0]],
+    }
+
+
+def escalation_schema() -> dict[str, Any]:
+    """Return the JSON schema of ``visual_token_escalate``."""
+    threshold = {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": 1,
+        "title": "Threshold",
+        "description": "Answer again if the first answer's confidence is below this probability.",
+    }
+    text = {
+        "type": "string",
+        "pattern": rf"^(1(\.0{{1,9}})?|{_SHARE_TEXT})$",
+        "title": "Threshold as text",
+        "description": "For clients that cannot send numbers.",
+    }
+    nothing = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
+    both = {
+        "type": "object",
+        "properties": {
+            "below": {"oneOf": [threshold, text, nothing]},
+            "to": {"oneOf": [*_FORMS[:-1], {"type": "string", "enum": [FULL], "title": "Word"}, nothing]},
+        },
+        "additionalProperties": False,
+        "minProperties": 1,
+        "title": "Threshold and budget",
+        "description": "The budget, of each image, of the second try; what is left out is the server's.",
+    }
+    switch = {
+        "type": "boolean",
+        "title": "Switch",
+        "description": "true for the server's threshold and budget, false for no second try.",
+    }
+    return {
+        "title": "Escalation",
+        "description": "Whether the server may answer again, with more visual tokens, if its first answer's "
+        "confidence is low: the lowest probability of the likeliest token among its first tokens.",
+        "oneOf": [threshold, text, both, switch, nothing],
+        "examples": [0.9, {"below": 0.9, "to": FULL}, True, False],
+    }
+
+
+def field_schemas(allowed: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the JSON schemas of every field we add to requests, by name."""
+    return {
+        FIELD: budget_schema(),
+        METHOD_FIELD: method_schema(allowed),
+        ESCALATE_FIELD: escalation_schema(),
+    }
