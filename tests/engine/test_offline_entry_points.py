@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.model import DemoModelSpec, build_demo_model
 from promprune_vllm.errors import SettingsError
@@ -127,6 +128,18 @@ class TestGenerating:
         beams = BeamSearchParams(beam_width=2, max_tokens=1)
         _drop(lambda value: len(llm.beam_search([_prompt(**_kwargs(value))], beams)[0].sequences[0].tokens))
 
+    def test_no_answer_is_asked_for_again(self, llm: Any) -> None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
+
+        def ask(value: Any) -> Any:
+            options = {"mm_processor_kwargs": {BUDGET: ASKED, ESCALATE_FIELD: value}}
+            return llm.generate(_prompt(**options), SamplingParams(max_tokens=1), use_tqdm=False)
+
+        with pytest.raises(VLLMValidationError, match=r"vllm\.LLM answers once, only servers answer again"):
+            ask(0.9)
+        assert ask(False)
+
 
 class TestPooling:
     runner = "pooling"
@@ -147,3 +160,12 @@ class TestPooling:
 def test_a_field_among_the_engines_processor_options_is_refused_at_start_up(small_model: Path, name: str) -> None:
     with pytest.raises(SettingsError, match=rf"{name} in the engine's mm_processor_kwargs .* PROMPRUNE_BUDGET"):
         _engine(small_model, mm_processor_kwargs={name: 64})
+
+
+@pytest.mark.parametrize("options", [{"max_logprobs": 0}, {"logprobs_mode": "raw_logits"}])
+def test_escalation_without_logprobs_is_refused_at_start_up(
+    small_model: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMPRUNE_ESCALATE", "0.9")
+    with pytest.raises(SettingsError, match=r"PROMPRUNE_ESCALATE.* confidence is read from log-probabilities"):
+        _engine(small_model, **options)
