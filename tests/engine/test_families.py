@@ -30,7 +30,7 @@ from tests.engine.family_facts import FACTS, FAMILIES, KINDS, OWN_TESTS, UNLOADA
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
-ROUNDING = 2e-6
+ROUNDING = 1e-5
 
 
 @pytest.fixture(params=FAMILIES)

@@ -94,6 +94,7 @@ async def _answer(
         async with aclosing(start(first, watch.params)) as outputs:
             async for output in outputs:
                 for leaving in watch.take(output):
+                    second_prompt = None  # frees the images
                     tries.first_stands(watch)
                     yield leaving
                 if watch.unsure:
