@@ -40,6 +40,12 @@ def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEng
 
 # What a variant has of another family, code for code, is tested there.
 each_kind = pytest.mark.parametrize("engine", KINDS, indirect=True)
+# On V2, the steps of a hybrid take long in Triton's interpreter; with each commit, it has what differs there.
+each_quick_kind = pytest.mark.parametrize(
+    "engine",
+    [pytest.param(k, marks=pytest.mark.release) if serving_dtype(k) == "bfloat16" else k for k in KINDS],
+    indirect=True,
+)
 PICTURES = [*((shape,) for shape in SHAPES), ("landscape", "portrait")]
 """Shapes of the images of a prompt."""
 each_prompt = pytest.mark.parametrize("shapes", PICTURES, ids="-".join)
@@ -159,12 +165,7 @@ def logprobs(output: Any) -> list[dict[int, float]]:
     return [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
 
 
-# On V2, the steps of a hybrid take long in Triton's interpreter.
-@pytest.mark.parametrize(
-    "engine",
-    [pytest.param(k, marks=pytest.mark.release) if serving_dtype(k) == "bfloat16" else k for k in KINDS],
-    indirect=True,
-)
+@each_quick_kind
 def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each begins with 7 blocks of 32 tokens and ends with 8; all together have 63.
     asks = [engine.ask("landscape", budget=60 + i, text=f"{i}?".ljust(140, "x")) for i in range(8)]
@@ -186,7 +187,7 @@ def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch:
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 
 
-@each_kind
+@each_quick_kind
 @pytest.mark.parametrize("name", [name for name, m in methods().items() if not m.needs & ~EVERYTHING])
 def test_every_method_the_family_supplies_is_served_exactly(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch, name: str
@@ -309,13 +310,13 @@ def test_without_a_budget_or_with_a_large_one_it_is_stock_vllm(
             assert json.loads(json.dumps(logprobs(output))) == values
 
 
-@each_kind
+@each_quick_kind
 @pytest.mark.parametrize("check", naming.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_an_image_that_is_named_and_not_sent(engine: FamilyEngine, check: Any) -> None:
     check(engine, lambda: engine.ask("landscape"))
 
 
-@each_kind
+@each_quick_kind
 def test_of_named_images_none_is_taken_for_another(engine: FamilyEngine) -> None:
     naming.check_another_image_is_never_served(
         engine, lambda: engine.ask("landscape"), lambda: engine.ask("portrait")
