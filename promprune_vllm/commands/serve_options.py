@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from promprune_vllm.config import FLAG, PREFIX, Settings
 
 _ALIASES = {"allow_methods": ("--allow-methods",), "inspector": ("--inspector",)}
-_METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME"}
+_METAVARS = {"method": "NAME", "method_options": "JSON", "allow_methods": "NAME,NAME", "feature_cache_gb": "GB"}
 _EPILOG = """\
 Each request sets how many tokens to keep per image: {"visual_token_budget": 64, ...}.
 The rest of this help is vLLM's own.

@@ -15,6 +15,7 @@ OUTCOMES = ("pruned", "full", "text", "refused", "failed")
 REASONS: tuple[str, ...] = get_args(BudgetReason)
 FORMS = ("tokens", "share", "full", "auto", "list", "total")
 STAGES = ("choose", "assemble")
+RESULTS = ("hit", "miss")
 LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model_name": ("the name the model is served under, as in vLLM's own series", ()),
     "method": (f"a method the server allows; `{UNPRUNED}` for images that keep every token", ()),
@@ -23,6 +24,7 @@ LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "form": ("what kind of budget was sent", FORMS),
     "stage": ("stage of a selection", STAGES),
     "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
+    "result": ("whether the feature cache had the image", RESULTS),
     "version": ("version of promprune-vllm", ()),
     "vllm_version": ("version of vLLM", ()),
     "vllm_tested": ("whether this release was tested with that very version", ("true", "false")),
@@ -37,12 +39,13 @@ class Metric:
 
     Args:
         name: Name in Prometheus; counters end in ``_total``.
-        kind: ``counter``, ``histogram`` or ``gauge``. A gauge shows the lowest value of all processes.
+        kind: ``counter``, ``histogram`` or ``gauge``.
         help: What it measures, as shown in ``/metrics``.
         labels: Label names, keys of ``LABELS``.
         buckets: Upper bounds of a histogram's buckets, in the unit of its name.
         unpruned: Whether the label ``method`` can also be ``none``.
         derived: Whether it is shown only for models whose sizes are known.
+        combine: Whether a gauge shows the lowest value of all processes, or their sum.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
     unpruned: bool = False
     derived: bool = False
+    combine: Literal["min", "sum"] = "min"
 
     def series(self, model_name: str, methods: Sequence[str]) -> Iterator[tuple[str, ...]]:
         """Yield the label values of every series that a server of one model can have; none for ``build_info``."""
@@ -175,6 +179,20 @@ ENCODER_BATCH_TOKENS = Metric(
     "most the size that the encoder's memory was profiled for.",
     buckets=(256.0, 576.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0),
 )
+FEATURE_STORE_IMAGES = Metric(
+    "promprune_feature_store_images_total",
+    "counter",
+    "Images that the worker needed and found in the feature cache (hit: not encoded again) or not (miss). Zero "
+    "without --visual-token-feature-cache-gb.",
+    labels=("model_name", "result"),
+)
+FEATURE_STORE_BYTES = Metric(
+    "promprune_feature_store_bytes",
+    "gauge",
+    "Host memory of the images in the feature cache, summed over engines, of the first rank of each. Only with "
+    "--visual-token-feature-cache-gb.",
+    combine="sum",
+)
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
@@ -210,6 +228,8 @@ CATALOG = (
     SPECTRAL_ENTROPY,
     SALIENCY_SHARE,
     ENCODER_BATCH_TOKENS,
+    FEATURE_STORE_IMAGES,
+    FEATURE_STORE_BYTES,
     POLICY_LEVEL,
     BUILD_INFO,
     PART_OFF,

@@ -18,6 +18,7 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
+from promprune_vllm.engine import feature_cache
 from promprune_vllm.engine.api_server.admission import admit, unsupported_reason
 from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, admitted_request
@@ -153,6 +154,8 @@ def prepare_renderer(original: Any) -> Any:
             return
         _refuse_engine_options(self.model_config)
         reason = unsupported_reason(self)
+        if reason is None:
+            feature_cache.require_hashes(self.config, Settings.from_environment())
         for processor in older_minors.processors(self) if reason else ():
             processor.unsupported_reason = reason
 
