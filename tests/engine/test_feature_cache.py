@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from promprune_vllm import Need, get_method
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
+from promprune_vllm.engine import feature_cache
+from promprune_vllm.engine.compat import parts
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, COUNTS, IDENTITY
 from promprune_vllm.engine.worker import fault_isolation
+from promprune_vllm.engine.worker.encode import runs, sources
+from promprune_vllm.engine.worker.encoded_image import PruneJob
 from promprune_vllm.engine.worker.feature_store import FeatureStore
 from promprune_vllm.engine.worker.packed_image import Packing
+from promprune_vllm.errors import SettingsError
 from tests.conftest import VISUAL_TOKENS
 from tests.engine.conftest import DEMO, Engine
 from tests.engine.storing import evict, storing
@@ -96,6 +105,7 @@ def test_what_resets_vllms_encoder_cache_empties_it(engine: Engine, store: Featu
         engine.core.reset_encoder_cache,
         engine.runner.reset_encoder_cache,
         lambda: engine.model.load_weights(weights),
+        lambda: engine.core.model_executor.collective_rpc("reload_weights"),
     ):
         assert calls(engine, ("coffee", 64)) == [1]
         assert len(store) == 1
@@ -103,6 +113,34 @@ def test_what_resets_vllms_encoder_cache_empties_it(engine: Engine, store: Featu
         assert (len(store), store.bytes) == (0, 0)
         engine.llm.reset_prefix_cache()
         engine.core.reset_encoder_cache()
+
+
+def test_it_is_refused_where_vllm_hashes_no_images(engine: Engine) -> None:
+    """Every request's image would be a new one."""
+    config = engine.llm.llm_engine.vllm_config
+    on = Settings(feature_cache_gb=1)
+    feature_cache.require_hashes(config, on)
+
+    def without(processor_cache_gb: float, *, prefixes: bool) -> Any:
+        multimodal = SimpleNamespace(mm_processor_cache_gb=processor_cache_gb)
+        return SimpleNamespace(
+            model_config=SimpleNamespace(multimodal_config=multimodal),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefixes),
+        )
+
+    feature_cache.require_hashes(without(4, prefixes=False), on)
+    feature_cache.require_hashes(without(0, prefixes=True), on)
+    feature_cache.require_hashes(without(0, prefixes=False), Settings())
+    with pytest.raises(SettingsError, match=r"--visual-token-feature-cache-gb .*then hashes no images"):
+        feature_cache.require_hashes(without(0, prefixes=False), on)
+
+
+def test_with_a_part_of_vllm_that_has_changed_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = Settings(feature_cache_gb=0.5)
+    assert feature_cache.capacity_bytes(on) == 1 << 29
+    moved = SimpleNamespace(is_off=lambda part: part is parts.FEATURE_CACHE)
+    monkeypatch.setattr(feature_cache.verdict, "current", lambda: moved)
+    assert feature_cache.capacity_bytes(on) == 0
 
 
 def test_an_image_that_lacks_a_feature_is_a_miss(
@@ -202,3 +240,33 @@ def test_many_requests_over_a_small_store_are_answered_as_without(
     hits, misses = (sum(counts) for counts in zip(*found, strict=True))
     assert misses == encoded > len(PHOTOS)
     assert hits > 50
+
+
+IMAGE: Any = object()
+
+
+def job(number: int | None) -> PruneJob:
+    return PruneJob(9, 3, get_method("random"), key=None if number is None else (bytes(16), number))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "found", "expected"),
+    [
+        ((1, 2, 1), (), [0, 1, 0]),
+        ((1, 1, 1), (0,), [0, 1, 1]),  # the first was found, and may lack what the second needs
+        ((1, 1, 1), (1,), [0, 1, 0]),
+        ((None, None), (), [0, 1]),
+    ],
+)
+def test_of_jobs_for_one_missing_image_the_first_encodes_it(
+    numbers: tuple[int | None, ...], found: tuple[int, ...], expected: list[int]
+) -> None:
+    there = [IMAGE if i in found else None for i in range(len(numbers))]
+    assert sources([job(number) for number in numbers], there) == expected
+
+
+@given(st.sets(st.integers(0, 30)))
+def test_runs_are_as_long_as_can_be(indices: set[int]) -> None:
+    made = list(runs(sorted(indices)))
+    assert [i for run in made for i in range(run.start, run.stop)] == sorted(indices)
+    assert all(a.stop < b.start for a, b in pairwise(made))

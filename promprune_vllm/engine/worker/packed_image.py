@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.utils.platform_utils import is_pin_memory_available
 
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
@@ -128,13 +127,20 @@ class Packing:
         packed = torch.empty(self.bytes, dtype=torch.uint8, device=self._device)
         for span in self._spans:
             packed[span.offset : span.offset + span.bytes] = span.flat.view(torch.uint8)
-        pins = self._device.type == "cuda" and is_pin_memory_available()
-        pages = []
-        for part in torch.split(packed, PAGE_BYTES):
-            pages.append(torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=pins))
-            pages[-1].copy_(part, non_blocking=True)
+        pages = [_empty_page(self._device) for _ in range(self.bytes // PAGE_BYTES)]
+        for page, part in zip(pages, torch.split(packed, PAGE_BYTES), strict=True):
+            page.copy_(part, non_blocking=True)
         spans = [(span.offset, len(span.flat), span.flat.dtype) for span in self._spans]
         return PackedImage(pages, self._template, spans, self._views, self._device, self.needs)
+
+
+def _empty_page(device: torch.device) -> Tensor:
+    """Return a page for values of a device."""
+    if device.type != "cuda":
+        return torch.empty(PAGE_BYTES, dtype=torch.uint8)
+    from vllm.utils.platform_utils import is_pin_memory_available
+
+    return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=is_pin_memory_available())
 
 
 def _with_tensors(image: EncodedImage, change: Callable[[Tensor], Tensor]) -> EncodedImage:
