@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from promprune_vllm import Need, get_method
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
-from promprune_vllm.engine import feature_cache
-from promprune_vllm.engine.compat import parts
+from promprune_vllm.engine.compat import feature_cache, parts
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, COUNTS, IDENTITY
 from promprune_vllm.engine.worker import fault_isolation
 from promprune_vllm.engine.worker.encode import runs, sources

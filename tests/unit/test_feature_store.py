@@ -18,7 +18,7 @@ from promprune_vllm.engine.worker.feature_store import FeatureStore, Key
 from promprune_vllm.engine.worker.packed_image import PAGE_BYTES, Packing, _with_tensors
 
 WIDE = 64
-OF_A_PAGE = PAGE_BYTES // (WIDE * 4) - 64  # tokens of an image that nearly fills one
+OF_A_PAGE = PAGE_BYTES // (WIDE * 4 + 4 + 8)  # tokens of an image that fills one: rows, saliency, positions
 
 
 def key(number: int) -> Key:
@@ -139,7 +139,7 @@ def test_the_oldest_make_room_and_bytes_are_what_is_held() -> None:
         assert store.bytes == number * PAGE_BYTES
     assert store.get(key(1), Need.SALIENCY) is not None
     store.put(key(2), image(seed=2))  # used as well, and not copied again
-    store.put(key(4), image(2 * OF_A_PAGE - 64, seed=4))  # of two pages
+    store.put(key(4), image(2 * OF_A_PAGE, seed=4))  # of two pages
     assert [number for _, number in store._images] == [2, 4]
     pages = [page for packed in store._images.values() for page in packed.pages]
     assert store.bytes == sum(page.untyped_storage().nbytes() for page in pages) == 3 * PAGE_BYTES

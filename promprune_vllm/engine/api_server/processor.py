@@ -19,7 +19,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.core.features import OF_TOWER, Need
-from promprune_vllm.engine import feature_cache, patches
+from promprune_vllm.engine import patches
 from promprune_vllm.engine.api_server import placeholders
 from promprune_vllm.engine.api_server.allowed_methods import AllowedMethods
 from promprune_vllm.engine.api_server.load_monitor import current_level
@@ -34,7 +34,7 @@ from promprune_vllm.engine.api_server.pruning_plan import (
 )
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.compat import older_minors, parts, seams
+from promprune_vllm.engine.compat import feature_cache, older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ProcessorBase
 from promprune_vllm.engine.keys import COUNTS, IDENTITY, PLAN, PROFILE, SUMMARY, TEXT_TOKENS

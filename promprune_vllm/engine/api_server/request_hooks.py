@@ -18,13 +18,12 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine import feature_cache
 from promprune_vllm.engine.api_server.admission import admit, unsupported_reason
 from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, admitted_request
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, from_request
-from promprune_vllm.engine.compat import older_minors
+from promprune_vllm.engine.compat import feature_cache, older_minors
 from promprune_vllm.engine.keys import OPTION_PREFIXES, REQUEST
 from promprune_vllm.errors import SettingsError
 

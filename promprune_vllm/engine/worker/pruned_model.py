@@ -14,8 +14,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
-from promprune_vllm.engine import families, feature_cache, patches
-from promprune_vllm.engine.compat import parts, seams
+from promprune_vllm.engine import families, patches
+from promprune_vllm.engine.compat import feature_cache, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelBase
 from promprune_vllm.engine.keys import COUNTS, IDENTITY, TEXT_TOKENS

@@ -1,4 +1,4 @@
-"""The feature cache, which keeps encoded images in the worker: whether it is on, and what it needs from vLLM."""
+"""Whether the feature cache is on, which keeps encoded images in the worker, and what it needs from vLLM."""
 
 from __future__ import annotations
 
