@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +85,16 @@ def test_an_image_has_one_identity_whatever_its_budget(engine: Engine, store: Fe
     assert len(store) == 1
 
 
+def test_an_image_beside_one_that_vllm_has_processed_is_told_by_its_own_identity(
+    engine: Engine, store: FeatureStore
+) -> None:
+    assert calls(engine, ("coffee", 64)) == [1]
+    engine.generate([engine.prompt(("coffee", 64), ("rocket", 64))], tokens=1)
+    assert len(store) == 2
+    evict(engine)
+    assert calls(engine, ("rocket", 65)) == []
+
+
 def test_without_the_processor_cache_images_have_identities_too(
     engine: Engine, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,12 +110,14 @@ def test_without_the_processor_cache_images_have_identities_too(
 def test_what_resets_vllms_encoder_cache_empties_it(engine: Engine, store: FeatureStore) -> None:
     """And new weights, however they come."""
     weights: list[tuple[str, torch.Tensor]] = []
-    for reset in (
+    ways: list[Callable[[], Any]] = [
         engine.core.reset_encoder_cache,
         engine.runner.reset_encoder_cache,
         lambda: engine.model.load_weights(weights),
-        lambda: engine.core.model_executor.collective_rpc("reload_weights"),
-    ):
+    ]
+    if hasattr(engine.runner, "reload_weights"):  # Model Runner V2 has it since vLLM 0.32
+        ways.append(lambda: engine.core.model_executor.collective_rpc("reload_weights"))
+    for reset in ways:
         assert calls(engine, ("coffee", 64)) == [1]
         assert len(store) == 1
         reset()
