@@ -134,6 +134,13 @@ class Settings(Switch):
         default=True,
         description="serve the page /promprune and POST /v1/visual_tokens/inspect, which show kept tokens",
     )
+    feature_cache_gb: float = Field(
+        default=0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GiB of host memory in each worker for encoded images, so that another budget, method or "
+        "question does not encode an image again (default: 0, off)",
+    )
     tiles: Tiles = Field(
         default="own",
         description="how to prune an image split into tiles: each tile by its own statistics (own, as in the "

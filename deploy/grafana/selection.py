@@ -15,6 +15,7 @@ _METHOD = "$method"
 _SECONDS, _KEPT = "promprune_selection_seconds", "promprune_image_kept_tokens"
 _ENTROPY, _SALIENCY = "promprune_spectral_entropy", "promprune_saliency_share"
 _BATCH = "promprune_encoder_batch_tokens"
+_STORE = "promprune_feature_store"
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
@@ -24,6 +25,7 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     yield "What the images are like", _content()
     yield "How many tokens they keep", _kept()
     yield "Vision encoder", _encoder()
+    yield "Feature cache (--visual-token-feature-cache-gb)", _feature_cache()
 
 
 def _mean(name: str, **labels: str) -> str:
@@ -241,5 +243,38 @@ def _encoder() -> list[Any]:
             (f"{per_second(f'{_BATCH}_sum')} / ({per_second(f'{_BATCH}_count')} > 0)", "tokens per call"),
             unit="tokens",
             colors={"tokens per call": BLUE},
+        ),
+    ]
+
+
+def _feature_cache() -> list[Any]:
+    found = per_second(f"{_STORE}_images_total", result="hit")
+    return [
+        lines(
+            "Images found in the feature cache",
+            "Images per second that the worker had encoded before (hit), and that it had to encode (miss).",
+            (per_second(f"{_STORE}_images_total", "result"), "{{result}}"),
+            unit="images/s",
+            colors={"hit": GREEN, "miss": ORANGE},
+            stacked=True,
+            empty="off",
+        ),
+        lines(
+            "Share found",
+            "Images that were not encoded again, of those needed. Low with a full cache: more memory would help. "
+            "Low with an empty one: clients send each image once, and the cache only costs.",
+            (f"{found} / ({per_second(f'{_STORE}_images_total')} > 0)", "found"),
+            unit="percentunit",
+            colors={"found": GREEN},
+            share=True,
+            empty="off",
+        ),
+        lines(
+            "Memory of the feature cache",
+            "Host memory of the stored images, on the first rank of every engine. It grows to the option's value.",
+            (f'sum({_STORE}_bytes{{model_name=~"$model"}})', "stored"),
+            unit="bytes",
+            colors={"stored": BLUE},
+            empty="off",
         ),
     ]

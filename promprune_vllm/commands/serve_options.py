@@ -17,6 +17,7 @@ _METAVARS = {
     "method_options": "JSON",
     "allow_methods": "NAME,NAME",
     "escalate": "PROBABILITY",
+    "feature_cache_gb": "GB",
 }
 _EPILOG = """\
 Each request sets how many tokens to keep per image: {"visual_token_budget": 64, ...}.

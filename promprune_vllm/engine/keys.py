@@ -25,6 +25,8 @@ COUNTS = "visual_token_counts"
 """``(3,)`` int64: total tokens, kept tokens, and the index of the method among those allowed."""
 TEXT_TOKENS = "visual_token_text"
 """``(M,)`` int64: tokens of the user's text, for methods that use it."""
+IDENTITY = "visual_token_identity"
+"""``(16,)`` uint8: the same for an image whatever its budget, method and text. Only with the feature cache."""
 
 # Keys of a processed prompt, a dict.
 SUMMARY = "_promprune_summary"

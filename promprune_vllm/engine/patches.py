@@ -157,6 +157,16 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     *_rows(
+        *(Stage.WORKER, reasons.FORGET),
+        # Not by runner: with Model Runner V2, an engine that only encodes has one of V1's kind.
+        (f"{_V1}.reset_encoder_cache", "worker.feature_store:clear_with_encoder_cache"),
+        (
+            f"{_V2}.model_runner:GPUModelRunner.reset_encoder_cache",
+            "worker.feature_store:clear_with_encoder_cache",
+        ),
+        only_if_loaded=True,
+    ),
+    *_rows(
         *(Stage.WORKER_V1, reasons.LOOKAHEAD), (f"{_V1}._gather_mm_embeddings", "worker.mrope:remember_lookahead")
     ),
     *_rows(

@@ -17,6 +17,7 @@ FORMS = ("tokens", "share", "full", "auto", "list", "total")
 STAGES = ("choose", "assemble")
 DECISIONS = ("sure", "asked_again", "no_room", "failed")
 DISCARDED = ("prompt", "visual", "answer")
+RESULTS = ("hit", "miss")
 LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model_name": ("the name the model is served under, as in vLLM's own series", ()),
     "method": (f"a method the server allows; `{UNPRUNED}` for images that keep every token", ()),
@@ -27,6 +28,7 @@ LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decision": ("whether a first answer was good enough", DECISIONS),
     "tokens": ("which tokens; the visual ones are among those of the prompt", DISCARDED),
     "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
+    "result": ("whether the feature cache had the image", RESULTS),
     "version": ("version of promprune-vllm", ()),
     "vllm_version": ("version of vLLM", ()),
     "vllm_tested": ("whether this release was tested with that very version", ("true", "false")),
@@ -41,12 +43,13 @@ class Metric:
 
     Args:
         name: Name in Prometheus; counters end in ``_total``.
-        kind: ``counter``, ``histogram`` or ``gauge``. A gauge shows the lowest value of all processes.
+        kind: ``counter``, ``histogram`` or ``gauge``.
         help: What it measures, as shown in ``/metrics``.
         labels: Label names, keys of ``LABELS``.
         buckets: Upper bounds of a histogram's buckets, in the unit of its name.
         unpruned: Whether the label ``method`` can also be ``none``.
         derived: Whether it is shown only for models whose sizes are known.
+        combine: Whether a gauge shows the lowest value of all processes, or their sum.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
     unpruned: bool = False
     derived: bool = False
+    combine: Literal["min", "sum"] = "min"
 
     def series(self, model_name: str, methods: Sequence[str]) -> Iterator[tuple[str, ...]]:
         """Yield the label values of every series that a server of one model can have; none for ``build_info``."""
@@ -202,6 +206,20 @@ DISCARDED_TOKENS = Metric(
     "are not among the tokens that other metrics count.",
     labels=("model_name", "tokens"),
 )
+FEATURE_STORE_IMAGES = Metric(
+    "promprune_feature_store_images_total",
+    "counter",
+    "Images that the worker needed and found in the feature cache (hit: not encoded again) or not (miss). Zero "
+    "without --visual-token-feature-cache-gb.",
+    labels=("model_name", "result"),
+)
+FEATURE_STORE_BYTES = Metric(
+    "promprune_feature_store_bytes",
+    "gauge",
+    "Host memory of the images in the feature cache, summed over engines, of the first rank of each. Only with "
+    "--visual-token-feature-cache-gb.",
+    combine="sum",
+)
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
@@ -240,6 +258,8 @@ CATALOG = (
     ESCALATIONS,
     CONFIDENCE,
     DISCARDED_TOKENS,
+    FEATURE_STORE_IMAGES,
+    FEATURE_STORE_BYTES,
     POLICY_LEVEL,
     BUILD_INFO,
     PART_OFF,

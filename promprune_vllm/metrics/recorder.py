@@ -27,7 +27,7 @@ DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
 _OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _FILE_BYTES = 1 << 20
-"""Size of each of a process's three files. All series of all methods fill half of it, so files never grow."""
+"""Size of each of a process's four files. All series of all methods fill half of it, so files never grow."""
 
 
 def prepare_directory() -> None:
@@ -185,6 +185,15 @@ class Recorder:
         """Observe the number of unpruned tokens in one call of the vision encoder."""
         self._at(catalog.ENCODER_BATCH_TOKENS).observe(tokens)
 
+    def feature_lookups(self, hits: int, misses: int) -> None:
+        """Count images that the feature cache had and had not."""
+        for result, images in zip(catalog.RESULTS, (hits, misses), strict=True):
+            self._at(catalog.FEATURE_STORE_IMAGES, result).inc(images)
+
+    def feature_store_bytes(self, stored_bytes: int) -> None:
+        """Set the size of the images in this process's feature cache."""
+        self._at(catalog.FEATURE_STORE_BYTES).set(stored_bytes)
+
     def level(self, level: Fraction) -> None:
         """Set the share of the default that images keep from now on."""
         self._at(catalog.POLICY_LEVEL).set(float(level))
@@ -245,7 +254,7 @@ def _family(metric: Metric) -> Any:
     if metric.kind == "counter":
         return Counter(metric.name, metric.help, metric.labels, registry=None)
     if metric.kind == "gauge":
-        return Gauge(metric.name, metric.help, metric.labels, registry=None, multiprocess_mode="min")
+        return Gauge(metric.name, metric.help, metric.labels, registry=None, multiprocess_mode=metric.combine)
     return Histogram(metric.name, metric.help, metric.labels, registry=None, buckets=metric.buckets)
 
 
@@ -263,7 +272,7 @@ def _mapped_values(directory: str, pid: int) -> Any:
     """
     from prometheus_client import values
 
-    for kind in ("counter", "gauge_min", "histogram"):
+    for kind in ("counter", "gauge_min", "gauge_sum", "histogram"):
         path = os.path.join(directory, f"{kind}_{_name(pid)}.db")
         try:
             with open(path, "ab") as file:

@@ -88,11 +88,22 @@ class EncoderCache(BaseModel):
     capacity_rows: int
 
 
+class FeatureCache(BaseModel):
+    """Unpruned images in one engine's host memory, on its first rank; each can be pruned anew without encoding."""
+
+    images: int
+    bytes: int
+    capacity_bytes: int
+
+
 class CachesReply(BaseModel):
     """What the image caches hold right now."""
 
     processor: ProcessorCache | None = Field(description="Null if the cache is off or in shared memory.")
     encoder: list[EncoderCache] = Field(description="One entry per engine.")
+    features: list[FeatureCache] | None = Field(
+        description="One entry per engine; null without --visual-token-feature-cache-gb."
+    )
 
 
 class Method(BaseModel):

@@ -62,7 +62,12 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    directory = tmp_path_factory.mktemp("watched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROMPRUNE_FEATURE_CACHE_GB", "0.1")  # for its panels
+        yield from _watch(tmp_path_factory.mktemp("watched"))
+
+
+def _watch(directory: Path) -> Iterator[Watched]:
     tool("prometheus")  # before the server is started in vain
     with (
         run._demo_server(Console(stderr=True), 0, TRAFFIC) as server,

@@ -49,7 +49,13 @@ def sent_by(
     return [load_file(file)["ec_cache"] for file in store.rglob("*.safetensors")], told
 
 
-def test_pruned_rows_cross_from_the_encoder_to_the_language_model(demo_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cache_gb", "encoded"), [("0", 3), ("0.1", 2)])
+def test_pruned_rows_cross_from_the_encoder_to_the_language_model(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_gb: str, encoded: int
+) -> None:
+    """With the feature cache, the engine that encodes does so once for both budgets of the coffee."""
+    monkeypatch.setenv("PROMPRUNE_FEATURE_CACHE_GB", cache_gb)
+
     def make(**options: Any) -> Engine:
         return Engine(demo_model, **options)
 
@@ -59,12 +65,16 @@ def test_pruned_rows_cross_from_the_encoder_to_the_language_model(demo_model: Pa
     alone = make()
     expected, width = answers(alone, prompts(alone)), alone.llm.model_config.get_inputs_embeds_size()
     alone.close()
-    sent, told = sent_by(make(ec_transfer_config=transfer("ec_producer", tmp_path)), tmp_path, prompts)
+    encoder = make(ec_transfer_config=transfer("ec_producer", tmp_path))
+    calls: list[torch.Tensor] = []
+    encoder.model.vision_tower.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    sent, told = sent_by(encoder, tmp_path, prompts)
+    assert len(calls) == encoded
+    calls.clear()
     assert sorted(len(rows) for rows in sent) == [16, 64, VISUAL_TOKENS]
     assert {rows.shape[1] for rows in sent} == {width} == {told}
 
     language = make(ec_transfer_config=transfer("ec_consumer", tmp_path))
-    calls: list[torch.Tensor] = []
     language.model.vision_tower.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
     assert answers(language, prompts(language)) == expected
     assert not calls

@@ -16,6 +16,7 @@ from promprune_vllm.demo.qwen_processing import VIDEO_ID
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from tests.engine.family_engine import FamilyEngine, picture
+from tests.engine.storing import storing
 
 pytestmark = pytest.mark.engine
 # Family, and how many of the two modules with hooks vLLM would compile.
@@ -80,6 +81,20 @@ def test_the_encoders_graphs_encode_whole_images_and_leave_out_pruned_ones(
         assert output.outputs[0].token_ids == expected
         used.append(graphs.graph_misses)
     assert used == [1, 1], "the first image, and not the pruned one"
+
+
+def test_with_the_feature_cache_whole_images_leave_the_encoders_graphs_too(
+    half: FamilyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = half.ask("square")
+    half.forget()
+    (before,) = half.generate([ask])
+    graphs = half.give_encoder_graphs(monkeypatch)
+    with storing(half) as store:
+        (output,) = half.generate([ask])
+        assert len(store) == 1
+    assert output.outputs[0].token_ids == before.outputs[0].token_ids
+    assert graphs.graph_misses == 0
 
 
 def _video(frames: int = 4) -> tuple[np.ndarray, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import Engine
+from tests.engine.storing import evict, storing
 
 pytestmark = pytest.mark.engine
 CHUNK = 256
@@ -62,6 +63,22 @@ def test_an_image_that_the_prefix_cache_covered_is_encoded_after_all(engine: Eng
     with engine.watched() as seen:
         assert answer(engine, prompt, {0: lose_it}) == expected
     assert seen.images_per_tower_call == [1]  # not at first: all of its tokens came from the prefix cache
+
+
+def test_rows_that_are_lost_come_from_the_feature_cache(engine: Engine) -> None:
+    prompt = engine.prompt(("rocket", 500))
+    engine.forget()
+    expected = answer(engine, prompt)
+    encoded = []
+
+    def lose_them() -> None:
+        encoded.extend(seen.images_per_tower_call)
+        preempt(engine)
+        evict(engine)
+
+    with storing(engine), engine.watched() as seen:
+        assert answer(engine, prompt, {0: lose_them}) == expected
+    assert encoded == seen.images_per_tower_call == [1]
 
 
 @pytest.mark.parametrize("budget", [500, None])

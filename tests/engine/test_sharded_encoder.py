@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from promprune_vllm.demo.families import build_family_model
+from promprune_vllm.engine.keys import CACHE_SIZE_METHOD
 from tests.engine.family_engine import FamilyEngine
 from tests.engine.family_facts import engine_options
 from tests.engine.test_families import difference
+from tests.unit.test_metrics import samples
 
 pytestmark = [pytest.mark.engine, pytest.mark.release]
 # They look at saliency, at the tower's features, at its keys, and at its output alone.
@@ -21,11 +24,14 @@ ROUNDING = 1e-4  # two ranks add up in another order
 # Towers of patches, and one of tiles, of which a rank has fewer than the other, or none; at last one whose ranks
 # encode every image and share the heads.
 SHARED = [("qwen2_5_vl", "data"), ("internvl_chat", "data"), ("internvl_chat", "weights")]
+ENCODED, FOUND = 3, 5
+"""With the feature cache, images of the requests below that are encoded and that are found."""
 
 
+@pytest.mark.parametrize("cache_gb", ["0", "0.1"])
 @pytest.mark.parametrize(("family", "mode"), SHARED)
 def test_ranks_that_share_the_work_answer_as_one(
-    family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, mode: str, cache_gb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_family_model(family, tmp_path / family)
     monkeypatch.setenv("PROMPRUNE_ALLOW_METHODS", ",".join(METHODS))
@@ -38,12 +44,27 @@ def test_ranks_that_share_the_work_answer_as_one(
     alone.close()
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("PROMPRUNE_FEATURE_CACHE_GB", cache_gb)
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(metrics))
+    monkeypatch.setenv("PROMPRUNE_METRICS_OWNER", str(os.getpid()))
     sharded = TwoRanks(family, model, mode)
     try:
         for one, two in zip(expected, answers(sharded, asks), strict=True):
             assert one.prompt_token_ids == two.prompt_token_ids
             assert one.outputs[0].token_ids == two.outputs[0].token_ids
             assert difference(one, two) < ROUNDING
+        one_rank, other_rank = (stored for *_, stored in sharded.llm.collective_rpc(CACHE_SIZE_METHOD))
+        assert one_rank == other_rank
+        if cache_gb == "0":
+            assert one_rank is None
+        else:
+            assert one_rank[0] == ENCODED
+            shown = samples(metrics)
+            assert shown["promprune_feature_store_images_total", "miss"] == ENCODED
+            assert shown["promprune_feature_store_images_total", "hit"] == FOUND
+            assert shown["promprune_feature_store_bytes",] == one_rank[1]
     finally:
         sharded.close()
 

@@ -156,3 +156,19 @@ def test_features_outside_the_limits_are_refused(monkeypatch: pytest.MonkeyPatch
     assert _checked_plan(whole, 16, Settings(), 300).kept == 16
     with pytest.raises(BudgetError, match="7 of 16 tokens are outside this server's limits"):
         _checked_plan(pruned, 7, Settings(), 300)
+
+
+def test_features_with_an_identity_that_is_none_are_refused() -> None:
+    """In the worker it would end the engine."""
+    import torch
+
+    from promprune_vllm.config import Settings
+    from promprune_vllm.engine.api_server.rendered_features import _checked_plan
+    from promprune_vllm.engine.keys import COUNTS, IDENTITY
+
+    counts = SimpleNamespace(data=torch.tensor([16, 16, 0]))
+    right = torch.arange(16, dtype=torch.uint8)
+    assert _checked_plan({COUNTS: counts, IDENTITY: SimpleNamespace(data=right)}, 16, Settings(), 300).kept == 16
+    for wrong in (right[:15], right.long(), right[None], [*range(16)]):
+        with pytest.raises(BudgetError, match="visual_token_identity has a wrong shape or type"):
+            _checked_plan({COUNTS: counts, IDENTITY: SimpleNamespace(data=wrong)}, 16, Settings(), 300)

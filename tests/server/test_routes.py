@@ -109,6 +109,7 @@ def test_the_caches_say_what_they_hold(server: Server) -> None:
     processor = told["processor"]
     assert processor["images"] >= 1
     assert 0 < processor["bytes"] <= processor["capacity_bytes"]
+    assert told["features"] is None
 
 
 SIZE = {"width": 640, "height": 480}

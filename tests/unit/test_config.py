@@ -23,6 +23,13 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         settings.method = "uniform"
 
 
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "1 GB"])
+def test_a_size_of_the_feature_cache_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PROMPRUNE_FEATURE_CACHE_GB", value)
+    with pytest.raises(SettingsError, match="feature_cache_gb"):
+        Settings.from_environment()
+
+
 @pytest.mark.parametrize(
     ("method", "options", "complaint"),
     [

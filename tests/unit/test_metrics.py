@@ -112,6 +112,28 @@ def test_the_other_counts_and_observations(tmp_path: Path) -> None:
     assert (shown["promprune_part_off", "resending"], shown["promprune_part_off", "usage"]) == (1, 0)
 
 
+STORES = """
+import sys
+from promprune_vllm.metrics.recorder import Recorder
+
+recorder = Recorder(sys.argv[1], "demo")
+recorder.feature_lookups(hits=3, misses=1)
+recorder.feature_store_bytes(500)
+recorder.feature_store_bytes(300)
+"""
+
+
+def test_the_feature_caches_of_several_engines_add_up(tmp_path: Path) -> None:
+    recorder = Recorder(str(tmp_path), "demo")
+    recorder.feature_lookups(hits=0, misses=2)
+    recorder.feature_store_bytes(1000)
+    subprocess.run([sys.executable, "-c", STORES, str(tmp_path)], check=True)
+    shown = samples(tmp_path)
+    assert shown["promprune_feature_store_bytes",] == 1300
+    assert shown["promprune_feature_store_images_total", "hit"] == 3
+    assert shown["promprune_feature_store_images_total", "miss"] == 3
+
+
 def test_every_bucket_means_something(tmp_path: Path) -> None:
     """The bounds of a share are inclusive: exactly all, and exactly none, land where they belong."""
     recorder = Recorder(str(tmp_path), "demo")

@@ -46,6 +46,7 @@ from promprune_vllm.server.schemas import (
     CountReply,
     EncoderCache,
     Escalation,
+    FeatureCache,
     ImageCount,
     Limits,
     Method,
@@ -172,14 +173,19 @@ class EngineBackend:
             self._require_pruning("report")
         engines = await self._inspector.cache_sizes()
         capacity = self._inspector.capacity_rows
-        encoder = [EncoderCache(images=images, rows=rows, capacity_rows=capacity) for images, rows in engines]
+        encoder = [EncoderCache(images=images, rows=rows, capacity_rows=capacity) for images, rows, _ in engines]
+        features = [
+            FeatureCache(images=stored[0], bytes=stored[1], capacity_bytes=stored[2])
+            for *_, stored in engines
+            if stored is not None
+        ]
         # A private attribute: the cache's public interface reports hits and misses, not its contents.
         cache = getattr(self._renderer.mm_processor_cache, "_cache", None)
         processor = None
         if cache is not None:
             used, capacity_bytes = int(cache.currsize), int(cache.capacity)
             processor = ProcessorCache(images=len(cache), bytes=used, capacity_bytes=capacity_bytes)
-        return CachesReply(processor=processor, encoder=encoder)
+        return CachesReply(processor=processor, encoder=encoder, features=features or None)
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
         """Return which tokens of an image were kept, and why."""

@@ -75,10 +75,15 @@ class Inspector:
         """How many rows an engine's encoder cache may hold: at least those of the largest image or video."""
         return int(self._client.input_processor.mm_encoder_cache_size)
 
-    async def cache_sizes(self) -> list[tuple[int, int]]:
-        """Return how many images and rows each engine's encoder cache holds, on its first rank."""
+    async def cache_sizes(self) -> list[tuple[int, int, tuple[int, int, int] | None]]:
+        """Return what each engine's caches hold on its first rank.
+
+        Returns:
+            Per engine: images and rows in the encoder cache; and images, bytes and capacity in bytes of the
+            feature cache, or ``None`` if it is off.
+        """
         engines = await self._call_workers(CACHE_SIZE_METHOD)
-        return [(images, rows) for (images, rows), *_ in engines]
+        return [(images, rows, stored and tuple(stored)) for (images, rows, stored), *_ in engines]
 
     async def _call_workers(self, method: str, *arguments: object) -> Any:
         """Call a method of every worker; return a list of engines, each a list with one result per rank."""

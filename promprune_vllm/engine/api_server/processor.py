@@ -17,8 +17,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
-from promprune_vllm.core.budget import FIELD, Budget, BudgetRequest
-from promprune_vllm.core.escalation import EscalationRequest
+from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.core.features import OF_TOWER, Need
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.api_server import placeholders
@@ -29,16 +28,17 @@ from promprune_vllm.engine.api_server.pruning_plan import (
     MAX_TEXT_TOKENS,
     ImagePlan,
     Plan,
-    Retry,
     Summary,
+    identity,
     split_plan,
 )
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.compat import older_minors, parts, seams
+from promprune_vllm.engine.api_server.retry_plan import plan_retry
+from promprune_vllm.engine.compat import feature_cache, older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ProcessorBase
-from promprune_vllm.engine.keys import COUNTS, PLAN, PROFILE, SUMMARY, TEXT_TOKENS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, PLAN, PROFILE, SUMMARY, TEXT_TOKENS
 from promprune_vllm.errors import BudgetError
 
 _PROFILING = object()
@@ -85,6 +85,8 @@ class PrunedProcessorMixin(ProcessorBase):
             plans = self._plan(inputs, images, PruningRequest() if profiling else request, kwargs, prunes=prunes)
             named_uuids = images.named_uuids if isinstance(images, PromptImages) else {}
             plan = Plan(plans, cached=(False,) * len(plans), named_uuids=named_uuids)
+            if feature_cache.capacity_bytes(self._settings) and prunes and isinstance(images, PromptImages):
+                self._identify(plan, replace(inputs, hf_processor_mm_kwargs=kwargs))
             inputs_with_plan = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
             result = super().apply(inputs_with_plan, timing_ctx)
             if isinstance(images, PromptImages):
@@ -95,25 +97,14 @@ class PrunedProcessorMixin(ProcessorBase):
             if plans:
                 method = self._methods.selectors[self._methods.index(request.method)].name
                 form = request.budget.form if request.sent else None
-                retry = self._retry(request, plans)
+                retry = plan_retry(self._settings, request, plans)
                 result[SUMMARY] = Summary(plans, plan.cached, method, form, self.modality, retry)
         return result
 
-    def _retry(self, request: PruningRequest, plans: Sequence[ImagePlan]) -> Retry | None:
-        """Return the second try of a prompt, ``None`` if there is none: it would keep no more tokens."""
-        default = self._settings.escalation()
-        wish = request.escalate or EscalationRequest(wanted=self._settings.escalate is not None)
-        escalation = wish.over(default)
-        if escalation is None:
-            return None
-        policy = replace(self._policy, out_of_range="clamp")
-        kept = [max(plan.kept, policy.resolve(escalation.to, plan.total)) for plan in plans]
-        more = sum(kept) - sum(plan.kept for plan in plans)
-        if more == 0:
-            return None
-        budget = BudgetRequest(each=tuple(Budget(tokens=tokens) for tokens in kept))
-        again = replace(request, budget=budget, sent=True, escalate=EscalationRequest(wanted=False))
-        return Retry(escalation, again, more, sent=request.asks_again)
+    def _identify(self, plan: Plan, inputs: Any) -> None:
+        """Fill in the images' identities: without the processor cache, vLLM hashes images only at the end."""
+        plan.hashes = super()._get_mm_hashes(inputs)
+        plan.identities = [identity(key) for key in plan.hashes[self.modality]]
 
     @staticmethod
     def _correct_counts(items: Sequence[Any], plans: Sequence[ImagePlan]) -> None:
@@ -236,7 +227,7 @@ class PrunedProcessorMixin(ProcessorBase):
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         plan, kwargs = split_plan(inputs.hf_processor_mm_kwargs)
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
+        hashes = dict(plan.hashes) or super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
         if self.modality in hashes:
             pairs = zip(hashes[self.modality], plan.images, strict=True)
             keys = hashes[self.modality] = [self._cache_key(key, image) for key, image in pairs]
@@ -261,8 +252,9 @@ class PrunedProcessorMixin(ProcessorBase):
             replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
         )
         plan.cached = tuple(mm_is_cached.get(self.modality, ()))
-        missing = tuple(image for image, hit in zip(plan.images, plan.cached, strict=True) if not hit)
-        return {**rest, PLAN: Plan(missing)}
+        missing = [i for i, hit in enumerate(plan.cached) if not hit]
+        identities = [plan.identities[i] for i in missing] if plan.identities else ()
+        return {**rest, PLAN: Plan(tuple(plan.images[i] for i in missing), identities=identities)}
 
     def _apply_hf_processor_main(self, mm_items: Any, *args: Any, **named: Any) -> Any:
         (hf_kwargs,) = (*args, *named.values())  # vLLM 0.31 renamed this parameter
@@ -272,6 +264,8 @@ class PrunedProcessorMixin(ProcessorBase):
             counts = [[image.total, image.kept, image.method] for image in plan.images]
             output[COUNTS] = torch.tensor(counts)  # (images, 3)
             output[TEXT_TOKENS] = [torch.tensor(image.text, dtype=torch.int64) for image in plan.images]
+        if plan.identities:
+            output[IDENTITY] = torch.tensor([list(each) for each in plan.identities], dtype=torch.uint8)
         return output
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
@@ -279,6 +273,8 @@ class PrunedProcessorMixin(ProcessorBase):
         fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
         fields[COUNTS] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
         fields[TEXT_TOKENS] = MultiModalFieldConfig.batched(self.modality)
+        if feature_cache.capacity_bytes(self._settings):
+            fields[IDENTITY] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(

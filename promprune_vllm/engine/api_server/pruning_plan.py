@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,15 @@ class Plan:
         images: One plan per image, in order of appearance.
         cached: Which images vLLM's processor cache already had; filled in during the call.
         named_uuids: Index -> uuid of each named image that is remembered, see ``named_images``.
+        hashes: vLLM's own cache keys by modality, before ours; empty unless the feature cache is on.
+        identities: ``IDENTITY`` of each image; none unless the feature cache is on.
     """
 
     images: tuple[ImagePlan, ...] = ()
     cached: tuple[bool, ...] = ()
     named_uuids: Mapping[int, object] = field(default_factory=dict)
+    hashes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    identities: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,12 @@ def split_plan(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:
     rest = dict(kwargs)
     plan: Any = rest.pop(PLAN, None)
     return plan or Plan(), rest
+
+
+def identity(key: str) -> bytes:
+    """Return an image's ``IDENTITY``, from vLLM's own cache key of the unpruned image."""
+    # A client's uuid may contain characters that UTF-8 cannot encode.
+    return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def record_prompt_images(prompt: Any) -> None:

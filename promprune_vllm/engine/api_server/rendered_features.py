@@ -16,7 +16,7 @@ from promprune_vllm.config import Settings
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.keys import COUNTS, SUMMARY, TEXT_TOKENS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.usage import current_usage
@@ -116,6 +116,8 @@ def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int) -
     )
     if not _is_ids(counts) or counts.shape != (3,) or not _is_ids(text) or text.ndim != 1:
         raise _features_error(f"{COUNTS} or {TEXT_TOKENS} has a wrong shape or type")
+    if IDENTITY in item and not _is_identity(item[IDENTITY].data):
+        raise _features_error(f"{IDENTITY} has a wrong shape or type")
     total, kept, method = counts.tolist()
     if not 1 <= kept <= total or kept != length:
         raise _features_error(f"they keep {kept} of {total} tokens, but the placeholder has {length}")
@@ -132,6 +134,10 @@ def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int) -
 
 def _is_ids(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.int64
+
+
+def _is_identity(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.shape == (16,)
 
 
 def _features_error(why: str) -> BudgetError:

@@ -25,7 +25,7 @@ from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, admitted_request
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, from_request
-from promprune_vllm.engine.compat import older_minors
+from promprune_vllm.engine.compat import feature_cache, older_minors
 from promprune_vllm.engine.keys import OPTION_PREFIXES, REQUEST
 from promprune_vllm.errors import SettingsError
 
@@ -165,6 +165,8 @@ def prepare_renderer(original: Any) -> Any:
         _refuse_engine_options(self.model_config)
         _require_escalation(self.model_config)
         reason = unsupported_reason(self)
+        if reason is None:
+            feature_cache.require_hashes(self.config, Settings.from_environment())
         for processor in older_minors.processors(self) if reason else ():
             processor.unsupported_reason = reason
 

@@ -145,6 +145,13 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         wrap(f"{_ENCODER}.prepare_mm_inputs", "scheduled_encoder_inputs", body=True),
     ),
     *of(
+        parts.FEATURE_CACHE,
+        wrap(f"{_V1}.reset_encoder_cache"),
+        call(f"{_V1}.get_model"),
+        wrap(f"{_V2}.model_runner:GPUModelRunner.reset_encoder_cache"),
+        call(f"{_V2}.model_runner:GPUModelRunner.get_model"),
+    ),
+    *of(
         parts.HARMONY,
         wrap(f"{_ONLINE}.adjust_harmony_request", "request", since="0.31"),
         wrap(f"{_ONLINE}._make_request_with_harmony", "request", before="0.31"),
@@ -239,6 +246,7 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         ),
         call(f"{_CLIENT}.call_utility_all_async", "method", since="0.32"),
         call(f"{_CLIENT}._call_utility_async", "method", "engine", before="0.32"),
+        call("vllm.v1.worker.gpu_worker:Worker.get_model"),
         add(f"{_WORKER}.{CACHE_SIZE_METHOD}"),
         add(f"{_WORKER}.{TRACES_METHOD}"),
     ),

@@ -74,6 +74,7 @@ RENDERED = _feature("rendered images", "images that a render server has processe
 LOAD = _feature("load", "budgets do not adapt to load")
 INSPECTOR = _feature("inspector", "the inspector and GET /v1/visual_tokens/caches answer HTTP 501")
 ESCALATION = _feature("escalation", "answers are not asked for again; visual_token_escalate gets HTTP 400")
+FEATURE_CACHE = _feature("feature cache", "there is no feature cache: images are encoded for each budget")
 HARMONY = _feature("gpt-oss", "a budget sent to a gpt-oss model is ignored instead of refused")
 CLIENT_ERRORS = _feature("image errors", "an image that vLLM refuses to load gets HTTP 500 instead of 400")
 PREEMPTION = _feature("preemption", "a preempted request with a cached image ends the engine, as in vLLM alone")

@@ -77,6 +77,12 @@ GRAPHS = Reason(
     "A captured graph of the encoder bypasses the model's `embed_multimodal`.",
     "a model that can say, batch by batch, whether its graphs apply",
 )
+FORGET = Reason(
+    parts.FEATURE_CACHE,
+    "the feature cache is emptied with the encoder cache",
+    "vLLM resets its encoder cache when weights change or an operator asks, and tells nobody.",
+    "a hook of the model that is called when the encoder cache is reset",
+)
 LOOKAHEAD = Reason(
     parts.MROPE,
     "positions of a draft in Model Runner V1",

@@ -111,6 +111,9 @@ class UpstreamModel:
     def embed_multimodal(self, **inputs: Any) -> Any:
         """Encode a batch of images."""
 
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the weights."""
+
     def get_language_model(self) -> Any:
         """Return the language model."""
 

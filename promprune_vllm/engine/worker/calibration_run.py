@@ -137,6 +137,7 @@ def load_model(model: str, arguments: Sequence[str]) -> Iterator[Any]:
 
     from promprune_vllm.engine import plugin
 
+    os.environ[f"{PREFIX}FEATURE_CACHE_GB"] = "0"  # each image is encoded once, and vLLM's caches are off
     plugin.install()  # even if VLLM_PLUGINS or PROMPRUNE_ENABLED excludes it
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="promprune calibrate"))
     parser.set_defaults(**_DEFAULTS)

@@ -28,6 +28,12 @@ class Model(Protocol):
     def zeros(self, rows: int) -> Tensor:
         """Return ``(rows, W)`` zeros."""
 
+    def remember(self, image: EncodedImage, job: PruneJob) -> None:
+        """Store an image whose rows are ready, if images are stored."""
+
+    def forget(self, job: PruneJob) -> None:
+        """Remove an image that failed from those stored."""
+
     def batch_done(self, jobs: Sequence[PruneJob]) -> None:
         """Update the metrics after one call of the encoder."""
 
@@ -55,12 +61,20 @@ def _embed(
     """Return the embeddings of some images, ``None`` for those that failed."""
     images = guard.run_together(model.encode, inputs, items, jobs)
     if images is None:
+        for job in jobs:
+            model.forget(job)
         return [None for _ in jobs]
     selected = guard.agree([guard.run_alone(model.select, *pair) for pair in zip(images, jobs, strict=True)])
-    return [
+    embeddings = [
         None if assemble is None else guard.run_together(_assemble_checked, assemble, job.kept)
         for assemble, job in zip(selected, jobs, strict=True)
     ]
+    for image, job, rows in zip(images, jobs, embeddings, strict=True):
+        if rows is None:
+            model.forget(job)
+        else:
+            model.remember(image, job)
+    return embeddings
 
 
 def _assemble_checked(assemble: Callable[[], Tensor], kept: int) -> Tensor:
@@ -68,6 +82,25 @@ def _assemble_checked(assemble: Callable[[], Tensor], kept: int) -> Tensor:
     if rows.ndim != 2 or rows.shape[0] != kept:
         raise RuntimeError(f"got rows of shape {tuple(rows.shape)} for a placeholder of {kept} tokens")
     return rows
+
+
+def sources(jobs: Sequence[PruneJob], found: Sequence[EncodedImage | None]) -> list[int]:
+    """Return for each job the index of the image that it uses, which is missing unless it was found.
+
+    It is the job's own, or of several jobs for an image that is missing, the first one's.
+    """
+    first: dict[object, int] = {}
+    own = range(len(jobs))
+    return [i if found[i] is not None or jobs[i].key is None else first.setdefault(jobs[i].key, i) for i in own]
+
+
+def runs(indices: Sequence[int]) -> Iterator[slice]:
+    """Return the runs of consecutive numbers among ascending indices."""
+    start = 0
+    for i, index in enumerate(indices, 1):
+        if i == len(indices) or indices[i] != index + 1:
+            yield slice(indices[start], index + 1)
+            start = i
 
 
 def micro_batches(totals: Sequence[int], limit: int) -> Iterator[slice]:

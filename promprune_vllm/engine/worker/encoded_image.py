@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from promprune_vllm.core.features import VisionFeatures
+from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import Selector
 
 
@@ -21,12 +21,19 @@ class PruneJob:
         kept: Tokens after pruning.
         method: Selects the kept tokens.
         text: ``(M,)`` int64, tokens of the user's text, if the method uses it.
+        key: The image's key in the feature store; ``None`` if it is not to be stored.
     """
 
     total: int
     kept: int
     method: Selector
     text: Tensor | None = None
+    key: tuple[bytes, int] | None = None
+
+    @property
+    def needs(self) -> Need:
+        """Features of the image that the selection uses."""
+        return Need.PROJECTED if self.kept == self.total else self.method.needs & ~Need.TEXT
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The encoder's CUDA graphs and compilation, where the user has turned them on.
 
 A captured graph replays the vision tower without the model's ``embed_multimodal``: nothing would be pruned, and no
-saliency captured. Images that keep all their tokens use the graphs, and a batch with a pruned image does not.
+saliency captured. Images that keep all their tokens use the graphs, and a batch with a pruned image does not. With
+the feature cache, none does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from promprune_vllm.engine.keys import COUNTS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY
 
 logger = logging.getLogger("vllm.promprune")
 
@@ -21,7 +22,8 @@ def leave_out_pruned(original: Any) -> Any:
     def execute(self: Any, mm_kwargs: dict[str, Any]) -> Any:
         # vLLM keeps the counts on the CPU, so that reading them waits for nothing.
         counts = mm_kwargs.get(COUNTS)
-        if counts is not None and any(kept < total for total, kept, _ in counts.tolist()):
+        pruned = counts is not None and any(kept < total for total, kept, _ in counts.tolist())
+        if pruned or IDENTITY in mm_kwargs:  # the feature cache needs what is captured
             return None
         embeddings = original(self, mm_kwargs)
         # A process may also run another engine, whose model is vLLM's own.

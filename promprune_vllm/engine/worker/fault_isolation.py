@@ -44,11 +44,14 @@ class Step:
 
     def agree(self, results: Sequence[_T | None]) -> list[_T | None]:
         """Return the results, with ``None`` for each that failed on any rank."""
-        if self.single_rank:
-            return list(results)
-        failed = torch.tensor([result is None for result in results], dtype=torch.int32, device="cpu")
-        torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
-        return [None if bad else result for bad, result in zip(failed.tolist(), results, strict=True)]
+        return list(results) if self.single_rank else agree(results)
+
+
+def agree(results: Sequence[_T | None]) -> list[_T | None]:
+    """Return the results, with ``None`` for each that is ``None`` on any rank. Every rank must call this."""
+    missing = torch.tensor([result is None for result in results], dtype=torch.int32, device="cpu")
+    torch.distributed.all_reduce(missing, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
+    return [None if bad else result for bad, result in zip(missing.tolist(), results, strict=True)]
 
 
 _step: ContextVar[Step | None] = ContextVar("promprune_step", default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from promprune_vllm.config import Settings
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine import families, patches
-from promprune_vllm.engine.compat import parts, seams
+from promprune_vllm.engine.compat import feature_cache, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelBase
-from promprune_vllm.engine.keys import COUNTS, TEXT_TOKENS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, TEXT_TOKENS
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
-from promprune_vllm.engine.worker.encode import embed_images
+from promprune_vllm.engine.worker.encode import embed_images, runs, sources
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 from promprune_vllm.engine.worker.encoder_graphs import log_cost
+from promprune_vllm.engine.worker.feature_store import FeatureStore
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from promprune_vllm.engine.worker.selection_metrics import SelectionMetrics
 from promprune_vllm.engine.worker.selection_trace import Trace
@@ -48,6 +50,10 @@ class PrunedModelMixin(ModelBase):
         self._encoder_tokens = int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
         model, device = vllm_config.model_config, vllm_config.device_config.device
         self._metrics = SelectionMetrics(device, recorder(model.served_model_name)) if _is_first_rank() else None
+        capacity = feature_cache.capacity_bytes(self._settings)
+        self._store = FeatureStore(capacity) if capacity else None
+        self._several_ranks = vllm_config.parallel_config.tensor_parallel_size > 1
+        self._tokens_found = 0
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
         patches.install(Stage.WORKER)
         patches.install(Stage.WORKER_V2 if vllm_config.use_v2_model_runner else Stage.WORKER_V1)
@@ -72,11 +78,15 @@ class PrunedModelMixin(ModelBase):
 
         Args:
             inputs: vLLM's inputs, plus from our processor ``(B, 3)`` counts (total tokens, kept tokens, index of
-                the method) and the text. Without counts, or if no image is pruned, vLLM's own method is used.
+                the method), the text, and with the feature cache the identities. Without counts, or if no image
+                is pruned or stored, vLLM's own method is used.
         """
-        counts, texts = inputs.pop(COUNTS, None), inputs.pop(TEXT_TOKENS, None)
+        counts, texts, identities = (inputs.pop(name, None) for name in (COUNTS, TEXT_TOKENS, IDENTITY))
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
-        if all(job.total == job.kept for job in jobs):
+        if self._store is not None and identities is not None:
+            keys = [bytes(each) for each in identities.tolist()]
+            jobs = [replace(job, key=(key, job.total)) for job, key in zip(jobs, keys, strict=True)]
+        if all(job.total == job.kept and job.key is None for job in jobs):
             embeddings = self.embed_unpruned(**inputs)
             self.batch_done(jobs)
         else:
@@ -86,7 +96,8 @@ class PrunedModelMixin(ModelBase):
     def batch_done(self, jobs: Sequence[PruneJob]) -> None:
         """Update the metrics after one call of the encoder, except in the profiling run."""
         if self._metrics is not None and jobs and fault_isolation.in_step():
-            self._metrics.flush(sum(job.total for job in jobs))
+            self._metrics.flush(sum(job.total for job in jobs) - self._tokens_found)
+        self._tokens_found = 0
 
     def _job(self, counts: list[int], texts: Sequence[Tensor] | None, image: int) -> PruneJob:
         total, kept, method = counts
@@ -95,14 +106,74 @@ class PrunedModelMixin(ModelBase):
         return PruneJob(total, kept, selector, texts[image] if wants_text and texts is not None else None)
 
     def encode(self, inputs: dict[str, Any], items: slice, jobs: Sequence[PruneJob]) -> list[EncodedImage]:
-        """Encode some of the images and capture the features that their methods use."""
-        needs = Need.PROJECTED
-        for job in jobs:
-            needs |= job.method.needs
+        """Encode some of the images and capture what their methods use, or get them from the store."""
+        found = self._find(jobs)
+        images = {i: image for i, image in enumerate(found) if image is not None}
+        used = sources(jobs, found)
+        missing = sorted({*used} - images.keys())
+        for run in runs(missing):
+            part = slice(items.start + run.start, items.start + run.stop)
+            captured = self.capture(inputs, part, self._captured(jobs))
+            images.update(zip(range(run.start, run.stop), captured, strict=True))
+        self._count_found(jobs, missing)
         return [
             image if job.text is None else image.with_text(self.get_language_model().embed_input_ids(job.text))
-            for image, job in zip(self.capture(inputs, items, needs), jobs, strict=True)
+            for image, job in zip((images[i] for i in used), jobs, strict=True)
         ]
+
+    def _find(self, jobs: Sequence[PruneJob]) -> list[EncodedImage | None]:
+        """Return the images that the stores of all ranks have: where one rank encodes, all do."""
+        store = self._store
+        if store is None or all(job.key is None for job in jobs):
+            return [None for _ in jobs]
+        found = [None if job.key is None else store.get(job.key, job.needs) for job in jobs]
+        return fault_isolation.agree(found) if self._several_ranks else found
+
+    def _captured(self, jobs: Sequence[PruneJob]) -> Need:
+        """Return what to capture: for images to store, what any allowed method may need of them later."""
+        stores = any(job.key is not None for job in jobs)
+        needs = Need.PROJECTED
+        for method in self._methods if stores else [job.method for job in jobs]:
+            needs |= method.needs
+        return needs
+
+    def _count_found(self, jobs: Sequence[PruneJob], missing: Sequence[int]) -> None:
+        if self._metrics is not None and any(job.key is not None for job in jobs):
+            self._metrics.count_lookups(len(jobs) - len(missing), len(missing))
+        self._tokens_found += sum(job.total for i, job in enumerate(jobs) if i not in missing)
+
+    def remember(self, image: EncodedImage, job: PruneJob) -> None:
+        """Store an image whose rows are ready, if images are stored."""
+        if self._store is not None and job.key is not None:
+            self._store.put(job.key, image)
+            self._record_store()
+
+    def forget(self, job: PruneJob) -> None:
+        """Remove an image that failed from those stored."""
+        if self._store is not None and job.key is not None:
+            self._store.remove(job.key)
+            self._record_store()
+
+    def forget_images(self) -> None:
+        """Remove all stored images: the encoder's weights may have changed."""
+        if self._store is not None:
+            self._store.clear()
+            self._record_store()
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights as vLLM does, at the start or later, as reinforcement learning does."""
+        loaded = super().load_weights(*args, **kwargs)
+        self.forget_images()
+        return loaded
+
+    def stored_images(self) -> tuple[int, int, int] | None:
+        """Return the number of stored images, their bytes and the capacity; ``None`` without a feature cache."""
+        store = self._store
+        return None if store is None else (len(store), store.bytes, store.capacity_bytes)
+
+    def _record_store(self) -> None:
+        if self._metrics is not None and self._store is not None:
+            self._metrics.record_stored_bytes(self._store.bytes)
 
     def mark_kept(self, rows: Tensor, image: EncodedImage, positions: Tensor) -> Tensor:  # noqa: ARG002
         """Mark the kept rows of one image with their positions, where these do not follow from the order of rows.
@@ -128,7 +199,8 @@ class PrunedModelMixin(ModelBase):
                 f"the encoder returned {len(image.rows)} tokens, but the processor counted {job.total}"
             )
         if job.kept == job.total:
-            return lambda: image.rows
+            # A copy, where the encoder's other rows, which are stored, would stay in memory with them.
+            return image.rows.clone if job.key is not None else lambda: image.rows
         method = job.method.name
         with self._measure_time(method, "choose") as selection_marks:
             selected = select_tokens(image, job.kept, job.method)

@@ -59,13 +59,22 @@ class SelectionMetrics:
                 share = report["saliency_tokens"] / len(selection.indices)
                 self._reports.append((method, "saliency_share", share))
 
+    def count_lookups(self, hits: int, misses: int) -> None:
+        """Count images that were and were not in the feature cache."""
+        self._recorder.feature_lookups(hits, misses)
+
+    def record_stored_bytes(self, stored_bytes: int) -> None:
+        """Record the size of the feature cache's images."""
+        self._recorder.feature_store_bytes(stored_bytes)
+
     def flush(self, tokens: int) -> None:
         """Write everything that the device has finished to the metrics.
 
         Args:
-            tokens: Unpruned tokens of the encoder call that has just ended.
+            tokens: Unpruned tokens of the encoder call that has just ended; 0 if there was none.
         """
-        self._recorder.encoder_batch(tokens)
+        if tokens:
+            self._recorder.encoder_batch(tokens)
         if self._reports:
             values = torch.stack([value.double() for _, _, value in self._reports])  # (selections,)
             names = [(method, kind) for method, kind, _ in self._reports]

@@ -114,10 +114,11 @@ def _selection_traces(worker: Any, identifiers: Sequence[str]) -> list[dict[str,
     return [_trace_of(rows.get(identifier)) for identifier in identifiers]
 
 
-def _encoder_cache_size(worker: Any) -> tuple[int, int]:
-    """Return how many images the encoder cache holds, and how many rows they have in total."""
+def _encoder_cache_size(worker: Any) -> tuple[int, int, tuple[int, int, int] | None]:
+    """Return the encoder cache's images and their rows in total, and the feature cache's ``stored_images``."""
     rows = cached_rows(worker.model_runner)
-    return len(rows), sum(len(each) for each in rows.values())
+    stored = worker.get_model().stored_images()
+    return len(rows), sum(len(each) for each in rows.values()), stored
 
 
 def _trace_of(rows: Tensor | None) -> dict[str, Any] | None:

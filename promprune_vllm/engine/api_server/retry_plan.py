@@ -1,0 +1,34 @@
+"""What a prompt asks for in its second try, if its answer may be asked for again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import Budget, BudgetRequest
+from promprune_vllm.core.escalation import EscalationRequest
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Retry
+from promprune_vllm.engine.api_server.pruning_request import PruningRequest
+
+
+def plan_retry(settings: Settings, request: PruningRequest, plans: Sequence[ImagePlan]) -> Retry | None:
+    """Return the second try of a prompt, ``None`` if there is none: not wanted, or it would keep no more tokens.
+
+    Args:
+        settings: The server's; its limits clamp the second budget.
+        request: What the request asks for.
+        plans: Those of its images.
+    """
+    wish = request.escalate or EscalationRequest(wanted=settings.escalate is not None)
+    escalation = wish.over(settings.escalation())
+    if escalation is None:
+        return None
+    policy = replace(settings.policy(), out_of_range="clamp")
+    kept = [max(plan.kept, policy.resolve(escalation.to, plan.total)) for plan in plans]
+    more = sum(kept) - sum(plan.kept for plan in plans)
+    if more == 0:
+        return None
+    budget = BudgetRequest(each=tuple(Budget(tokens=tokens) for tokens in kept))
+    again = replace(request, budget=budget, sent=True, escalate=EscalationRequest(wanted=False))
+    return Retry(escalation, again, more, sent=request.asks_again)
