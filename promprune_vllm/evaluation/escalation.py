@@ -16,7 +16,7 @@ import numpy as np
 
 from promprune_vllm.evaluation.records import Answer
 from promprune_vllm.evaluation.statistics import Estimate, Sums
-from promprune_vllm.evaluation.tasks import WEIGHTS
+from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -84,7 +84,7 @@ def curve(first: Sequence[Answer], full: Sequence[Answer]) -> Curve | None:
         return None
     points = tuple(tries.point(threshold) for threshold in _thresholds(tries))
     best = recommend(points)
-    tasks = {} if best is None else {task: each.point(best.threshold) for task, each in tries.by_task().items()}
+    tasks = {} if best is None else tries.by_task(best.threshold)
     return Curve(first[0].method, first[0].budget, points, best, tasks)
 
 
@@ -113,11 +113,12 @@ class _Tries:
         self.first.append(first)
         self.second.append(second)
 
-    def by_task(self) -> dict[str, _Tries]:
-        tries_by_task: dict[str, _Tries] = {}
+    def by_task(self, threshold: float) -> dict[str, Point]:
+        tries_by_task: defaultdict[str, _Tries] = defaultdict(_Tries)
         for confidence, first, second in zip(self.confidences, self.first, self.second, strict=True):
-            tries_by_task.setdefault(first.task, _Tries()).add(confidence, first, second)
-        return tries_by_task
+            tries_by_task[first.task].add(confidence, first, second)
+        names = (task.name for task in TASKS if task.name in tries_by_task)
+        return {name: tries_by_task[name].point(threshold) for name in names}
 
     def point(self, threshold: float) -> Point:
         again = [confidence < threshold for confidence in self.confidences]
