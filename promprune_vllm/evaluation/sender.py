@@ -19,14 +19,13 @@ from typing import Any
 import httpx
 
 from promprune_vllm.core.budget import FIELD, FULL, METHOD_FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD, WINDOW
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, is_right
 from promprune_vllm.evaluation.target import Target, tls_context
 from promprune_vllm.evaluation.tasks import SPLIT, Draw, Item, Picture, scenes
 
 ANSWER_TOKENS = 16
-CONFIDENCE_TOKENS = 16
-"""The first tokens of an answer, by which a server decides whether to ask again."""
 _TIMEOUT_SECONDS = 600
 _PICTURES_HELD = 8
 _IDLE_SECONDS = 2
@@ -49,8 +48,9 @@ class Way:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The request fields for it."""
-        return {FIELD: self.budget} | ({} if self.method == FULL_METHOD else {METHOD_FIELD: self.method})
+        """The request fields for it. Only first answers are asked for, whatever the server's default is."""
+        once = {FIELD: self.budget, ESCALATE_FIELD: False}
+        return once if self.method == FULL_METHOD else {**once, METHOD_FIELD: self.method}
 
     @property
     def budget_text(self) -> str:
@@ -237,7 +237,7 @@ def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
 def _confidence(choice: dict[str, Any]) -> float:
     """Return the smallest probability of a likeliest token among the first tokens of an answer."""
     try:
-        tokens = choice["logprobs"]["content"][:CONFIDENCE_TOKENS]
+        tokens = choice["logprobs"]["content"][:WINDOW]
         return min(math.exp(max(each["logprob"] for each in token["top_logprobs"])) for token in tokens)
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(

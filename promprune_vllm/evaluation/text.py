@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
+from promprune_vllm.core.escalation import WINDOW
 from promprune_vllm.evaluation.escalation import SHARES, Curve, Point
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.report import ALL_TOKENS, BEST_SPLIT, CONTROLS, SUBJECT, Cell, Report
 from promprune_vllm.evaluation.statistics import Comparison, Estimate
 from promprune_vllm.markdown import table as markdown_table
 
-_NOTE = (
+NOTE = (
     "± is one standard error, clustered by image. Methods may have been asked different numbers of questions (the "
     "first N of the same list): compare their difference to all tokens on the same questions. Differences "
     "are paired, in points, with the 95 % interval of a bootstrap over images; p is McNemar's exact test, which "
@@ -24,7 +25,7 @@ _AGAIN_HEAD = ("first try", "asked again below", "asked again", "right, %", "min
 _AGAIN_SHARE = 0.2
 _AGAIN_NOTE = (
     "An answer is asked for again, with all tokens, if the smallest probability of a likeliest token among its "
-    "first 16 is below the threshold. Tokens are the mean per question, first tries that are thrown away "
+    f"first {WINDOW} is below the threshold. Tokens are the mean per question, first tries that are thrown away "
     "included. Without sampling, the second answer is the one that was given with all tokens, so nothing was "
     "asked twice for these tables. A recommended threshold is the smallest that loses at most one standard "
     "error to all tokens; it is selected by these same answers, which favors it."
@@ -42,7 +43,7 @@ def markdown(report: Report) -> str:
         parts += ["### Asking again", asking_again(report)]
     for budget in report.budgets:
         parts += [f"### Every task, budget {budget}", tasks_table(report, budget)]
-    return "\n\n".join([*parts, _NOTE, provenance_line(report)]) + "\n"
+    return "\n\n".join([*parts, NOTE, provenance_line(report)]) + "\n"
 
 
 def macro_table(report: Report) -> str:
@@ -51,10 +52,15 @@ def macro_table(report: Report) -> str:
     return markdown_table(head, _macro_rows(report))
 
 
-def lost_table(report: Report) -> str:
-    """Return each method's paired difference to all tokens; comparable even if some were asked fewer questions."""
+def lost_table(report: Report, methods: Sequence[str] = ()) -> str:
+    """Return each method's paired difference to all tokens; comparable even if some were asked fewer questions.
+
+    Args:
+        report: The figures.
+        methods: Methods to show, in this order; all by default.
+    """
     rows = []
-    for method in report.methods:
+    for method in methods or report.methods:
         lost = {pair.budget: pair.comparison for pair in report.against(method) if pair.against == ALL_TOKENS}
         questions = max((cell.macro.questions for cell in report.cells if cell.method == method), default=0)
         cells = [points(lost[budget].difference, "+.1f") if budget in lost else "-" for budget in report.budgets]
@@ -82,7 +88,7 @@ def asking_again(report: Report) -> str:
     """Return what asking again gives: for the first method by threshold and by task, then for every method."""
     method = report.methods[0]
     parts = [
-        "\n".join(f"- {line}" for line in recommendations(report, method)),
+        "\n".join(f"- {recommendation(curve)}" for curve in _curves(report, method)),
         again_table(report, method),
         f"By task, with `{method}` (in parentheses: asked again):",
         again_tasks_table(report, method),
@@ -95,21 +101,15 @@ def asking_again(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def recommendations(report: Report, method: str) -> list[str]:
-    """Return one sentence per budget of a first try: the recommended threshold, and what it gives."""
-    lines = []
-    for each in _curves(report, method):
-        start, best = f"First try {each.budget} with `{method}`", each.recommended
-        if best is None:
-            lines.append(
-                f"{start}: no threshold up to {each.points[-1].threshold} loses as little as one standard error."
-            )
-            continue
-        full = best.right.value - best.difference.value
-        ask = f"ask again below {best.threshold}" if best.threshold else "never ask again"
-        right = f"{100 * best.right.value:.1f} % right (all tokens {100 * full:.1f} %)"
-        lines.append(f"{start}, {ask}: {right}, {100 * best.share:.0f} % of the tokens.")
-    return lines
+def recommendation(curve: Curve) -> str:
+    """Return the recommended threshold after one method and budget, and what it gives, in one sentence."""
+    start, best = f"First try {curve.budget} with `{curve.method}`", curve.recommended
+    if best is None:
+        return f"{start}: no threshold up to {curve.points[-1].threshold} loses as little as one standard error."
+    full = best.right.value - best.difference.value
+    again = f"ask again below {best.threshold}" if best.threshold else "never ask again"
+    right = f"{100 * best.right.value:.1f} % right (all tokens {100 * full:.1f} %)"
+    return f"{start}, {again}: {right}, {100 * best.share:.0f} % of the tokens."
 
 
 def again_table(report: Report, method: str) -> str:

@@ -41,6 +41,7 @@ def test_every_question_is_asked_once_with_its_method_and_budget(tmp_path: Path)
     fields = {(b.get("visual_token_method"), b["visual_token_budget"]) for b in got}
     assert fields == {(None, "full"), ("promprune", 64), ("random", 64)}
     assert all(b["model"] == "demo" and b["temperature"] == 0 for b in got)
+    assert all(b["visual_token_escalate"] is False for b in got)
     cells = {(cell.method, cell.budget): cell for cell in report.cells}
     assert cells["promprune", "64"].tasks["presence"].questions == 4
     assert cells["random", "64"].tasks["presence"].questions == 2

@@ -13,7 +13,7 @@ from promprune_vllm.evaluation.records import Answer
 from promprune_vllm.evaluation.report import Report, summarize
 from promprune_vllm.evaluation.statistics import Estimate
 from promprune_vllm.evaluation.tasks import WEIGHTS
-from promprune_vllm.evaluation.text import asking_again, recommendations, terminal_asking_again
+from promprune_vllm.evaluation.text import asking_again, recommendation, terminal_asking_again
 from tests.unit.evaluated import answers, records
 
 SURE = {(0, 0): 0.4, (1, 0): 0.9, (2, 1): 0.5, (3, 0): 1.0, (3, 1): 1.0}
@@ -184,15 +184,15 @@ def report() -> Report:
 
 
 def test_recommendations_are_sentences(report: Report) -> None:
-    assert recommendations(report, "promprune") == [
+    assert [recommendation(each) for each in report.curves if each.method == "promprune"] == [
         "First try 64 with `promprune`, ask again below 0.8: "
         "100.0 % right (all tokens 100.0 %), 31 % of the tokens.",
         "First try 8 with `promprune`: no threshold up to 0.999 loses as little as one standard error.",
     ]
-    good = summarize(records(FULL, [replace(answer, correct=True) for answer in FIRST]))
-    assert recommendations(good, "promprune") == [
+    good = known([replace(answer, correct=True) for answer in FIRST], FULL)
+    assert recommendation(good) == (
         "First try 64 with `promprune`, never ask again: 100.0 % right (all tokens 87.5 %), 11 % of the tokens."
-    ]
+    )
 
 
 def test_tables_show_what_asking_again_gives(report: Report) -> None:
