@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from promprune_vllm.errors import EvaluationError
+from promprune_vllm.evaluation.escalation import Curve
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.report import CONTROLS, FIXED_SPLITS, SUBJECT, Report
-from promprune_vllm.evaluation.statistics import Estimate
+from promprune_vllm.evaluation.statistics import Estimate, Numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,10 +121,10 @@ def asking_again(report: Report) -> Figure:
         _again_axes(axes, report)
     wide.legend(frameon=False, fontsize=8)
     close.set_title(f"{subject} alone, ± one standard error of the difference to all tokens", fontsize=9)
-    starts = [curve.points[0] for budget in _first_tries(report) if (curve := report.curve(subject, budget))]
-    if starts:
-        close.set_xlim(left=0.8 * min(point.tokens for point in starts))
-        close.set_ylim(bottom=100 * min(point.right.value for point in starts) - 2, top=100.5)
+    lines = [_raised(report, curve) for curve in _first_tries(report, subject)]
+    if lines:
+        close.set_xlim(left=0.8 * min(tokens[0] for tokens, _ in lines))
+        close.set_ylim(bottom=min(levels[0] for _, levels in lines) - 2, top=100.5)
     return figure
 
 
@@ -137,13 +138,8 @@ def _again(axes: Any, report: Report, method: str, *, errors: bool) -> None:
     if errors:
         axes.errorbar(kept, fixed, yerr=[_error(level) for _, level in levels], fmt="none", ecolor=colour)
     label = f"{method}, asking again"
-    for budget in _first_tries(report):
-        curve, level = report.curve(method, budget), report.level(method, budget)
-        if curve is None or level is None:
-            continue
-        tokens = [point.tokens for point in curve.points]
-        start = level.value - curve.points[0].right.value
-        raised = np.array([100 * (start + point.right.value) for point in curve.points])
+    for curve in _first_tries(report, method):
+        tokens, raised = _raised(report, curve)
         axes.plot(tokens, raised, color=colour, linewidth=1.8, label=label)
         label = ""
         if errors:
@@ -162,8 +158,18 @@ def _again_axes(axes: Any, report: Report) -> None:
     axes.set_ylabel("macro accuracy, %", fontsize=8)
 
 
-def _first_tries(report: Report) -> Sequence[str]:
-    return [budget for budget in report.budgets if budget in _FIRST_TRIES] or report.budgets[-2:]
+def _first_tries(report: Report, method: str) -> list[Curve]:
+    budgets = [budget for budget in report.budgets if budget in _FIRST_TRIES] or report.budgets[-2:]
+    return [curve for budget in budgets if (curve := report.curve(method, budget)) is not None]
+
+
+def _raised(report: Report, curve: Curve) -> tuple[list[float], Numbers]:
+    """Return mean tokens and accuracies in percent of a curve, which starts at the level of its first tries."""
+    level = report.level(curve.method, curve.budget)
+    assert level is not None, "a curve is computed from the answers of a cell"
+    start = level.value - curve.points[0].right.value
+    accuracies = np.array([100 * (start + point.right.value) for point in curve.points])
+    return [point.tokens for point in curve.points], accuracies
 
 
 def _log_axis(axes: Any, ticks: Collection[int]) -> None:
