@@ -105,7 +105,7 @@ def recommendation(curve: Curve) -> str:
     """Return the recommended threshold after one method and budget, and what it gives, in one sentence."""
     start, best = f"First try {curve.budget} with `{curve.method}`", curve.recommended
     if best is None:
-        return f"{start}: no threshold up to {curve.points[-1].threshold} loses as little as one standard error."
+        return f"{start}: no threshold is within one standard error of all tokens and spends fewer."
     full = best.right.value - best.difference.value
     again = f"ask again below {best.threshold}" if best.threshold else "never ask again"
     right = f"{100 * best.right.value:.1f} % right (all tokens {100 * full:.1f} %)"
