@@ -1,6 +1,7 @@
 """``python -m deploy.documents`` writes every generated table into its page, and prints the pages it changed.
 
-``--gpu DIR`` first records what ``promprune bench gpu --out DIR`` has measured.
+``--gpu DIR`` first records what ``promprune bench gpu --out DIR`` has measured, and ``--eval DIR`` shows what
+``promprune eval --out DIR`` has.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.documents import gpu
-from deploy.documents.blocks import PAGES, ROOT, write
-from promprune_vllm.errors import BenchError
+from deploy.documents import evaluation, gpu
+from deploy.documents.blocks import PAGES, ROOT, replace, write
+from promprune_vllm.errors import BenchError, EvaluationError
 
 parser = argparse.ArgumentParser(prog="python -m deploy.documents", description="Update the generated tables.")
 parser.add_argument("--gpu", type=Path, metavar="DIR", help="record what `promprune bench gpu --out DIR` measured")
+parser.add_argument("--eval", type=Path, metavar="DIR", help="show what `promprune eval --out DIR` measured")
 arguments = parser.parse_args()
 if arguments.gpu is not None:
     try:
@@ -22,5 +24,12 @@ if arguments.gpu is not None:
     except BenchError as error:
         sys.exit(str(error))
     print(f"{gpu.RESULTS.relative_to(ROOT)}: {', '.join(recorded)}")
-for page in write(PAGES):
+measured = []
+if arguments.eval is not None:
+    try:
+        measured = replace(PAGES, evaluation.render(arguments.eval))
+    except EvaluationError as error:
+        sys.exit(str(error))
+    measured += evaluation.copy_plots(arguments.eval, ROOT / "docs" / "images")
+for page in (*measured, *write(PAGES)):
     print(page.relative_to(ROOT))

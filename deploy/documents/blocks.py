@@ -33,7 +33,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "gpu-coverage": gpu.coverage_markdown,
 }
 """Name -> function that renders the block. Tables of measurements are written by the measurement itself, such as
-`make compatibility`; those on GPUs are kept in docs/gpu.json, since they come from other machines."""
+`make compatibility`, or shown by `make docs ARGS="--eval DIR"`; those on GPUs are kept in docs/gpu.json, since
+they come from other machines."""
 
 
 def write(pages: Sequence[Path]) -> list[Path]:
@@ -45,9 +46,14 @@ def write(pages: Sequence[Path]) -> list[Path]:
     Raises:
         ValueError: The marks of a block do not occur exactly once.
     """
+    return replace(pages, {name: render() for name, render in BLOCKS.items()})
+
+
+def replace(pages: Sequence[Path], blocks: Mapping[str, str]) -> list[Path]:
+    """Replace blocks, given by the names of their marks; see ``write``."""
     before = {page: page.read_text(encoding="utf-8") for page in pages}
     after = dict(before)
-    for name, render in BLOCKS.items():
+    for name, block in blocks.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         matches = [page for page, text in after.items() for _ in marks.finditer(text)]
         if len(matches) != 1:
@@ -56,7 +62,7 @@ def write(pages: Sequence[Path]) -> list[Path]:
             )
         (page,) = matches
         start, opening, closing, end = marks.split(after[page])
-        after[page] = f"{start}{opening}{render()}{closing}{end}"
+        after[page] = f"{start}{opening}{block}{closing}{end}"
     changed = [page for page in pages if after[page] != before[page]]
     for page in changed:
         page.write_text(after[page], encoding="utf-8")

@@ -162,12 +162,15 @@ def _show(report: Report, out: Path, err: Console, *, plots: bool, as_json: bool
     from rich.console import Console
 
     from promprune_vllm.evaluation.plots import save
-    from promprune_vllm.evaluation.text import terminal
+    from promprune_vllm.evaluation.text import terminal, terminal_asking_again
 
     if plots:
         save(report, out)
     if as_json:
         typer.echo(json.dumps(report.as_document(), indent=2))
     else:
-        Console(width=None if Console().is_terminal else 130).print(terminal(report))
+        console = Console(width=None if Console().is_terminal else 130)
+        console.print(terminal(report))
+        if report.curves:
+            console.print(terminal_asking_again(report))
     err.print(f"Results are in {out}: summary.md, summary.json{', plots' if plots else ''}.", highlight=False)

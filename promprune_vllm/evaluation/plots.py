@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from promprune_vllm.errors import EvaluationError
+from promprune_vllm.evaluation.escalation import Curve
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.report import CONTROLS, FIXED_SPLITS, SUBJECT, Report
-from promprune_vllm.evaluation.statistics import Estimate
+from promprune_vllm.evaluation.statistics import Estimate, Numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,9 +22,11 @@ _SUBJECT_COLOUR, _FULL_COLOUR, _CONTROL_COLOUR = "#b2182b", "#222222", "#777777"
 # No red or grey: those are for the subject and the controls. Fixed splits share one hue, darker for larger shares.
 _COLOURS = ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#c49c00", "#006d5b")
 _SPLIT_COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08306b")
+_AGAIN_COLOURS = {"random": "#999999", "uniform": "#4477aa"}
 _FORMATS = ("png", "svg")
 _AS_LEVEL = "that of all tokens, minus the loss on the same questions"
-_CURVES, _HEAT = "accuracy-budget", "tasks"
+_CURVES, _HEAT, _AGAIN = "accuracy-budget", "tasks", "asking-again"
+_FIRST_TRIES = ("64", "32")
 
 
 def require() -> None:
@@ -39,7 +44,7 @@ def require() -> None:
 
 
 def save(report: Report, folder: Path) -> list[Path]:
-    """Save a plot of accuracy by budget, and a heat map of tasks for every budget.
+    """Save a plot of accuracy by budget, a heat map of tasks for every budget, and a plot of asking again.
 
     Returns:
         The files written.
@@ -48,6 +53,8 @@ def save(report: Report, folder: Path) -> list[Path]:
 
     figures = {_CURVES: curves(report)}
     figures |= {f"{_HEAT}-{budget.strip('%')}": heat_map(report, budget) for budget in report.budgets}
+    if report.curves:
+        figures[_AGAIN] = asking_again(report)
     written = []
     # Reproducible bytes, so that plots can be committed.
     with mpl.rc_context({"svg.hashsalt": "promprune", "svg.fonttype": "path"}):
@@ -102,6 +109,77 @@ def heat_map(report: Report, budget: str) -> Figure:
     return figure
 
 
+def asking_again(report: Report) -> Figure:
+    """Plot macro accuracy by mean tokens, of fixed budgets and of asking again: with the controls; close up."""
+    subject = report.methods[0]
+    controls = [name for name in CONTROLS if name in report.methods and name != subject]
+    figure = _figure(11, 4.4)
+    wide, close = figure.subplots(1, 2)
+    for axes, methods in ((wide, [subject, *controls]), (close, [subject])):
+        for method in methods:
+            _again(axes, report, method, errors=axes is close)
+        _again_axes(axes, report)
+    wide.legend(frameon=False, fontsize=8)
+    close.set_title(f"{subject} alone, ± one standard error of the difference to all tokens", fontsize=9)
+    lines = [_raised(report, curve) for curve in _first_tries(report, subject)]
+    if lines:
+        close.set_xlim(left=0.8 * min(tokens[0] for tokens, _ in lines))
+        close.set_ylim(bottom=min(levels[0] for _, levels in lines) - 2, top=100.5)
+    return figure
+
+
+def _again(axes: Any, report: Report, method: str, *, errors: bool) -> None:
+    """Draw a method's fixed budgets as points, and asking again as lines that start at some of them."""
+    colour = _AGAIN_COLOURS.get(method, _SUBJECT_COLOUR)
+    cells = [cell for budget in report.budgets if (cell := report.cell(method, budget)) is not None]
+    levels = [(cell.kept, level) for cell in cells if (level := report.level(method, cell.budget)) is not None]
+    kept, fixed = [kept for kept, _ in levels], [100 * level.value for _, level in levels]
+    axes.plot(kept, fixed, color=colour, marker="o", markersize=4, linestyle=":", label=f"{method}, fixed budget")
+    if errors:
+        axes.errorbar(kept, fixed, yerr=[_error(level) for _, level in levels], fmt="none", ecolor=colour)
+    label = f"{method}, asking again"
+    for curve in _first_tries(report, method):
+        tokens, raised = _raised(report, curve)
+        axes.plot(tokens, raised, color=colour, linewidth=1.8, label=label)
+        label = ""
+        if errors:
+            spread = np.array([_error(point.difference) for point in curve.points])
+            axes.fill_between(tokens, raised - spread, raised + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def _again_axes(axes: Any, report: Report) -> None:
+    full = report.cell(FULL_METHOD)
+    if full is not None:
+        accuracy = _percent(full.macro)
+        axes.plot([full.kept], [accuracy], color=_FULL_COLOUR, marker="D", linestyle="", label="all tokens")
+        axes.axhline(accuracy, color=_FULL_COLOUR, linestyle=":", linewidth=1.2)
+    _log_axis(axes, {round(cell.kept) for cell in report.cells})
+    axes.set_xlabel("mean visual tokens per question, both tries", fontsize=8)
+    axes.set_ylabel("macro accuracy, %", fontsize=8)
+
+
+def _first_tries(report: Report, method: str) -> list[Curve]:
+    budgets = [budget for budget in report.budgets if budget in _FIRST_TRIES] or report.budgets[-2:]
+    return [curve for budget in budgets if (curve := report.curve(method, budget)) is not None]
+
+
+def _raised(report: Report, curve: Curve) -> tuple[list[float], Numbers]:
+    """Return mean tokens and accuracies in percent of a curve, which starts at the level of its first tries."""
+    level = report.level(curve.method, curve.budget)
+    assert level is not None, "a curve is computed from the answers of a cell"
+    start = level.value - curve.points[0].right.value
+    accuracies = np.array([100 * (start + point.right.value) for point in curve.points])
+    return [point.tokens for point in curve.points], accuracies
+
+
+def _log_axis(axes: Any, ticks: Collection[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
+    axes.minorticks_off()
+    axes.grid(visible=True, alpha=0.25)
+    axes.tick_params(labelsize=8)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # not pyplot: needs no display, and has no global state
 
@@ -116,21 +194,16 @@ def _curve(axes: Any, report: Report, task: str | None, title: str) -> None:
         axes.errorbar(
             [kept for kept, _ in levels],
             [100 * level.value for _, level in levels],
-            yerr=[0 if math.isnan(level.error) else 100 * level.error for _, level in levels],
+            yerr=[_error(level) for _, level in levels],
             label=method,
             **_style(method, place),
         )
     if full is not None and (whole := full.estimate(task)) is not None:
         axes.axhline(_percent(whole), color=_FULL_COLOUR, linestyle=":", linewidth=1.2, label="all tokens")
-    ticks = sorted({round(cell.kept) for cell in report.cells if cell.method != FULL_METHOD})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(visible=True, alpha=0.25)
+    _log_axis(axes, {round(cell.kept) for cell in report.cells if cell.method != FULL_METHOD})
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("visual tokens kept", fontsize=8)
     axes.set_ylabel("%", fontsize=8)
-    axes.tick_params(labelsize=8)
 
 
 def _style(method: str, place: int) -> dict[str, Any]:
@@ -156,6 +229,10 @@ def _dashes(control: str) -> str:
 
 def _percent(estimate: Estimate | None) -> float:
     return math.nan if estimate is None else 100 * estimate.value
+
+
+def _error(estimate: Estimate) -> float:
+    return 0 if math.isnan(estimate.error) else 100 * estimate.error
 
 
 def _ink(value: float) -> str:

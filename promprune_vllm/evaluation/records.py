@@ -36,6 +36,8 @@ class Answer:
         seen: Visual tokens of the image.
         kept: Visual tokens that entered the language model, as counted by the server.
         seconds: Time from the request to the reply.
+        confidence: How sure the model was: the smallest probability of a likeliest token among the first tokens.
+            ``None`` in older files.
     """
 
     kind: str
@@ -51,11 +53,17 @@ class Answer:
     seen: int
     kept: int
     seconds: float
+    confidence: float | None = None
 
     @property
     def key(self) -> Key:
         """Identifies the question, the method and the budget."""
         return (self.kind, self.seed, self.index, self.method, self.budget)
+
+    @property
+    def asked(self) -> tuple[str, int, int]:
+        """Identifies the question."""
+        return (self.kind, self.seed, self.index)
 
     @property
     def image(self) -> tuple[str, int]:

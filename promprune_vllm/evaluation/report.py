@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, Records
+from promprune_vllm.evaluation.escalation import Curve, curve
+from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Records
 from promprune_vllm.evaluation.statistics import Comparison, Estimate, Sums, by_task, compare
 from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS
 
@@ -66,11 +67,13 @@ class Report:
     Args:
         cells: ``full`` first, then by budget in descending order, then by method.
         pairs: Every method compared with the controls, the best fixed split and all tokens.
+        curves: What asking again gives, for every method and budget; empty if answers have no confidence.
         records: The answers that the figures are computed from.
     """
 
     cells: tuple[Cell, ...]
     pairs: tuple[Pair, ...]
+    curves: tuple[Curve, ...]
     records: Records = field(repr=False)
 
     @property
@@ -97,6 +100,10 @@ class Report:
     def against(self, method: str) -> list[Pair]:
         """Return the comparisons of one method."""
         return [pair for pair in self.pairs if pair.method == method]
+
+    def curve(self, method: str, budget: str) -> Curve | None:
+        """Return what asking again gives after first tries with a method and budget, if it is known."""
+        return next((each for each in self.curves if (each.method, each.budget) == (method, budget)), None)
 
     def level(self, method: str, budget: str, task: str | None = None) -> Estimate | None:
         """Return an accuracy that is comparable between methods that were asked different questions.
@@ -128,6 +135,7 @@ class Report:
             "runs": [dict(run) for run in self.records.runs],
             "cells": [asdict(cell) for cell in self.cells],
             "pairs": [asdict(pair) for pair in self.pairs],
+            "curves": [asdict(each) for each in self.curves],
         }
 
 
@@ -139,7 +147,7 @@ def summarize(records: Records) -> Report:
     cells = [_cell(*way, answers) for way, answers in groups.items()]
     kept = {cell.budget: cell.kept for cell in sorted(cells, key=lambda cell: cell.kept)}
     cells.sort(key=lambda c: (c.method != FULL_METHOD, -kept[c.budget], c.budget, _rank(c.method)))
-    return Report(tuple(cells), tuple(_pairs(cells, groups)), records)
+    return Report(tuple(cells), tuple(_pairs(cells, groups)), tuple(_curves(cells, groups)), records)
 
 
 def _cell(method: str, budget: str, answers: Sequence[Answer]) -> Cell:
@@ -171,17 +179,20 @@ def _pairs(cells: Sequence[Cell], groups: dict[tuple[str, str], list[Answer]]) -
                 yield Pair(cell.method, cell.budget, against, other.method, comparison)
 
 
-def _compare(first: Sequence[Answer], second: Sequence[Answer]) -> Comparison | None:
-    def question(answer: Answer) -> Key:
-        return (*answer.key[:3], "", "")
+def _curves(cells: Sequence[Cell], groups: dict[tuple[str, str], list[Answer]]) -> Iterable[Curve]:
+    full = next((groups[cell.method, cell.budget] for cell in cells if cell.method == FULL_METHOD), [])
+    each = (curve(groups[cell.method, cell.budget], full) for cell in cells if cell.method != FULL_METHOD)
+    return filter(None, each)
 
-    second_correct = {question(answer): answer.correct for answer in second}
-    both = [answer for answer in first if question(answer) in second_correct]
+
+def _compare(first: Sequence[Answer], second: Sequence[Answer]) -> Comparison | None:
+    second_correct = {answer.asked: answer.correct for answer in second}
+    both = [answer for answer in first if answer.asked in second_correct]
     if not both:
         return None
     return compare(
         [answer.correct for answer in both],
-        [second_correct[question(answer)] for answer in both],
+        [second_correct[answer.asked] for answer in both],
         [answer.image for answer in both],
         [answer.task for answer in both],
         WEIGHTS,

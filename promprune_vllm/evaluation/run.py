@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from promprune_vllm.bench.provenance import provenance
+from promprune_vllm.core.escalation import WINDOW
 from promprune_vllm.evaluation.plan import Plan
 from promprune_vllm.evaluation.records import FILE, Answer, Log, read
 from promprune_vllm.evaluation.report import Report, summarize
@@ -47,6 +48,7 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
     settings = target.settings() | {
         "scenes": {"split": SPLIT, "fingerprint": fingerprint(draw)},
         "answer_tokens": ANSWER_TOKENS,
+        "confidence_tokens": WINDOW,  # absent from folders whose answers have no confidence
     }
     pictures = gather(plan.tasks, plan.questions, draw)
     with Log(out / FILE, settings, provenance()) as log:

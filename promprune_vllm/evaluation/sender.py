@@ -10,6 +10,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 
 from promprune_vllm.core.budget import FIELD, FULL, METHOD_FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD, WINDOW
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Key, is_right
 from promprune_vllm.evaluation.target import Target, tls_context
@@ -46,8 +48,9 @@ class Way:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The request fields for it."""
-        return {FIELD: self.budget} | ({} if self.method == FULL_METHOD else {METHOD_FIELD: self.method})
+        """The request fields for it. Only first answers are asked for, whatever the server's default is."""
+        once = {FIELD: self.budget, ESCALATE_FIELD: False}
+        return once if self.method == FULL_METHOD else {**once, METHOD_FIELD: self.method}
 
     @property
     def budget_text(self) -> str:
@@ -196,6 +199,8 @@ def _body(model: str, job: Job, image_url: str) -> dict[str, Any]:
         "messages": messages,
         "temperature": 0,
         "max_tokens": ANSWER_TOKENS,
+        "logprobs": True,
+        "top_logprobs": 2,  # vLLM lists the chosen token first, so one would not tell a likelier token
         **job.way.fields,
     }
 
@@ -209,7 +214,8 @@ def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
             "The server's replies have no usage.visual_tokens, which counts the kept tokens. A proxy in front of "
             "it may drop unknown fields: give the server's own address with --url."
         ) from error
-    said = reply["choices"][0]["message"]["content"] or ""
+    choice = reply["choices"][0]
+    said = choice["message"]["content"] or ""
     return Answer(
         kind=job.picture.kind,
         seed=job.picture.seed,
@@ -224,7 +230,20 @@ def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
         seen=seen,
         kept=kept,
         seconds=round(seconds, 4),
+        confidence=_confidence(choice),
     )
+
+
+def _confidence(choice: dict[str, Any]) -> float:
+    """Return the smallest probability of a likeliest token among the first tokens of an answer."""
+    try:
+        tokens = choice["logprobs"]["content"][:WINDOW]
+        return min(math.exp(max(each["logprob"] for each in token["top_logprobs"])) for token in tokens)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            "The server's replies have no logprobs, which say how sure the model was. A proxy in front of it may "
+            "drop them: give the server's own address with --url."
+        ) from error
 
 
 def _message(reply: httpx.Response) -> str:

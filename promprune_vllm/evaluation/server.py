@@ -30,7 +30,9 @@ def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]
     options = ["--enforce-eager", "--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "64"]
     options += ["--served-model-name", "demo", "--dtype", "float32", "--disable-uvicorn-access-log"]
     options += ["--visual-token-allow-methods", ",".join(methods())]
-    options, environment = one_worker(options, {"VLLM_CPU_KVCACHE_SPACE": "2"})
+    # Methods that read the question select anew for each: kept features spare the encoder all but the first time.
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "2", "PROMPRUNE_FEATURE_CACHE_GB": "2"}
+    options, environment = one_worker(options, variables)
     err.print("Starting a server …", highlight=False)
     with serving(model or _demo_model(err), *options, environment=environment) as server:
         yield server.url

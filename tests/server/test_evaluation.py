@@ -60,9 +60,15 @@ def test_a_slice_of_the_matrix(every_method: Server, tmp_path: Path) -> None:
     for answer in answers:  # as usage.visual_tokens of every single reply says
         kept = VISUAL_TOKENS if answer.method == "full" else int(answer.budget)
         assert (answer.seen, answer.kept) == (VISUAL_TOKENS, kept)
+        assert answer.confidence is not None
+        assert 0 < answer.confidence <= 1
+    curves = {(curve["method"], curve["budget"]): curve["points"] for curve in document["curves"]}
+    assert curves.keys() == cells.keys() - {("full", "full")}
+    assert [points[0]["tokens"] for points in curves.values()] == [int(budget) for _, budget in curves]
     assert grown(every_method, before, "promprune_visual_tokens_seen_total") == 32 * VISUAL_TOKENS
     assert grown(every_method, before, "promprune_visual_tokens_kept_total") == 8 * VISUAL_TOKENS + 12 * (64 + 16)
     assert (tmp_path / "accuracy-budget.png").stat().st_size > 10_000
+    assert (tmp_path / "asking-again.png").stat().st_size > 10_000
     again = evaluate(*arguments)
     assert again.returncode == 0, again.stderr
     assert "32 of them answered before" in again.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,9 +59,15 @@ def draw(kind: str, seed: int, split: str) -> Scene:
 
 
 def answers(
-    method: str, budget: str, correct: Callable[[int, int], bool], *, images: int = 40, task: str = "presence"
+    method: str,
+    budget: str,
+    correct: Callable[[int, int], bool],
+    *,
+    images: int = 40,
+    task: str = "presence",
+    confidence: Callable[[int, int], float | None] = lambda *_: None,
 ) -> list[Answer]:
-    """Two answers about each image."""
+    """Two answers about each image; functions get the image and the question."""
     return [
         Answer(
             kind="scattered",
@@ -75,8 +81,9 @@ def answers(
             said="yes" if correct(seed, index) else "no",
             correct=correct(seed, index),
             seen=576,
-            kept=576 if budget == "full" else int(budget),
+            kept={"full": 576, "25%": 144}.get(budget) or int(budget),
             seconds=0.1,
+            confidence=confidence(seed, index),
         )
         for seed in range(images)
         for index in range(2)
@@ -92,12 +99,15 @@ Responder = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 """Says status and content; a status of 0 breaks the connection."""
 
 
-def reply(body: dict[str, Any], said: str = "yes") -> tuple[int, dict[str, Any]]:
-    """What a server with the plugin says to a question."""
+def reply(
+    body: dict[str, Any], said: str = "yes", sure: Sequence[Sequence[float]] = ((-0.5,),)
+) -> tuple[int, dict[str, Any]]:
+    """What a server with the plugin says to a question; ``sure`` is the top log-probabilities of each token."""
     budget = body["visual_token_budget"]
     kept = 576 if budget == "full" else budget
     usage = {"prompt_tokens": kept + 9, "visual_tokens": {"seen": 576, "kept": kept, "images": []}}
-    return 200, {"choices": [{"message": {"content": said}}], "usage": usage}
+    tokens = [{"logprob": top[0], "top_logprobs": [{"logprob": each} for each in top]} for top in sure]
+    return 200, {"choices": [{"message": {"content": said}, "logprobs": {"content": tokens}}], "usage": usage}
 
 
 @contextmanager

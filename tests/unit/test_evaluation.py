@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def test_every_question_is_asked_once_with_its_method_and_budget(tmp_path: Path)
     fields = {(b.get("visual_token_method"), b["visual_token_budget"]) for b in got}
     assert fields == {(None, "full"), ("promprune", 64), ("random", 64)}
     assert all(b["model"] == "demo" and b["temperature"] == 0 for b in got)
+    assert all(b["visual_token_escalate"] is False for b in got)
     cells = {(cell.method, cell.budget): cell for cell in report.cells}
     assert cells["promprune", "64"].tasks["presence"].questions == 4
     assert cells["random", "64"].tasks["presence"].questions == 2
@@ -241,6 +243,43 @@ def test_replies_without_counts_are_refused(tmp_path: Path) -> None:
         pytest.raises(EvaluationError, match=r"no usage\.visual_tokens"),
     ):
         evaluate(url, tmp_path)
+
+
+def test_replies_without_logprobs_are_refused(tmp_path: Path) -> None:
+    def unsure(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, content = reply(body)
+        return status, {**content, "choices": [{"message": {"content": "yes"}, "logprobs": None}]}
+
+    with server(unsure) as (url, _), pytest.raises(EvaluationError, match="replies have no logprobs"):
+        evaluate(url, tmp_path)
+
+
+# Confidence.
+
+
+def test_the_confidence_is_the_smallest_of_the_likeliest_tokens_among_the_first_16(tmp_path: Path) -> None:
+    # The second token was chosen though another was likelier; the 17th is beyond the window.
+    sure = [(-0.1, -3.0), (-2.0, -0.7), *[(-0.2, -2.0)] * 14, (-5.0, -6.0)]
+    with server(lambda body: reply(body, sure=sure)) as (url, got):
+        evaluate(url, tmp_path, Plan((Way.full(1), Way("promprune", 64, 1)), TWO[:1], 1))
+    assert all((body["logprobs"], body["top_logprobs"]) == (True, 2) for body in got)
+    assert [answer.confidence for answer in read(tmp_path / FILE).answers.values()] == [math.exp(-0.7)] * 2
+
+
+def test_answers_without_confidence_are_read_but_not_gone_on_with(tmp_path: Path) -> None:
+    with server() as (url, _):
+        evaluate(url, tmp_path)
+        head, *lines = map(json.loads, (tmp_path / FILE).read_text().splitlines())
+        del head["settings"]["confidence_tokens"]
+        for line in lines:
+            line.pop("confidence", None)
+        (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+        report = run.write(tmp_path)
+        assert report.cells
+        assert report.curves == ()
+        assert "Asking again" not in (tmp_path / "summary.md").read_text()
+        with pytest.raises(EvaluationError, match="confidence_tokens was None, is now 16"):
+            evaluate(url, tmp_path)
 
 
 # The plan.

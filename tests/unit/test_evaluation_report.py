@@ -124,6 +124,27 @@ def test_plots_are_pictures_and_always_the_same(report: Report, tmp_path: Path) 
     assert {file: file.read_bytes() for file in written} == first
 
 
+def test_the_plot_of_asking_again_has_lines_that_start_at_fixed_budgets() -> None:
+    pytest.importorskip("matplotlib")
+    full = answers(
+        "full", "full", lambda seed, _: seed < 40, images=80
+    )  # half right; all of what others were asked
+    ways = [(method, budget) for method in ("promprune", "random") for budget in ("64", "25%", "8")]
+    pruned = [
+        answers(*way, lambda seed, _: seed % 4 != 0, confidence=lambda seed, _: (1, 2, 3, 4)[seed % 4] / 4)
+        for way in ways
+    ]
+    wide, close = plots.asking_again(summarize(records(full, *pruned))).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in wide.get_lines()}
+    fixed, again = drawn["promprune, fixed budget"], drawn["promprune, asking again"]
+    assert fixed == [[144, 25], [64, 25], [8, 25]]
+    assert (again[0], again[-1]) == ([64, 25], [64 + 0.75 * 576, 50])  # a quarter is as sure as one can be
+    assert drawn["all tokens"] == [[576, 50]]
+    assert close.get_ylim()[0] == 23
+    assert {"random, fixed budget", "random, asking again"} <= drawn.keys()
+    assert not any(str(line.get_label()).startswith("random") for line in close.get_lines())
+
+
 def test_a_folder_is_reported_on_without_a_server(tmp_path: Path) -> None:
     settings = records().settings
     with Log(tmp_path / FILE, settings, RUN) as log:
