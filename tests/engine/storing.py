@@ -22,7 +22,8 @@ def storing(engine: Engine, capacity_bytes: int = 1 << 28) -> Iterator[FeatureSt
         patch.setattr(engine.model, "_store", store)
         patch.setattr(processor, "_settings", processor._settings.model_copy(update={"feature_cache_gb": 1.0}))
         yield store
-        engine.forget()  # vLLM's processor cache has images with identities
+        if hasattr(engine, "llm"):  # it is closed after a failure
+            engine.forget()  # vLLM's processor cache has images with identities
 
 
 def evict(engine: Engine) -> None:

@@ -17,7 +17,7 @@ from promprune_vllm import Need, get_method
 from promprune_vllm.config import Settings
 from promprune_vllm.demo import PHOTOS
 from promprune_vllm.engine.compat import feature_cache, parts
-from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, COUNTS, IDENTITY
+from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, COUNTS, IDENTITY, TRACES_METHOD
 from promprune_vllm.engine.worker import fault_isolation
 from promprune_vllm.engine.worker.encode import runs, sources
 from promprune_vllm.engine.worker.encoded_image import PruneJob
@@ -193,6 +193,21 @@ def test_the_worker_tells_what_is_stored(engine: Engine, store: FeatureStore) ->
     ((images, rows, stored),) = engine.core.model_executor.collective_rpc(CACHE_SIZE_METHOD)
     assert (images, rows) == (2, 128)
     assert stored == (2, store.bytes, store.capacity_bytes)
+
+
+def test_a_trace_has_the_saliency_only_where_the_method_uses_it(
+    engine: Engine, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored images have what other methods use."""
+    told = []
+    for name in ("promprune", "divprune"):
+        monkeypatch.setattr(engine.model, "_methods", [get_method(name), get_method("promprune")])
+        evict(engine)
+        engine.generate([engine.prompt(("coffee", 64))], tokens=1)
+        ((trace,),) = engine.core.model_executor.collective_rpc(TRACES_METHOD, args=([*engine.rows()],))
+        told.append((trace["method"], trace["parts"][0]["saliency"] is None))
+    assert told == [("promprune", False), ("divprune", True)]
+    assert len(store) == 1
 
 
 def test_rows_of_all_tokens_keep_nothing_else_in_memory(engine: Engine, store: FeatureStore) -> None:

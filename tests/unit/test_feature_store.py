@@ -139,11 +139,13 @@ def test_the_oldest_make_room_and_bytes_are_what_is_held() -> None:
         assert store.bytes == number * PAGE_BYTES
     assert store.get(key(1), Need.SALIENCY) is not None
     store.put(key(2), image(seed=2))  # used as well, and not copied again
-    store.put(key(4), image(2 * OF_A_PAGE, seed=4))  # of two pages
-    assert [number for _, number in store._images] == [2, 4]
+    store.put(key(4), image(seed=4))
+    assert [number for _, number in store._images] == [1, 2, 4]
+    store.put(key(5), image(2 * OF_A_PAGE, seed=5))  # of two pages
+    assert [number for _, number in store._images] == [4, 5]
     pages = [page for packed in store._images.values() for page in packed.pages]
     assert store.bytes == sum(page.untyped_storage().nbytes() for page in pages) == 3 * PAGE_BYTES
-    store.remove(key(4))
+    store.remove(key(5))
     store.remove(key(9))
     assert (len(store), store.bytes) == (1, PAGE_BYTES)
     store.clear()

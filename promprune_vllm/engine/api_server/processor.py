@@ -273,8 +273,7 @@ class PrunedProcessorMixin(ProcessorBase):
         fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
         fields[COUNTS] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
         fields[TEXT_TOKENS] = MultiModalFieldConfig.batched(self.modality)
-        if feature_cache.capacity_bytes(self._settings):
-            fields[IDENTITY] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
+        fields[IDENTITY] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(

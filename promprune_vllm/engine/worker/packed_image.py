@@ -137,10 +137,10 @@ class Packing:
 def _empty_page(device: torch.device) -> Tensor:
     """Return a page for values of a device."""
     if device.type != "cuda":
-        return torch.empty(PAGE_BYTES, dtype=torch.uint8)
+        return torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cpu")
     from vllm.utils.platform_utils import is_pin_memory_available
 
-    return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=is_pin_memory_available())
+    return torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=is_pin_memory_available())
 
 
 def _with_tensors(image: EncodedImage, change: Callable[[Tensor], Tensor]) -> EncodedImage:

@@ -212,7 +212,9 @@ class PrunedModelMixin(ModelBase):
                 rows, positions = selected.rows(self.project)
                 marked = self.mark_kept(rows, image, positions)
             if self._metrics is not None and self._settings.inspector:
-                selection_trace.attach_trace(marked, Trace.of(method, selected, [selection_marks, assembly_marks]))
+                selection_trace.attach_trace(
+                    marked, Trace.of(job.method, selected, [selection_marks, assembly_marks])
+                )
             return marked
 
         return assemble

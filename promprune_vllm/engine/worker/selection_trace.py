@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from promprune_vllm.core.features import Need
+from promprune_vllm.core.registry import Selector
 from promprune_vllm.engine.keys import TRACE
 from promprune_vllm.engine.worker.fault_isolation import cached_rows
 from promprune_vllm.engine.worker.selected_tokens import SelectedTokens
@@ -67,13 +69,14 @@ class Trace:
     marks: Sequence[Sequence[Any]]
 
     @classmethod
-    def of(cls, method: str, selected: SelectedTokens, marks: Sequence[Sequence[Any]]) -> Trace:
+    def of(cls, method: Selector, selected: SelectedTokens, marks: Sequence[Sequence[Any]]) -> Trace:
         """Return the trace of a selection. It keeps the saliency, but no other features."""
+        used = Need.SALIENCY in method.needs  # it may have been captured for another method
         parts = tuple(
-            Part(group.positions, selection.indices, group.features.saliency, selection.report)
+            Part(group.positions, selection.indices, group.features.saliency if used else None, selection.report)
             for group, selection in selected.parts
         )
-        return cls(method, parts, selected.newlines, marks)
+        return cls(method.name, parts, selected.newlines, marks)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain numbers; wait for the device."""
