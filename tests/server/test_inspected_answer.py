@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -56,7 +57,18 @@ def test_an_unsure_answer_is_shown_beside_the_one_that_a_client_gets(server: Ser
         assert tried["text"] == reply["choices"][0]["message"]["content"]
         assert tried["completion_tokens"] == reply["usage"]["completion_tokens"]
     (counted,) = reply["usage"]["visual_tokens"]["first_tries"]
-    assert first["confidence"] == pytest.approx(counted["confidence"], rel=1e-3), "as the mechanism itself sees it"
+    assert (counted["asked_again"], counted["kept"]) == (True, KEPT)
+    likeliest = _likeliest(server, visual_token_budget=KEPT)
+    assert first["confidence"] == pytest.approx(min(likeliest[:16]), abs=1e-5)
+    assert counted["confidence"] == pytest.approx(min(likeliest[: counted["completion_tokens"]]), abs=1e-5)
+
+
+def _likeliest(server: Server, **fields: Any) -> list[float]:
+    """The probability of the likeliest token at each place of an answer that is not asked again."""
+    (choice,) = chat(server, logprobs=True, top_logprobs=2, **fields, **{ESCALATE: False})["choices"]
+    tops = [[each["logprob"] for each in token["top_logprobs"]] for token in choice["logprobs"]["content"]]
+    assert len(tops) == ANSWER_TOKENS
+    return [math.exp(max(top)) for top in tops]
 
 
 def test_a_sure_answer_stands(server: Server) -> None:

@@ -266,10 +266,13 @@ def test_a_question_about_a_scene_is_answered_with_every_ninth_token(
     page.select_option("#method", "promprune")
     expect(page.locator("#counts dd[data-name=method]")).to_have_text("promprune", timeout=PATIENCE_MS)
     page.fill("#question", question.text)
+    page.fill("#below", "0.9")
     page.click("#send")
     for side in ("full", "pruned"):
         expect(page.locator(f"#time-{side}")).to_contain_text("first token after", timeout=PATIENCE_MS)
         expect(page.locator(f"#answer-{side}")).to_contain_text(question.answer)
+    said = rf"^Answer with 64 tokens: {question.answer}\. Confidence 0\.9[0-9]+, at least 0\.9: not asked again\.$"
+    expect(page.locator("#sureness")).to_have_text(re.compile(said), timeout=PATIENCE_MS)
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / "inspector.png", full_page=True)
     page.close()
