@@ -1,10 +1,12 @@
-"""What programs that ask a server of ours share: its address, its API key, the headers of its replies."""
+"""What programs that ask a server of ours share: its address, its API key, what its replies tell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from promprune_vllm.server.reply_headers import KEPT_HEADER, SEEN_HEADER
+from promprune_vllm.server.usage import USAGE_FIELD
 
 
 def base_url(url: str) -> str:
@@ -20,3 +22,12 @@ def authorization(api_key: str | None) -> dict[str, str]:
 def counted_tokens(headers: Mapping[str, str]) -> tuple[int, int]:
     """Return the visual tokens of a reply's images, before pruning and kept; zeros where it had none."""
     return int(headers.get(SEEN_HEADER, 0)), int(headers.get(KEPT_HEADER, 0))
+
+
+def was_asked_again(usage: Mapping[str, Any]) -> bool:
+    """Return whether an answer was thrown away for one with more visual tokens.
+
+    Args:
+        usage: ``usage`` of the reply.
+    """
+    return any(first["asked_again"] for first in usage.get(USAGE_FIELD, {}).get("first_tries", ()))

@@ -13,7 +13,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # for the three modules next to this file
+sys.path.insert(0, str(HERE))  # for the modules next to this file
 
 import overview  # noqa: E402
 import selection  # noqa: E402

@@ -5,34 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import escalation
 from panels import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, YELLOW, facts, lines, number
+from promql import KEPT, OF_MODEL, SAVED, SEEN, in_range, per_second, quantile
 
 UID = "promprune-overview"
 TITLE = "PromPrune: overview"
 DESCRIPTION = "What keeping fewer visual tokens saves, what clients request, and how the server is doing."
-_OF_MODEL = 'model_name=~"$model"'
-_KEPT, _SEEN, _SAVED = (f"promprune_visual_tokens_{what}_total" for what in ("kept", "seen", "saved"))
 _OUTCOMES = {"pruned": GREEN, "full": BLUE, "text": GRAY, "refused": ORANGE, "failed": RED}
-
-
-def in_range(name: str, **labels: str) -> str:
-    """Return the PromQL for a counter's increase over the dashboard's time range."""
-    return f"sum(increase({name}{{{_matchers(labels)}}}[$__range]))"
-
-
-def per_second(name: str, by: str = "", **labels: str) -> str:
-    """Return the PromQL for a counter's rate per second."""
-    return f"sum{f' by ({by}) ' if by else ''}(rate({name}{{{_matchers(labels)}}}[$interval]))"
-
-
-def quantile(q: float, name: str, by: str = "", **labels: str) -> str:
-    """Return the PromQL for a quantile of a histogram."""
-    le = f"le, {by}" if by else "le"
-    return f"histogram_quantile({q}, sum by ({le}) (rate({name}_bucket{{{_matchers(labels)}}}[$interval])))"
-
-
-def _matchers(labels: dict[str, str]) -> str:
-    return ", ".join([_OF_MODEL, *(f'{name}=~"{values}"' for name, values in labels.items())])
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
@@ -40,6 +20,7 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     yield "Over the selected time range", _figures()
     yield "What pruning saves", _savings()
     yield "What clients request", _requests()
+    yield "Answers asked for again when the model is unsure", escalation.panels()
     yield "Server performance (mostly vLLM's own metrics)", _server()
     yield "Load and versions", _load()
 
@@ -49,8 +30,8 @@ def _figures() -> list[Any]:
         number(
             "Visual tokens saved",
             "Visual tokens that never entered the language model. Each prompt counts, even if its image was "
-            "already cached.",
-            f"round({in_range(_SAVED)})",
+            "already cached. First answers that were thrown away are not subtracted here, but further below.",
+            f"round({in_range(SAVED)})",
             "short",
             base=GREEN,
         ),
@@ -58,7 +39,7 @@ def _figures() -> list[Any]:
             "Share kept",
             "Visual tokens that entered the language model, as a share of all visual tokens. 100 % means that "
             "nothing was pruned.",
-            f"{in_range(_KEPT)} / ({in_range(_SEEN)} > 0)",
+            f"{in_range(KEPT)} / ({in_range(SEEN)} > 0)",
             "percentunit",
             base=GREEN,
             steps=((0.5, BLUE), (0.999, GRAY)),
@@ -108,7 +89,7 @@ def _health() -> list[Any]:
             "Policy level",
             "Share of the server's default budget that is currently kept for requests without a budget. Below "
             "100 %, the server is adapting to load; without --visual-token-adapt-to-load it stays at 100 %.",
-            f"min(promprune_policy_level{{{_OF_MODEL}}})",
+            f"min(promprune_policy_level{{{OF_MODEL}}})",
             "percentunit",
             base=RED,
             steps=((0.2, ORANGE), (0.4, YELLOW), (1, GREEN)),
@@ -130,8 +111,8 @@ def _savings() -> list[Any]:
             "Visual tokens",
             "Both areas together are the visual tokens before pruning. The green part never entered the "
             "language model: more green is more saved.",
-            (per_second(_KEPT), "kept"),
-            (per_second(_SAVED), "saved"),
+            (per_second(KEPT), "kept"),
+            (per_second(SAVED), "saved"),
             unit="tokens/s",
             colors={"kept": BLUE, "saved": GREEN},
             stacked=True,
@@ -140,7 +121,7 @@ def _savings() -> list[Any]:
             "Share kept, by method",
             "Kept tokens as a share of all visual tokens, by method; `none` means images that keep every "
             "token. A gap means that the method got no images.",
-            (f"{per_second(_KEPT, 'method')} / ({per_second(_SEEN, 'method')} > 0)", "{{method}}"),
+            (f"{per_second(KEPT, 'method')} / ({per_second(SEEN, 'method')} > 0)", "{{method}}"),
             unit="percentunit",
             share=True,
             empty="no images yet",
@@ -239,7 +220,7 @@ def _server() -> list[Any]:
 
 
 def _load() -> list[Any]:
-    build = f"promprune_build_info{{{_OF_MODEL}}}"
+    build = f"promprune_build_info{{{OF_MODEL}}}"
     what = {"model_name": "model", "method": "method", "version": "promprune-vllm", "vllm_version": "vLLM"}
     what["vllm_tested"] = "tested with it"
     return [
@@ -247,8 +228,8 @@ def _load() -> list[Any]:
             "KV cache used, and policy level",
             "KV cache usage of the fullest engine (vLLM), and the share of the default budget in force (ours). "
             "The policy level drops when the cache is nearly full or requests are waiting.",
-            (f"max(vllm:kv_cache_usage_perc{{{_OF_MODEL}}})", "KV cache used"),
-            (f"min(promprune_policy_level{{{_OF_MODEL}}})", "policy level"),
+            (f"max(vllm:kv_cache_usage_perc{{{OF_MODEL}}})", "KV cache used"),
+            (f"min(promprune_policy_level{{{OF_MODEL}}})", "policy level"),
             unit="percentunit",
             colors={"KV cache used": ORANGE, "policy level": GREEN},
             share=True,
@@ -256,8 +237,8 @@ def _load() -> list[Any]:
         lines(
             "Requests in the server",
             "Requests that are running, and requests that are waiting to be scheduled (vLLM).",
-            (f"sum(vllm:num_requests_running{{{_OF_MODEL}}})", "running"),
-            (f"sum(vllm:num_requests_waiting{{{_OF_MODEL}}})", "waiting"),
+            (f"sum(vllm:num_requests_running{{{OF_MODEL}}})", "running"),
+            (f"sum(vllm:num_requests_waiting{{{OF_MODEL}}})", "waiting"),
             unit="short",
             colors={"running": BLUE, "waiting": ORANGE},
         ),
@@ -271,7 +252,7 @@ def _load() -> list[Any]:
         facts(
             "Parts that are off",
             "Parts of the plugin that do not run, because this vLLM was not tested and changed what they need.",
-            f"max by (model_name, part) (promprune_part_off{{{_OF_MODEL}}}) > 0",
+            f"max by (model_name, part) (promprune_part_off{{{OF_MODEL}}}) > 0",
             {"model_name": "model", "part": "part"},
             width=24,
             height=4,

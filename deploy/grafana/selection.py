@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from overview import in_range, per_second, quantile
 from panels import BLUE, GREEN, ORANGE, PURPLE, RED, YELLOW, cells, lines, number
+from promql import buckets, in_range, mean, per_second, quantile, running_mean
 
 UID = "promprune-selection"
 TITLE = "PromPrune: selection"
@@ -28,20 +28,6 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     yield "Feature cache (--visual-token-feature-cache-gb)", _feature_cache()
 
 
-def _mean(name: str, **labels: str) -> str:
-    total, count = (in_range(f"{name}_{part}", **labels) for part in ("sum", "count"))
-    return f"{total} / ({count} > 0)"
-
-
-def _running_mean(name: str, by: str, **labels: str) -> str:
-    total, count = (per_second(f"{name}_{part}", by, **labels) for part in ("sum", "count"))
-    return f"{total} / ({count} > 0)"
-
-
-def _buckets(name: str, **labels: str) -> str:
-    return per_second(f"{name}_bucket", "le", **labels)
-
-
 def _figures() -> list[Any]:
     slow = quantile(0.99, _SECONDS, method=_METHOD, stage="choose").replace("$interval", "$__range")
     return [
@@ -55,7 +41,7 @@ def _figures() -> list[Any]:
         number(
             "Selection time, mean",
             "Average time to select the tokens of one image.",
-            _mean(_SECONDS, method=_METHOD, stage="choose"),
+            mean(_SECONDS, method=_METHOD, stage="choose"),
             "s",
             base=GREEN,
             steps=((0.1, YELLOW), (0.2, RED)),
@@ -79,7 +65,7 @@ def _averages() -> list[Any]:
         number(
             "Tokens kept, mean",
             "Average number of visual tokens kept per image, over images that this method pruned.",
-            _mean(_KEPT, method=_METHOD),
+            mean(_KEPT, method=_METHOD),
             "tokens",
             decimals=0,
             width=4,
@@ -87,7 +73,7 @@ def _averages() -> list[Any]:
         number(
             "Spectral entropy, mean",
             "0: all tokens of an image are alike. 1: all are different. PromPrune splits the budget by it.",
-            _mean(_ENTROPY, method=_METHOD),
+            mean(_ENTROPY, method=_METHOD),
             "none",
             base=PURPLE,
             decimals=2,
@@ -97,7 +83,7 @@ def _averages() -> list[Any]:
         number(
             "Saliency share, mean",
             "Share of the budget spent on tokens that the encoder attends to; the rest covers the other content.",
-            _mean(_SALIENCY, method=_METHOD),
+            mean(_SALIENCY, method=_METHOD),
             "percentunit",
             base=ORANGE,
             decimals=0,
@@ -129,7 +115,7 @@ def _time() -> list[Any]:
         lines(
             "Mean time per image, by stage",
             "Both stages, stacked: the total cost of pruning an image.",
-            (_running_mean(_SECONDS, "stage", **of_method), "{{stage}}"),
+            (running_mean(_SECONDS, "stage", **of_method), "{{stage}}"),
             unit="s",
             colors={"choose": BLUE, "assemble": PURPLE},
             stacked=True,
@@ -145,13 +131,13 @@ def _time_of_every_image() -> list[Any]:
             "Selection time: all images",
             "Each column is a point in time, each cell a range of durations; brighter means more images. A "
             "second bright band is a second kind of image, for example larger ones.",
-            _buckets(_SECONDS, stage="choose", **of_method),
+            buckets(_SECONDS, stage="choose", **of_method),
             unit="s",
         ),
         cells(
             "Assembly time: all images",
             "The same for gathering or merging the rows of the kept tokens.",
-            _buckets(_SECONDS, stage="assemble", **of_method),
+            buckets(_SECONDS, stage="assemble", **of_method),
             unit="s",
         ),
     ]
@@ -163,7 +149,7 @@ def _content() -> list[Any]:
             "Spectral entropy",
             "How varied the tokens of images are: low for plain images, high for busy ones. If nearly all are "
             "at one end, `promprune calibrate` finds a better mu for this model.",
-            _buckets(_ENTROPY, method=_METHOD),
+            buckets(_ENTROPY, method=_METHOD),
             unit="none",
             scheme="Purples",
             width=8,
@@ -172,7 +158,7 @@ def _content() -> list[Any]:
             "Saliency share",
             "Share of each budget spent on salient tokens. All at 0 % or all at 100 % means that mu or tau does "
             "not fit this model.",
-            _buckets(_SALIENCY, method=_METHOD),
+            buckets(_SALIENCY, method=_METHOD),
             unit="percentunit",
             scheme="Oranges",
             width=8,
@@ -180,8 +166,8 @@ def _content() -> list[Any]:
         lines(
             "Means, by method",
             "Both averages: the more varied the images, the less of the budget goes to salient tokens.",
-            (_running_mean(_ENTROPY, "method", method=_METHOD), "entropy, {{method}}"),
-            (_running_mean(_SALIENCY, "method", method=_METHOD), "saliency share, {{method}}"),
+            (running_mean(_ENTROPY, "method", method=_METHOD), "entropy, {{method}}"),
+            (running_mean(_SALIENCY, "method", method=_METHOD), "saliency share, {{method}}"),
             unit="none",
             share=True,
             empty="not used by this method",
@@ -195,7 +181,7 @@ def _kept() -> list[Any]:
         cells(
             "Tokens kept per image",
             "Number of tokens kept per image, including images that kept every token. Bands are budgets.",
-            _buckets(_KEPT, method=every),
+            buckets(_KEPT, method=every),
             unit="tokens",
             scheme="Greens",
             width=8,
@@ -223,7 +209,7 @@ def _encoder() -> list[Any]:
         cells(
             "Tokens per encoder call",
             "Unpruned tokens in one call of the vision encoder. Pruning happens after it, so they do not shrink.",
-            _buckets(_BATCH),
+            buckets(_BATCH),
             unit="tokens",
             scheme="Blues",
             width=8,

@@ -31,7 +31,7 @@ def select(
     budgets: Annotated[
         str | None, typer.Option(metavar="K,K", help="Draw one picture for each of these budgets.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="The question, for methods that use it.")] = None,
+    text: Annotated[str | None, typer.Option(help="The question, to be answered; some methods use it.")] = None,
     url: Annotated[str, typer.Option(help="Address of a running server.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server at --url, if any.")

@@ -16,8 +16,9 @@ import httpx
 from PIL import Image
 from rich.table import Table
 
-from promprune_vllm.client import authorization, base_url, counted_tokens
+from promprune_vllm.client import authorization, base_url, counted_tokens, was_asked_again
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.demo import images
 from promprune_vllm.demo.traffic import Line, Picture, Request, Result, lines, plan, total
 from promprune_vllm.errors import DemoError
@@ -64,7 +65,7 @@ class Report:
         table.add_column("budget", footer="all")
         for name in every:
             if name != "kind":
-                heading = {"seen": "tokens seen"}.get(name, name)
+                heading = {"seen": "tokens seen", "asked_again": "asked again"}.get(name, name)
                 table.add_column(heading, justify="right", footer=f"{every[name]:,}")
         for row in self.rows:
             kind, *numbers = asdict(row).values()
@@ -157,7 +158,7 @@ def _send(client: Any, model: str, request: Request) -> Result:
 
 
 def _post(client: Any, model: str, request: Request) -> Result:
-    extra = {FIELD: request.budget, METHOD_FIELD: request.method}
+    extra = {FIELD: request.budget, METHOD_FIELD: request.method, ESCALATE_FIELD: request.escalate}
     reply = client.chat.completions.with_raw_response.create(
         model=model,
         messages=[{"role": "user", "content": _content(request)}],
@@ -166,14 +167,16 @@ def _post(client: Any, model: str, request: Request) -> Result:
         stream=request.stream,
         extra_body={name: value for name, value in extra.items() if value is not None},
     )
-    outcome = "answered"
-    if request.stream:
+    outcome, again = "answered", False
+    if not request.stream:
+        again = was_asked_again(reply.parse().usage.model_dump())
+    else:
         with reply.parse() as stream:
             for chunk in stream:
                 if request.abort and chunk.choices and chunk.choices[0].delta.content:
                     outcome = "aborted"
                     break  # closes the connection, like a user who has read enough
-    return Result(request.kind, outcome, *counted_tokens(reply.headers))
+    return Result(request.kind, outcome, *counted_tokens(reply.headers), again)
 
 
 def _content(request: Request) -> list[dict[str, Any]]:

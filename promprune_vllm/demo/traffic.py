@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-PLAIN, TEXT, REFUSED = "no budget", "text only", "refused on purpose"
+PLAIN, UNSURE, TEXT, REFUSED = "no budget", "again if unsure", "text only", "refused on purpose"
 QUESTIONS = (
     "What is in the picture?",
     "Describe the picture in one sentence.",
@@ -23,6 +23,7 @@ _KINDS = {
     "auto": 10,
     "list": 8,
     "total": 8,
+    UNSURE: 8,
     TEXT: 8,
     REFUSED: 6,
 }
@@ -34,9 +35,12 @@ _BUDGETS: dict[str, tuple[object, ...]] = {
     "auto": ("auto",),
     "list": ([64, "full"], ["25%", 128], [64, 64]),
     "total": ({"total": 128}, {"total": 512}),
+    UNSURE: (32, 64, 128),
     REFUSED: (0, "plenty", [64, 64, 64, 64, 64]),
 }
 _NO_METHOD = "no-such-method"
+_ESCALATIONS: tuple[object, ...] = (True, {"below": 0.9, "to": 256}, 1e-6)
+"""Of requests whose answer may be asked for again. The last is so low that every answer is sure enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class Request:
         pictures: Images; empty for a text-only request.
         budget: ``visual_token_budget``; ``None`` leaves it out.
         method: ``visual_token_method``; ``None`` leaves it out.
+        escalate: ``visual_token_escalate``; ``None`` leaves it out.
         question: Text of the request.
         answer_tokens: Length of the answer in tokens.
         stream: Whether the answer is streamed.
@@ -71,6 +76,7 @@ class Request:
     pictures: tuple[Picture, ...]
     budget: object
     method: str | None
+    escalate: object
     question: str
     answer_tokens: int
     stream: bool
@@ -86,12 +92,14 @@ class Result:
         outcome: ``answered``, ``aborted`` by the client, ``refused`` by the server, or ``failed``.
         seen: Visual tokens of its images before pruning, from the reply.
         kept: Visual tokens that entered the language model, from the reply.
+        asked_again: Whether its first answer was thrown away for one with more visual tokens, from the reply.
     """
 
     kind: str
     outcome: str
     seen: int = 0
     kept: int = 0
+    asked_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,7 @@ class Line:
     seen: int
     kept: int
     saved: int
+    asked_again: int
     refused: int
     aborted: int
     failed: int
@@ -118,6 +127,7 @@ def plan(seed: int, methods: Sequence[str] = ()) -> Iterator[Request]:
     rng = random.Random(seed)
     tour = [_ask(rng, kind, ()) for kind in _KINDS]
     tour += [_ask(rng, REFUSED, (), refusal=i) for i in range(len(_BUDGETS[REFUSED]) + 1)]
+    tour += [replace(_ask(rng, UNSURE, ()), escalate=each) for each in _ESCALATIONS]
     tour += [replace(_ask(rng, "tokens", ()), method=method) for method in methods]
     tour.append(replace(_ask(rng, "tokens", ()), stream=True, abort=True))
     rng.shuffle(tour)
@@ -135,12 +145,14 @@ def _ask(rng: random.Random, kind: str, methods: Sequence[str], refusal: int | N
     if kind == REFUSED:
         wrong = rng.randrange(len(_BUDGETS[REFUSED]) + 1) if refusal is None else refusal
         budget, method = (64, _NO_METHOD) if wrong == len(_BUDGETS[REFUSED]) else (_BUDGETS[REFUSED][wrong], None)
-    stream = rng.random() < 0.5
+    # A stream's headers tell the first try, and the sums are of what is answered.
+    stream = kind != UNSURE and rng.random() < 0.5
     return Request(
         kind=kind,
         pictures=pictures,
         budget=budget,
         method=method,
+        escalate=rng.choice(_ESCALATIONS) if kind == UNSURE else None,
         question=rng.choice(QUESTIONS),
         answer_tokens=rng.randint(4, 24),
         stream=stream,
@@ -174,4 +186,5 @@ def _has(sent: Sequence[Result], kind: str) -> bool:
 def _sum(kind: str, sent: Sequence[Result]) -> Line:
     seen, kept = sum(each.seen for each in sent), sum(each.kept for each in sent)
     of = {name: sum(each.outcome == name for each in sent) for name in ("refused", "aborted", "failed")}
-    return Line(kind, requests=len(sent), seen=seen, kept=kept, saved=seen - kept, **of)
+    again = sum(each.asked_again for each in sent)
+    return Line(kind, requests=len(sent), seen=seen, kept=kept, saved=seen - kept, asked_again=again, **of)

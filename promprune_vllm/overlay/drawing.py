@@ -43,7 +43,11 @@ def outline_colors(reply: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]:
 
 
 def caption(reply: Mapping[str, Any]) -> str:
-    """Return a one-line caption for an overlay."""
+    """Return a one-line caption for an overlay: what is kept, and the answer if a question was asked."""
+    return _kept(reply) + _answered(reply.get("answer"))
+
+
+def _kept(reply: Mapping[str, Any]) -> str:
     if reply["method"] is None:
         return f"all {reply['seen']} tokens"
     text = f"{reply['method']['name']}: {reply['kept']} of {reply['seen']}"
@@ -53,6 +57,16 @@ def caption(reply: Mapping[str, Any]) -> str:
         text += f", {salient} salient"
     entropies = [group["entropy"] for group in reply["groups"] if group["entropy"] is not None]
     return text + (f", H {sum(entropies) / len(entropies):.2f}" if entropies else "")
+
+
+def _answered(answer: Mapping[str, Any] | None) -> str:
+    """Return the answer with the kept tokens, its confidence, and the answer that leaves if it is another."""
+    if answer is None:
+        return ""
+    first = answer["first"] or answer
+    text = f', "{first["text"].strip()}"'
+    text += "" if first["confidence"] is None else f" ({first['confidence']:.2f})"
+    return text + (f', then "{answer["text"].strip()}"' if answer["first"] else "")
 
 
 def titled(picture: Image.Image, title: str) -> Image.Image:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from promprune_vllm.core.budget import METHOD_FIELD
+from promprune_vllm.server.field_schemas import escalation_schema
 from promprune_vllm.server.schemas import AnyBudget, CacheBytes, Method, Strict
 
 MAX_TEXT_CHARACTERS = 4096
+AnyEscalation = Annotated[Any, WithJsonSchema(escalation_schema())]
+"""Any JSON; validated by ``EscalationRequest.parse``."""
 
 
 class InspectRequest(Strict):
@@ -26,8 +29,12 @@ class InspectRequest(Strict):
         default=None, description="OpenAI's detail for the image."
     )
     text: str | None = Field(
-        default=None, max_length=MAX_TEXT_CHARACTERS, description="The question, for methods that use it."
+        default=None,
+        max_length=MAX_TEXT_CHARACTERS,
+        description="The question: for the answer, and for methods that use it.",
     )
+    answer: bool = Field(default=True, description="Whether to answer the question, if there is one.")
+    visual_token_escalate: AnyEscalation = None
 
 
 class Group(BaseModel):
@@ -42,6 +49,30 @@ class Group(BaseModel):
     saliency: list[float] | None = Field(description="Attention that each token receives, if the method uses it.")
     entropy: float | None = Field(description="Entropy by which the budget was split, 0 to 1.")
     report: dict[str, float] = Field(description="All figures that the method reports.")
+
+
+class Try(BaseModel):
+    """One answer to the question: greedy, without penalties, cut off after 32 tokens."""
+
+    text: str
+    confidence: float | None = Field(
+        description="Lowest probability of the likeliest token among its first tokens. Null if the server returns "
+        "no log-probabilities that it can be read from."
+    )
+    kept: int = Field(description="Visual tokens of the image in its prompt.")
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Answer(Try):
+    """The answer that a client gets."""
+
+    below: float | None = Field(
+        description="Threshold of confidence in force; null if no answer is asked for again here."
+    )
+    first: Try | None = Field(
+        description="The answer with the kept tokens, if it was thrown away for this one; null if it is this one."
+    )
 
 
 class InspectReply(BaseModel):
@@ -63,3 +94,4 @@ class InspectReply(BaseModel):
     groups: list[Group] = Field(description="Empty if every token is kept.")
     selection_ms: float | None
     kv_cache: CacheBytes | None
+    answer: Answer | None = Field(description="Null without a question.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.server.route_table import POST_ROUTES
 
 if TYPE_CHECKING:
@@ -31,22 +33,27 @@ def document(app: FastAPI, fields: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def add_fields(openapi: dict[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the fields to the request schemas of every route that obeys them. Idempotent."""
+    """Add each field to the request schemas of every route that obeys it. Idempotent."""
     schemas: dict[str, Any] = openapi.get("components", {}).get("schemas", {})
-    requests = [schemas[name] for name in request_schemas(openapi) if "properties" in schemas.get(name, {})]
-    for request in requests:
-        for name in fields:
+    for name, schema in fields.items():
+        requests = [
+            schemas[each] for each in request_schemas(openapi, name) if "properties" in schemas.get(each, {})
+        ]
+        for request in requests:
             request["properties"].setdefault(name, {"$ref": f"{_SCHEMAS}{name}"})
-    if requests:
-        schemas.update({name: dict(schema) for name, schema in fields.items()})
+        if requests:
+            schemas[name] = dict(schema)
 
 
-def request_schemas(openapi: Mapping[str, Any]) -> list[str]:
-    """Return the names of an OpenAPI document's request schemas that take a budget, in document order."""
+def request_schemas(openapi: Mapping[str, Any], field: str = FIELD) -> list[str]:
+    """Return the names of an OpenAPI document's request schemas of routes that obey a field, in document order.
+
+    Routes may share a schema: it then has what any of them obeys.
+    """
     names: dict[str, None] = {}
     for path, methods in openapi.get("paths", {}).items():
         route = POST_ROUTES.get(path)
-        if route is not None and route.effect == "obeys":
+        if route is not None and route.effect == "obeys" and (route.asks_again or field != ESCALATE_FIELD):
             names.update(dict.fromkeys(_body_schemas(methods.get("post", {}))))
     return list(names)
 

@@ -1,4 +1,4 @@
-"""What ``visual_token_budget`` does on every route of vLLM's HTTP servers, and in every offline entry point.
+"""What our fields do on every route of vLLM's HTTP servers, and in every offline entry point.
 
 The OpenAPI document, docs/requests.md and tests are built from it. A test walks the OpenAPI document of each kind
 of server and fails on a route that is missing here.
@@ -84,7 +84,7 @@ POST_ROUTES: Mapping[str, Route] = MappingProxyType(
         "/abort_requests": _NO_IMAGE,
         # ours
         "/v1/visual_tokens/count": _OBEYS,
-        "/v1/visual_tokens/inspect": _OBEYS,
+        "/v1/visual_tokens/inspect": _ANSWERS,
         # no prompts
         "/ping": _NO_IMAGE,
         "/scale_elastic_ep": _NO_IMAGE,
@@ -114,7 +114,9 @@ OFFLINE: Mapping[str, Route] = MappingProxyType(
         "LLM.classify": Route("obeys", "`mm_processor_kwargs` of a prompt"),
         "LLM.score": Route("obeys", "only the default (`PROMPRUNE_BUDGET`): it takes no processor options"),
         "LLM(...)": Route("refuses", "engine-wide `mm_processor_kwargs`: set `PROMPRUNE_BUDGET` instead"),
-        "vllm run-batch": Route("obeys", "in the `body` of a line: chat completions, embeddings, score, rerank"),
+        "vllm run-batch": Route(
+            "obeys", "in the `body` of a line: chat completions, embeddings, score, rerank", asks_again=True
+        ),
     }
 )
 """Entry point -> what a budget does there, and how it is passed."""

@@ -23,7 +23,7 @@ from promprune_vllm.demo import run
 from promprune_vllm.demo.sender import Report, Traffic, send
 from promprune_vllm.demo.server import Server, free_port
 from promprune_vllm.demo.traffic import REFUSED
-from promprune_vllm.metrics.catalog import CATALOG, FORMS, OUTCOMES, PART_OFF, STAGES
+from promprune_vllm.metrics.catalog import CATALOG, DISCARDED, FORMS, OUTCOMES, PART_OFF, STAGES
 from tests.deploy.watching import DASHBOARDS, RULES, dashboard, names, recorded, targets, tool, vllms_series
 
 pytestmark = [pytest.mark.server, pytest.mark.release]
@@ -179,6 +179,8 @@ def test_the_traffic_moves_what_it_can_move(watched: Watched) -> None:
 
     assert moved("promprune_requests_total", "outcome") == set(OUTCOMES) - {"failed"}
     assert moved("promprune_budgets_total", "form") == set(FORMS)
+    assert moved("promprune_escalations_total", "decision") == {"sure", "asked_again"}
+    assert moved("promprune_escalation_discarded_tokens_total", "tokens") == set(DISCARDED)
     assert moved("promprune_refused_requests_total", "reason") == {"invalid", "images", "method"}
     assert moved("promprune_images_total", "cached") == {"true", "false"}
     assert moved("promprune_selection_seconds_count", "stage") == set(STAGES)
@@ -198,6 +200,8 @@ def test_the_summary_and_the_counters_tell_the_same(watched: Watched) -> None:
     assert counted["promprune_visual_tokens_saved_total"] == every.saved > 0
     assert counted["promprune_refused_requests_total"] == every.refused
     assert counted["promprune_requests_total"] == every.requests
+    (again,) = watched.now('promprune_escalations_total{decision="asked_again"}')
+    assert float(again["value"][1]) == every.asked_again > 0
     assert {line.kind: line.refused for line in watched.report.rows if line.refused} == {REFUSED: every.refused}
 
 

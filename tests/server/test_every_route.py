@@ -39,7 +39,7 @@ pytestmark = pytest.mark.server
 FULL, DEFAULT, ASKED = 16, 4, 7
 """Tokens of the small model's images: all, those of the server's default of 25 %, and those that tests ask for."""
 SPEC = DemoModelSpec(image_px=56, hidden=64, heads=2, mlp=128, layers=2)
-BUDGET, METHOD = "visual_token_budget", "visual_token_method"
+BUDGET, METHOD, ESCALATE = "visual_token_budget", "visual_token_method", "visual_token_escalate"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,8 @@ def test_the_document_shows_the_fields_where_they_are_obeyed(kind: Server) -> No
     assert taking
     for name in taking:
         assert {BUDGET, METHOD} <= schemas[name]["properties"].keys() or name == "CountRequest", name
+    again = {name for name in taking if ESCALATE in schemas[name]["properties"]}
+    assert again == set(request_schemas(made, ESCALATE))
 
 
 def asked(fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -188,6 +190,40 @@ def test_every_route_refuses_what_is_no_budget(kind: Server) -> None:
         refused = grown(series(kind), before)
         assert refused["promprune_requests_total", "refused"] == len(BAD), path
     assert is_healthy(kind.url)
+
+
+@every_kind
+def test_every_route_takes_a_second_try_or_refuses_it_by_name(kind: Server) -> None:
+    """Also the routes that take no image, and those that no server here can answer: they refuse before that."""
+    bodies, tried = {**BODIES, "/v1/visual_tokens/inspect": INSPECTED}, set()
+    for path in sorted(post_routes(document(kind)) - {"/v1/visual_tokens/count"}):
+        response = post(kind, path, {**bodies.get(path, {}), ESCALATE: 0.5})
+        error, answers = response.json().get("error", {}), POST_ROUTES[path].asks_again
+        if not answers:
+            assert response.status_code == 400, f"{path}: {response.text}"
+            assert (error["param"], f"{path} generates no answer" in error["message"]) == (ESCALATE, True), path
+            assert path not in served(kind) or post(kind, path, {**BODIES[path], ESCALATE: False}).is_success, path
+        elif path == "/invocations" and "/v1/embeddings" in served(kind):
+            assert (error["param"], "asks for no answer" in error["message"]) == (ESCALATE, True), path
+        else:  # whatever else may be wrong with the request
+            assert error.get("param") != ESCALATE, f"{path}: {response.text}"
+            wrong = post(kind, path, {**bodies.get(path, {}), ESCALATE: 2})
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, ESCALATE), path
+        tried.add(answers)
+    assert tried == {True, False}
+    counted = post(kind, "/v1/visual_tokens/count", {"images": [{"width": 8, "height": 8}], ESCALATE: 0.5})
+    assert counted.status_code == 400
+    assert ESCALATE in counted.text
+
+
+def test_an_unsure_answer_is_asked_for_again_on_every_route_that_answers(generating: Server) -> None:
+    for path in sorted(served(generating)):
+        if POST_ROUTES[path].asks_again and path not in NO_USAGE:
+            response = post(generating, path, {**BODIES[path], BUDGET: ASKED, ESCALATE: 1})
+            assert response.status_code == 200, response.text
+            used = response.json()["usage"]["visual_tokens"]
+            (first,) = used["first_tries"]
+            assert (used["kept"], first["kept"], first["asked_again"]) == (FULL, ASKED, True), path
 
 
 def test_a_prompt_of_every_route_is_counted_once(generating: Server, pooling: Server) -> None:
@@ -248,6 +284,11 @@ def test_a_budget_beside_features_comes_too_late(generating: Server) -> None:
         response = post(generating, "/inference/v1/generate", {**features, **fields})
         assert response.status_code == 400, response.text
         assert "to its render route" in response.json()["error"]["message"]
+    for fields in asked({ESCALATE: 0.5}):  # which render routes refuse
+        response = post(generating, "/inference/v1/generate", {**features, **fields})
+        assert response.status_code == 400, response.text
+        assert "Leave it out." in response.json()["error"]["message"]
+    assert post(generating, "/inference/v1/generate", {**features, ESCALATE: False}).status_code == 200
 
 
 def test_content_parts_obey(generating: Server) -> None:
@@ -328,7 +369,9 @@ def test_what_a_server_cannot_do_it_says(pooling: Server, rendering: Server) -> 
 def test_a_batch_file_obeys_and_tells(model: Path, tmp_path: Path) -> None:
     lines = [
         {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": {**SHORT, **more}}
-        for i, more in enumerate(({}, {BUDGET: ASKED}, {"vllm_xargs": {BUDGET: "full"}}, {BUDGET: -3}))
+        for i, more in enumerate(
+            ({}, {BUDGET: ASKED}, {"vllm_xargs": {BUDGET: "full"}}, {BUDGET: -3}, {BUDGET: ASKED, ESCALATE: 1})
+        )
     ]
     asked_file, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     asked_file.write_text("\n".join(json.dumps(line) for line in lines))
@@ -344,5 +387,7 @@ def test_a_batch_file_obeys_and_tells(model: Path, tmp_path: Path) -> None:
             "kept": kept,
             "images": [{"seen": FULL, "kept": kept}],
         }
+    unsure = replies["4"]["response"]["body"]["usage"]["visual_tokens"]
+    assert (unsure["kept"], unsure["first_tries"][0]["kept"]) == (FULL, ASKED)
     assert replies["3"]["response"]["status_code"] == 400
     assert BUDGET in json.dumps(replies["3"]["error"])

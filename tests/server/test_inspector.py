@@ -227,6 +227,16 @@ def test_the_page_shows_what_the_endpoint_tells(visit: Visit, request: pytest.Fi
         expect(page.locator(f"#answer-{side}")).not_to_be_empty()
     full, pruned = (int(page.locator(f"#time-{side}").inner_text().split()[-3]) for side in ("full", "pruned"))
     assert full - pruned == 512
+    sureness = page.locator("#sureness")
+    expect(sureness).to_contain_text(re.compile(r"^Answer with 64 tokens: .+ Confidence 0(\.[0-9]+)?\.$"))
+    page.fill("#below", "0.9")
+    page.locator("#question").press("Enter")
+    expect(sureness).to_contain_text(
+        re.compile(r", below 0\.9: asked again with all 576 tokens: ."), timeout=PATIENCE_MS
+    )
+    assert int(page.locator("#time-pruned").inner_text().split()[-3]) == pruned, (
+        "that column is of the kept tokens"
+    )
     expect(page.locator("#strip-saved")).to_contain_text(re.compile("[0-9]"))
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / f"inspector-{request.node.callspec.id}.png", full_page=True)
@@ -256,10 +266,13 @@ def test_a_question_about_a_scene_is_answered_with_every_ninth_token(
     page.select_option("#method", "promprune")
     expect(page.locator("#counts dd[data-name=method]")).to_have_text("promprune", timeout=PATIENCE_MS)
     page.fill("#question", question.text)
+    page.fill("#below", "0.9")
     page.click("#send")
     for side in ("full", "pruned"):
         expect(page.locator(f"#time-{side}")).to_contain_text("first token after", timeout=PATIENCE_MS)
         expect(page.locator(f"#answer-{side}")).to_contain_text(question.answer)
+    said = rf"^Answer with 64 tokens: {question.answer}\. Confidence 0\.9[0-9]+, at least 0\.9: not asked again\.$"
+    expect(page.locator("#sureness")).to_have_text(re.compile(said), timeout=PATIENCE_MS)
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / "inspector.png", full_page=True)
     page.close()

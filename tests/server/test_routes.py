@@ -15,6 +15,7 @@ from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
 from promprune_vllm.engine.compat.versions import TESTED
+from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.openapi import request_schemas
 from tests.conftest import VISUAL_TOKENS
 from tests.server.browser import chromium
@@ -142,9 +143,10 @@ def test_the_document_shows_our_fields(server: Server) -> None:
     document = httpx.get(f"{server.url}/openapi.json", timeout=60).raise_for_status().json()
     schemas = document["components"]["schemas"]
     taking = set(request_schemas(document))
-    assert {"ChatCompletionRequest", "ResponsesRequest", "AnthropicMessagesRequest"} <= taking
+    again = set(request_schemas(document, "visual_token_escalate"))
+    assert {"ChatCompletionRequest", "ResponsesRequest", "AnthropicMessagesRequest"} <= again <= taking
     for name in taking - {"CountRequest", "InspectRequest"}:  # our own say it themselves
-        for field in ("visual_token_budget", "visual_token_method"):
+        for field in FIELDS if name in again else FIELDS[:2]:
             assert schemas[name]["properties"][field] == {"$ref": f"#/components/schemas/{field}"}
             assert schemas[field]["description"]
             assert schemas[field]["examples"]
@@ -159,8 +161,8 @@ def test_the_document_shows_our_fields(server: Server) -> None:
 def test_the_rest_of_the_document_is_stock_vllms(server: Server, stock: Server) -> None:
     ours, theirs = (httpx.get(f"{each.url}/openapi.json", timeout=60).json() for each in (server, stock))
     for name in set(request_schemas(ours)) & theirs["components"]["schemas"].keys():
-        for field in ("visual_token_budget", "visual_token_method"):
-            del ours["components"]["schemas"][name]["properties"][field]
+        for field in FIELDS:
+            ours["components"]["schemas"][name]["properties"].pop(field, None)
     assert {path: ours["paths"][path] for path in theirs["paths"]} == theirs["paths"]
     shown = theirs["components"]["schemas"]
     assert {name: ours["components"]["schemas"][name] for name in shown} == shown
@@ -168,13 +170,13 @@ def test_the_rest_of_the_document_is_stock_vllms(server: Server, stock: Server) 
 
 @pytest.fixture(scope="module")
 def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Another family, whose mu nobody measured, an API key, two API servers, and limits of the operator's."""
+    """A family whose mu nobody measured, an API key, two API servers, limits of the operator, and no logprobs."""
     directory = tmp_path_factory.mktemp("guarded")
     model = build_family_model("qwen2_vl", directory / "model")
     options = (
         *("--api-server-count", "2", "--visual-token-detail"),
         *("--visual-token-budget", "50%", "--visual-token-low", "8", "--visual-token-max", "40"),
-        *("--allow-methods", "random,uniform"),
+        *("--allow-methods", "random,uniform", "--max-logprobs", "0"),
     )
     yield from _serving(model, directory, *options, VLLM_API_KEY=KEY)
 
@@ -253,6 +255,17 @@ def test_the_inspector_asks_for_the_key_and_sends_it(guarded_server: Server) -> 
         page.set_input_files("#file", photo_path("rocket"))
         expect(page.locator("rect.cell")).to_have_count(counted["seen"], timeout=120_000)
         expect(page.locator("rect.cell:not(.dropped)")).to_have_count(40)
+
+
+def test_an_answer_has_no_confidence_where_there_are_no_logprobs(guarded_server: Server) -> None:
+    inspect, key = f"{guarded_server.url}{ROUTE}/inspect", {"authorization": f"Bearer {KEY}"}
+    request = {"image": _jpeg(224, 168), "text": "What is it?"}
+    told = httpx.post(inspect, json=request, headers=key, timeout=120).raise_for_status().json()
+    assert told["answer"]["text"]
+    assert (told["answer"]["confidence"], told["answer"]["below"], told["answer"]["first"]) == (None, None, None)
+    refused = httpx.post(inspect, json={**request, "visual_token_escalate": 0.9}, headers=key, timeout=120)
+    assert refused.status_code == 400
+    assert "--max-logprobs 0" in refused.json()["error"]["message"]
 
 
 def test_logs_hold_no_images_prompts_or_keys(guarded_server: Server) -> None:

@@ -69,6 +69,13 @@ def test_captions_and_sheets() -> None:
     boxes: list[Box | None] = list(grid(2, 4, (0, 0, 80, 40)))
     assert caption(reply(boxes, [1, 6], [6])) == "promprune: 2 of 8, 1 salient, H 0.25"
     assert caption(reply(boxes, list(range(8)), None, method=None)) == "all 8 tokens"
+    first = {"text": " red", "confidence": 0.8125}
+    sure = {**first, "first": None}
+    assert caption(reply(boxes, [1, 6], [6], answer=sure)).endswith(', H 0.25, "red" (0.81)')
+    again = {"text": "blue", "confidence": 0.97, "first": first}
+    assert caption(reply(boxes, [1, 6], [6], answer=again)).endswith('"red" (0.81), then "blue"')
+    untold = {"text": "red", "confidence": None, "first": None}
+    assert caption(reply(boxes, [1, 6], [6], answer=untold)).endswith(', "red"')
     small = titled(Image.new("RGB", (80, 40)), "a title that is much longer than its picture")
     assert small.width == 80
     assert small.height > 40

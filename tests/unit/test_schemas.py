@@ -126,10 +126,12 @@ def test_a_value_matches_one_form_only() -> None:
 def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
     chat, ask = {"properties": {"model": {}}}, {"properties": {"visual_token_budget": {}}}
     schemas: dict[str, Any] = {"Chat": chat, "BudgetRequest": ask, "Text": {"properties": {}}, "Other": {}}
+    schemas["Embedding"] = {"properties": {}}
     made: dict[str, Any] = {
         "paths": {
             "/v1/chat/completions": _posts("Chat", "Other"),
             "/v1/visual_tokens/inspect": _posts("BudgetRequest"),
+            "/v1/embeddings": _posts("Embedding"),
             "/detokenize": _posts("Text"),
             "/somebody/elses": _posts("Text"),
         },
@@ -142,6 +144,7 @@ def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
             "BudgetRequest",
             "Text",
             "Other",
+            "Embedding",
             "visual_token_budget",
             "visual_token_method",
             "visual_token_escalate",
@@ -154,6 +157,7 @@ def test_fields_are_added_where_they_are_taken_and_nowhere_else() -> None:
         }
         assert ask["properties"]["visual_token_budget"] == {}, "what a route says itself stays"
         assert schemas["Text"]["properties"] == {}
+        assert set(schemas["Embedding"]["properties"]) == {"visual_token_budget", "visual_token_method"}
         assert schemas["visual_token_method"]["enum"] == ["promprune", "random", None]
     empty: dict[str, Any] = {}
     add_fields(empty, field_schemas(["promprune"]))

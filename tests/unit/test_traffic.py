@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from promprune_vllm import cli, client
 from promprune_vllm.core.budget import BudgetRequest as Budgets
+from promprune_vllm.core.escalation import EscalationRequest as Again
 from promprune_vllm.demo import sender
-from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, Picture, Result, lines, plan, total
+from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, UNSURE, Picture, Result, lines, plan, total
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.metrics.catalog import FORMS
 
@@ -19,14 +20,16 @@ METHODS = ("divprune", "random")
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_first_requests_are_one_of_everything(seed: int) -> None:
-    first = list(islice(plan(seed, METHODS), len(FORMS) + 3 + 4 + len(METHODS) + 1))
-    assert {ask.kind for ask in first} == {*FORMS, PLAIN, TEXT, REFUSED}
+    first = list(islice(plan(seed, METHODS), len(FORMS) + 4 + 4 + 3 + len(METHODS) + 1))
+    assert {ask.kind for ask in first} == {*FORMS, PLAIN, UNSURE, TEXT, REFUSED}
     assert {ask.method for ask in first} >= {*METHODS, None}
     assert any(ask.abort for ask in first)
     refused = [ask for ask in first if ask.kind == REFUSED]
     assert {str(ask.budget) for ask in refused} >= {"0", "plenty", "64"}
     assert any(ask.method == "no-such-method" for ask in refused)
     assert any(isinstance(ask.budget, list) for ask in refused)
+    thresholds = {Again.parse(ask.escalate).below for ask in first if ask.kind == UNSURE}
+    assert {None, 0.9} < thresholds, "no answer can be sure enough"
 
 
 def test_a_seed_decides_everything() -> None:
@@ -44,6 +47,8 @@ def test_a_long_run_is_a_mix_with_repeats_and_new_images() -> None:
     assert 0.3 < sum(ask.stream for ask in asks) / len(asks) < 0.7
     assert 0 < sum(ask.abort for ask in asks) < 150
     assert all(ask.stream for ask in asks if ask.abort)
+    assert {ask.kind for ask in asks if ask.escalate is not None} == {UNSURE}
+    assert not any(ask.stream for ask in asks if ask.kind == UNSURE), "its headers would tell the first try"
     assert any(len(ask.pictures) == 2 for ask in asks if ask.kind == "tokens")
     assert all(not ask.pictures for ask in asks if ask.kind == TEXT)
 
@@ -62,13 +67,15 @@ def test_sums() -> None:
         Result("share", "answered", 576, 144),
         Result("tokens", "answered", 1152, 128),
         Result("tokens", "aborted", 576, 64),
+        Result(UNSURE, "answered", 576, 576, asked_again=True),
         Result(REFUSED, "refused"),
     ]
-    assert [line.kind for line in lines(sent)] == ["tokens", "share", REFUSED]
+    assert [line.kind for line in lines(sent)] == ["tokens", "share", UNSURE, REFUSED]
     tokens = lines(sent)[0]
     assert (tokens.requests, tokens.seen, tokens.kept, tokens.saved, tokens.aborted) == (2, 1728, 192, 1536, 1)
     every = total(sent)
-    assert (every.requests, every.seen, every.kept, every.refused, every.failed) == (4, 2304, 336, 1, 0)
+    assert (every.requests, every.seen, every.kept, every.refused, every.failed) == (5, 2880, 912, 1, 0)
+    assert (tokens.asked_again, every.asked_again) == (0, 1)
 
 
 def test_every_picture_of_the_pool_is_a_small_jpeg() -> None:
@@ -76,6 +83,15 @@ def test_every_picture_of_the_pool_is_a_small_jpeg() -> None:
     whole, cut = (sender._data_url(Picture(0, box)) for box in (None, (0.1, 0.2, 0.5)))
     assert whole.startswith("data:image/jpeg;base64,")
     assert len(cut) < len(whole) < 100_000
+
+
+def test_a_reply_tells_whether_it_was_asked_again() -> None:
+    sure, again = ({"confidence": 0.5, "asked_again": asked} for asked in (False, True))
+    tried = {"visual_tokens": {"seen": 4, "first_tries": [sure, again]}}
+    assert client.was_asked_again(tried)
+    assert not client.was_asked_again({"visual_tokens": {"seen": 4, "first_tries": [sure]}})
+    assert not client.was_asked_again({"visual_tokens": {"seen": 4}})
+    assert not client.was_asked_again({"prompt_tokens": 3})
 
 
 @pytest.mark.parametrize("given", ["http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/"])

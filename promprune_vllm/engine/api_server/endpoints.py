@@ -17,10 +17,12 @@ from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
+from promprune_vllm.core.escalation import EscalationRequest
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server import escalation_refusals, http_fields, inspector
 from promprune_vllm.engine.api_server.admission import admit, served_name, unsupported_reason
+from promprune_vllm.engine.api_server.inspected_answer import Question
 from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
@@ -191,12 +193,26 @@ class EngineBackend:
         """Return which tokens of an image were kept, and why."""
         with refusing(None):
             self._require_pruning("inspect")
-        result = await self._inspector.run(body, request)
-        if isinstance(result, Response):
-            return result
-        usage, trace = result
+            question = self._question(body)
+        found = await self._inspector.run(body, question, request)
+        if isinstance(found, Response):
+            return found
         boxes = self._renderer.mm_processor.boxes
-        return inspector.reply(usage, trace, boxes, self._methods, self._bytes(usage.seen, usage.kept))
+        kv_cache = self._bytes(found.usage.seen, found.usage.kept)
+        return inspector.reply(found, boxes, self._methods, kv_cache)
+
+    def _question(self, body: InspectRequest) -> Question | None:
+        """Return how a question is answered; raise the same errors as a chat request with it."""
+        request = PruningRequest.parse(PruningFields(escalate=body.visual_token_escalate))
+        admit(self._renderer, request)
+        if not (body.text and body.answer):
+            if request.asks_again:
+                escalation_refusals.refuse("there is no question to be answered (text)")
+            return None
+        reason = escalation_refusals.unsupported_reason(self._renderer.model_config)
+        default = self._settings.escalation()
+        wish = request.escalate or EscalationRequest(wanted=self._settings.escalate is not None)
+        return Question(default.window, reason is None, wish.over(default), body.visual_token_escalate)
 
     def _require_pruning(self, verb: str) -> None:
         if reason := unsupported_reason(self._renderer):

@@ -1,13 +1,14 @@
 """Shows which tokens the engine kept of one image: sends a one-token request, then reads the worker's trace.
 
 So the engine does the work, in its own queue and with its own limits. An image whose rows it still has is not
-encoded again, and the reply shows the very rows that enter the language model.
+encoded again, and the reply shows the very rows that enter the language model. Then the question is answered.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -16,12 +17,14 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from promprune_vllm.core import geometry
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.core.geometry import Box
+from promprune_vllm.engine.api_server.inspected_answer import Question
 from promprune_vllm.engine.compat import older_minors, parts, verdict
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, TRACES_METHOD
-from promprune_vllm.server.inspect_schemas import Group, InspectReply, InspectRequest
+from promprune_vllm.server.inspect_schemas import Answer, Group, InspectReply, InspectRequest
 from promprune_vllm.server.schemas import CacheBytes, Method
-from promprune_vllm.server.usage import ImageUsage, current_usage
+from promprune_vllm.server.usage import ImageUsage, current_usage, recording
 
 _EVICTED = (
     "The image's rows left the engine's encoder cache before they could be inspected: the server is busy. "
@@ -31,6 +34,22 @@ _ENCODED_ELSEWHERE = (
     "Another engine encoded the image and sent its rows through an encoder cache connector. Only that engine "
     "knows which tokens were kept: inspect the image on the server that encodes."
 )
+_ONE_TOKEN = {"max_tokens": 1, ESCALATE_FIELD: False}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the engine did with one image.
+
+    Args:
+        usage: Of a request with this image alone.
+        trace: From the worker, ``{}`` if the image kept every token.
+        answer: To the question, if there is one.
+    """
+
+    usage: ImageUsage
+    trace: Mapping[str, Any]
+    answer: Answer | None = None
 
 
 class Inspector:
@@ -45,21 +64,26 @@ class Inspector:
         self._client = engine_client
         self._state = state
 
-    async def run(self, body: InspectRequest, request: Request) -> tuple[ImageUsage, Mapping[str, Any]] | Response:
+    async def run(
+        self, body: InspectRequest, question: Question | None, request: Request
+    ) -> Inspection | Response:
         """Send an image through the engine.
 
+        Args:
+            body: The image, and how to prune it.
+            question: How to answer its question; ``None`` for no answer.
+            request: The HTTP request.
+
         Returns:
-            The image's usage and its trace from the worker, ``{}`` if it kept every token; or vLLM's refusal.
+            What was found, or vLLM's refusal.
 
         Raises:
             HTTPException: 503 if the image's rows have already been evicted; 501 if the server does not answer
                 chat requests or does not encode images.
         """
         _require_part()
-        handler = getattr(self._state, "openai_serving_chat", None)
-        if handler is None:
-            raise HTTPException(501, "This server does not answer chat requests, and the inspector needs one.")
-        reply = await handler.create_chat_completion(_chat(body), request)
+        salt = uuid.uuid4().hex
+        reply = await self._send(_chat(body, salt, _ONE_TOKEN), request)
         if isinstance(reply, ErrorResponse):
             return JSONResponse(reply.model_dump(), reply.error.code)
         usage = current_usage()
@@ -68,7 +92,33 @@ class Inspector:
         trace = await self._read_trace(usage.identifiers)
         if not trace and usage.kept < usage.seen:
             raise HTTPException(501, _ENCODED_ELSEWHERE)
-        return usage, trace
+        answer = None if question is None else await self._answer(body, question, salt, request)
+        if isinstance(answer, ErrorResponse):
+            return JSONResponse(answer.model_dump(), answer.error.code)
+        return Inspection(usage, trace, answer)
+
+    async def _answer(
+        self, body: InspectRequest, question: Question, salt: str, request: Request
+    ) -> Answer | ErrorResponse:
+        with recording() as usage:
+            reply = await self._send(_chat(body, salt, question.first_fields()), request)
+        if isinstance(reply, ErrorResponse):
+            return reply
+        first = question.tried(reply, usage)
+        if not question.is_unsure(first):
+            return question.answer(first)
+        with recording() as usage:
+            reply = await self._send(_chat(body, salt, question.second_fields()), request)
+        if isinstance(reply, ErrorResponse):
+            return reply
+        return question.answer(first, (question.tried(reply, usage), usage))
+
+    async def _send(self, chat: Any, request: Request) -> Any:
+        """Return vLLM's reply to a chat request."""
+        handler = getattr(self._state, "openai_serving_chat", None)
+        if handler is None:
+            raise HTTPException(501, "This server does not answer chat requests, and the inspector needs one.")
+        return await handler.create_chat_completion(chat, request)
 
     @property
     def capacity_rows(self) -> int:
@@ -111,8 +161,11 @@ def _require_part() -> None:
         )
 
 
-def _chat(body: InspectRequest) -> Any:
-    """Return vLLM's request for one token about the image."""
+def _chat(body: InspectRequest, salt: str, more: Mapping[str, Any]) -> Any:
+    """Return vLLM's chat request about the image, with more fields.
+
+    With a fresh salt, the prefix cache has nothing of it, so the encoder cache must have the image's rows then.
+    """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     image: dict[str, Any] = {"url": body.image}
@@ -125,17 +178,15 @@ def _chat(body: InspectRequest) -> Any:
     return ChatCompletionRequest.model_validate(
         {
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": 1,
-            # A fresh salt avoids the prefix cache, so the image's rows must be in the encoder cache afterwards.
-            "cache_salt": uuid.uuid4().hex,
+            "cache_salt": salt,
             **{name: value for name, value in fields.items() if value is not None},
+            **more,
         }
     )
 
 
 def reply(
-    usage: ImageUsage,
-    trace: Mapping[str, Any],
+    found: Inspection,
     boxes: Callable[[int, int], Sequence[Box | None]],
     methods: Sequence[Method],
     kv_cache: CacheBytes | None,
@@ -143,12 +194,12 @@ def reply(
     """Build the reply for one image.
 
     Args:
-        usage: Of a request with this image alone.
-        trace: From the worker, ``{}`` if the image kept every token.
+        found: What the engine did with it.
         boxes: Returns the pixel boxes of the tokens of an image of a width and height.
         methods: The allowed methods.
         kv_cache: Bytes of KV cache that the image takes and saves.
     """
+    usage, trace = found.usage, found.trace
     ((seen, kept),) = usage.images
     (size,) = usage.sizes
     assert size is not None  # only image_embeds have no size
@@ -173,6 +224,7 @@ def reply(
         groups=groups,
         selection_ms=round(1000 * trace["seconds"], 3) if trace else None,
         kv_cache=kv_cache,
+        answer=found.answer,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from promprune_vllm.config import Settings
+from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
@@ -94,9 +95,10 @@ def refuse_text_among(placeholders: Sequence[Any], tokens: Sequence[int]) -> Non
 def _refuse_fields() -> None:
     for name in FIELDS:
         if request_fields.read_field(None, name) not in (None, False):
+            next_step = "Leave it out" if name == ESCALATE_FIELD else f"Send {name} to its render route instead"
             raise BudgetError(
                 f"{name} cannot be applied to images sent as features: the render server has already processed "
-                f"them. Send {name} to its render route instead.",
+                f"them. {next_step}.",
                 param=name,
                 reason="unsupported",
             )

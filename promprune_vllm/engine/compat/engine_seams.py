@@ -11,6 +11,7 @@ _PROCESSOR = f"{_PROCESSING}.processor:BaseMultiModalProcessor"
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
 _ENTRY = "vllm.entrypoints"
+_CHAT = f"{_ENTRY}.openai.chat_completion.protocol"
 _LAUNCH = f"{_ENTRY}.launchers"
 _RESPONSES = f"{_ENTRY}.openai.responses.serving:OpenAIServingResponses"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
@@ -239,7 +240,9 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
     ),
     *of(
         parts.INSPECTOR,
-        call(f"{_ENTRY}.openai.chat_completion.protocol:ChatCompletionRequest", "messages", "cache_salt"),
+        call(f"{_CHAT}:ChatCompletionRequest", "messages", "cache_salt", "logprobs", "repetition_penalty"),
+        call(f"{_CHAT}:ChatCompletionLogProb", "logprob"),
+        call(f"{_CHAT}:ChatCompletionResponseChoice", "message", "logprobs"),
         call(
             f"{_ENTRY}.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
             *("request", "raw_request"),

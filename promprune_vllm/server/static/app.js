@@ -27,6 +27,7 @@ async function guarded(work) {
 const key = () => get("key").value.trim();
 const budget = () => Number(get("budget").value);
 const method = () => get("method").value;
+const again = () => ({ visual_token_escalate: Number(get("below").value) || false });
 const wanted = () => ({ visual_token_budget: budget(), ...(method() ? { visual_token_method: method() } : {}) });
 
 // ---- the image -------------------------------------------------------------------------------------------------
@@ -52,6 +53,7 @@ async function take(files) {
   Object.assign(image, { url, name: file.name || "image" });
   get("send").disabled = false;
   for (const id of ["answer-full", "answer-pruned", "time-full", "time-pruned"]) get(id).textContent = "";
+  get("sureness").hidden = true;
   return inspectImage();
 }
 
@@ -71,7 +73,7 @@ async function inspectImage() {
   pendingInspection = new AbortController();
   const { signal } = pendingInspection;
   get("picture").setAttribute("aria-busy", "true");
-  const body = { image: image.url, text: get("question").value || null, ...wanted() };
+  const body = { image: image.url, text: get("question").value || null, answer: false, ...wanted() };
   const reply = await guarded(() => api.inspect(body, key(), signal));
   if (signal.aborted) return;
   get("picture").setAttribute("aria-busy", "false");
@@ -116,9 +118,10 @@ async function ask() {
   const { signal } = pendingChat;
   showError("");
   get("note").hidden = false;
+  get("sureness").hidden = true;
   get("send").disabled = true;
   const content = [{ type: "image_url", image_url: { url: image.url } }, { type: "text", text: get("question").value }];
-  for (const [side, fields] of [["full", { visual_token_budget: "full" }], ["pruned", wanted()]]) {
+  for (const [side, fields] of [["full", { visual_token_budget: "full" }], ["pruned", { ...wanted(), visual_token_escalate: false }]]) {
     get(`answer-${side}`).textContent = "";
     get(`time-${side}`).textContent = "…";
     const body = {
@@ -130,7 +133,34 @@ async function ask() {
       ? `first token after ${done.first.toFixed(0)} ms, ${done.usage?.prompt_tokens ?? "?"} prompt tokens` : "no answer";
     if (!done) break;
   }
+  await showSureness(signal);
   get("send").disabled = false;
+}
+
+// Says in one paragraph how sure the model is of its answer with these tokens, and whether a client gets another.
+async function showSureness(signal) {
+  const body = { image: image.url, text: get("question").value || null, ...wanted(), ...again() };
+  const reply = signal.aborted ? undefined : await guarded(() => api.inspect(body, key(), signal));
+  if (!reply?.answer || signal.aborted) return;
+  get("sureness").textContent = sureness(reply.answer, reply.seen);
+  get("sureness").hidden = false;
+}
+
+function sureness(answer, seen) {
+  const first = answer.first ?? answer;
+  const quoted = (tried) => tried.text.trim().replace(/\.$/, "") || "nothing";
+  // Rounded down, so that what is below the threshold also looks so.
+  const share = (tried) => (Math.floor(1000 * tried.confidence) / 1000).toString();
+  const said = `Answer with ${first.kept === seen ? "all" : first.kept} tokens: ${quoted(first)}.`;
+  if (first.confidence === null) return `${said} This server does not tell how sure the model is.`;
+  const sure = `${said} Confidence ${share(first)}`;
+  if (answer.below === null) return `${sure}.`;
+  if (answer.first) {
+    const all = answer.kept === seen ? `all ${seen}` : answer.kept;
+    return `${sure}, below ${answer.below}: asked again with ${all} tokens: ${quoted(answer)}.`;
+  }
+  if (first.confidence >= answer.below) return `${sure}, at least ${answer.below}: not asked again.`;
+  return `${sure}, below ${answer.below}, but there is no second try with more tokens.`;
 }
 
 // ---- the strip -------------------------------------------------------------------------------------------------
@@ -158,6 +188,8 @@ async function start() {
   showError("");
   get("method").replaceChildren(...server.allowed_methods.map(({ name }) => new Option(name)));
   get("method-row").hidden = server.allowed_methods.length < 2;
+  get("below").value = server.escalation.on ? server.escalation.below : "";
+  get("below-row").hidden = server.escalation.reason !== null;
   return undefined;
 }
 
