@@ -195,7 +195,7 @@ CONFIDENCE = Metric(
     "promprune_answer_confidence",
     "histogram",
     "Confidence of first answers that could be asked for again: lowest probability of the likeliest token among "
-    "the first tokens (--visual-token-escalate-window).",
+    "the first tokens (--visual-token-escalate-window), or among those before the answer was thrown away.",
     # Close to 1, where thresholds are.
     buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0),
 )

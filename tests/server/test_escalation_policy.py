@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from promprune_vllm.demo.server import Server
-from tests.conftest import VISUAL_TOKENS
-from tests.server.conftest import Series, _serving, body, grown, post, series
+from tests.conftest import QUESTION, VISUAL_TOKENS
+from tests.server.conftest import Series, _serving, body, grown, image_url, post, series
 from tests.server.test_escalation import content
 from tests.server.test_reply import CHAT
 
@@ -89,3 +89,12 @@ def test_an_answer_from_stored_rows_is_the_answer(asking: Server, server: Server
     stored = post(asking, CHAT, body("chelsea", max_tokens=12))
     fresh = post(server, CHAT, body("chelsea", max_tokens=12, visual_token_budget=128))
     assert content(CHAT, stored) == content(CHAT, fresh)
+
+
+def test_the_inspector_shows_the_tokens_of_the_first_budget(asking: Server) -> None:
+    """Its own request for them must not be asked again; that of the question is."""
+    inspected = {"image": image_url("coffee"), "text": QUESTION}
+    reply = httpx.post(f"{asking.url}/v1/visual_tokens/inspect", json=inspected, timeout=300).json()
+    assert (reply["kept"], len(reply["indices"])) == (32, 32)
+    assert reply["answer"]["first"]["kept"] == 32
+    assert reply["answer"]["kept"] == 128

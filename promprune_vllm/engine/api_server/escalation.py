@@ -108,7 +108,8 @@ async def _answer(
         prompt, params = await second_prompt(), second_params
     except Exception:
         logger.warning(
-            "A prompt could not be processed for its second try: its first answer stands.", exc_info=True
+            "A prompt could not be processed for its second try. It is answered with the tokens of the first.",
+            exc_info=True,
         )
     tries.second_starts(prompt, watch)
     async with aclosing(start(prompt, params)) as outputs:
