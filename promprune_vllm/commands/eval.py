@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +53,10 @@ _TASKS = Annotated[
 _QUESTIONS = Annotated[int, typer.Option("--questions", min=1, help="Questions per task and method.")]
 _OUT = Annotated[Path, typer.Option("--out", help="Folder for answers and reports; resumes what is there.")]
 _FLIGHT = Annotated[int, typer.Option("--concurrency", min=1, max=256, help="Requests in flight.")]
+_TEMPERATURE = Annotated[
+    float,
+    typer.Option("--temperature", min=0, max=2, help="Sampling temperature, with one seed per question."),
+]
 _REPORT = Annotated[bool, typer.Option("--report-only", help="Ask nothing; report on the answers in --out.")]
 _PLOTS = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs matplotlib.")]
 _LMMS = Annotated[
@@ -84,6 +88,7 @@ def evaluate(
     questions: _QUESTIONS = 500,
     out: _OUT = Path("eval"),
     concurrency: _FLIGHT = 16,
+    temperature: _TEMPERATURE = 0,
     report_only: _REPORT = False,
     plots: _PLOTS = True,
     lmms: _LMMS = "",
@@ -106,6 +111,7 @@ def evaluate(
             options = parse_options(
                 tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url)
             )
+            options = replace(options, temperature=temperature)
             if lmms:
                 _drive_lmms(where, options, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
                 return

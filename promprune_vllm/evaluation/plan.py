@@ -24,11 +24,13 @@ class Plan:
         ways: Methods with budgets, ``full`` first.
         tasks: Tasks to ask questions of.
         concurrency: Requests in flight.
+        temperature: Sampling temperature.
     """
 
     ways: tuple[Way, ...]
     tasks: tuple[Task, ...]
     concurrency: int
+    temperature: float = 0
 
     @property
     def questions(self) -> int:
@@ -51,6 +53,7 @@ class Options:
         methods: Methods with their number of questions; empty for all that the server allows.
         questions: Number of questions of methods that set none.
         concurrency: Requests in flight.
+        temperature: Sampling temperature.
     """
 
     tasks: tuple[Task, ...]
@@ -58,6 +61,7 @@ class Options:
     methods: tuple[tuple[str, int], ...]
     questions: int
     concurrency: int
+    temperature: float = 0
 
     def plan(self, allowed: Sequence[str]) -> Plan:
         """Return the plan for a server.
@@ -70,7 +74,7 @@ class Options:
             methods |= {name: rest for name in allowed if name not in methods}
         most = max(methods.values())
         pruned = (Way(name, budget, n) for name, n in methods.items() for budget in self.budgets)
-        return Plan((Way.full(most), *pruned), self.tasks, self.concurrency)
+        return Plan((Way.full(most), *pruned), self.tasks, self.concurrency, self.temperature)
 
 
 def parse_options(

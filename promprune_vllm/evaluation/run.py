@@ -49,6 +49,7 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
         "scenes": {"split": SPLIT, "fingerprint": fingerprint(draw)},
         "answer_tokens": ANSWER_TOKENS,
         "confidence_tokens": WINDOW,  # absent from folders whose answers have no confidence
+        **({"temperature": plan.temperature} if plan.temperature else {}),
     }
     pictures = gather(plan.tasks, plan.questions, draw)
     with Log(out / FILE, settings, provenance()) as log:
@@ -62,7 +63,7 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
                     log.add(answer)
                     advance()
 
-                ask_all(target, iter(todo), plan.concurrency, keep, draw)
+                ask_all(target, iter(todo), plan.concurrency, keep, draw, temperature=plan.temperature)
     return write(out)
 
 

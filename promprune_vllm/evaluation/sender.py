@@ -12,7 +12,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ _TIMEOUT_SECONDS = 600
 _PICTURES_HELD = 8
 _IDLE_SECONDS = 2
 _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
+_MOST_QUESTIONS = 1000  # about one picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def ask_all(
     concurrency: int,
     on_answer: Callable[[Answer], None],
     draw: Draw | None = None,
+    *,
+    temperature: float = 0,
 ) -> None:
     """Ask all questions; return after the last answer.
 
@@ -108,11 +111,18 @@ def ask_all(
         concurrency: Requests in flight.
         on_answer: Called with each answer as it arrives.
         draw: Draws a scene; the demo's generator by default.
+        temperature: Sampling temperature. Above 0, a question has one seed, whatever its tokens.
 
     Raises:
         EvaluationError: The server refuses a request, fails, or goes away. Earlier answers remain valid.
     """
-    asyncio.run(_ask_all(target, todo, concurrency, on_answer, _Images(draw or scenes())))
+    images = _Images(draw or scenes())
+
+    async def ask(client: httpx.AsyncClient, job: Job) -> None:
+        body = _body(target.model, job, images.url(job.picture), temperature)
+        on_answer(await _ask(client, target, job, body))
+
+    asyncio.run(_ask_all(target, todo, concurrency, ask))
 
 
 class _Images:
@@ -134,7 +144,10 @@ class _Images:
 
 
 async def _ask_all(
-    target: Target, todo: Iterator[Job], concurrency: int, on_answer: Callable[[Answer], None], images: _Images
+    target: Target,
+    todo: Iterator[Job],
+    concurrency: int,
+    ask: Callable[[httpx.AsyncClient, Job], Awaitable[None]],
 ) -> None:
     # Servers close idle connections (uvicorn after five seconds), so never reuse one that is about to be closed.
     limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=_IDLE_SECONDS)
@@ -144,7 +157,7 @@ async def _ask_all(
 
         async def work() -> None:
             for job in todo:  # shared: each worker takes the next one
-                on_answer(await _ask(client, target, job, images.url(job.picture)))
+                await ask(client, job)
 
         workers = [asyncio.create_task(work()) for _ in range(concurrency)]
         try:
@@ -155,9 +168,9 @@ async def _ask_all(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _ask(client: httpx.AsyncClient, target: Target, job: Job, image_url: str) -> Answer:
+async def _ask(client: httpx.AsyncClient, target: Target, job: Job, body: dict[str, Any]) -> Answer:
     started = time.perf_counter()
-    reply = await _post(client, f"{target.url}/v1/chat/completions", _body(target.model, job, image_url))
+    reply = await _post(client, f"{target.url}/v1/chat/completions", body)
     seconds = time.perf_counter() - started
     if reply.status_code != httpx.codes.OK:
         raise EvaluationError(
@@ -188,7 +201,7 @@ async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> ht
     raise AssertionError("every attempt returns or raises")
 
 
-def _body(model: str, job: Job, image_url: str) -> dict[str, Any]:
+def _body(model: str, job: Job, image_url: str, temperature: float) -> dict[str, Any]:
     content = [
         {"type": "image_url", "image_url": {"url": image_url}},
         {"type": "text", "text": job.item.text},
@@ -197,7 +210,8 @@ def _body(model: str, job: Job, image_url: str) -> dict[str, Any]:
     return {
         "model": model,
         "messages": messages,
-        "temperature": 0,
+        "temperature": temperature,
+        **({"seed": job.picture.seed * _MOST_QUESTIONS + job.item.index} if temperature else {}),
         "max_tokens": ANSWER_TOKENS,
         "logprobs": True,
         "top_logprobs": 2,  # vLLM lists the chosen token first, so one would not tell a likelier token
