@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD
+from promprune_vllm.metrics.recorder import DIRECTORY_VARIABLE
 from tests.engine.family_engine import FamilyEngine
 from tests.engine.family_facts import engine_options
 from tests.engine.test_families import difference
-from tests.unit.test_metrics import samples
 
 pytestmark = [pytest.mark.engine, pytest.mark.release]
 # They look at saliency, at the tower's features, at its keys, and at its output alone.
@@ -45,10 +48,7 @@ def test_ranks_that_share_the_work_answer_as_one(
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("PROMPRUNE_FEATURE_CACHE_GB", cache_gb)
-    metrics = tmp_path / "metrics"
-    metrics.mkdir()
-    monkeypatch.setenv("PROMPRUNE_METRICS_DIR", str(metrics))
-    monkeypatch.setenv("PROMPRUNE_METRICS_OWNER", str(os.getpid()))
+    before = of_feature_caches()
     sharded = TwoRanks(family, model, mode)
     try:
         for one, two in zip(expected, answers(sharded, asks), strict=True):
@@ -61,16 +61,25 @@ def test_ranks_that_share_the_work_answer_as_one(
             assert one_rank is None
         else:
             assert one_rank[0] == ENCODED
-            shown = samples(metrics)
-            assert shown["promprune_feature_store_images_total", "miss"] == ENCODED
-            assert shown["promprune_feature_store_images_total", "hit"] == FOUND
-            assert shown["promprune_feature_store_bytes",] == one_rank[1]
+            grown = of_feature_caches() - before
+            stored_bytes = one_rank[1]
+            assert grown == {"miss": ENCODED, "hit": FOUND, "bytes": stored_bytes}, "only one rank counts"
     finally:
         sharded.close()
 
 
 def answers(engine: FamilyEngine, asks: list[dict[str, Any]]) -> list[Any]:
     return [*engine.generate(asks[:2]), *(engine.generate([ask])[0] for ask in asks[2:])]
+
+
+def of_feature_caches() -> Counter[str]:
+    """What all engines that this process has started have found in feature caches, and their bytes."""
+    registry, counted = CollectorRegistry(), Counter[str]()
+    MultiProcessCollector(registry, path=os.environ[DIRECTORY_VARIABLE])
+    for sample in (sample for family in registry.collect() for sample in family.samples):
+        if sample.name.startswith("promprune_feature_store_"):
+            counted[sample.labels.get("result", "bytes")] += int(sample.value)
+    return counted
 
 
 class TwoRanks(FamilyEngine):
