@@ -10,13 +10,14 @@ LOCK := deploy/environment/cpu-lock.txt
 # The test order is seeded by the commit: it changes with every commit, but a failed run can be repeated.
 SEED := $(shell git rev-list --count HEAD 2>/dev/null || echo 1)
 NOT_LOCKED := torch torchvision torchaudio torchcodec triton
-# Questions per task, so that the matrix takes less than an hour on a slow day: most for PromPrune and the controls, fewest for
-# methods that use the question, since they encode the image again for each. Single shapes and their colors have little weight.
+# Questions per task, so that the matrix takes less than an hour on a slow day: most for PromPrune and the controls. Methods that
+# use the question are asked as many as others: the worker keeps an image's features (PROMPRUNE_FEATURE_CACHE_GB), so they select
+# again for each question without encoding again. Single shapes and their colors have little weight.
 EVAL_OUT := eval
 GPU_OUT := gpu
 EVAL_METHODS := promprune:160,random:160,uniform:160
 EVAL_METHODS := $(EVAL_METHODS),split-0:80,split-25:80,split-50:80,split-75:80,fastervlm:80
-EVAL_METHODS := $(EVAL_METHODS),cdpruner:20,fsr:20,sppruner:20,*:60
+EVAL_METHODS := $(EVAL_METHODS),*:60
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
 EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
 
@@ -43,7 +44,7 @@ test-release: tools ## run the long tests, marked "release": Docker, a fresh clo
 	@$(SETUP) --triton --lmms
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) -mrelease --randomly-seed=$(SEED) $(ARGS)
 
-docs: setup ## update the generated tables in README.md and docs/; prints what changed; ARGS="--gpu DIR" records a GPU run
+docs: setup ## update the generated tables in README.md and docs/; prints what changed; ARGS="--gpu DIR" or "--eval DIR" shows a run
 	@$(BIN)/python -m deploy.documents $(ARGS)
 
 eval: setup ## measure accuracy of every method and budget; 35 minutes on two cores, resumes if interrupted

@@ -14,7 +14,7 @@ from promprune_vllm.evaluation.report import SUBJECT, Report, summarize
 AT_64 = "at-64"
 """Folder that `make eval-at-64` writes to, in that of `make eval`."""
 PLOTS = ("accuracy-budget.png", "tasks-64.png", "tasks-16.png", "asking-again.png")
-README_METHODS = ("promprune", "divprune", "split-0", "fastervlm", "random", "uniform")
+README_METHODS = ("promprune", "divprune", "split-0", "random", "uniform")
 README_FIRST_TRY = "64"
 
 

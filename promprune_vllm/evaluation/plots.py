@@ -124,7 +124,7 @@ def asking_again(report: Report) -> Figure:
     lines = [_raised(report, curve) for curve in _first_tries(report, subject)]
     if lines:
         close.set_xlim(left=0.8 * min(tokens[0] for tokens, _ in lines))
-        close.set_ylim(bottom=min(levels[0] for _, levels in lines) - 2, top=100.5)
+        close.set_ylim(min(levels[0] for _, levels in lines) - 2, max(levels[-1] for _, levels in lines) + 2)
     return figure
 
 

@@ -28,7 +28,8 @@ _AGAIN_NOTE = (
     f"first {WINDOW} is below the threshold. Tokens are the mean per question, first tries that are thrown away "
     "included. Without sampling, the second answer is the one that was given with all tokens, so nothing was "
     "asked twice for these tables. A recommended threshold is the smallest that loses at most one standard "
-    "error to all tokens; it is selected by these same answers, which favors it."
+    "error to all tokens; it is selected by these same answers, which favors it. A difference of +0.0 ± 0.0 means "
+    "that the same questions are right, which more questions could refute."
 )
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from deploy.documents.blocks import BLOCKS, write
+from deploy.documents import evaluation
+from deploy.documents.blocks import BLOCKS, replace, write
 from deploy.documents.blocks import PAGES as BUILT
 from promprune_vllm.cli import app
 from promprune_vllm.demo.trained import TRAINED
+from promprune_vllm.evaluation.records import FILE, Log
 from tests.documents import BLOCK, PAGES, README, ROOT, example, table, text
+from tests.unit.evaluated import RUN, answers, records
 
 TEXTS = {".md", ".py", ".sh", ".yaml", ".yml", ".html", ".js", ".example", ".cpu", ".cuda"}
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -37,8 +40,29 @@ def test_generated_tables_are_up_to_date(name: str) -> None:
 
 def test_every_table_between_marks_is_written_by_something() -> None:
     closed = set(re.findall(r"^<!-- /([\w-]+) -->$", text(), flags=re.MULTILINE))
-    by_others = {"eval", "compatibility", "vllm-versions"}  # the text beside the figures; `make compatibility`
-    assert closed == BLOCKS.keys() | by_others
+    by_others = {"compatibility", "vllm-versions"}  # `make compatibility`
+    assert closed == BLOCKS.keys() | evaluation.BLOCKS.keys() | {evaluation.AT_64} | by_others
+
+
+def test_the_pages_show_what_an_evaluation_measured(tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(page, tmp_path)) for page in BUILT]
+    assert not evaluation.copy_plots(tmp_path, tmp_path)
+    ways = ((method, budget) for method in evaluation.README_METHODS for budget in ("64", "8"))
+    pruned = [
+        answers(*way, lambda seed, _: seed > 0, confidence=lambda seed, _: seed / 10, images=9) for way in ways
+    ]
+    with Log(tmp_path / FILE, {**records().settings, "confidence_tokens": 16}, RUN) as log:
+        for answer in (
+            *answers("full", "full", lambda *_: True, images=9),
+            *(each for few in pruned for each in few),
+        ):
+            log.add(answer)
+    changed = replace(copies, evaluation.render(tmp_path))
+    assert {page.name for page in changed} == {"README.md", "evaluation.md", "results.md"}
+    readme = (tmp_path / "README.md").read_text()
+    assert "| `uniform` | 18 | -11.1 ± 11.1 | -11.1 ± 11.1 |" in readme
+    assert "First try 64 with `promprune`, never ask again: 88.9 % right (all tokens 100.0 %)" in readme
+    assert "## Asking again" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_the_methods_that_read_nothing_of_the_tower_are_named() -> None:
