@@ -108,9 +108,8 @@ def evaluate(
     err, where = Console(stderr=True), _Where(url, model, api_key, out)
     try:
         with failing():
-            options = parse_options(
-                tasks, budgets, methods, questions=questions, concurrency=concurrency, check=_check(url)
-            )
+            numbers = {"questions": questions, "concurrency": concurrency}
+            options = parse_options(tasks, budgets, methods, **numbers, check=_check(url))
             options = replace(options, temperature=temperature)
             if lmms:
                 _drive_lmms(where, options, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
