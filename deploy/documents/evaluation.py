@@ -15,7 +15,9 @@ AT_64 = "at-64"
 """Folder that `make eval-at-64` writes to, in that of `make eval`."""
 PLOTS = ("accuracy-budget.png", "tasks-64.png", "tasks-16.png", "asking-again.png")
 README_METHODS = ("promprune", "divprune", "split-0", "random", "uniform")
-README_FIRST_TRY = "64"
+README_FIRST_TRIES = ("64", "32")
+README_SHARE = 0.35
+"""Asking again is shown at the highest threshold that spends no more than this share of all tokens."""
 
 
 def render(folder: Path) -> dict[str, str]:
@@ -53,11 +55,15 @@ def _tables(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _first_recommendation(report: Report) -> str:
-    curve = report.curve(SUBJECT, README_FIRST_TRY)
-    if curve is None:
-        raise EvaluationError(f"The run has no answers of {SUBJECT} at {README_FIRST_TRY} tokens.")
-    return text.recommendation(curve)
+def _cheap_thresholds(report: Report) -> str:
+    sentences = []
+    for budget in README_FIRST_TRIES:
+        curve = report.curve(SUBJECT, budget)
+        if curve is None:
+            raise EvaluationError(f"The run has no answers of {SUBJECT} at {budget} tokens.")
+        point = [each for each in curve.points if each.share <= README_SHARE][-1]
+        sentences.append(f"- {text.what_it_gives(curve, point)}")
+    return "\n".join(sentences)
 
 
 def _again(report: Report) -> str:
@@ -70,7 +76,7 @@ def _deeper(markdown: str) -> str:
 
 BLOCKS: Mapping[str, Callable[[Report], str]] = {
     "losses": lambda report: text.lost_table(report, README_METHODS),
-    "recommendation": _first_recommendation,
+    "recommendation": _cheap_thresholds,
     "eval": _tables,
     "asking-again": _again,
     "results": lambda report: text.markdown(report).strip(),

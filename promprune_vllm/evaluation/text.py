@@ -104,13 +104,21 @@ def asking_again(report: Report) -> str:
 
 def recommendation(curve: Curve) -> str:
     """Return the recommended threshold after one method and budget, and what it gives, in one sentence."""
-    start, best = f"First try {curve.budget} with `{curve.method}`", curve.recommended
-    if best is None:
-        return f"{start}: no threshold is within one standard error of all tokens and spends fewer."
-    full = best.right.value - best.difference.value
-    again = f"ask again below {best.threshold}" if best.threshold else "never ask again"
-    right = f"{100 * best.right.value:.1f} % right (all tokens {100 * full:.1f} %)"
-    return f"{start}, {again}: {right}, {100 * best.share:.0f} % of the tokens."
+    if curve.recommended is None:
+        return f"{_start(curve)}: no threshold is within one standard error of all tokens and spends fewer."
+    return what_it_gives(curve, curve.recommended)
+
+
+def what_it_gives(curve: Curve, point: Point) -> str:
+    """Return what a threshold gives after one method and budget, in one sentence."""
+    full = point.right.value - point.difference.value
+    again = f"ask again below {point.threshold}" if point.threshold else "never ask again"
+    error = f"{100 * point.right.value:.1f} ± {100 * point.right.error:.1f} % right"
+    return f"{_start(curve)}, {again}: {error} (all tokens {100 * full:.1f} %), {100 * point.share:.0f} % of the tokens."
+
+
+def _start(curve: Curve) -> str:
+    return f"First try {curve.budget} with `{curve.method}`"
 
 
 def again_table(report: Report, method: str) -> str:

@@ -185,12 +185,13 @@ def report() -> Report:
 def test_recommendations_are_sentences(report: Report) -> None:
     assert [recommendation(each) for each in report.curves if each.method == "promprune"] == [
         "First try 64 with `promprune`, ask again below 0.8: "
-        "100.0 % right (all tokens 100.0 %), 31 % of the tokens.",
+        "100.0 ± 0.0 % right (all tokens 100.0 %), 31 % of the tokens.",
         "First try 8 with `promprune`: no threshold is within one standard error of all tokens and spends fewer.",
     ]
     good = known([replace(answer, correct=True) for answer in FIRST], FULL)
     assert recommendation(good) == (
-        "First try 64 with `promprune`, never ask again: 100.0 % right (all tokens 87.5 %), 11 % of the tokens."
+        "First try 64 with `promprune`, never ask again: 100.0 ± 0.0 % right (all tokens 87.5 %), "
+        "11 % of the tokens."
     )
 
 
