@@ -113,8 +113,10 @@ def what_it_gives(curve: Curve, point: Point) -> str:
     """Return what a threshold gives after one method and budget, in one sentence."""
     full = point.right.value - point.difference.value
     again = f"ask again below {point.threshold}" if point.threshold else "never ask again"
-    error = f"{100 * point.right.value:.1f} ± {100 * point.right.error:.1f} % right"
-    return f"{_start(curve)}, {again}: {error} (all tokens {100 * full:.1f} %), {100 * point.share:.0f} % of the tokens."
+    right = (
+        f"{100 * point.right.value:.1f} ± {100 * point.right.error:.1f} % right (all tokens {100 * full:.1f} %)"
+    )
+    return f"{_start(curve)}, {again}: {right}, {100 * point.share:.0f} % of the tokens."
 
 
 def _start(curve: Curve) -> str:

@@ -20,6 +20,7 @@ from promprune_vllm.server.openapi import request_schemas
 from tests.conftest import VISUAL_TOKENS
 from tests.server.browser import chromium
 from tests.server.conftest import MODEL, _serving, ask, body, post, saved
+from tests.server.test_faults import until
 
 pytestmark = pytest.mark.server
 ROUTE = "/v1/visual_tokens"
@@ -210,6 +211,7 @@ def test_every_api_server_asks_for_the_key_and_counts_by_the_operators_limits(gu
 
 def test_of_all_processes_one_warns_of_a_borrowed_mu(guarded_server: Server) -> None:
     """Of two API servers, an engine and a worker."""
+    until(lambda: "promprune calibrate" in guarded_server.log.read_text())  # the other may be healthy before
     lines = guarded_server.log.read_text().splitlines()
     assert sum("PromPrune keeps 50% tokens" in line for line in lines) == 2, "each API server says what it does"
     (line,) = (line for line in lines if "promprune calibrate" in line)
