@@ -47,7 +47,7 @@ test-release: tools ## run the long tests, marked "release": Docker, a fresh clo
 docs: setup ## update the generated tables in README.md and docs/; prints what changed; ARGS="--gpu DIR" or "--eval DIR" shows a run
 	@$(BIN)/python -m deploy.documents $(ARGS)
 
-eval: setup ## measure accuracy of every method and budget; 35 minutes on two cores, resumes if interrupted
+eval: setup ## measure accuracy of every method and budget; 20 to 35 minutes on two cores, resumes if interrupted
 	@$(BIN)/promprune eval --out $(EVAL_OUT) --methods '$(EVAL_METHODS)' --tasks $(EVAL_TASKS) $(ARGS)
 
 eval-at-64: setup ## measure one budget with standard errors below a point; 15 minutes, shows which differences are real

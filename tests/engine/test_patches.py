@@ -115,6 +115,7 @@ def test_installing_twice_wraps_once() -> None:
     assert wrappers["vllm.v1.engine.async_llm:AsyncLLM.generate"] == (
         "vllm_fixes.resending:resend_on_cache_miss",
         "api_server.rendered_features:record_prompt",
+        "api_server.escalation:ask_again_if_unsure",
     )
 
 

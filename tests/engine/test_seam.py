@@ -253,7 +253,7 @@ def test_a_budget_of_http_is_parsed_and_admitted_once_when_its_body_is_read(
 
     async def handle() -> Any:
         remember_http_fields(body)
-        remember_admitted(endpoints.EngineBackend.check_fields(backend, body))
+        remember_admitted(endpoints.EngineBackend.check_fields(backend, body, "/v1/chat/completions"))
         process = request_hooks.attach_request(lambda _, prompt: prompt)
         return process(renderer, {"multi_modal_data": {"image": object()}, "mm_processor_kwargs": {"other": 1}})
 

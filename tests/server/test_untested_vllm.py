@@ -87,6 +87,7 @@ print(json.dumps({
 OURS = "promprune_vllm.engine.families"
 STOCK = "vllm.model_executor.models"
 RESEND, RECORD = "vllm_fixes.resending:resend_on_cache_miss", "api_server.rendered_features:record_prompt"
+AGAIN = "api_server.escalation:ask_again_if_unsure"
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ class Effect:
 
 
 EFFECTS = {
-    "nothing": ({}, Effect({}, OURS, OURS, [RESEND, RECORD])),
-    "call": (CALL, Effect({}, OURS, OURS, [RESEND, RECORD])),
-    "side": (SIDE, Effect({"resending": [HANDLER]}, OURS, OURS, [RECORD])),
-    "family": (FAMILY, Effect({"LLaVA": [EMBED]}, STOCK, OURS, [RESEND, RECORD])),
+    "nothing": ({}, Effect({}, OURS, OURS, [RESEND, RECORD, AGAIN])),
+    "call": (CALL, Effect({}, OURS, OURS, [RESEND, RECORD, AGAIN])),
+    "side": (SIDE, Effect({"resending": [HANDLER]}, OURS, OURS, [RECORD, AGAIN])),
+    "family": (FAMILY, Effect({"LLaVA": [EMBED]}, STOCK, OURS, [RESEND, RECORD, AGAIN])),
     "core": (CORE, Effect({"processor": [HASH]}, STOCK, STOCK, [])),
 }
 
