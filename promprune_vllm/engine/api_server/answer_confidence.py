@@ -22,6 +22,7 @@ class Watch:
         params: The sampling parameters of the first try, with the likeliest token's probability.
         confidence: Lowest probability of a likeliest token so far.
         tokens: Tokens of the answer so far.
+        decided: Whether it is known if the answer is sure.
         unsure: Whether the confidence is below the threshold; then no output has left.
         failed: Whether the engine failed or aborted the request.
     """
@@ -38,19 +39,18 @@ class Watch:
             self.params.output_kind = RequestOutputKind.CUMULATIVE
         self.confidence = 1.0
         self.tokens = 0
-        self.unsure = self.failed = False
-        self._decided = False
+        self.decided = self.unsure = self.failed = False
         self._held: list[Any] = []
 
     def take(self, output: Any) -> list[Any]:
         """Take one output, and return those that leave now, as the client's parameters have them."""
-        if not self._decided:
-            self._decided = self._decides(output)
+        if not self.decided:
+            self.decided = self._decides(output)
         if self.unsure:
             return []
         if not self._final_only or output.finished:
             self._held.append(self._as_asked(output))
-        if not self._decided:
+        if not self.decided:
             return []
         leaving, self._held = self._held, []
         return leaving
@@ -58,7 +58,7 @@ class Watch:
     def _decides(self, output: Any) -> bool:
         """Take an output's tokens into account, and return whether the answer is decided with it."""
         (answer,) = output.outputs
-        self.failed = answer.finish_reason in ("error", "abort")
+        self.failed = has_failed(output)
         start = self.tokens if self._cumulative else 0
         window = self._escalation.window - self.tokens
         for likeliest in map(_likeliest, (answer.logprobs or ())[start : start + window]):
@@ -77,6 +77,11 @@ class Watch:
         return output
 
 
+def has_failed(output: Any) -> bool:
+    """Return whether an output says that the engine failed or aborted the request."""
+    return any(answer.finish_reason in ("error", "abort") for answer in output.outputs)
+
+
 def _likeliest(logprobs: Any) -> float:
     """Return the probability of the likeliest token at one place: token id -> vLLM's ``Logprob``."""
     return math.exp(max(each.logprob for each in logprobs.values()))
@@ -85,6 +90,7 @@ def _likeliest(logprobs: Any) -> float:
 def _of_chosen(logprobs: Any, tokens: Sequence[int]) -> Any:
     """Return logprobs, in vLLM's type, of the chosen tokens alone."""
     chosen = type(logprobs)()
-    for place, token in zip(logprobs, tokens, strict=True):
+    # Older minors give an aborted output without tokens the logprobs of all before.
+    for place, token in zip(logprobs[len(logprobs) - len(tokens) :], tokens, strict=True):
         chosen.append({token: place[token]})
     return chosen

@@ -2,7 +2,8 @@
 
 All of vLLM's routes get their answers from ``AsyncLLM.generate``. It is wrapped: outputs are held back until the
 first tokens show how sure the model is. Then either they leave, and all that follows at once; or the first try is
-aborted, the prompt is processed with its second budget, and what leaves is that answer alone.
+aborted, the prompt is processed with its second budget, and what leaves is that answer alone. If there can be no
+second try after all, the first prompt is sent again: an answer that was near is not lost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from promprune_vllm.engine.api_server.answer_confidence import Watch
+from vllm.exceptions import VLLMError
+
+from promprune_vllm.engine.api_server.answer_confidence import Watch, has_failed
 from promprune_vllm.engine.api_server.escalation_refusals import refuse
 from promprune_vllm.engine.api_server.pruning_plan import Retry, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
@@ -89,39 +92,89 @@ async def _answer(
         tries: Counts and tells what becomes of the two.
     """
     watch = Watch(tries.retry.escalation, sampling_params)
-    first = {**tries.prompt, TRIES: tries}  # a copy: what is sent again must be whole
     try:
-        async with aclosing(start(first, watch.params)) as outputs:
+        # A copy: if the prompt is sent again, it must be whole.
+        async with aclosing(start({**tries.prompt, TRIES: tries}, watch.params)) as outputs:
             async for output in outputs:
-                for leaving in watch.take(output):
-                    second_prompt = None  # frees the images
-                    tries.first_stands(watch)
-                    yield leaving
+                leaving = watch.take(output)
                 if watch.unsure:
                     break
+                if watch.decided:
+                    tries.first_stands(watch)
+                    second_prompt = None  # frees the images
+                for each in leaving:
+                    yield each
+        if watch.unsure:
+            attempts = [(tries.prompt, sampling_params)]
+            if (prompt := await _processed(second_prompt)) is not None:
+                attempts.insert(0, (prompt, second_params))
+            second_prompt = prompt = None
+            async for output in _first_that_starts(start, attempts, tries, watch):
+                yield output
     finally:
-        tries.first_ended(watch)
-    if not watch.unsure:
-        return
-    prompt, params = tries.prompt, sampling_params
+        tries.ended()
+
+
+async def _processed(second_prompt: Any) -> dict[str, Any] | None:
+    """Return the prompt of the second try, ``None`` if it cannot be processed."""
     try:
-        prompt, params = await second_prompt(), second_params
-    except Exception:
-        logger.warning(
-            "A prompt could not be processed for its second try. It is answered with the tokens of the first.",
-            exc_info=True,
-        )
-    tries.second_starts(prompt, watch)
-    async with aclosing(start(prompt, params)) as outputs:
-        async for output in outputs:
-            yield output
+        prompt: dict[str, Any] = await second_prompt()
+    except Exception as error:
+        _log_failure("process", error)
+        return None
+    return prompt
+
+
+async def _first_that_starts(
+    start: Any, attempts: list[tuple[dict[str, Any], Any]], tries: Tries, watch: Watch
+) -> AsyncIterator[Any]:
+    """Yield the outputs of the first attempt that the engine answers: the second try, or else the first once more.
+
+    Args:
+        start: See ``_answer``.
+        attempts: Prompts and sampling parameters; emptied, to free the images.
+        tries: Counts and tells what becomes of them.
+        watch: Of the first try.
+    """
+    while attempts:
+        prompt, params = attempts.pop(0)
+        is_answered = False
+        try:
+            async with aclosing(start(prompt, params)) as outputs:
+                async for output in outputs:
+                    if not is_answered and attempts and has_failed(output):
+                        _log_failure("answer", None)
+                        break
+                    if not is_answered:
+                        is_answered = True
+                        tries.second_starts(prompt, watch)
+                        attempts.clear()
+                    yield output
+        except Exception as error:
+            if is_answered or not attempts:
+                raise
+            _log_failure("admit", error)
+        finally:
+            tries.second_ended(prompt)
+
+
+def _log_failure(what: str, error: Exception | None) -> None:
+    # Without the text of an error that a client caused, such as an image that is only named: it has a uuid.
+    known = error is None or isinstance(error, VLLMError)
+    logger.warning(
+        "Failed to %s the second try of a prompt (%s). The first is sent again.",
+        *(what, type(error).__name__ if error else "an error of the engine"),
+        exc_info=None if known else error,
+    )
 
 
 async def _second_prompt(prompt: Mapping[str, Any], again: Any) -> dict[str, Any]:
     """Return a prompt as it is in its second try."""
     processed = await again()
     summary = replace(processed[SUMMARY], form=prompt[SUMMARY].form)
-    return {**{key: value for key, value in prompt.items() if key not in _OURS}, **processed, SUMMARY: summary}
+    rest = {key: value for key, value in prompt.items() if key not in _OURS}
+    # Its images are recorded in the place of the first try's, once it is answered.
+    return {**rest, **processed, SUMMARY: summary, RECORDED: prompt[RECORDED]}
 
 
 def _obstacle(params: Any) -> str | None:

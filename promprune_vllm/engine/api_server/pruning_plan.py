@@ -116,7 +116,7 @@ def record_prompt_images(prompt: Any) -> None:
 
 def replace_prompt_images(prompt: Any, second: Any) -> None:
     """Record the images of a prompt's second try in place of its own."""
-    second[RECORDED] = record_images(*_counted(second, second[SUMMARY]), at=prompt[RECORDED])
+    record_images(*_counted(second, second[SUMMARY]), at=prompt[RECORDED])
 
 
 def _counted(prompt: Any, summary: Summary) -> tuple[list[tuple[int, int]], list[str], list[Any]]:

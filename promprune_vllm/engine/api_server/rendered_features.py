@@ -17,7 +17,7 @@ from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.keys import COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS
+from promprune_vllm.engine.keys import ASK_AGAIN, COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.usage import current_usage
@@ -37,6 +37,7 @@ def record_prompt(original: Any) -> Any:
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
         if isinstance(prompt, dict) and prompt.get("type") == "multimodal":
+            prompt.pop(ASK_AGAIN, None)  # frees the images: what is pooled is not asked again
             # If images are recorded already, this is a beam of the same request; it has no summary.
             if SUMMARY not in prompt and current_usage() is None:
                 _add_summary(prompt, self.model_config, self.input_processor.renderer.mm_processor)

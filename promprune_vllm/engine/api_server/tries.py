@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from promprune_vllm.engine.api_server import prompt_metrics
 from promprune_vllm.engine.api_server.answer_confidence import Watch
 from promprune_vllm.engine.api_server.pruning_plan import Retry, Summary, replace_prompt_images
-from promprune_vllm.engine.keys import SUMMARY
+from promprune_vllm.engine.keys import COUNTED, REPROCESS, SUMMARY
 from promprune_vllm.metrics.recorder import recorder
 from promprune_vllm.server.usage import FirstTry, record_first_try
 
@@ -38,9 +39,9 @@ class Tries:
         """Count a prompt whose second try would be too long."""
         self._metrics.escalation("no_room")
 
-    def first_ended(self, watch: Watch) -> None:
-        """Count a first try that ended before it was decided: it failed, or its client hung up."""
-        if self._accepted and not watch.unsure:
+    def ended(self) -> None:
+        """Count a prompt that ended before it was known which try is answered: it failed, or was canceled."""
+        if self._accepted:
             self._count_first()
 
     def first_stands(self, watch: Watch) -> None:
@@ -48,6 +49,7 @@ class Tries:
         if self._counted:
             return
         self._count_first()
+        self.prompt.pop(REPROCESS, None)  # frees the images
         if not watch.failed:
             self._metrics.escalation("sure", watch.confidence)
             record_first_try(FirstTry(watch.confidence))
@@ -57,8 +59,12 @@ class Tries:
             self._counted = True
             prompt_metrics.count(self._input_processor, self.prompt)
 
+    def second_ended(self, prompt: Mapping[str, Any]) -> None:
+        """Tell that a second try ended, answered or not; once the engine has accepted it, it is counted."""
+        self._counted = self._counted or COUNTED in prompt
+
     def second_starts(self, prompt: dict[str, Any], watch: Watch) -> None:
-        """Tell of the second try before it starts.
+        """Tell of the second try, whose answer begins.
 
         Args:
             prompt: Of the second try; the first prompt if there could be none.
@@ -72,3 +78,4 @@ class Tries:
         self._metrics.discarded(prompt=length, visual=kept, answer=watch.tokens)
         record_first_try(FirstTry(watch.confidence, again, kept, length, watch.tokens))
         replace_prompt_images(self.prompt, prompt)
+        self.prompt.pop(REPROCESS, None)

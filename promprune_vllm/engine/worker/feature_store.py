@@ -6,6 +6,8 @@ import logging
 from collections import OrderedDict
 from typing import Any
 
+import torch
+
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.packed_image import PackedImage, Packing
@@ -36,7 +38,11 @@ class FeatureStore:
         if packed is None or needs & ~packed.needs:
             return None
         self._images.move_to_end(key)
-        return packed.unpack()
+        try:
+            return packed.unpack()
+        except torch.OutOfMemoryError as error:  # then the image is encoded, on every rank
+            logger.warning("No memory to unpack an encoded image (%s): it is encoded again.", error)
+            return None
 
     def put(self, key: Key, image: EncodedImage) -> None:
         """Store a copy of an image without its request's text, in the place of those unused for longest.
