@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from promprune_vllm.core.budget import Budget
 from promprune_vllm.core.escalation import Escalation
+from promprune_vllm.engine.api_server import escalation
 from promprune_vllm.engine.api_server.answer_confidence import Watch
 
 pytestmark = pytest.mark.engine
@@ -146,3 +148,61 @@ def test_an_answer_without_a_token_is_sure() -> None:
     watched = watch("FINAL_ONLY", below=1)
     assert leaving(watched, [output([], reason="length")]) == [[[]]]
     assert watched.confidence == 1
+
+
+class Told:
+    """In place of ``Tries``, which needs an engine: what is told of second tries."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.ended: list[str] = []
+
+    def second_starts(self, prompt: Any, _: Watch) -> None:
+        self.started.append(prompt["name"])
+
+    def second_ended(self, prompt: Any) -> None:
+        self.ended.append(prompt["name"])
+
+
+def answered(second: Sequence[Any], told: Told) -> list[list[int]]:
+    """Token ids that leave: the engine gives these outputs for the second try, or raises, and 7 for the first."""
+
+    async def start(prompt: Any, _: Any) -> AsyncIterator[Any]:
+        for each in second if prompt["name"] == "second" else [output([0.9], 7, reason="stop")]:
+            if isinstance(each, Exception):
+                raise each
+            yield each
+
+    async def collect() -> list[list[int]]:
+        attempts = [({"name": "second"}, None), ({"name": "first"}, None)]
+        outputs = escalation._first_that_starts(start, attempts, told, watch("DELTA"))  # type: ignore[arg-type]
+        return [list(each.outputs[0].token_ids) async for each in outputs]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize(
+    "second",
+    [[RuntimeError("queue is full")], [output([], reason="error")]],
+    ids=["it is not admitted", "its image fails"],
+)
+def test_a_second_try_that_does_not_start_gives_way_to_the_first_prompt(second: list[Any]) -> None:
+    told = Told()
+    assert answered(second, told) == [[7]]
+    assert (told.started, told.ended) == (["first"], ["second", "first"])
+
+
+def test_a_second_try_that_fails_later_is_the_answer() -> None:
+    told = Told()
+    assert answered([output([0.9]), output([], 1, reason="error")], told) == [[0], []]
+    with pytest.raises(RuntimeError, match="engine is dead"):
+        answered([output([0.9]), RuntimeError("engine is dead")], told)
+    assert told.started == ["second", "second"]
+
+
+def test_an_answer_is_decided_before_its_end_leaves() -> None:
+    """Then the images that a second try would need are freed."""
+    watched = watch("FINAL_ONLY", window=2)
+    assert watched.take(output([0.9, 0.9])) == []
+    assert watched.decided
+    assert not watched.unsure
