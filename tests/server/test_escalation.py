@@ -80,6 +80,7 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "two images": (CHAT, body("coffee", "rocket")),
     "a stop string": (CHAT, body("coffee", max_tokens=LONG, stop=["e", "a"])),
     "a seed": (CHAT, body("coffee", temperature=1.5, seed=11)),
+    "a structured output": (CHAT, body("coffee", max_tokens=LONG, structured_outputs={"choice": ["red", "blue"]})),
     "batch": (f"{CHAT}/batch", BATCH),
     "responses": ("/v1/responses", responses_request(temperature=0)),
     "responses stream": ("/v1/responses", responses_request(temperature=0, stream=True)),

@@ -22,7 +22,11 @@ pytestmark = pytest.mark.server
 OPTIONS = (
     *("--visual-token-budget", "32", "--visual-token-escalate", "1", "--visual-token-escalate-to", "128"),
     *("--visual-token-escalate-window", "4", "--visual-token-feature-cache-gb", "0.05"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
+COLOR = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": COLOR}}
+CHOICE = {"type": "function", "function": {"name": "paint"}}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,15 @@ def test_an_answer_from_stored_rows_is_the_answer(asking: Server, server: Server
     stored = post(asking, CHAT, body("chelsea", max_tokens=12))
     fresh = post(server, CHAT, body("chelsea", max_tokens=12, visual_token_budget=128))
     assert content(CHAT, stored) == content(CHAT, fresh)
+
+
+def test_a_request_with_tools_gets_the_message_of_the_second_answer(asking: Server) -> None:
+    def message(**fields: Any) -> Any:
+        reply = post(asking, CHAT, body("coffee", max_tokens=24, tools=[TOOL], tool_choice=CHOICE, **fields))
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"]
+
+    assert message() == message(visual_token_budget=128, visual_token_escalate=False)
 
 
 def test_the_inspector_shows_the_tokens_of_the_first_budget(asking: Server) -> None:
