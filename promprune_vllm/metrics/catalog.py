@@ -216,7 +216,7 @@ FEATURE_STORE_IMAGES = Metric(
 FEATURE_STORE_BYTES = Metric(
     "promprune_feature_store_bytes",
     "gauge",
-    "Host memory of the images in the feature cache, summed over engines, of the first rank of each. Only with "
+    "Host memory of the images in the feature cache, summed over engines, of the first rank of each. Zero without "
     "--visual-token-feature-cache-gb.",
     combine="sum",
 )

@@ -52,6 +52,8 @@ class PrunedModelMixin(ModelBase):
         self._metrics = SelectionMetrics(device, recorder(model.served_model_name)) if _is_first_rank() else None
         capacity = feature_cache.capacity_bytes(self._settings)
         self._store = FeatureStore(capacity) if capacity else None
+        if self._metrics is not None:
+            self._metrics.record_stored_bytes(0)
         self._several_ranks = vllm_config.parallel_config.tensor_parallel_size > 1
         self._tokens_found = 0
         self._no_rows = torch.empty((0, model.get_inputs_embeds_size()), dtype=model.dtype, device=device)
