@@ -28,12 +28,12 @@ ENGINE_TESTS = (
 WITHOUT_RUNNER = tuple(
     f"tests/engine/test_{name}.py"
     for name in (
-        *("borrowed_mu", "calibrate", "checkpoints", "demo_model", "demo_training", "family_inputs"),
-        *("family_models", "image_options", "megapixel", "mrope_functions", "no_hooks", "placeholders"),
-        *("saliency", "tower_protocol"),
+        *("answer_confidence", "borrowed_mu", "calibrate", "checkpoints", "demo_model", "demo_training"),
+        *("encode_once", "family_inputs", "family_models", "image_options", "logprobs", "megapixel"),
+        *("mrope_functions", "no_hooks", "placeholders", "saliency", "tower_protocol"),
     )
 )
-"""Of these, what is the same on every runner: processors, checkpoints, towers."""
+"""Of these, what is the same on every runner: processors, checkpoints, towers, names of tokens."""
 V2_TESTS = (
     *("tests/engine/test_runners.py", "tests/engine/test_disaggregation.py", "tests/engine/test_mrope_reach.py"),
     *("tests/engine/test_sharded_encoder.py", "tests/server/test_two_ranks.py", "tests/server/test_metrics.py"),
