@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given
 from schemathesis import Case, GenerationMode
 
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.server.near_misses import FIELDS
 from tests.server.fuzz_fields import add_apt, ask_for_pruning, tame
 from tests.server.fuzz_parts import BASES, Body, base
 
@@ -30,7 +30,7 @@ _NEEDED = {
     "images",
     "image",
 }
-_NEEDED |= {"state", "questions", "query", "items", "label_token_ids", "tokens", FIELD, METHOD_FIELD}
+_NEEDED |= {"state", "questions", "query", "items", "label_token_ids", "tokens", *FIELDS}
 
 
 @dataclass(frozen=True, slots=True)
