@@ -50,6 +50,8 @@ _FORMS: tuple[dict[str, Any], ...] = (
     },
 )
 
+_NOTHING = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
+
 
 def budget_schema() -> dict[str, Any]:
     """Return the JSON schema of ``visual_token_budget``."""
@@ -76,11 +78,10 @@ def budget_schema() -> dict[str, Any]:
         "title": "Total",
         "description": "Tokens for all images together, split in proportion to their token counts.",
     }
-    nothing = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
     return {
         "title": "Visual token budget",
         "description": "How many visual tokens of each image enter the language model. PromPrune selects which.",
-        "oneOf": [*_FORMS, each, total, nothing],
+        "oneOf": [*_FORMS, each, total, _NOTHING],
         "examples": [64, 0.25, "25%", FULL, AUTO, [64, FULL], {"total": 256}],
     }
 
@@ -114,12 +115,11 @@ def escalation_schema() -> dict[str, Any]:
         "title": "Threshold as text",
         "description": "For clients that cannot send numbers.",
     }
-    nothing = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
     both = {
         "type": "object",
         "properties": {
-            "below": {"oneOf": [threshold, text, nothing]},
-            "to": {"oneOf": [*_FORMS[:-1], {"type": "string", "enum": [FULL], "title": "Word"}, nothing]},
+            "below": {"oneOf": [threshold, text, _NOTHING]},
+            "to": {"oneOf": [*_FORMS[:-1], {"type": "string", "enum": [FULL], "title": "Word"}, _NOTHING]},
         },
         "additionalProperties": False,
         "minProperties": 1,
@@ -135,7 +135,7 @@ def escalation_schema() -> dict[str, Any]:
         "title": "Escalation",
         "description": "Whether the server may answer again, with more visual tokens, if its first answer's "
         "confidence is low: the lowest probability of the likeliest token among its first tokens.",
-        "oneOf": [threshold, text, both, switch, nothing],
+        "oneOf": [threshold, text, both, switch, _NOTHING],
         "examples": [0.9, {"below": 0.9, "to": FULL}, True, False],
     }
 

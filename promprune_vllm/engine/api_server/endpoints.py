@@ -17,7 +17,6 @@ from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
-from promprune_vllm.core.escalation import EscalationRequest
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server import escalation_refusals, http_fields, inspector
@@ -28,6 +27,7 @@ from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, find_field
+from promprune_vllm.engine.api_server.retry_plan import escalation_in_force
 from promprune_vllm.engine.compat import parts, seams, verdict
 from promprune_vllm.engine.compat.parts import Kind
 from promprune_vllm.engine.compat.verdict import Verdict
@@ -147,14 +147,9 @@ class EngineBackend:
         )
 
     def _escalation(self) -> Escalation:
-        again = self._settings.escalation()
-        return Escalation(
-            on=self._settings.escalate is not None,
-            below=again.below,
-            to=again.to.printed(),
-            window=again.window,
-            reason=escalation_refusals.unsupported_reason(self._renderer.model_config),
-        )
+        reason = escalation_refusals.unsupported_reason(self._renderer.model_config)
+        switch = {"on": self._settings.escalate is not None, "reason": reason}
+        return Escalation.model_validate({**self._settings.escalation().printed(), **switch})
 
     def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
         """Return how many tokens a request would keep; raise the same errors as that request."""
@@ -210,9 +205,8 @@ class EngineBackend:
                 escalation_refusals.refuse("there is no question to be answered (text)")
             return None
         reason = escalation_refusals.unsupported_reason(self._renderer.model_config)
-        default = self._settings.escalation()
-        wish = request.escalate or EscalationRequest(wanted=self._settings.escalate is not None)
-        return Question(default.window, reason is None, wish.over(default), body.visual_token_escalate)
+        again = escalation_in_force(self._settings, request)
+        return Question(self._settings.escalate_window, reason is None, again, body.visual_token_escalate)
 
     def _require_pruning(self, verb: str) -> None:
         if reason := unsupported_reason(self._renderer):

@@ -7,9 +7,15 @@ from dataclasses import replace
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import Budget, BudgetRequest
-from promprune_vllm.core.escalation import EscalationRequest
+from promprune_vllm.core.escalation import Escalation, EscalationRequest
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Retry
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
+
+
+def escalation_in_force(settings: Settings, request: PruningRequest) -> Escalation | None:
+    """Return when and how the answer to a request is asked for again, ``None`` for never."""
+    wish = request.escalate or EscalationRequest(wanted=settings.escalate is not None)
+    return wish.over(settings.escalation())
 
 
 def plan_retry(settings: Settings, request: PruningRequest, plans: Sequence[ImagePlan]) -> Retry | None:
@@ -20,8 +26,7 @@ def plan_retry(settings: Settings, request: PruningRequest, plans: Sequence[Imag
         request: What the request asks for.
         plans: Those of its images.
     """
-    wish = request.escalate or EscalationRequest(wanted=settings.escalate is not None)
-    escalation = wish.over(settings.escalation())
+    escalation = escalation_in_force(settings, request)
     if escalation is None:
         return None
     policy = replace(settings.policy(), out_of_range="clamp")
