@@ -26,10 +26,14 @@ TILED = [TEXT, *[VISUAL] * 6, TEXT, TEXT, *[VISUAL] * 3, TEXT]
 LAYOUTS = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
 
 
+def counts(plan: ImagePlan) -> torch.Tensor:
+    return torch.tensor([plan.total, plan.kept, plan.method])
+
+
 def shortened(content: Any, plan: ImagePlan, update: Any = PromptReplacement) -> Any:
     """What vLLM gets from our update for an image, as token ids and a mask."""
     name = "replacement" if update is PromptReplacement else "insertion"
-    ours = placeholders.shorten(update(modality="image", target=[VISUAL], **{name: content}), [plan])
+    ours = placeholders.shorten(update(modality="image", target=[VISUAL], **{name: content}), [plan], [counts(plan)])
     found = ours.content(0)
     if isinstance(found, list):
         return found, None
@@ -45,6 +49,15 @@ def test_content_may_be_the_same_for_all_images_and_an_insertion() -> None:
         assert shortened([VISUAL] * 9, ImagePlan(9, 4), update) == ([VISUAL] * 4, None)
         details = PromptUpdateDetails.from_seq([VISUAL] * 9)
         assert shortened(details, ImagePlan(9, 4), update) == ([VISUAL] * 4, None)
+
+
+@pytest.mark.parametrize("made", [[VISUAL] * 7, PromptUpdateDetails.select_token_id([TEXT, *[VISUAL] * 7], VISUAL)])
+def test_what_an_unpruned_image_is_said_to_have_is_what_vllm_made_of_it(made: Any) -> None:
+    """Before a processor cache takes the fields: one in shared memory gives nothing back that could be changed."""
+    said = counts(ImagePlan(9, 9, 2))
+    update = PromptReplacement(modality="image", target=[VISUAL], replacement=made)
+    assert placeholders.shorten(update, [ImagePlan(9, 9, 2)], [said]).content(0) is made
+    assert said.tolist() == [7, 7, 2]
 
 
 def test_text_stays_and_runs_share_the_budget() -> None:
@@ -123,6 +136,7 @@ def test_vllm_finds_the_shorter_placeholder() -> None:
             replacement=lambda _: PromptUpdateDetails.select_token_id(TILED, VISUAL),
         ),
         [ImagePlan(9, 6)],
+        [counts(ImagePlan(9, 6))],
     )
     prompt = [1, 2, *update.content(0).full, 5]
     (found,) = find_mm_placeholders(prompt, {"image": [[update.resolve(0)]]})["image"]

@@ -23,31 +23,48 @@ from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.errors import BudgetError
 
 
-def shorten(update: Any, plans: Sequence[ImagePlan]) -> Any:
+def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -> Any:
     """Return a prompt update of vLLM's whose placeholders have as many visual tokens as the images keep.
 
     Args:
         update: A ``PromptReplacement`` or ``PromptInsertion``. Its content is a list of tokens or
             ``PromptUpdateDetails``, or a function of the image's index that returns one.
         plans: One per image.
+        counts: The images' fields ``keys.COUNTS``. What they say of an image that keeps all its tokens is
+            corrected: an option may change the image in a way that is not counted. A processor cache may store
+            the fields right after this, and nobody can change them then.
     """
 
     def shortened(index: int) -> Any:
-        content = update.content
-        return _shorten(content(index) if callable(content) else content, plans[index])
+        content, plan = update.content, plans[index]
+        content = content(index) if callable(content) else content
+        if plan.kept == plan.total:
+            counts[index][:2] = _visual_tokens(content)
+            return content
+        return _shorten(content, plan)
 
     name = "insertion" if hasattr(update, "insertion") else "replacement"
     changed: Mapping[str, Any] = {name: shortened}
     return replace(update, **changed)
 
 
-def _shorten(content: Any, plan: ImagePlan) -> Any:
-    if plan.kept == plan.total:
-        return content  # also if the count is wrong: it decides nothing
-    full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
+def _is_visual(content: Any) -> list[bool] | None:
+    """Return which tokens of a placeholder are visual ones, or ``None`` if all are."""
     is_embed = content.is_embed if isinstance(content, PromptUpdateDetails) else None
-    visual: list[bool] = [] if is_embed is None else is_embed(full).tolist()
-    made = len(full) if is_embed is None else sum(visual)
+    visual: list[bool] | None = None if is_embed is None else is_embed(content.full).tolist()
+    return visual
+
+
+def _visual_tokens(content: Any) -> int:
+    visual = _is_visual(content)
+    if visual is not None:
+        return sum(visual)
+    return len(content.full if isinstance(content, PromptUpdateDetails) else content)
+
+
+def _shorten(content: Any, plan: ImagePlan) -> Any:
+    full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
+    visual, made = _is_visual(content), _visual_tokens(content)
     if made != plan.total:
         raise BudgetError(
             f"{FIELD} cannot be applied to an image that vLLM made {made} tokens of, and which was counted "
@@ -55,7 +72,7 @@ def _shorten(content: Any, plan: ImagePlan) -> Any:
             f"the option out, or {FIELD}.",
             reason="unsupported",
         )
-    if is_embed is None:
+    if visual is None:
         return full[: plan.kept]
     stays = kept_tokens(visual, plan.kept)
     shorter = [token for token, stay in zip(full, stays, strict=True) if stay]

@@ -92,7 +92,6 @@ class PrunedProcessorMixin(ProcessorBase):
             if isinstance(images, PromptImages):
                 made = result["mm_placeholders"].get(self.modality, ())
                 plans = images.final_plans(plans, [placeholder.get_num_embeds() for placeholder in made])
-                self._correct_counts(result["mm_kwargs"].get(self.modality, ()), plans)
                 images.remember(plan.cached)
             if plans:
                 method = self._methods.selectors[self._methods.index(request.method)].name
@@ -105,16 +104,6 @@ class PrunedProcessorMixin(ProcessorBase):
         """Fill in the images' identities: without the processor cache, vLLM hashes images only at the end."""
         plan.hashes = super()._get_mm_hashes(inputs)
         plan.identities = [identity(key) for key in plan.hashes[self.modality]]
-
-    @staticmethod
-    def _correct_counts(items: Sequence[Any], plans: Sequence[ImagePlan]) -> None:
-        """Let the worker expect as many tokens of an unpruned image as its placeholder has.
-
-        An option may change an image in a way that is not counted; see ``placeholders``.
-        """
-        for item, plan in zip(items, plans, strict=True):
-            if item is not None and plan.kept == plan.total:  # ``None``: the engine has it cached
-                item[COUNTS].data[:2] = plan.total
 
     def _images(self, inputs: Any) -> Any:
         """Return a prompt's images: ``PromptImages``, or vLLM's items for ``image_embeds``, or ``None``."""
@@ -281,7 +270,8 @@ class PrunedProcessorMixin(ProcessorBase):
     ) -> Sequence[Any]:
         plan, kwargs = split_plan(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
+        counts = [item[COUNTS].data for item in out_mm_kwargs.get(self.modality, ())]
         return [
-            placeholders.shorten(update, plan.images) if update.modality == self.modality else update
+            placeholders.shorten(update, plan.images, counts) if update.modality == self.modality else update
             for update in updates
         ]
