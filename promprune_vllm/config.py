@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from promprune_vllm.core.budget import Budget, from_text
 from promprune_vllm.core.escalation import BELOW, WINDOW, Escalation
-from promprune_vllm.core.policy import BudgetPolicy, OutOfRange
+from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy, OutOfRange
 from promprune_vllm.errors import BudgetError, SettingsError
 
 if TYPE_CHECKING:
@@ -82,6 +82,12 @@ class Settings(Switch):
     )
     min: int = Field(default=1, description="minimum tokens kept per image")
     max: int | None = Field(default=None, description="maximum tokens kept per image (default: no limit)")
+    video_budget: str | None = Field(
+        default=None,
+        description='tokens kept per video if a request sets no budget: a number, "25%" or "full" (default: full)',
+    )
+    video_min: int = Field(default=1, description="minimum tokens kept per video")
+    video_max: int | None = Field(default=None, description="maximum tokens kept per video (default: no limit)")
     low: int = Field(
         default=64, description='tokens kept per image sent with "detail": "low", if --visual-token-detail is set'
     )
@@ -171,7 +177,7 @@ class Settings(Switch):
                 f"The {PREFIX}* variables cannot be read: {error}. "
                 f'{PREFIX}METHOD_OPTIONS is a JSON object such as {{"mu": 0.42}}.'
             ) from error
-        settings.policy()
+        settings.media_policy()
         settings.escalation()
         for method in settings.allowed:
             settings.selector(method=method)
@@ -190,12 +196,20 @@ class Settings(Switch):
 
     @property
     def prunes_by_default(self) -> bool:
-        """Whether images of requests without a budget may be pruned."""
-        has_default = self.budget not in (None, "full")
+        """Whether images or videos of requests without a budget may be pruned."""
+        has_default = {self.budget, self.video_budget} - {None, "full"} != set()
         return has_default or self.detail or self.adapt_to_load or self.adapt_to_content
 
+    def media_policy(self) -> MediaPolicy:
+        """Return the limits and defaults for budgets of images, and those for videos, which are set apart."""
+        images = self.policy()
+        videos = self.model_copy(
+            update={"budget": self.video_budget, "min": self.video_min, "max": self.video_max}
+        )
+        return MediaPolicy(images, videos.policy())
+
     def policy(self) -> BudgetPolicy:
-        """Return the limits and defaults for budgets."""
+        """Return the limits and defaults for budgets of images."""
         try:
             return BudgetPolicy(
                 default=None if self.budget is None else _budget(self.budget),

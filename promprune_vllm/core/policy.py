@@ -1,13 +1,13 @@
-"""How many tokens each image keeps: the server's limits applied to the request's budget, in integers only."""
+"""How many tokens each image and video keeps: the server's limits applied to the request's budget, in integers only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from promprune_vllm.core.budget import FIELD, Budget, BudgetRequest
+from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO, Budget, BudgetRequest
 from promprune_vllm.errors import BudgetError
 
 OutOfRange = Literal["clamp", "refuse"]
@@ -15,7 +15,9 @@ OutOfRange = Literal["clamp", "refuse"]
 
 @dataclass(frozen=True, slots=True)
 class BudgetPolicy:
-    """The operator's limits on budgets, and the default for requests that set none.
+    """The operator's limits on budgets, and the default for requests that set none: for images or for videos.
+
+    What is said of an image here holds for a video in the policy for videos.
 
     Args:
         default: Budget for requests that set none and for ``"auto"``; ``None`` keeps every token.
@@ -45,13 +47,14 @@ class BudgetPolicy:
             if getattr(self, name) < 1:
                 raise BudgetError(f"{name} must be at least 1 token, got {getattr(self, name)}.")
 
-    def resolve(self, budget: Budget | None, total: int, level: Fraction = Fraction(1)) -> int:
+    def resolve(self, budget: Budget | None, total: int, level: Fraction = Fraction(1), *, frames: int = 1) -> int:
         """Return how many of an image's ``total`` tokens are kept: ``1 <= keep <= total``.
 
         Args:
             budget: The request's budget, or ``None`` for the server's default.
             total: Visual tokens of the image before pruning, at least 1.
             level: Share of the default that ``"auto"`` currently keeps, above 0 and at most 1.
+            frames: Frames of a video.
 
         Raises:
             BudgetError: An explicit budget is outside the limits, and ``out_of_range`` is ``"refuse"``.
@@ -59,10 +62,10 @@ class BudgetPolicy:
         if total < 1:
             raise BudgetError(f"An image has at least one visual token, got {total}.")
         if budget is None:
-            keep = min(total if self.default is None else self.default.of(total), total)
+            keep = min(total if self.default is None else self.default.of(total, frames), total)
             reduced = Budget(share=level).of(keep)
             return self._clamped(max(reduced, min(self.floor, keep)), total)
-        keep = min(budget.of(total), total)
+        keep = min(budget.of(total, frames), total)
         if self.out_of_range == "refuse" and not self.allows(keep, total):
             limits = f"{self.minimum} or more" if self.maximum is None else f"{self.minimum} to {self.maximum}"
             raise BudgetError(
@@ -85,30 +88,8 @@ class BudgetPolicy:
             return level == 1 and (self.default is None or self.default.share == 1)
         return budget.share == 1
 
-    def resolve_all(
-        self, request: BudgetRequest, sizes: Sequence[int], levels: Sequence[Fraction]
-    ) -> tuple[int, ...]:
-        """Return how many tokens each image of a request keeps.
-
-        Args:
-            request: The request's budget.
-            sizes: Visual tokens of each image before pruning.
-            levels: For each image, the share of the default that ``"auto"`` keeps.
-
-        Raises:
-            BudgetError: The request does not fit the number of images, or is outside the limits.
-        """
-        request.check_images(len(sizes))
-        if request.total is None:
-            return tuple(
-                self.resolve(request.for_image(i), size, level)
-                for i, (size, level) in enumerate(zip(sizes, levels, strict=True))
-            )
-        rest = min(request.total, sum(sizes)) - len(sizes)  # each image keeps at least one token
-        shares = self.allocate(rest, [size - 1 for size in sizes])
-        return tuple(self.resolve(Budget(tokens=1 + more), size) for more, size in zip(shares, sizes, strict=True))
-
-    def allocate(self, keep: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    @staticmethod
+    def allocate(keep: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """Split ``keep`` over groups (crops, images) in proportion to their sizes, by largest remainder.
 
         Args:
@@ -139,3 +120,53 @@ class BudgetPolicy:
         if self.maximum is not None:
             keep = min(keep, self.maximum)
         return min(max(keep, self.minimum), total)
+
+
+class Medium(NamedTuple):
+    """An image or a video of a prompt.
+
+    Args:
+        kind: ``IMAGE`` or ``VIDEO``.
+        total: Visual tokens before pruning.
+        level: Share of the default that ``"auto"`` keeps of it.
+        frames: Frames of a video.
+    """
+
+    kind: str
+    total: int
+    level: Fraction = Fraction(1)
+    frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPolicy:
+    """The operator's policies for images and for videos."""
+
+    images: BudgetPolicy = BudgetPolicy()
+    videos: BudgetPolicy = BudgetPolicy()
+
+    def of(self, kind: str) -> BudgetPolicy:
+        """Return the policy for ``IMAGE`` or ``VIDEO``."""
+        return {IMAGE: self.images, VIDEO: self.videos}[kind]
+
+    def resolve_all(self, request: BudgetRequest, media: Sequence[Medium]) -> tuple[int, ...]:
+        """Return how many tokens each image and video of a request keeps.
+
+        Args:
+            request: The request's budget.
+            media: The images and videos in order of appearance.
+
+        Raises:
+            BudgetError: The request does not fit the images and videos, or is outside the limits.
+        """
+        request.check_media([each.kind for each in media])
+        budgets = [request.for_medium(i, each.kind) for i, each in enumerate(media)]
+        if request.total is not None:
+            sizes = [each.total for each in media]
+            rest = min(request.total, sum(sizes)) - len(sizes)  # each keeps at least one token
+            shares = BudgetPolicy.allocate(rest, [size - 1 for size in sizes])
+            budgets = [Budget(tokens=1 + more) for more in shares]
+        return tuple(
+            self.of(each.kind).resolve(budget, each.total, each.level, frames=each.frames)
+            for budget, each in zip(budgets, media, strict=True)
+        )
