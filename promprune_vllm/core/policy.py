@@ -1,4 +1,4 @@
-"""How many tokens each image and video keeps: the server's limits applied to the request's budget, in integers only."""
+"""How many tokens each image and video keeps: the server's limits on the request's budget, in integers only."""
 
 from __future__ import annotations
 

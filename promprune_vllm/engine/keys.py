@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from promprune_vllm.core.budget import IMAGE
+
 # Options of the multimodal processor, besides a request's own fields.
 TEXT_OPTION = "visual_token_text"
 """The user's text, for methods that use it. Offline programs may set it."""
@@ -21,12 +23,19 @@ PROFILE = "_promprune_profile"
 """Set for vLLM's profiling run."""
 
 # Fields of an image on its way to the model. Render servers send them to other servers, so the names are fixed.
+# Those of a video have another name, see ``field_of``: one call of a processor may have both.
 COUNTS = "visual_token_counts"
 """``(3,)`` int64: total tokens, kept tokens, and the index of the method among those allowed."""
 TEXT_TOKENS = "visual_token_text"
 """``(M,)`` int64: tokens of the user's text, for methods that use it."""
 IDENTITY = "visual_token_identity"
 """``(16,)`` uint8: the same for an image whatever its budget, method and text. Only with the feature cache."""
+
+
+def field_of(kind: str, name: str) -> str:
+    """Return the name of a field of ours for ``budget.IMAGE`` or ``VIDEO``."""
+    return name if kind == IMAGE else f"{name}_{kind}"
+
 
 # Keys of a processed prompt, a dict.
 SUMMARY = "_promprune_summary"

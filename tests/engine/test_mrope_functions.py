@@ -24,7 +24,7 @@ def test_columns_are_those_of_the_unpruned_prompt(images: list[tuple[int, int, i
     unpruned = 0
     for text, kept, dropped in images:
         truth += range(unpruned, unpruned + text)
-        spans.append(Span(offset=len(truth), kept=kept, total=kept + dropped))
+        spans.append(Span(offset=len(truth), kept=kept, total=kept + dropped, token=0))
         truth += range(unpruned + text, unpruned + text + kept)  # the first ones stand for those kept
         unpruned += text + kept + dropped
     truth += range(unpruned, unpruned + after)
@@ -35,7 +35,7 @@ def test_columns_are_those_of_the_unpruned_prompt(images: list[tuple[int, int, i
 
 def test_a_prompt_without_pruned_images_stands_where_it_stands() -> None:
     assert unpruned_columns(5, ()).tolist() == [0, 1, 2, 3, 4]
-    assert unpruned_columns(4, [Span(1, 2, 2)]).tolist() == [0, 1, 2, 3]
+    assert unpruned_columns(4, [Span(1, 2, 2, 0)]).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -62,12 +62,10 @@ def encoded() -> tuple[EncodedImage, torch.Tensor]:
     return EncodedImage(torch.zeros(FRAMES * n, 2), groups, torch.empty(0, dtype=torch.int64)), torch.tensor(kept)
 
 
-def test_each_run_keeps_its_place_and_its_cells(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_keeps_its_place_and_its_cells(engine: FamilyEngine) -> None:
     prompt, (feature,) = processed(engine, video(engine))
     truth, delta = engine.model.get_mrope_input_positions(prompt, [feature])
     tokens, shorter, columns = pruned(prompt, feature)
-    monkeypatch.setattr(engine.model, "total_tokens", lambda _: FRAMES * HEIGHT * WIDTH)
-
     first, shorter_delta = engine.model.get_mrope_input_positions(tokens, [shorter])
     is_text = torch.ones(len(tokens), dtype=torch.bool)
     for start, last in shorter.mm_position.extract_embeds_range():

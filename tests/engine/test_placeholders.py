@@ -33,7 +33,9 @@ def counts(plan: ImagePlan) -> torch.Tensor:
 def shortened(content: Any, plan: ImagePlan, update: Any = PromptReplacement) -> Any:
     """What vLLM gets from our update for an image, as token ids and a mask."""
     name = "replacement" if update is PromptReplacement else "insertion"
-    ours = placeholders.shorten(update(modality="image", target=[VISUAL], **{name: content}), [plan], [counts(plan)])
+    ours = placeholders.shorten(
+        update(modality="image", target=[VISUAL], **{name: content}), [plan], [counts(plan)]
+    )
     found = ours.content(0)
     if isinstance(found, list):
         return found, None
@@ -51,7 +53,9 @@ def test_content_may_be_the_same_for_all_images_and_an_insertion() -> None:
         assert shortened(details, ImagePlan(9, 4), update) == ([VISUAL] * 4, None)
 
 
-@pytest.mark.parametrize("made", [[VISUAL] * 7, PromptUpdateDetails.select_token_id([TEXT, *[VISUAL] * 7], VISUAL)])
+@pytest.mark.parametrize(
+    "made", [[VISUAL] * 7, PromptUpdateDetails.select_token_id([TEXT, *[VISUAL] * 7], VISUAL)]
+)
 def test_what_an_unpruned_image_is_said_to_have_is_what_vllm_made_of_it(made: Any) -> None:
     """Before a processor cache takes the fields: one in shared memory gives nothing back that could be changed."""
     said = counts(ImagePlan(9, 9, 2))

@@ -13,10 +13,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD, BudgetRequest, shown
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+
+from promprune_vllm.core.budget import FIELD, IMAGE, METHOD_FIELD, Budget, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server import image_complexity
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
@@ -42,12 +44,12 @@ class RememberedImage:
     """What is remembered about an image.
 
     Args:
-        size: Width and height.
+        size: Width and height, or the shape of a video.
         level: Share of the default that ``"auto"`` kept when the image was last sent with it; ``None`` if it never
             was.
     """
 
-    size: Size
+    size: tuple[int, ...]
     level: Fraction | None = None
 
 
@@ -88,60 +90,61 @@ def _digest(uuid: object) -> bytes:
     return hashlib.blake2b(repr(uuid).encode(), digest_size=16).digest()
 
 
-class PromptImages:
-    """The images of one prompt in order of appearance, with what a budget needs to know about them.
+SHARED: Literal["shared"] = "shared"
+Wish = Budget | None | Literal["shared"]
+"""The budget of one image: its own, ``None`` for ``"auto"``, or its part of a total."""
+
+
+class PromptMedia:
+    """The images or the videos of one prompt in order of appearance, with what a budget needs to know about them.
 
     Args:
-        items: vLLM's ``ImageProcessorItems``; it has ``None`` for a named image.
-        uuids: The client's uuid of each image, or ``None``.
+        items: vLLM's items; it has ``None`` for a named one.
+        uuids: The client's uuid of each, or ``None``.
         cache: vLLM's processor cache, or ``None`` if it is off.
+        keys: What each is remembered by, or ``None``; the uuids if left out.
     """
 
-    def __init__(self, items: Any, uuids: Sequence[object] | None, cache: Any) -> None:
+    kind: str
+
+    def __init__(
+        self, items: Any, uuids: Sequence[object] | None, cache: Any, keys: Sequence[object] | None = None
+    ) -> None:
         count = items.get_count()
         self._items = items
         self._uuids = list(uuids) if uuids else [None] * count
+        self._keys = self._uuids if keys is None else list(keys)
         self._memory = None if cache is None else _memories.setdefault(cache, ImageMemory())
-        self._remembered = [self._memory.find(uuid) if self._memory else None for uuid in self._uuids]
+        self._remembered = [self._memory.find(key) if self._memory else None for key in self._keys]
         self._levels: list[Fraction | None] = [None] * count
         self._may_lose_tokens = [False] * count
 
     def get_count(self) -> int:
-        """Return the number of images."""
+        """Return the number of images or videos."""
         return len(self._uuids)
-
-    def get_image_size(self, index: int) -> Size:
-        """Return the width and height of an image that was sent or is remembered."""
-        remembered = self._remembered[index]
-        if remembered and self._is_named(index):
-            return remembered.size
-        return Size(*self._items.get_image_size(index))
 
     def _is_named(self, index: int) -> bool:
         return self._items.get(index) is None
 
     @property
-    def sizes(self) -> list[Size | None]:
-        """Width and height of each image; ``None`` for a named image that is not remembered."""
-        return [
-            None if self._is_named(i) and self._remembered[i] is None else self.get_image_size(i)
-            for i in range(self.get_count())
-        ]
+    def sizes(self) -> list[Any]:
+        """What the number of tokens of each follows from; ``None`` if it is not known."""
+        raise NotImplementedError
 
     @property
     def named_uuids(self) -> dict[int, object]:
-        """Index -> uuid of each named image that is remembered."""
+        """Index -> uuid of each named one that is remembered."""
         return {i: uuid for i, uuid in enumerate(self._uuids) if self._is_named(i) and self._remembered[i]}
 
     def decide_levels(
-        self, budget: BudgetRequest, policy: BudgetPolicy, now: Fraction, *, adapts: bool
+        self, wishes: Sequence[Wish], policy: BudgetPolicy, now: Fraction, *, adapts: bool
     ) -> list[Fraction]:
         """Return the share of the default that ``"auto"`` keeps of each image.
 
         A named image has the share it had when it was sent: with another one, it would not be in the cache.
 
         Args:
-            budget: The request's budget.
+            wishes: The budget of each image.
             policy: The server's policy.
             now: The level that the load allows.
             adapts: Whether an image's content counts, too. The lower of the two levels applies, not their product.
@@ -149,15 +152,14 @@ class PromptImages:
         Raises:
             BudgetError: It is unknown how many tokens a named image keeps.
         """
-        budget.check_images(self.get_count())
         levels = []
-        for i, size in enumerate(self.sizes):
+        for i, (size, wish) in enumerate(zip(self.sizes, wishes, strict=True)):
             level: Fraction | None = now
-            if budget.total is None and budget.for_image(i) is None:
+            if wish is None:
                 level = self._levels[i] = self._level(i, now, adapts=adapts)
-            limited = budget.total is not None or not policy.keeps_all(budget.for_image(i), level)
+            limited = wish == SHARED or not policy.keeps_all(wish, level)
             self._may_lose_tokens[i] = limited
-            if (size is None or level is None) and limited:
+            if (size is None or level is None) and limited and self._is_named(i):
                 raise self._unknown_image_error(i)
             levels.append(Fraction(1) if level is None else level)
         return levels
@@ -165,10 +167,14 @@ class PromptImages:
     def _level(self, index: int, now: Fraction, *, adapts: bool) -> Fraction | None:
         remembered = self._remembered[index]
         if not self._is_named(index):
-            return min(now, image_complexity.level(self._items.get(index))) if adapts else now
+            return min(now, self._content_level(index)) if adapts else now
         if remembered is not None and remembered.level is not None:
             return remembered.level
         return None if adapts else now
+
+    def _content_level(self, index: int) -> Fraction:  # noqa: ARG002
+        """Return the share of the default that an image with this content keeps."""
+        return Fraction(1)
 
     def _unknown_image_error(self, index: int) -> BudgetError:
         if self._memory is None:
@@ -205,32 +211,85 @@ class PromptImages:
         return tuple(final)
 
     def remember(self, cached: Sequence[bool]) -> None:
-        """Remember the images that were sent with a uuid, now that they are processed.
+        """Remember those that were sent, now that they are processed.
 
         Args:
-            cached: Which images were already in the cache. For those, the size of the first image with the uuid
-                stays.
+            cached: Which ones were already in the cache. For those, the size of the first one with the key stays.
         """
-        for i, (uuid, hit) in enumerate(zip(self._uuids, cached, strict=True)):
-            if self._memory is not None and uuid is not None and not self._is_named(i):
+        for i, (key, size, hit) in enumerate(zip(self._keys, self.sizes, cached, strict=True)):
+            if self._memory is not None and key is not None and size is not None and not self._is_named(i):
                 remembered, level = self._remembered[i], self._levels[i]
-                size = remembered.size if remembered and hit else self.get_image_size(i)
                 if level is None and remembered:
                     level = remembered.level
-                self._memory.store(uuid, RememberedImage(size, level))
+                self._memory.store(key, RememberedImage(remembered.size if remembered and hit else size, level))
 
 
-def require_cached(plan: Plan, keys: Sequence[str], cache: Any) -> None:
+class EncodedMedia(PromptMedia):
+    """Images or videos that were sent as embeddings, which keep all their tokens."""
+
+    @property
+    def sizes(self) -> list[None]:
+        """Unknown."""
+        return [None] * self.get_count()
+
+    @property
+    def named_uuids(self) -> dict[int, object]:
+        """None is."""
+        return {}
+
+    def decide_levels(
+        self,
+        wishes: Sequence[Wish],
+        policy: BudgetPolicy,  # noqa: ARG002
+        now: Fraction,
+        *,
+        adapts: bool,  # noqa: ARG002
+    ) -> list[Fraction]:
+        """Return what says nothing about them."""
+        return [now] * len(wishes)
+
+
+def is_encoded(items: Any) -> bool:
+    """Return whether images or videos were sent as embeddings."""
+    return isinstance(items, (EmbeddingItems, DictEmbeddingItems))
+
+
+class PromptImages(PromptMedia):
+    """The images of one prompt; ``items`` are vLLM's ``ImageProcessorItems``."""
+
+    kind = IMAGE
+
+    @property
+    def sizes(self) -> list[Size | None]:
+        """Width and height of each image; ``None`` for a named image that is not remembered."""
+        return [
+            None if self._is_named(i) and self._remembered[i] is None else self.get_image_size(i)
+            for i in range(self.get_count())
+        ]
+
+    def get_image_size(self, index: int) -> Size:
+        """Return the width and height of an image that was sent or is remembered."""
+        remembered = self._remembered[index]
+        if remembered and self._is_named(index):
+            return Size(*remembered.size)
+        return Size(*self._items.get_image_size(index))
+
+    def _content_level(self, index: int) -> Fraction:
+        return image_complexity.level(self._items.get(index))
+
+
+def require_cached(plan: Plan, kind: str, keys: Sequence[str], cache: Any) -> None:
     """Raise ``BudgetError`` if a named image is remembered, but not in the cache with the requested tokens.
 
     Args:
-        plan: The plan of the prompt's images.
-        keys: Cache key of each image.
+        plan: The plan of the prompt's images and videos.
+        kind: Which of them.
+        keys: Cache key of each.
         cache: vLLM's processor cache.
     """
-    for i, uuid in plan.named_uuids.items():
+    for i, uuid in plan.named_uuids.get(kind, {}).items():
         if not cache.is_cached([keys[i]])[0]:
-            image = plan.images[i]
+            image = plan.media[kind][i]
             tokens = f"{image.kept} of its {image.total} tokens"
             raise _cache_miss_error(
                 i, f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache. {_SEND_ONCE}"

@@ -1,9 +1,10 @@
-"""Shortens the placeholder of an image in the prompt to the tokens that the image keeps.
+"""Shortens the placeholder of an image or a video in the prompt to the tokens that it keeps.
 
 A placeholder may have text among its visual tokens: InternVL's has one token before and one after, and models
 with tiles have separators between them. Text stays. The visual tokens form runs, which share the budget as a
 method's groups do, in proportion to their sizes. So every count follows from sizes alone, before anything is
-encoded. A family with several runs per image has one group for each, with as many tokens.
+encoded. A family with several runs per image has one group for each, with as many tokens. If a video has a run
+for each frame, these share the budget evenly; else its one run has all of it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO
+from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.errors import BudgetError
+
+_ARTICLES = {IMAGE: "an image", VIDEO: "a video"}
 
 
 def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -> Any:
@@ -48,6 +52,12 @@ def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -
     return replace(update, **changed)
 
 
+def visual_tokens(update: Any, index: int) -> int:
+    """Return how many visual tokens a prompt update puts in the place of an image or a video."""
+    content = update.content
+    return _visual_tokens(content(index) if callable(content) else content)
+
+
 def _is_visual(content: Any) -> list[bool] | None:
     """Return which tokens of a placeholder are visual ones, or ``None`` if all are."""
     is_embed = content.is_embed if isinstance(content, PromptUpdateDetails) else None
@@ -67,14 +77,14 @@ def _shorten(content: Any, plan: ImagePlan) -> Any:
     visual, made = _is_visual(content), _visual_tokens(content)
     if made != plan.total:
         raise BudgetError(
-            f"{FIELD} cannot be applied to an image that vLLM made {made} tokens of, and which was counted "
-            f"as {plan.total}: an option in mm_processor_kwargs changes it in a way that is not counted. Leave "
-            f"the option out, or {FIELD}.",
+            f"{FIELD} cannot be applied to {_ARTICLES[plan.kind]} that vLLM made {made} tokens of, and which was "
+            f"counted as {plan.total}: an option in mm_processor_kwargs changes it in a way that is not counted. "
+            f"Leave the option out, or {FIELD}.",
             reason="unsupported",
         )
     if visual is None:
         return full[: plan.kept]
-    stays = kept_tokens(visual, plan.kept)
+    stays = kept_tokens(visual, plan.kept, frames=plan.kind == VIDEO)
     shorter = [token for token, stay in zip(full, stays, strict=True) if stay]
     mask = torch.tensor([is_visual for is_visual, stay in zip(visual, stays, strict=True) if stay])
 
@@ -84,15 +94,17 @@ def _shorten(content: Any, plan: ImagePlan) -> Any:
     return PromptUpdateDetails(full=shorter, is_embed=is_embed_of_shorter)
 
 
-def kept_tokens(is_visual: Sequence[bool], keep: int) -> list[bool]:
+def kept_tokens(is_visual: Sequence[bool], keep: int, *, frames: bool = False) -> list[bool]:
     """Return which tokens of a placeholder stay: all text, and the first ones of each run of visual tokens.
 
     Args:
         is_visual: Whether each token is a visual one.
         keep: Visual tokens to keep in all.
+        frames: Whether the runs are the frames of a video.
     """
     runs = [(visual, len(list(run))) for visual, run in groupby(is_visual)]
-    counts = iter(BudgetPolicy().allocate(keep, [size for visual, size in runs if visual]))
+    sizes = [size for visual, size in runs if visual]
+    counts = iter(split_over_frames(keep, len(sizes), sizes[0]) if frames else BudgetPolicy.allocate(keep, sizes))
     stays: list[bool] = []
     for visual, size in runs:
         kept = next(counts) if visual else size

@@ -1,4 +1,4 @@
-"""Applies the policy in the API server: how many tokens each image keeps, decided once for three uses.
+"""Applies the policy in the API server: how many tokens each image and video keeps, decided once for three uses.
 
 The plan ``(total, kept)`` of every image is made first, from sizes and settings. It determines the cache key, the
 length of the placeholder, and the counts that the encoder reads. An image that keeps all its tokens has vLLM's own
@@ -10,20 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems
 
-from promprune_vllm.core.budget import FIELD, BudgetRequest
+from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO, BudgetRequest
 from promprune_vllm.core.features import OF_TOWER, Need
+from promprune_vllm.core.policy import Medium
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.api_server import placeholders
+from promprune_vllm.engine.api_server.all_media import AllMedia, Counted, Place, order_in_prompt, order_of_ranges
 from promprune_vllm.engine.api_server.allowed_methods import AllowedMethods
 from promprune_vllm.engine.api_server.load_monitor import current_level
-from promprune_vllm.engine.api_server.named_images import PromptImages, require_cached
+from promprune_vllm.engine.api_server.named_images import (
+    EncodedMedia,
+    PromptImages,
+    PromptMedia,
+    is_encoded,
+    require_cached,
+)
+from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos, PromptVideos, VideoShape
 from promprune_vllm.engine.api_server.pruning_plan import (
     MAX_TEXT_TOKENS,
     ImagePlan,
@@ -38,7 +47,7 @@ from promprune_vllm.engine.api_server.retry_plan import plan_retry
 from promprune_vllm.engine.compat import feature_cache, older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ProcessorBase
-from promprune_vllm.engine.keys import COUNTS, IDENTITY, PLAN, PROFILE, SUMMARY, TEXT_TOKENS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, PLAN, PROFILE, SUMMARY, TEXT_TOKENS, field_of
 from promprune_vllm.errors import BudgetError
 
 _PROFILING = object()
@@ -52,7 +61,7 @@ patches.install(Stage.PROCESSOR)
 class PrunedProcessorMixin(ProcessorBase):
     """Goes before vLLM's processor class in a family's bases; the family implements ``ProcessorFamily``."""
 
-    modality = "image"
+    kinds: ClassVar[Sequence[str]] = (IMAGE,)
     supplies = Need.PROJECTED | OF_TOWER
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
@@ -61,7 +70,7 @@ class PrunedProcessorMixin(ProcessorBase):
         self._methods = AllowedMethods.of(model_config)
         self._methods.require_supplied(self.supplies | Need.TEXT, model_config.architecture)
         self._settings = self._methods.settings
-        self._policy = self._settings.policy()
+        self._policy = self._settings.media_policy()
         self.unsupported_reason: str | None = None
         """Why this server cannot prune at all; then every image keeps all its tokens."""
 
@@ -80,38 +89,60 @@ class PrunedProcessorMixin(ProcessorBase):
         with refusing(self.info.ctx.model_config):
             request, kwargs = PruningRequest.split_options(inputs.hf_processor_mm_kwargs)
             profiling = kwargs.pop(PROFILE, None) is _PROFILING
-            images = self._images(inputs)
             prunes = not (profiling or self.unsupported_reason)
-            plans = self._plan(inputs, images, PruningRequest() if profiling else request, kwargs, prunes=prunes)
-            named_uuids = images.named_uuids if isinstance(images, PromptImages) else {}
-            plan = Plan(plans, cached=(False,) * len(plans), named_uuids=named_uuids)
-            if feature_cache.capacity_bytes(self._settings) and prunes and isinstance(images, PromptImages):
-                self._identify(plan, replace(inputs, hf_processor_mm_kwargs=kwargs))
-            inputs_with_plan = replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan})
-            result = super().apply(inputs_with_plan, timing_ctx)
-            if isinstance(images, PromptImages):
-                made = result["mm_placeholders"].get(self.modality, ())
-                plans = images.final_plans(plans, [placeholder.get_num_embeds() for placeholder in made])
-                images.remember(plan.cached)
-            if plans:
-                method = self._methods.selectors[self._methods.index(request.method)].name
-                form = request.budget.form if request.sent else None
-                retry = plan_retry(self._settings, request, plans)
-                result[SUMMARY] = Summary(plans, plan.cached, method, form, self.modality, retry)
+            bare = replace(inputs, hf_processor_mm_kwargs=kwargs)
+            plan = self._hashed(bare) if prunes else Plan()
+            media = self._media(bare, plan)
+            plan.media = self._plan(bare, media, PruningRequest() if profiling else request, plan, prunes=prunes)
+            plan.cached = {kind: (False,) * len(plans) for kind, plans in plan.media.items()}
+            plan.named_uuids = {kind: each.named_uuids for kind, each in media.items()}
+            result = super().apply(replace(inputs, hf_processor_mm_kwargs={**kwargs, PLAN: plan}), timing_ctx)
+            if plan.media:
+                result[SUMMARY] = self._summary(request, media, plan, result["mm_placeholders"])
         return result
 
-    def _identify(self, plan: Plan, inputs: Any) -> None:
-        """Fill in the images' identities: without the processor cache, vLLM hashes images only at the end."""
-        plan.hashes = super()._get_mm_hashes(inputs)
-        plan.identities = [identity(key) for key in plan.hashes[self.modality]]
+    def _hashed(self, inputs: Any) -> Plan:
+        """Return a plan with vLLM's cache keys and our identities, if anything needs them before vLLM does."""
+        plan = Plan()
+        stores = bool(feature_cache.capacity_bytes(self._settings))
+        items = {kind: inputs.mm_data_items.get(kind) for kind in self.kinds}
+        kinds = [kind for kind, each in items.items() if each is not None and not is_encoded(each)]
+        if VIDEO in kinds or (stores and kinds):
+            plan.hashes = super()._get_mm_hashes(inputs)
+        if stores:
+            plan.identities = {kind: [identity(key) for key in plan.hashes[kind]] for kind in kinds}
+        return plan
 
-    def _images(self, inputs: Any) -> Any:
-        """Return a prompt's images: ``PromptImages``, or vLLM's items for ``image_embeds``, or ``None``."""
-        items = inputs.mm_data_items.get(self.modality)
-        if items is None or isinstance(items, (ImageEmbeddingItems, DictEmbeddingItems)):
-            return items
-        uuids = (inputs.mm_uuid_items or {}).get(self.modality)
-        return PromptImages(items, uuids, older_minors.processor_cache(self, inputs))
+    def _media(self, inputs: Any, plan: Plan) -> dict[str, PromptMedia]:
+        """Return a prompt's images and videos by kind."""
+        cache = older_minors.processor_cache(self, inputs)
+        media: dict[str, PromptMedia] = {}
+        for kind in self.kinds:
+            items, uuids = inputs.mm_data_items.get(kind), (inputs.mm_uuid_items or {}).get(kind)
+            if items is None:
+                continue
+            if is_encoded(items):
+                media[kind] = EncodedMedia(items, None, None)
+            elif kind == IMAGE:
+                media[kind] = PromptImages(items, uuids, cache)
+            else:
+                media[kind] = PromptVideos(items, uuids, cache, plan.hashes.get(kind, ()))
+        return media
+
+    def _summary(
+        self, request: PruningRequest, media: Mapping[str, PromptMedia], plan: Plan, ranges: Mapping[str, Any]
+    ) -> Summary:
+        plans: dict[str, Sequence[ImagePlan]] = {}
+        for kind, each in media.items():
+            lengths = [place.get_num_embeds() for place in ranges.get(kind, ())]
+            plans[kind] = each.final_plans(plan.media[kind], lengths)
+            each.remember(plan.cached[kind])
+        order = order_of_ranges({kind: ranges.get(kind, ()) for kind in media})
+        images = tuple(plans[kind][i] for kind, i in order)
+        cached = tuple(plan.cached[kind][i] for kind, i in order)
+        method = self._methods.selectors[self._methods.index(request.method)].name
+        form = request.budget.form if request.sent else None
+        return Summary(images, cached, method, form, plan_retry(self._settings, request, images))
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's profiling run. It needs the worst case, so they are never pruned."""
@@ -119,33 +150,57 @@ class PrunedProcessorMixin(ProcessorBase):
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, PROFILE: _PROFILING})
 
     def _plan(
-        self,
-        inputs: Any,
-        images: Any,
-        request: PruningRequest,
-        kwargs: Mapping[str, object],
-        *,
-        prunes: bool = True,
-    ) -> tuple[ImagePlan, ...]:
+        self, inputs: Any, media: Mapping[str, PromptMedia], request: PruningRequest, plan: Plan, *, prunes: bool
+    ) -> dict[str, tuple[ImagePlan, ...]]:
         method = self._methods.index(request.method)
-        if images is None:
-            request.budget.check_images(0)
-            return ()
-        if not isinstance(images, PromptImages):
-            if request.sent:
-                raise BudgetError(
-                    f"{FIELD} cannot be applied to image_embeds: they are already encoded. Send the image "
-                    f"itself, or leave {FIELD} out.",
-                    reason="unsupported",
-                )
-            totals = [self.embedded_tokens(images, i) for i in range(images.get_count())]
-            return tuple(ImagePlan(total, total) for total in totals)
-        counts = self._counts(images, request, kwargs, prunes=prunes)
+        every = AllMedia(media, self._order(inputs, media, request.budget))
+        budget = request.with_details(every.kinds, self._policy.images)
+        budget.check_media(every.kinds)
+        if prunes and request.sent:
+            every.refuse_encoded()
+        adapts = self._settings.adapt_to_content
+        levels = every.decide_levels(budget, self._policy, self.current_level(), adapts=adapts) if prunes else []
+        if prunes:
+            self._process_videos(inputs, media.get(VIDEO), plan)
+        kwargs = inputs.hf_processor_mm_kwargs
+        totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
+        counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
         text = self._text(inputs, request) if Need.TEXT in self._methods.selectors[method].needs else ()
-        return tuple(
-            ImagePlan(total, kept, method, text, size) if kept < total else ImagePlan(total, total, size=size)
-            for (total, kept), size in zip(counts, images.sizes, strict=True)
+        return every.by_kind(
+            ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
+            for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)
         )
+
+    def _order(self, inputs: Any, media: Mapping[str, PromptMedia], budget: BudgetRequest) -> list[Place]:
+        """Return the images and videos in order of appearance."""
+        builder, tokenizer = self.dummy_inputs, self.info.get_tokenizer()
+        counts = {kind: each.get_count() for kind, each in media.items()}
+        texts = {kind: builder.get_dummy_text({kind: 1}) for kind in counts}
+        order = order_in_prompt(inputs.prompt, counts, texts, tokenizer.decode)
+        if order is None and isinstance(budget.each, tuple):
+            raise BudgetError(
+                f"{FIELD} is a list, but the prompt does not tell the order of its images and videos: where they "
+                f"are must stand {' and '.join(map(repr, texts.values()))}. Send one value for all of them.",
+                reason="unsupported",
+            )
+        return order or [(kind, i) for kind, count in counts.items() for i in range(count)]
+
+    def _process_videos(self, inputs: Any, videos: Any, plan: Plan) -> None:
+        """Process the videos that may lose tokens of an unknown number; see ``prompt_videos``."""
+        indices = videos.to_process if isinstance(videos, PromptVideos) else []
+        if not indices:
+            return
+        have = {kind: [True] * items.get_count() for kind, items in inputs.mm_data_items.items()}
+        have[VIDEO] = [i not in indices for i in range(len(have[VIDEO]))]
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, have)
+        data = {VIDEO: [inputs.mm_data_items[VIDEO][i] for i in indices]}
+        items = self.info.parse_mm_data(data, validate=False)
+        output = super()._apply_hf_processor_main(items, kwargs)
+        made = MultiModalKwargsItems.from_hf_inputs(output, super()._get_mm_fields_config(output, kwargs))
+        updates = [each for each in super()._get_prompt_updates(items, kwargs, made) if each.modality == VIDEO]
+        for n, i in enumerate(indices):
+            videos.learn(i, self.video_shape(made[VIDEO][n], placeholders.visual_tokens(updates[0], n)))
+        plan.processed = ProcessedVideos(tuple(indices), output)
 
     def count(self, images: Any, request: PruningRequest) -> list[tuple[int, int]]:
         """Return the total and kept tokens of images, given only their sizes.
@@ -157,36 +212,38 @@ class PrunedProcessorMixin(ProcessorBase):
         Raises:
             BudgetError: A request with these images would be refused.
         """
-        counts = [self.image_tokens(images, i, {}) for i in range(images.get_count())]
-        budget = request.with_details(len(counts), self._policy)
-        kept = self._kept(counts, budget, [self.current_level()] * len(counts))
-        self.check_kept(images, kept, {})
-        return kept
-
-    def _counts(
-        self, images: PromptImages, request: PruningRequest, kwargs: Mapping[str, object], *, prunes: bool
-    ) -> list[tuple[int, int]]:
-        """Return total and kept tokens; ``(1, 1)`` for an unknown named image, which keeps all its tokens."""
-        counts = [
-            1 if size is None else self.image_tokens(images, i, kwargs) for i, size in enumerate(images.sizes)
-        ]
-        if not prunes:
-            return [(count, count) for count in counts]
-        budget = request.with_details(len(counts), self._policy)
-        adapts = self._settings.adapt_to_content
-        levels = images.decide_levels(budget, self._policy, self.current_level(), adapts=adapts)
-        kept = self._kept(counts, budget, levels)
-        self.check_kept(images, kept, kwargs)
-        return kept
+        every = AllMedia({IMAGE: images}, [(IMAGE, i) for i in range(images.get_count())])
+        totals = every.count(lambda images, i: self.image_tokens(images, i, {}))
+        budget = request.with_details(every.kinds, self._policy.images)
+        levels = [self.current_level()] * len(totals)
+        return list(zip(totals, self._kept(every, totals, budget, levels, {}), strict=True))
 
     def _kept(
-        self, counts: Sequence[int], budget: BudgetRequest, levels: Sequence[Fraction]
-    ) -> list[tuple[int, int]]:
-        if self.unsupported_reason:
-            return [(count, count) for count in counts]
-        return list(zip(counts, self._policy.resolve_all(budget, counts, levels), strict=True))
+        self,
+        every: AllMedia,
+        totals: Sequence[int],
+        budget: BudgetRequest,
+        levels: Sequence[Fraction],
+        kwargs: Mapping[str, object],
+    ) -> Sequence[int]:
+        """Return how many tokens each keeps.
 
-    def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
+        Raises:
+            BudgetError: The model cannot handle so few tokens, or the budget does not fit.
+        """
+        if self.unsupported_reason:
+            return totals
+        frames = [getattr(size, "frames", 1) for size in every.sizes]
+        media = list(map(Medium, every.kinds, totals, levels, frames))
+        kept = self._policy.resolve_all(budget, media)
+        self.check_kept(list(map(Counted, every.kinds, every.sizes, totals, kept)), kwargs)
+        return kept
+
+    def video_shape(self, item: Any, total: int) -> VideoShape:
+        """Return the shape of a video; see ``ProcessorFamily``."""
+        raise NotImplementedError
+
+    def check_kept(self, media: Sequence[Counted], kwargs: Mapping[str, object]) -> None:
         """Accept any number of kept tokens by default; see ``ProcessorFamily``."""
 
     def current_level(self) -> Fraction:
@@ -210,17 +267,13 @@ class PrunedProcessorMixin(ProcessorBase):
         merged: dict[str, Any] = self.info.ctx.get_merged_mm_kwargs(kwargs)
         return {**merged, **(merged.get("images_kwargs") or {})}
 
-    def embedded_tokens(self, images: Any, index: int) -> int:
-        """Return how many tokens an image sent as ``image_embeds`` has."""
-        return int(images.get_feature_size(index))
-
     def _get_mm_hashes(self, inputs: Any) -> Any:
         plan, kwargs = split_plan(inputs.hf_processor_mm_kwargs)
         hashes = dict(plan.hashes) or super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
-        if self.modality in hashes:
-            pairs = zip(hashes[self.modality], plan.images, strict=True)
-            keys = hashes[self.modality] = [self._cache_key(key, image) for key, image in pairs]
-            require_cached(plan, keys, older_minors.processor_cache(self, inputs))
+        for kind in set(plan.media).intersection(hashes):
+            pairs = zip(hashes[kind], plan.media[kind], strict=True)
+            keys = hashes[kind] = [self._cache_key(key, image) for key, image in pairs]
+            require_cached(plan, kind, keys, older_minors.processor_cache(self, inputs))
         return hashes
 
     def _cache_key(self, key: str, image: ImagePlan) -> str:
@@ -240,29 +293,37 @@ class PrunedProcessorMixin(ProcessorBase):
         rest = super()._get_cache_missing_processor_kwargs(
             replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
         )
-        plan.cached = tuple(mm_is_cached.get(self.modality, ()))
-        missing = [i for i, hit in enumerate(plan.cached) if not hit]
-        identities = [plan.identities[i] for i in missing] if plan.identities else ()
-        return {**rest, PLAN: Plan(tuple(plan.images[i] for i in missing), identities=identities)}
+        plan.cached = {kind: tuple(mm_is_cached[kind]) for kind in plan.media}
+        missing = {kind: [i for i, hit in enumerate(hits) if not hit] for kind, hits in plan.cached.items()}
+        return {**rest, PLAN: plan.take(missing)}
 
     def _apply_hf_processor_main(self, mm_items: Any, *args: Any, **named: Any) -> Any:
         (hf_kwargs,) = (*args, *named.values())  # vLLM 0.31 renamed this parameter
         plan, kwargs = split_plan(hf_kwargs)
-        output = super()._apply_hf_processor_main(mm_items, kwargs)
-        if plan.images:
-            counts = [[image.total, image.kept, image.method] for image in plan.images]
-            output[COUNTS] = torch.tensor(counts)  # (images, 3)
-            output[TEXT_TOKENS] = [torch.tensor(image.text, dtype=torch.int64) for image in plan.images]
-        if plan.identities:
-            output[IDENTITY] = torch.tensor([list(each) for each in plan.identities], dtype=torch.uint8)
+        if plan.processed is None:
+            output = super()._apply_hf_processor_main(mm_items, kwargs)
+        else:
+            rest = MultiModalDataItems({kind: items for kind, items in mm_items.items() if kind != VIDEO})
+            output = super()._apply_hf_processor_main(rest, kwargs)
+            output.update(plan.processed.output)
+        for kind, images in plan.media.items():
+            if images:
+                counts = [[image.total, image.kept, image.method] for image in images]
+                output[field_of(kind, COUNTS)] = torch.tensor(counts)  # (images, 3)
+                texts = [torch.tensor(image.text, dtype=torch.int64) for image in images]
+                output[field_of(kind, TEXT_TOKENS)] = texts
+            if identities := plan.identities.get(kind):
+                rows = torch.tensor([list(each) for each in identities], dtype=torch.uint8)
+                output[field_of(kind, IDENTITY)] = rows
         return output
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, kwargs = split_plan(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
-        fields[COUNTS] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
-        fields[TEXT_TOKENS] = MultiModalFieldConfig.batched(self.modality)
-        fields[IDENTITY] = MultiModalFieldConfig.batched(self.modality, keep_on_cpu=True)
+        for kind in self.kinds:
+            fields[field_of(kind, COUNTS)] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
+            fields[field_of(kind, TEXT_TOKENS)] = MultiModalFieldConfig.batched(kind)
+            fields[field_of(kind, IDENTITY)] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(
@@ -270,8 +331,13 @@ class PrunedProcessorMixin(ProcessorBase):
     ) -> Sequence[Any]:
         plan, kwargs = split_plan(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
-        counts = [item[COUNTS].data for item in out_mm_kwargs.get(self.modality, ())]
         return [
-            placeholders.shorten(update, plan.images, counts) if update.modality == self.modality else update
+            placeholders.shorten(
+                update,
+                plan.media[update.modality],
+                [item[field_of(update.modality, COUNTS)].data for item in out_mm_kwargs.get(update.modality, ())],
+            )
+            if update.modality in plan.media
+            else update
             for update in updates
         ]

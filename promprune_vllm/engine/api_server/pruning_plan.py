@@ -1,4 +1,4 @@
-"""The plan of a prompt's images, which travels through vLLM's multimodal processing."""
+"""The plan of a prompt's images and videos, which travels through vLLM's multimodal processing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from promprune_vllm.core.budget import IMAGE, VIDEO
 from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
 from promprune_vllm.server.usage import record_images
 
 if TYPE_CHECKING:
     from promprune_vllm.core.escalation import Escalation
+    from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos
     from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 
 MAX_TEXT_TOKENS = 256
@@ -20,14 +22,15 @@ MAX_TEXT_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """How one image is pruned.
+    """How one image or video is pruned.
 
     Args:
         total: Tokens before pruning.
         kept: Tokens after pruning.
         method: Index among the allowed methods.
         text: Tokens of the user's text, if the method uses it.
-        size: Width and height in pixels; ``None`` for ``image_embeds`` and for unknown named images.
+        size: Width and height in pixels; ``None`` for videos, ``image_embeds`` and unknown named images.
+        kind: ``IMAGE`` or ``VIDEO``.
     """
 
     total: int
@@ -35,25 +38,39 @@ class ImagePlan:
     method: int = 0
     text: tuple[int, ...] = ()
     size: tuple[int, int] | None = None
+    kind: str = IMAGE
 
 
 @dataclass(slots=True)
 class Plan:
-    """The plans of the images in one processor call.
+    """The plans of the images and videos in one processor call, each by kind: ``IMAGE`` or ``VIDEO``.
 
     Args:
-        images: One plan per image, in order of appearance.
-        cached: Which images vLLM's processor cache already had; filled in during the call.
-        named_uuids: Index -> uuid of each named image that is remembered, see ``named_images``.
-        hashes: vLLM's own cache keys by modality, before ours; empty unless the feature cache is on.
-        identities: ``IDENTITY`` of each image; none unless the feature cache is on.
+        media: One plan per image or video, in order of appearance among those of its kind.
+        cached: Which ones vLLM's processor cache already had; filled in during the call.
+        named_uuids: Index -> uuid of each that is named and remembered, see ``named_images``.
+        hashes: vLLM's own cache keys, before ours; empty unless something needs them before vLLM does.
+        identities: ``IDENTITY`` of each; none unless the feature cache is on.
+        processed: What the Hugging Face processor has already made of the videos; see ``prompt_videos``.
     """
 
-    images: tuple[ImagePlan, ...] = ()
-    cached: tuple[bool, ...] = ()
-    named_uuids: Mapping[int, object] = field(default_factory=dict)
+    media: Mapping[str, tuple[ImagePlan, ...]] = field(default_factory=dict)
+    cached: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    named_uuids: Mapping[str, Mapping[int, object]] = field(default_factory=dict)
     hashes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    identities: Sequence[bytes] = ()
+    identities: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
+    processed: ProcessedVideos | None = None
+
+    def take(self, indices: Mapping[str, Sequence[int]]) -> Plan:
+        """Return the plan of some of the images and videos, given their indices by kind."""
+        processed = self.processed
+        if processed is not None and processed.indices != tuple(indices.get(VIDEO, ())):
+            processed = None  # not the same videos: they are processed again
+        return Plan(
+            {kind: tuple(self.media[kind][i] for i in each) for kind, each in indices.items()},
+            identities={kind: [keys[i] for i in indices[kind]] for kind, keys in self.identities.items()},
+            processed=processed,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,7 @@ class Retry:
 
     Args:
         escalation: When to ask again.
-        request: What to ask then: a budget for each image, and everything else as in the first try.
+        request: What to ask then: a budget for each image and video, and everything else as in the first try.
         more_tokens: How much longer the prompt is then.
         sent: Whether the client asked for a second try, and not only the server's operator.
     """
@@ -75,14 +92,13 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How the images of one prompt were pruned.
+    """How the images and videos of one prompt were pruned.
 
     Args:
-        images: One plan per image, in order of appearance.
-        cached: Which images vLLM's processor cache already had. Ignored by ``==``.
+        images: One plan per image or video, in order of appearance.
+        cached: Which ones vLLM's processor cache already had. Ignored by ``==``.
         method: Name of the request's method.
         form: How the request wrote its budget (see ``BudgetRequest.form``), ``None`` if it did not send one.
-        modality: vLLM's name of what the images are, see ``ProcessorFamily``.
         retry: The second try that this prompt may have. Ignored by ``==``.
     """
 
@@ -90,7 +106,6 @@ class Summary:
     cached: tuple[bool, ...] = field(compare=False)
     method: str
     form: str | None
-    modality: str
     retry: Retry | None = field(default=None, compare=False)
 
 
@@ -121,4 +136,5 @@ def replace_prompt_images(prompt: Any, second: Any) -> None:
 
 def _counted(prompt: Any, summary: Summary) -> tuple[list[tuple[int, int]], list[str], list[Any]]:
     counts = [(image.total, image.kept) for image in summary.images]
-    return counts, prompt["mm_hashes"][summary.modality], [image.size for image in summary.images]
+    keys = {kind: iter(hashes) for kind, hashes in prompt["mm_hashes"].items()}
+    return counts, [next(keys[image.kind]) for image in summary.images], [image.size for image in summary.images]

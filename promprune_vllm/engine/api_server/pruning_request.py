@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from promprune_vllm.core.budget import Budget, BudgetRequest
+from promprune_vllm.core.budget import IMAGE, Budget, BudgetRequest
 from promprune_vllm.core.escalation import EscalationRequest
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.request_fields import PruningFields
@@ -64,17 +64,24 @@ class PruningRequest:
         carried = rest.pop(REQUEST, None)
         return carried if isinstance(carried, PruningRequest) else cls.parse(fields), rest
 
-    def with_details(self, images: int, policy: BudgetPolicy) -> BudgetRequest:
-        """Return the budget; if none was sent, the one that OpenAI's ``detail`` implies."""
+    def with_details(self, kinds: Sequence[str], policy: BudgetPolicy) -> BudgetRequest:
+        """Return the budget; if none was sent, the one that OpenAI's ``detail`` of images implies.
+
+        Args:
+            kinds: ``IMAGE`` or ``VIDEO`` for each image and video, in order of appearance.
+            policy: For images.
+        """
         if self.sent or self.details is None:
             return self.budget
+        images = kinds.count(IMAGE)
         if len(self.details) != images:
             logger.warning(
                 "Ignored the %d image details of a request, because it has %d images.", len(self.details), images
             )
             return self.budget
         budgets = {"low": Budget(tokens=policy.low), "high": Budget.parse("full")}
-        return BudgetRequest(each=tuple(budgets.get(detail) for detail in self.details))
+        details = iter(self.details)
+        return BudgetRequest(each=tuple(budgets.get(next(details)) if kind == IMAGE else None for kind in kinds))
 
 
 _admitted: ContextVar[PruningRequest | None] = ContextVar("visual_token_request", default=None)

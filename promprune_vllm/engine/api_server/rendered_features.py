@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import IMAGE, KINDS
 from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine.api_server import request_fields
+from promprune_vllm.engine.api_server.all_media import order_of_ranges
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.keys import ASK_AGAIN, COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS
+from promprune_vllm.engine.keys import ASK_AGAIN, COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS, field_of
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.usage import current_usage
@@ -49,25 +51,25 @@ def record_prompt(original: Any) -> Any:
 
 def _add_summary(prompt: dict[str, Any], model_config: Any, processor: Any) -> None:
     """Add the summary that our processor would have added, built from the images' fields."""
-    modality = getattr(processor, "modality", "image")  # vLLM's own processor has no such attribute
-    items = prompt["mm_kwargs"].get(modality)
+    items = {kind: prompt["mm_kwargs"][kind] for kind in KINDS if prompt["mm_kwargs"].get(kind)}
     if not items:
-        return  # for example a video, which this server has processed itself
+        return
     with refusing(model_config):
         _refuse_fields()
-        placeholders = prompt["mm_placeholders"][modality]
-        if hasattr(processor, "modality"):
-            refuse_text_among(placeholders, prompt["prompt_token_ids"])
-        if any(item is None for item in items):
+        ranges = {kind: prompt["mm_placeholders"][kind] for kind in items}
+        if hasattr(processor, "kinds"):  # vLLM's own processor has no such attribute
+            for each in ranges.values():
+                refuse_text_among(each, prompt["prompt_token_ids"])
+        if any(item is None for each in items.values() for item in each):
             return  # the engine already has this image, and its counts are unknown here
         settings = Settings.from_environment()
         vocabulary = int(model_config.get_vocab_size())
         images = tuple(
-            _checked_plan(item, placeholder.get_num_embeds(), settings, vocabulary)
-            for item, placeholder in zip(items, placeholders, strict=True)
+            _checked_plan(items[kind][i], ranges[kind][i].get_num_embeds(), settings, vocabulary, kind)
+            for kind, i in order_of_ranges(ranges)
         )
     method = settings.allowed[next((image.method for image in images if image.kept < image.total), 0)]
-    prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None, modality)
+    prompt[SUMMARY] = Summary(images, (False,) * len(images), method, None)
 
 
 def refuse_text_among(placeholders: Sequence[Any], tokens: Sequence[int]) -> None:
@@ -105,22 +107,21 @@ def _refuse_fields() -> None:
             )
 
 
-def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int) -> ImagePlan:
-    """Return the plan in an image's fields.
+def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int, kind: str = IMAGE) -> ImagePlan:
+    """Return the plan in an image's or video's fields.
 
     Raises:
         BudgetError: The fields contradict the placeholder or this server's settings.
     """
-    if COUNTS not in item:  # rendered without this plugin
-        return ImagePlan(length, length)
-    counts, text = (
-        item[COUNTS].data,
-        item[TEXT_TOKENS].data if TEXT_TOKENS in item else torch.empty(0, dtype=torch.int64),
-    )
+    counts_name, text_name, identity_name = [field_of(kind, name) for name in (COUNTS, TEXT_TOKENS, IDENTITY)]
+    if counts_name not in item:  # rendered without this plugin
+        return ImagePlan(length, length, kind=kind)
+    counts = item[counts_name].data
+    text = item[text_name].data if text_name in item else torch.empty(0, dtype=torch.int64)
     if not _is_ids(counts) or counts.shape != (3,) or not _is_ids(text) or text.ndim != 1:
-        raise _features_error(f"{COUNTS} or {TEXT_TOKENS} has a wrong shape or type")
-    if IDENTITY in item and not _is_identity(item[IDENTITY].data):
-        raise _features_error(f"{IDENTITY} has a wrong shape or type")
+        raise _features_error(f"{counts_name} or {text_name} has a wrong shape or type")
+    if identity_name in item and not _is_identity(item[identity_name].data):
+        raise _features_error(f"{identity_name} has a wrong shape or type")
     total, kept, method = counts.tolist()
     if not 1 <= kept <= total or kept != length:
         raise _features_error(f"they keep {kept} of {total} tokens, but the placeholder has {length}")
@@ -130,9 +131,9 @@ def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int) -
         raise _features_error(
             f"their text has {len(text)} tokens of at most {MAX_TEXT_TOKENS}, or token ids that the model lacks"
         )
-    if kept < total and not settings.policy().allows(kept, total):
+    if kept < total and not settings.media_policy().of(kind).allows(kept, total):
         raise _features_error(f"{kept} of {total} tokens are outside this server's limits")
-    return ImagePlan(total, kept, method)
+    return ImagePlan(total, kept, method, kind=kind)
 
 
 def _is_ids(value: object) -> bool:

@@ -121,7 +121,7 @@ def attach_request(original: Any) -> Any:
             if request.asks_again and not asyncio.iscoroutinefunction(original):
                 escalation_refusals.refuse("vllm.LLM answers once, only servers answer again")
             if not has_media:
-                request.budget.check_images(0)
+                request.budget.check_media([])
         if has_media and _has_our_processor(self) and request != PruningRequest():
             # A copy: an offline program may reuse its own object with another budget.
             prompt = {**prompt, "mm_processor_kwargs": {**rest, REQUEST: request}}

@@ -24,13 +24,16 @@ def plan_retry(settings: Settings, request: PruningRequest, plans: Sequence[Imag
     Args:
         settings: The server's; its limits clamp the second budget.
         request: What the request asks for.
-        plans: Those of its images.
+        plans: Those of its images and videos, in order of appearance.
     """
     escalation = escalation_in_force(settings, request)
     if escalation is None:
         return None
-    policy = replace(settings.policy(), out_of_range="clamp")
-    kept = [max(plan.kept, policy.resolve(escalation.to, plan.total)) for plan in plans]
+    policies = settings.media_policy()
+    kept = [
+        max(plan.kept, replace(policies.of(plan.kind), out_of_range="clamp").resolve(escalation.to, plan.total))
+        for plan in plans
+    ]
     more = sum(kept) - sum(plan.kept for plan in plans)
     if more == 0:
         return None

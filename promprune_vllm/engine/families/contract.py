@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from promprune_vllm.core.features import Need
     from promprune_vllm.core.geometry import Box
+    from promprune_vllm.engine.api_server.all_media import Counted
+    from promprune_vllm.engine.api_server.prompt_videos import VideoShape
     from promprune_vllm.engine.worker.encoded_image import EncodedImage
 
 
@@ -28,8 +30,8 @@ class ProcessorFamily(Protocol):
     supplies: ClassVar[Need]
     """Features that the family's model can capture, all of them unless the family says otherwise; and the text."""
 
-    modality: ClassVar[str]
-    """vLLM's name of what is pruned, ``image`` unless the family says otherwise."""
+    kinds: ClassVar[Sequence[str]]
+    """What is pruned, vLLM's modalities: images unless the family says otherwise, or images and videos."""
 
     def image_tokens(self, images: Any, index: int, kwargs: Mapping[str, object]) -> int:
         """Return how many visual tokens an image has in vLLM.
@@ -40,18 +42,22 @@ class ProcessorFamily(Protocol):
             kwargs: The request's processor options, without ours.
         """
 
-    def embedded_tokens(self, images: Any, index: int) -> int:
-        """Return how many visual tokens an image sent as ``image_embeds`` has."""
+    def video_shape(self, item: Any, total: int) -> VideoShape:
+        """Return the shape of a video that the Hugging Face processor has processed.
+
+        Args:
+            item: What vLLM would send to the worker, by field.
+            total: Visual tokens of the video.
+        """
 
     def boxes(self, width: int, height: int) -> list[Box | None]:
         """Return the pixel box of each visual token of an image; ``None`` for tokens that show nothing of it."""
 
-    def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
-        """Raise ``BudgetError`` if the model cannot handle so few tokens of these images.
+    def check_kept(self, media: Sequence[Counted], kwargs: Mapping[str, object]) -> None:
+        """Raise ``BudgetError`` if the model cannot handle so few tokens of these images and videos.
 
         Args:
-            images: Has ``get_image_size(index)`` and ``sizes``.
-            counts: Tokens before and after pruning, per image.
+            media: Tokens of each before and after pruning, in order of appearance.
             kwargs: The request's processor options, without ours.
         """
 
@@ -76,6 +82,7 @@ class UpstreamProcessor:
     """The part of vLLM's ``BaseMultiModalProcessor`` that the mixin uses."""
 
     info: Any
+    dummy_inputs: Any
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None: ...
 

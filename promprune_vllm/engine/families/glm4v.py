@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,9 +53,13 @@ class PrunedGlm4vProcessor(PatchTowerProcessorMixin, upstream.Glm4vMultiModalPro
 class PrunedGlm4vMixin(PatchTowerMixin):
     """Captures features of a GLM-V tower; comes before vLLM's model class."""
 
-    def media_ids(self) -> Sequence[int]:
+    def token_of(self, kind: str) -> int:  # noqa: ARG002
         """Return the token in whose place embeddings are put: the frames of a video have images' tokens."""
-        return (self.config.image_token_id,)
+        return int(self.config.image_token_id)
+
+    def frame_start(self) -> int:
+        """Return the token before the visual tokens of each frame of a video."""
+        return int(self.config.image_start_token_id)
 
     def projector(self) -> Any:
         """Return the convolution."""

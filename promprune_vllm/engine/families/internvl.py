@@ -54,6 +54,7 @@ class PrunedInternVL(InternVLMixin, upstream.InternS1ForConditionalGeneration):
     """InternVL whose ``embed_multimodal`` returns K rows per image."""
 
     pixels = "pixel_values"
+    video_pixels = "pixel_values_videos"
 
     def patches_per_side(self) -> int:
         """Return the patches of a tile along each axis."""

@@ -49,6 +49,7 @@ class PrunedInternVLChat(InternVLMixin, upstream.InternVLChatModel):
     """InternVL whose ``embed_multimodal`` returns K rows per image."""
 
     pixels = "pixel_values_flat"
+    video_pixels = "pixel_values_flat_video"
 
     def saliency_block(self) -> Any:
         """Return the tower's last layer."""

@@ -15,11 +15,13 @@ from vllm.config import VllmConfig
 
 from promprune_vllm.config import Settings
 from promprune_vllm.core import geometry
+from promprune_vllm.core.budget import KINDS
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.api_server.prompt_videos import VideoShape
 from promprune_vllm.engine.families import tile_tower
-from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from promprune_vllm.engine.worker.patch_merge import PatchMerge
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
@@ -28,9 +30,15 @@ from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 class InternVLProcessorMixin(PrunedProcessorMixin):
     """Placeholders of K tokens. A family implements ``image_tokens`` and ``tiles``."""
 
+    kinds = KINDS
+
     def tiles(self, width: int, height: int) -> tuple[int, int]:
         """Return the rows and columns of tiles that an image of this size in pixels is cut into."""
         raise NotImplementedError
+
+    def video_shape(self, item: Any, total: int) -> VideoShape:
+        """Return the shape of a video, each of whose frames is one tile."""
+        return VideoShape(int(item["video_num_patches"].data), total, positions=total)
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Return the pixel box of each visual token: of the tiles, then of the whole image if it is one more."""
@@ -48,6 +56,8 @@ class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
 
     pixels: ClassVar[str]
     """Name of the input with the ``(T, 3, H, W)`` tiles of all images."""
+    video_pixels: ClassVar[str]
+    """The same with the frames of all videos."""
 
     merge = PatchMerge(side=2, in_raster_order=True)
 
@@ -66,22 +76,30 @@ class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
         return model.extract_feature(pixels)
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
-        """Encode some of the images and return them with the requested features.
+        """Encode some of the images or videos and return them with the requested features.
 
         Args:
-            inputs: The tiles of all B images one after the other, and ``image_num_patches`` ``(B,)``, how many
-                tiles each image has.
-            items: Which of the B images.
+            inputs: The tiles of all B images or the frames of all B videos, one after the other, and
+                ``image_num_patches`` or ``video_num_patches`` ``(B,)``, how many each has.
+            items: Which of the B images or videos.
             needs: Features to capture.
         """
-        counts = inputs["image_num_patches"].tolist()
+        is_video = self.video_pixels in inputs
+        pixels = inputs[self.video_pixels if is_video else self.pixels]
+        counts = inputs["video_num_patches" if is_video else "image_num_patches"].tolist()
         start = sum(counts[: items.start])
-        tiles = self.tile_features(inputs[self.pixels][start : start + sum(counts[items])], needs)
+        tiles = self.tile_features(pixels[start : start + sum(counts[items])], needs)
         images = []
         for count in counts[items]:
-            images.append(self._image(tiles[:count]))
+            images.append(self._video(tiles[:count]) if is_video else self._image(tiles[:count]))
             tiles = tiles[count:]
         return images
+
+    def _video(self, frames: Sequence[VisionFeatures]) -> EncodedImage:
+        rows = torch.cat([frame.projected for frame in frames])
+        places = torch.split(torch.arange(len(rows), device=rows.device), [frame.tokens for frame in frames])
+        groups = [Group(frame, place) for frame, place in zip(frames, places, strict=True)]
+        return EncodedImage(rows, groups, places[0][:0], is_video=True)
 
     def _image(self, tiles: Sequence[VisionFeatures]) -> EncodedImage:
         rows = torch.cat([tile.projected for tile in tiles])

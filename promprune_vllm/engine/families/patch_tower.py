@@ -7,6 +7,7 @@ language model has M-RoPE.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.core import geometry
-from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.budget import FIELD, KINDS
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.positions import require_rows
+from promprune_vllm.engine.api_server.all_media import Counted
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
+from promprune_vllm.engine.api_server.prompt_videos import VideoShape
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import SUMMARY
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
@@ -28,10 +31,13 @@ from promprune_vllm.engine.worker.patch_merge import PatchMerge
 from promprune_vllm.engine.worker.tower_hooks import attention_features, encoder_rows
 from promprune_vllm.errors import BudgetError
 
+_INPUTS = (("image_grid_thw", "pixel_values"), ("video_grid_thw", "pixel_values_videos"))
+
 
 class PatchTowerProcessorMixin(PrunedProcessorMixin):
     """Placeholders of K tokens. A family implements ``image_tokens`` and ``token_grid``."""
 
+    kinds = KINDS
     end_token: ClassVar[str]
     """The token that chat templates put after an image."""
 
@@ -42,28 +48,41 @@ class PatchTowerProcessorMixin(PrunedProcessorMixin):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         result = super().apply(inputs, timing_ctx)
-        summary, placeholders = result.get(SUMMARY), result["mm_placeholders"].get(self.modality)
+        summary = result.get(SUMMARY)
         if not summary or summary.images[-1].kept == summary.images[-1].total:
             return result
         with refusing(self.info.ctx.model_config):
             # The next position follows from the image's last row and column, which may have been dropped.
-            if placeholders[-1].offset + placeholders[-1].length == len(result["prompt_token_ids"]):
+            kind = summary.images[-1].kind
+            _, last = result["mm_placeholders"][kind][-1].extract_embeds_range()[-1]
+            if last + 1 == len(result["prompt_token_ids"]):
                 raise BudgetError(
-                    f"{FIELD} cannot be applied to an image that ends the prompt: put text or the token "
+                    f"{FIELD} cannot be applied to an image or video that ends the prompt: put text or the token "
                     f"{self.end_token} after it, as chat templates do.",
                     reason="unsupported",
                 )
         return result
 
-    def check_kept(self, images: Any, counts: Sequence[tuple[int, int]], kwargs: Mapping[str, object]) -> None:
-        """Refuse images whose positions could exceed the model's rotary table."""
-        if any(kept < total for total, kept in counts):
-            # An image of unknown size keeps every token, and takes at most as many positions.
-            positions_and_kept = [
-                (max(self.token_grid(size.width, size.height, kwargs)) if size else kept, kept)
-                for size, (_, kept) in zip(images.sizes, counts, strict=True)
-            ]
-            require_rows(positions_and_kept, self.info.ctx.model_config.max_model_len)
+    def video_shape(self, item: Any, total: int) -> VideoShape:
+        """Return the shape of a video, each of whose frames takes as many positions as an image."""
+        frames, height, width = item["video_grid_thw"].data.tolist()
+        side = math.isqrt(frames * height * width // total)
+        return VideoShape(frames, total, frames * max(height, width) // side)
+
+    def check_kept(self, media: Sequence[Counted], kwargs: Mapping[str, object]) -> None:
+        """Refuse images and videos whose positions could exceed the model's rotary table."""
+        if any(each.kept < each.total for each in media):
+            taken = [(self._positions(each, kwargs), each.kept) for each in media]
+            require_rows(taken, self.info.ctx.model_config.max_model_len)
+
+    def _positions(self, media: Counted, kwargs: Mapping[str, object]) -> int:
+        """Return how many positions an image or a video takes."""
+        if media.size is None:
+            return media.kept  # it keeps every token, and takes at most as many positions
+        if isinstance(media.size, VideoShape):
+            return media.size.positions
+        width, height = media.size
+        return max(self.token_grid(width, height, kwargs))
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Return the pixel box of each visual token; vLLM resizes the image to a multiple of a token's size."""
@@ -103,47 +122,56 @@ class PatchTowerMixin(MRopePrunedMixin):
         """Reorder ``(N, ...)`` values of an image from the tower's order of tokens to raster order."""
         return values
 
-    def total_tokens(self, feature: Any) -> int | None:
-        """Return how many tokens an image has before pruning; ``None`` for features that are never pruned."""
-        if feature.modality != "image":
+    def grid_of(self, feature: Any) -> tuple[int, int, int] | None:
+        """Return the grid of tokens of an image or video before pruning; ``None`` for what is never pruned."""
+        if feature.modality not in KINDS:
             return None
-        return int(feature.data["image_grid_thw"].data.prod()) // self._merge.side**2
+        frames, height, width = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
+        return frames, height // self._merge.side, width // self._merge.side
 
     def capture(self, inputs: dict[str, Any], items: slice, needs: Need) -> list[EncodedImage]:
-        """Encode some of the images and return them with the requested features.
+        """Encode some of the images or videos and return them with the requested features.
 
         Args:
-            inputs: ``pixel_values`` of ``(P, C)``, the patches of all B images one after the other, and
-                ``image_grid_thw`` ``(B, 3)``, each image's grid of patches.
-            items: Which of the B images.
+            inputs: ``pixel_values`` or ``pixel_values_videos`` of ``(P, C)``, the patches of all B images or
+                videos one after the other, and ``image_grid_thw`` or ``video_grid_thw`` ``(B, 3)``, the grid of
+                patches of each.
+            items: Which of the B images or videos.
             needs: Features to capture.
         """
-        grids = inputs["image_grid_thw"]
-        counts = grids.prod(-1).tolist()  # patches per image
+        grid_name, pixels_name = next(names for names in _INPUTS if names[0] in inputs)
+        grids = inputs[grid_name]
+        counts = grids.prod(-1).tolist()  # patches per image or video
         start = sum(counts[: items.start])
-        counts = counts[items]
-        pixels = inputs["pixel_values"][start : start + sum(counts)]
-        rows, captured = self._encode(pixels, grids[items], counts, needs)
+        pixels = inputs[pixels_name][start : start + sum(counts[items])]
+        rows, captured = self._encode({pixels_name: pixels, grid_name: grids[items]}, grids[items].tolist(), needs)
         return [
             self._image(rows[i], grid, {name: values[i] for name, values in captured.items()})
             for i, grid in enumerate(grids[items].tolist())
         ]
 
     def _encode(
-        self, pixels: Tensor, grids: Tensor, counts: Sequence[int], needs: Need
+        self, inputs: dict[str, Tensor], grids: Sequence[list[int]], needs: Need
     ) -> tuple[Sequence[Tensor], Captured]:
-        """Return the rows of each image, and the captured features of its patches."""
+        """Return the rows of each image or video, and the captured features of its patches."""
+        counts = [math.prod(grid) for grid in grids]
         shares = share_images(counts, sharded=bool(getattr(self, "use_data_parallel", False)))
         own = [counts[i] for i in shares.own]
+        # Patches attend within their frame.
+        frames = [math.prod(grids[i][1:]) for i in shares.own for _ in range(grids[i][0])]
         layer = self.visual.blocks[self.saliency_block()].attn
         with (
-            attention_features(layer, needs, counts=own) as captured,
+            attention_features(layer, needs, counts=frames) as captured,
             encoder_rows(self.projector(), needs) as encoder,
         ):
-            rows = self.embed_unpruned(pixel_values=pixels, image_grid_thw=grids)
+            rows = self.embed_unpruned(**inputs)
+        of_own = {
+            name: values if len(values) == len(own) else [*torch.split(torch.cat(values), own)]
+            for name, values in captured.items()
+        }
         if encoder:
-            captured["encoder"] = [*torch.split(self.patch_rows(encoder[0]), own)]  # (P, Dv) per image
-        return rows, shares.exchange(captured, pixels.device)
+            of_own["encoder"] = [*torch.split(self.patch_rows(encoder[0]), own)]  # (P, Dv) each
+        return rows, shares.exchange(of_own, next(iter(inputs.values())).device)
 
     def _image(self, rows: Tensor, grid: list[int], captured: Mapping[str, Tensor]) -> EncodedImage:
         frames, height, width = grid
@@ -154,4 +182,4 @@ class PatchTowerMixin(MRopePrunedMixin):
         side = self._merge.side
         projected = rows[:, : self.projected_width()]
         shape = (frames, height // side, width // side)
-        return EncodedImage.whole(rows, VisionFeatures(projected=projected, grid=shape, **features))
+        return EncodedImage.of_frames(rows, VisionFeatures(projected=projected, grid=shape, **features))

@@ -7,7 +7,7 @@ from vllm.model_executor.models import qwen2_5_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwenMixin
 from promprune_vllm.engine.worker.device_copies import copy_to_device
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
@@ -15,7 +15,7 @@ __all__ = ["PrunedQwen2_5_VL", "unsupported_reason"]
 seams.require(parts.QWEN2_5_VL)
 
 
-class PrunedQwen2_5_VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2_5_VLMultiModalProcessor):
+class PrunedQwen2_5_VLProcessor(PrunedQwen2ProcessorMixin, upstream.Qwen2_5_VLMultiModalProcessor):
     """Placeholders of K tokens."""
 
 

@@ -6,14 +6,14 @@ from vllm.model_executor.models import qwen2_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.qwen_vl import PrunedQwenMixin, PrunedQwenProcessorMixin
+from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwenMixin
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
 __all__ = ["PrunedQwen2VL", "unsupported_reason"]
 seams.require(parts.QWEN2_VL)
 
 
-class PrunedQwen2VLProcessor(PrunedQwenProcessorMixin, upstream.Qwen2VLMultiModalProcessor):
+class PrunedQwen2VLProcessor(PrunedQwen2ProcessorMixin, upstream.Qwen2VLMultiModalProcessor):
     """Placeholders of K tokens."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from promprune_vllm.engine.api_server.prompt_videos import VideoShape
 from promprune_vllm.engine.families.patch_tower import PatchTowerMixin, PatchTowerProcessorMixin
 
 
@@ -41,10 +42,17 @@ class PrunedQwenProcessorMixin(PatchTowerProcessorMixin):
         side = config.patch_size * config.spatial_merge_size
         return resized.height // side, resized.width // side
 
-    def embedded_tokens(self, images: Any, index: int) -> int:
-        """Return how many tokens an image sent as ``image_embeds`` has."""
-        merge: int = self.info.get_hf_config().vision_config.spatial_merge_size
-        return int(images.get(index)["image_grid_thw"].prod()) // merge**2
+
+class PrunedQwen2ProcessorMixin(PrunedQwenProcessorMixin):
+    """The same for models whose videos are one run of tokens, with positions in time that follow seconds."""
+
+    def video_shape(self, item: Any, total: int) -> VideoShape:
+        """Return the shape of a video."""
+        shape = super().video_shape(item, total)
+        config = self.info.get_hf_config().vision_config
+        seconds = item["second_per_grid_ts"].data.item() if "second_per_grid_ts" in item else 1.0
+        time = int((shape.frames - 1) * seconds * getattr(config, "tokens_per_second", 1.0)) + 1
+        return shape._replace(positions=max(time, shape.positions // shape.frames))
 
 
 class PrunedQwenMixin(PatchTowerMixin):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from promprune_vllm.config import PREFIX, Settings
-from promprune_vllm.core.budget import FIELD
+from promprune_vllm.core.budget import FIELD, IMAGE
 from promprune_vllm.core.calibration import CalibrationReport, MeasuredImage, SkippedImage
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
@@ -169,13 +169,12 @@ def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
     from vllm.model_executor.model_loader import get_model_cls
     from vllm.multimodal.media import ImageMediaIO
 
-    modality: str = llm.llm_engine.input_processor.renderer.mm_processor.modality
-    placeholder = get_model_cls(llm.model_config).get_placeholder_str(modality, 0)
+    placeholder = get_model_cls(llm.model_config).get_placeholder_str(IMAGE, 0)
     try:
         prompt = {
             "prompt": f"{placeholder}\n",
-            "multi_modal_data": {modality: ImageMediaIO().load_file(file)},
-            "multi_modal_uuids": {modality: uuid.uuid4().hex},  # so that no image comes from a cache
+            "multi_modal_data": {IMAGE: ImageMediaIO().load_file(file)},
+            "multi_modal_uuids": {IMAGE: uuid.uuid4().hex},  # so that no image comes from a cache
             "mm_processor_kwargs": {FIELD: 1},
         }
         llm.generate(prompt, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)

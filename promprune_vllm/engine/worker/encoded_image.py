@@ -1,4 +1,4 @@
-"""An encoded image: its tokens in the order of the prompt, and the groups that a method selects from."""
+"""An encoded image or video: its tokens in the order of the prompt, and the groups that a method selects from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PruneJob:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tokens that a method selects from separately: those of an image, or of one of its crops.
+    """Tokens that a method selects from separately: those of an image, of one of its crops, or of a frame.
 
     Args:
         features: Features of n visual tokens.
@@ -51,7 +51,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image as the encoder returned it.
+    """One image or video as the encoder returned it.
 
     Args:
         rows: ``(N, W)``, every token as it would enter the language model unpruned. The first D columns are the
@@ -59,17 +59,30 @@ class EncodedImage:
         groups: Disjoint, nonempty groups of its V visual tokens.
         newlines: ``(N - V,)`` int64, positions of the rows in no group, which show nothing of the image: the
             learned newline that ends each row of LLaVA-NeXT's crops.
+        is_video: Whether the groups are the frames of a video, which share a budget evenly.
     """
 
     rows: Tensor
     groups: Sequence[Group]
     newlines: Tensor
+    is_video: bool = False
 
     @classmethod
     def whole(cls, rows: Tensor, features: VisionFeatures) -> EncodedImage:
         """Return an image with a single group of all its rows."""
         positions = torch.arange(features.tokens, device=rows.device)
         return cls(rows, (Group(features, positions),), positions[:0])
+
+    @classmethod
+    def of_frames(cls, rows: Tensor, features: VisionFeatures) -> EncodedImage:
+        """Return an image, or a video with a group for each of its frames."""
+        frames, height, width = features.grid
+        if frames == 1:
+            return cls.whole(rows, features)
+        positions = torch.arange(features.tokens, device=rows.device)
+        parts = torch.split(positions, height * width)
+        groups = [Group(features.take(part, (1, height, width)), part) for part in parts]
+        return cls(rows, groups, positions[:0], is_video=True)
 
     def with_text(self, text: Tensor) -> EncodedImage:
         """Return the image with the user's text, ``(M, D)`` embeddings, added to the features of each group."""

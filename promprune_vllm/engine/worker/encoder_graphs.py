@@ -11,7 +11,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from promprune_vllm.engine.keys import COUNTS, IDENTITY
+from promprune_vllm.core.budget import KINDS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, field_of
 
 logger = logging.getLogger("vllm.promprune")
 
@@ -21,10 +22,11 @@ def leave_out_pruned(original: Any) -> Any:
 
     def execute(self: Any, mm_kwargs: dict[str, Any]) -> Any:
         # vLLM keeps the counts on the CPU, so that reading them waits for nothing.
-        counts = mm_kwargs.get(COUNTS)
-        pruned = counts is not None and any(kept < total for total, kept, _ in counts.tolist())
-        if pruned or IDENTITY in mm_kwargs:  # the feature cache needs what is captured
-            return None
+        for kind in KINDS:
+            counts = mm_kwargs.get(field_of(kind, COUNTS))
+            pruned = counts is not None and any(kept < total for total, kept, _ in counts.tolist())
+            if pruned or field_of(kind, IDENTITY) in mm_kwargs:  # the feature cache needs what is captured
+                return None
         embeddings = original(self, mm_kwargs)
         # A process may also run another engine, whose model is vLLM's own.
         as_sent = getattr(self.model, "as_sent", None)

@@ -12,8 +12,10 @@ numbers that bfloat16 cannot represent beyond 256.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from torch import Tensor
 from vllm.config import MultiModalConfig, VllmConfig
 from vllm.platforms import current_platform
 
+from promprune_vllm.core.budget import IMAGE, KINDS
+from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import parts, seams
@@ -85,7 +89,7 @@ def remember_delta(original: Any) -> Any:
 
 
 class MRopePrunedMixin(PrunedModelMixin):
-    """Goes before vLLM's model class in the bases of a family with M-RoPE, which implements ``total_tokens``."""
+    """Goes before vLLM's model class in the bases of a family with M-RoPE, which implements ``grid_of``."""
 
     supports_multimodal_pruning = True
 
@@ -101,13 +105,20 @@ class MRopePrunedMixin(PrunedModelMixin):
             # Not before super().__init__: vLLM's model reads the flag as "video pruning", which must stay off.
             _enable_position_hook(vllm_config.model_config.multimodal_config)
 
-    def total_tokens(self, feature: Any) -> int | None:
-        """Return how many visual tokens a feature has before pruning; ``None`` for those that are never pruned."""
+    def grid_of(self, feature: Any) -> tuple[int, int, int] | None:
+        """Return the grid of tokens of a feature before pruning, frames, rows and columns.
+
+        ``None`` for what is never pruned.
+        """
         raise NotImplementedError
 
-    def media_ids(self) -> Sequence[int]:
-        """Return the tokens in whose place embeddings are put."""
-        return self.config.image_token_id, self.config.video_token_id
+    def token_of(self, kind: str) -> int:
+        """Return the token in whose place the embeddings of images or of videos are put."""
+        return int(self.config.image_token_id if kind == IMAGE else self.config.video_token_id)
+
+    def frame_start(self) -> int:
+        """Return the token before the visual tokens of each frame of a video, if there is one."""
+        return int(self.config.vision_start_token_id)
 
     def row_width(self) -> int:
         """Return the width of an unpruned image's or video's rows."""
@@ -132,14 +143,17 @@ class MRopePrunedMixin(PrunedModelMixin):
         Until the encoder has run, all kept tokens of a pruned run have the position of its first cell.
         """
         upstream = super().get_mrope_input_positions
-        spans = [span for feature in mm_features for span in self._spans(feature)]
+        spans: list[Span] = []
+        unpruned_features = []
+        for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
+            own = self._spans(feature, input_tokens)
+            unpruned_features.append(unpruned_feature(feature, own, spans))
+            spans += own
         if not spans:
             positions, delta = upstream(input_tokens, mm_features)
             return positions, delta
-        spans.sort(key=lambda span: span.offset)
         columns = unpruned_columns(len(input_tokens), spans)
         tokens = unpruned_tokens(input_tokens, spans)
-        unpruned_features = [unpruned_feature(feature, columns, spans) for feature in mm_features]
         unpruned_positions, delta = upstream(tokens, unpruned_features)
         positions = unpruned_positions[:, columns]
         for span in spans:
@@ -191,18 +205,29 @@ class MRopePrunedMixin(PrunedModelMixin):
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
         ids = torch.as_tensor(input_ids[start:], device=positions.device)  # (L - start,)
-        media = torch.stack([ids == token for token in self.media_ids()]).any(dim=0)
+        media = torch.stack([ids == self.token_of(kind) for kind in KINDS]).any(dim=0)
         # V2 has all of this on the GPU. V1 keeps positions on the CPU, so here it waits for the GPU's digits.
         written = write_cells(positions[:, start:], media, digits.to(positions.device))
         return torch.cat([positions[:, :start], written], dim=1)
 
-    def _spans(self, feature: Any) -> list[Span]:
-        """Return the runs of a pruned feature, all of one size before pruning; none for anything else."""
-        total, placeholder = self.total_tokens(feature), feature.mm_position
-        if total is None or placeholder.get_num_embeds() == total:
+    def _spans(self, feature: Any, tokens: Sequence[int]) -> list[Span]:
+        """Return the run of a pruned image, or of each frame of a pruned video; none for anything else."""
+        grid, placeholder = self.grid_of(feature), feature.mm_position
+        if grid is None or placeholder.get_num_embeds() == math.prod(grid):
             return []
-        runs = placeholder.extract_embeds_range()
-        return [Span(first, last + 1 - first, total // len(runs)) for first, last in runs]
+        frames, rows, columns = grid
+        token, start, end = (
+            self.token_of(feature.modality),
+            placeholder.offset,
+            placeholder.offset + placeholder.length,
+        )
+        if placeholder.is_embed is None:  # one run after the other
+            counts = split_over_frames(placeholder.length, frames, rows * columns)
+            starts = [start + before for before in accumulate(counts, initial=0)][:frames]
+        else:
+            starts = [i + 1 for i in range(start, end) if tokens[i] == self.frame_start()]
+            counts = tuple(sum(1 for _ in takewhile(token.__eq__, tokens[i:end])) for i in starts)
+        return [Span(i, kept, rows * columns, token) for i, kept in zip(starts, counts, strict=True)]
 
 
 def _unchanged(rows: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import IMAGE, VIDEO
 from promprune_vllm.core.features import Need
 from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import feature_cache, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelBase
-from promprune_vllm.engine.keys import COUNTS, IDENTITY, TEXT_TOKENS
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, TEXT_TOKENS, field_of
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
 from promprune_vllm.engine.worker.encode import embed_images, runs, sources
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
@@ -79,11 +80,13 @@ class PrunedModelMixin(ModelBase):
         """Encode a batch of images and return the rows that enter the language model, K of N per image.
 
         Args:
-            inputs: vLLM's inputs, plus from our processor ``(B, 3)`` counts (total tokens, kept tokens, index of
-                the method), the text, and with the feature cache the identities. Without counts, or if no image
-                is pruned or stored, vLLM's own method is used.
+            inputs: vLLM's inputs of images or of videos, plus from our processor ``(B, 3)`` counts (total tokens,
+                kept tokens, index of the method), the text, and with the feature cache the identities. Without
+                counts, or if no image is pruned or stored, vLLM's own method is used.
         """
-        counts, texts, identities = (inputs.pop(name, None) for name in (COUNTS, TEXT_TOKENS, IDENTITY))
+        kind = VIDEO if field_of(VIDEO, COUNTS) in inputs else IMAGE
+        names = [field_of(kind, name) for name in (COUNTS, TEXT_TOKENS, IDENTITY)]
+        counts, texts, identities = (inputs.pop(name, None) for name in names)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
         if self._store is not None and identities is not None:
             keys = [bytes(each) for each in identities.tolist()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.core.features import Need
+from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import Selector
 from promprune_vllm.core.select import select_many
@@ -21,7 +22,8 @@ Project = Callable[[Tensor], Tensor]
 def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedTokens:
     """Select ``keep`` of the N tokens.
 
-    The budget is divided among the groups in proportion to their sizes, by largest remainder. Newlines are
+    The budget is divided among the groups in proportion to their sizes, by largest remainder; among the frames of
+    a video evenly. Newlines are
     kept only if the budget exceeds all visual tokens: they cost as much as a token that shows something. So
     every count follows from sizes alone.
 
@@ -31,7 +33,11 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
         method: Selects from each group.
     """
     sizes = [group.features.tokens for group in image.groups]
-    counts = BudgetPolicy().allocate(min(keep, sum(sizes)), sizes)
+    shared = min(keep, sum(sizes))
+    if image.is_video:
+        counts = split_over_frames(shared, len(sizes), sizes[0])
+    else:
+        counts = BudgetPolicy.allocate(shared, sizes)
     used = [(group, count) for group, count in zip(image.groups, counts, strict=True) if count]
     selections = select_many([group.features for group, _ in used], [count for _, count in used], method)
     parts = [(group, selection) for (group, _), selection in zip(used, selections, strict=True)]

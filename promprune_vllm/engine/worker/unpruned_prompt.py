@@ -16,13 +16,15 @@ class Span:
 
     Args:
         offset: Index of its first token in the pruned prompt.
-        kept: Tokens after pruning, at least one.
+        kept: Tokens after pruning; a frame of a video may keep none.
         total: Tokens before pruning.
+        token: What its visual tokens are in the prompt.
     """
 
     offset: int
     kept: int
     total: int
+    token: int
 
 
 def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
@@ -46,17 +48,22 @@ def unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:
     unpruned: list[int] = []
     done = 0
     for span in spans:
-        unpruned += tokens[done : span.offset] + [tokens[span.offset]] * span.total
+        unpruned += tokens[done : span.offset] + [span.token] * span.total
         done = span.offset + span.kept
     return unpruned + list(tokens[done:])
 
 
-def unpruned_feature(feature: Any, columns: Tensor, spans: Sequence[Span]) -> Any:
-    """Return a feature with the placeholder that it has in the unpruned prompt."""
+def unpruned_feature(feature: Any, own: Sequence[Span], before: Sequence[Span]) -> Any:
+    """Return a feature with the placeholder that it has in the unpruned prompt.
+
+    Args:
+        feature: vLLM's feature.
+        own: Its runs, if it is pruned.
+        before: The runs of the features before it.
+    """
     placeholder = feature.mm_position
-    end = placeholder.offset + placeholder.length
-    own = [span for span in spans if placeholder.offset <= span.offset < end]
-    moved = replace(placeholder, offset=int(columns[placeholder.offset]))
+    dropped_before = sum(span.total - span.kept for span in before)
+    moved = replace(placeholder, offset=placeholder.offset + dropped_before)
     if own:
         mask = placeholder.is_embed
         dropped = sum(span.total - span.kept for span in own)

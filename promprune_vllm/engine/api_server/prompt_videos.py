@@ -1,0 +1,74 @@
+"""The videos of a prompt. How many tokens one has, the Hugging Face processor decides: it samples and resizes.
+
+So a video that may lose tokens is processed before the plan is made, and what the processor made of it is used
+when vLLM asks for it. Its shape is remembered by its cache key, so this happens once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from promprune_vllm.core.budget import VIDEO
+from promprune_vllm.engine.api_server.named_images import PromptMedia
+
+
+class VideoShape(NamedTuple):
+    """What a budget needs to know about a video.
+
+    Args:
+        frames: Frames as the model has them, each with its own grid of tokens: Qwen-VL's and GLM-V's towers merge
+            two frames into one.
+        total: Visual tokens of all frames, before pruning.
+        positions: Positions that it takes in the model's rotary table.
+    """
+
+    frames: int
+    total: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedVideos:
+    """What the Hugging Face processor has made of some of a prompt's videos.
+
+    Args:
+        indices: Which videos.
+        output: Its output for them, in this order.
+    """
+
+    indices: tuple[int, ...]
+    output: Mapping[str, Any]
+
+
+class PromptVideos(PromptMedia):
+    """The videos of one prompt.
+
+    Args:
+        items: vLLM's ``VideoProcessorItems``.
+        uuids: The client's uuid of each, or ``None``.
+        cache: vLLM's processor cache, or ``None`` if it is off.
+        keys: vLLM's own cache key of each; none if nothing is pruned.
+    """
+
+    kind = VIDEO
+
+    def __init__(self, items: Any, uuids: Sequence[object] | None, cache: Any, keys: Sequence[str]) -> None:
+        super().__init__(items, uuids, cache, [(VIDEO, key) for key in keys] or [None] * items.get_count())
+        self._found: dict[int, VideoShape] = {}
+
+    @property
+    def sizes(self) -> list[VideoShape | None]:
+        """The shape of each video that is known."""
+        remembered = (None if each is None else VideoShape(*each.size) for each in self._remembered)
+        return [self._found.get(i, shape) for i, shape in enumerate(remembered)]
+
+    @property
+    def to_process(self) -> list[int]:
+        """Which videos may lose tokens, of a number that is not known yet."""
+        return [i for i, shape in enumerate(self.sizes) if shape is None and self._may_lose_tokens[i]]
+
+    def learn(self, index: int, shape: VideoShape) -> None:
+        """Note the shape of a video that was processed."""
+        self._found[index] = shape
