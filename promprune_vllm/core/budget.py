@@ -72,9 +72,9 @@ class Budget:
 
         Args:
             value: The decoded JSON value: tokens as an integer, a share as a number between 0 and 1, a percentage
-                such as ``"25%"``, ``"full"``, ``"auto"``, or for videos ``{"per_frame": tokens}``. ``64.0`` and ``"64"`` mean 64, and ``"0.25"`` means
-                0.25: protobuf gateways send every number as a double, and forms send text. ``true``, ``1.5`` and
-                ``" 64"`` are refused.
+                such as ``"25%"``, ``"full"``, ``"auto"``, or for videos ``{"per_frame": tokens}``. ``64.0`` and
+                ``"64"`` mean 64, and ``"0.25"`` means 0.25: protobuf gateways send every number as a double, and
+                forms send text. ``true``, ``1.5`` and ``" 64"`` are refused.
             name: Name of the field in error messages.
 
         Returns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def split_over_frames(keep: int, frames: int, size: int) -> tuple[int, ...]:
     """Return how many tokens each frame keeps: as even as possible, and what is left over is spread over time.
@@ -22,4 +24,4 @@ def split_over_frames(keep: int, frames: int, size: int) -> tuple[int, ...]:
     if frames < 1 or not 0 <= keep <= frames * size:
         raise ValueError(f"Cannot split {keep} tokens over {frames} frames of {size} tokens.")
     ends = [(2 * keep * frame + frames) // (2 * frames) for frame in range(frames + 1)]
-    return tuple(end - start for start, end in zip(ends, ends[1:], strict=False))
+    return tuple(end - start for start, end in pairwise(ends))
