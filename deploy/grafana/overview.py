@@ -191,7 +191,7 @@ def _requests() -> list[Any]:
         lines(
             "Budgets by form",
             "Form of the budgets in requests with images or videos: a number of tokens, a share, full, auto, a "
-            "list with one entry for each, tokens per frame, or a total. Requests without a budget are not counted.",
+            "list with one entry for each, tokens per frame, or a total. Requests without one are not counted.",
             (per_second("promprune_budgets_total", "form"), "{{form}}"),
             unit="reqps",
             stacked=True,
