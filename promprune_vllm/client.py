@@ -20,7 +20,7 @@ def authorization(api_key: str | None) -> dict[str, str]:
 
 
 def counted_tokens(headers: Mapping[str, str]) -> tuple[int, int]:
-    """Return the visual tokens of a reply's images, before pruning and kept; zeros where it had none."""
+    """Return the visual tokens of a reply's images and videos, before pruning and kept; zeros if it had none."""
     return int(headers.get(SEEN_HEADER, 0)), int(headers.get(KEPT_HEADER, 0))
 
 

@@ -107,7 +107,7 @@ class Settings(Switch):
         default=False, description='keep fewer tokens of plain images for "auto" and for requests without a budget'
     )
     floor: int = Field(
-        default=64, description="adapting to load or content keeps at least this many tokens per image"
+        default=64, description="adapting to load or content keeps at least this many tokens per image or video"
     )
     escalate: float | None = Field(
         default=None,
@@ -117,7 +117,7 @@ class Settings(Switch):
         "unless a request says otherwise (default: never)",
     )
     escalate_to: str = Field(
-        default="full", description='tokens per image in the second try: a number, "25%" or "full"'
+        default="full", description='tokens per image or video in the second try: a number, "25%" or "full"'
     )
     escalate_window: int = Field(
         default=WINDOW, ge=1, description="tokens of an answer that decide; a stream starts after them"
@@ -202,25 +202,28 @@ class Settings(Switch):
 
     def media_policy(self) -> MediaPolicy:
         """Return the limits and defaults for budgets of images, and those for videos, which are set apart."""
-        images = self.policy()
-        videos = self.model_copy(
-            update={"budget": self.video_budget, "min": self.video_min, "max": self.video_max}
-        )
-        return MediaPolicy(images, videos.policy())
+        return MediaPolicy(self.policy(), self._policy("video_"))
 
     def policy(self) -> BudgetPolicy:
         """Return the limits and defaults for budgets of images."""
+        return self._policy("")
+
+    def _policy(self, medium: str) -> BudgetPolicy:
+        """Return the policy of the settings whose names start with ``medium``."""
+        names = [f"{medium}{name}" for name in ("budget", "min", "max")]
+        budget, minimum, maximum = (getattr(self, name) for name in names)
         try:
             return BudgetPolicy(
-                default=None if self.budget is None else _budget(self.budget),
-                minimum=self.min,
-                maximum=self.max,
+                default=None if budget is None else _budget(budget),
+                minimum=minimum,
+                maximum=maximum,
                 low=self.low,
                 out_of_range=self.out_of_range,
                 floor=self.floor,
             )
         except BudgetError as error:
-            raise SettingsError(f"The {PREFIX}* limits cannot be honored: {error}") from error
+            variables = ", ".join(f"{PREFIX}{name.upper()}" for name in (*names, "low", "floor"))
+            raise SettingsError(f"One of {variables} cannot be honored: {error}") from error
 
     def escalation(self) -> Escalation:
         """Return when and how answers are asked for again where a request does not say."""

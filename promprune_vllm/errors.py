@@ -21,8 +21,8 @@ from __future__ import annotations
 from typing import Literal
 
 BudgetReason = Literal["invalid", "limits", "images", "method", "unsupported", "field"]
-"""In order: not a budget; outside the server's limits; does not match the number of images; method not allowed;
-model or image cannot be pruned; field misspelled or in the wrong place."""
+"""In order: not a budget; outside the server's limits; does not match the images and videos; method not
+allowed; model, image or video cannot be pruned; field misspelled or in the wrong place."""
 
 
 class PromPruneError(Exception):

@@ -19,6 +19,7 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     """Yield the rows, from the key figures at the top to the load."""
     yield "Over the selected time range", _figures()
     yield "What pruning saves", _savings()
+    yield "Videos", _videos()
     yield "What clients request", _requests()
     yield "Answers asked for again when the model is unsure", escalation.panels()
     yield "Server performance (mostly vLLM's own metrics)", _server()
@@ -29,7 +30,7 @@ def _figures() -> list[Any]:
     return [
         number(
             "Visual tokens saved",
-            "Visual tokens that never entered the language model. Each prompt counts, even if its image was "
+            "Visual tokens that never entered the language model. Each prompt counts, even if what it shows was "
             "already cached. First answers that were thrown away are not subtracted here, but further below.",
             f"round({in_range(SAVED)})",
             "short",
@@ -44,7 +45,7 @@ def _figures() -> list[Any]:
             base=GREEN,
             steps=((0.5, BLUE), (0.999, GRAY)),
             decimals=1,
-            empty="no images yet",
+            empty="no images or videos yet",
         ),
         number(
             "KV cache saved",
@@ -74,7 +75,10 @@ def _health() -> list[Any]:
     unsuccessful = in_range("promprune_requests_total", outcome="refused|failed")
     return [
         number(
-            "Requests", "Prompts of every outcome, including those without images.", f"round({total})", "short"
+            "Requests",
+            "Prompts of every outcome, including those without images and videos.",
+            f"round({total})",
+            "short",
         ),
         number(
             "Refused or failed",
@@ -109,8 +113,8 @@ def _savings() -> list[Any]:
     return [
         lines(
             "Visual tokens",
-            "Both areas together are the visual tokens before pruning. The green part never entered the "
-            "language model: more green is more saved.",
+            "Both areas together are the visual tokens of images and videos before pruning. The green part never "
+            "entered the language model: more green is more saved.",
             (per_second(KEPT), "kept"),
             (per_second(SAVED), "saved"),
             unit="tokens/s",
@@ -119,12 +123,12 @@ def _savings() -> list[Any]:
         ),
         lines(
             "Share kept, by method",
-            "Kept tokens as a share of all visual tokens, by method; `none` means images that keep every "
-            "token. A gap means that the method got no images.",
+            "Kept tokens as a share of all visual tokens, by method; `none` means images and videos that "
+            "keep every token. A gap means that the method got neither.",
             (f"{per_second(KEPT, 'method')} / ({per_second(SEEN, 'method')} > 0)", "{{method}}"),
             unit="percentunit",
             share=True,
-            empty="no images yet",
+            empty="no images or videos yet",
         ),
         lines(
             "KV cache and prefill saved",
@@ -140,12 +144,43 @@ def _savings() -> list[Any]:
     ]
 
 
+def _videos() -> list[Any]:
+    return [
+        lines(
+            "Visual tokens of videos",
+            "Both areas together are the visual tokens of videos before pruning. The green part never entered the "
+            "language model. Zero if no request has a video.",
+            (per_second(KEPT, modality="video"), "kept"),
+            (per_second(SAVED, modality="video"), "saved"),
+            unit="tokens/s",
+            colors={"kept": BLUE, "saved": GREEN},
+            stacked=True,
+        ),
+        lines(
+            "Share kept, images and videos",
+            "Kept tokens as a share of all visual tokens, of images and of videos. A default for images does not "
+            "prune videos: they have --visual-token-video-budget. A gap means that there were none.",
+            (f"{per_second(KEPT, 'modality')} / ({per_second(SEEN, 'modality')} > 0)", "{{modality}}"),
+            unit="percentunit",
+            share=True,
+            empty="no images or videos yet",
+        ),
+        lines(
+            "Videos, by method",
+            "Videos per second, by the method that prunes them; `none` means videos that keep every token.",
+            (per_second("promprune_images_total", "method", modality="video"), "{{method}}"),
+            unit="videos/s",
+            stacked=True,
+        ),
+    ]
+
+
 def _requests() -> list[Any]:
     hits = per_second("promprune_images_total", cached="true")
     return [
         lines(
             "Requests by outcome",
-            "pruned: at least one image lost tokens. full: all images kept every token. text: no images. "
+            "pruned: at least one image or video lost tokens. full: all kept every token. text: there were none. "
             "refused: HTTP 400 for the budget. failed: selection failed; also counted under its other outcome.",
             (per_second("promprune_requests_total", "outcome"), "{{outcome}}"),
             unit="reqps",
@@ -155,8 +190,8 @@ def _requests() -> list[Any]:
         ),
         lines(
             "Budgets by form",
-            "Form of the budgets in requests with images: a number of tokens, a share, full, auto, a list with "
-            "one entry per image, or a total for all images. Requests without a budget are not counted.",
+            "Form of the budgets in requests with images or videos: a number of tokens, a share, full, auto, a "
+            "list with one entry for each, tokens per frame, or a total. Requests without one are not counted.",
             (per_second("promprune_budgets_total", "form"), "{{form}}"),
             unit="reqps",
             stacked=True,
@@ -164,20 +199,20 @@ def _requests() -> list[Any]:
         ),
         lines(
             "Refused, by reason",
-            "invalid: not a budget. limits: outside the server's limits. images: wrong number of entries for the "
-            "images. method: not allowed. unsupported: model or image cannot be pruned. All at zero is good.",
+            "invalid: not a budget. limits: outside the server's limits. images: does not match the images "
+            "and videos. method: not allowed. unsupported: model or image cannot be pruned. All at zero is good.",
             (per_second("promprune_refused_requests_total", "reason"), "{{reason}}"),
             unit="reqps",
             width=6,
         ),
         lines(
-            "Images and processor cache hits",
-            "Left axis: images per second, by whether vLLM's processor cache already had the image with the "
-            "same settings. Right axis: share of images that were cached.",
+            "Processor cache hits",
+            "Left axis: images and videos per second, by whether vLLM's processor cache already had them with the "
+            "same settings. Right axis: share of them that were cached.",
             (per_second("promprune_images_total", cached="false"), "new"),
             (hits, "cached"),
             (f"{hits} / ({per_second('promprune_images_total')} > 0)", "share cached"),
-            unit="images/s",
+            unit="items/s",
             colors={"new": BLUE, "cached": GREEN, "share cached": GRAY},
             right={"share cached": "percentunit"},
             width=6,

@@ -12,6 +12,7 @@ UID = "promprune-selection"
 TITLE = "PromPrune: selection"
 DESCRIPTION = "How long token selection takes, what the images are like, and how many tokens they keep."
 _METHOD = "$method"
+_OF_IMAGES = {"modality": "image"}
 _SECONDS, _KEPT = "promprune_selection_seconds", "promprune_image_kept_tokens"
 _ENTROPY, _SALIENCY = "promprune_spectral_entropy", "promprune_saliency_share"
 _BATCH = "promprune_encoder_batch_tokens"
@@ -65,7 +66,7 @@ def _averages() -> list[Any]:
         number(
             "Tokens kept, mean",
             "Average number of visual tokens kept per image, over images that this method pruned.",
-            mean(_KEPT, method=_METHOD),
+            mean(_KEPT, method=_METHOD, **_OF_IMAGES),
             "tokens",
             decimals=0,
             width=4,
@@ -181,7 +182,7 @@ def _kept() -> list[Any]:
         cells(
             "Tokens kept per image",
             "Number of tokens kept per image, including images that kept every token. Bands are budgets.",
-            buckets(_KEPT, method=every),
+            buckets(_KEPT, method=every, **_OF_IMAGES),
             unit="tokens",
             scheme="Greens",
             width=8,
@@ -189,15 +190,15 @@ def _kept() -> list[Any]:
         lines(
             "Tokens kept: quantiles",
             "50 % and 95 % of images kept at most this many tokens.",
-            (quantile(0.5, _KEPT, method=every), "p50"),
-            (quantile(0.95, _KEPT, method=every), "p95"),
+            (quantile(0.5, _KEPT, method=every, **_OF_IMAGES), "p50"),
+            (quantile(0.95, _KEPT, method=every, **_OF_IMAGES), "p95"),
             unit="tokens",
             colors={"p50": GREEN, "p95": YELLOW},
         ),
         lines(
             "Images, by method",
             "Images per second, by the method that prunes them; `none` means images that keep every token.",
-            (per_second("promprune_images_total", "method", method=every), "{{method}}"),
+            (per_second("promprune_images_total", "method", method=every, **_OF_IMAGES), "{{method}}"),
             unit="images/s",
             stacked=True,
         ),

@@ -20,7 +20,7 @@ _METAVARS = {
     "feature_cache_gb": "GB",
 }
 _EPILOG = """\
-Each request sets how many tokens to keep per image: {"visual_token_budget": 64, ...}.
+Each request sets how many tokens to keep per image or video: {"visual_token_budget": 64, ...}.
 The rest of this help is vLLM's own.
 """
 

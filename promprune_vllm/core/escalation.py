@@ -33,7 +33,8 @@ class Escalation:
 
     Args:
         below: Answers with a lower confidence are asked for again; above 0 and at most 1.
-        to: Budget of each image in the second try. No image keeps fewer tokens than in the first.
+        to: Budget of each image and video in the second try, tokens or a share. None keeps fewer tokens than in
+            the first.
         window: How many tokens of the first answer decide; an answer that ends earlier is decided at its end.
     """
 
@@ -97,7 +98,7 @@ def _budget(value: object) -> Budget:
         budget = Budget.parse(value, name)
     except BudgetError as error:
         raise BudgetError(str(error), param=ESCALATE_FIELD) from error
-    if budget is None:
+    if budget is None or budget.per_frame is not None:  # it is one budget for images and videos
         raise _error(value, f'tokens, a share or "{FULL}"', name)
     return budget
 

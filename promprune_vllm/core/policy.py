@@ -47,7 +47,15 @@ class BudgetPolicy:
             if getattr(self, name) < 1:
                 raise BudgetError(f"{name} must be at least 1 token, got {getattr(self, name)}.")
 
-    def resolve(self, budget: Budget | None, total: int, level: Fraction = Fraction(1), *, frames: int = 1) -> int:
+    def resolve(
+        self,
+        budget: Budget | None,
+        total: int,
+        level: Fraction = Fraction(1),
+        *,
+        frames: int = 1,
+        kind: str = IMAGE,
+    ) -> int:
         """Return how many of an image's ``total`` tokens are kept: ``1 <= keep <= total``.
 
         Args:
@@ -55,12 +63,13 @@ class BudgetPolicy:
             total: Visual tokens of the image before pruning, at least 1.
             level: Share of the default that ``"auto"`` currently keeps, above 0 and at most 1.
             frames: Frames of a video.
+            kind: ``IMAGE`` or ``VIDEO``, for error messages.
 
         Raises:
             BudgetError: An explicit budget is outside the limits, and ``out_of_range`` is ``"refuse"``.
         """
         if total < 1:
-            raise BudgetError(f"An image has at least one visual token, got {total}.")
+            raise BudgetError(f"An image or video has at least one visual token, got {total}.")
         if budget is None:
             keep = min(total if self.default is None else self.default.of(total, frames), total)
             reduced = Budget(share=level).of(keep)
@@ -69,8 +78,8 @@ class BudgetPolicy:
         if self.out_of_range == "refuse" and not self.allows(keep, total):
             limits = f"{self.minimum} or more" if self.maximum is None else f"{self.minimum} to {self.maximum}"
             raise BudgetError(
-                f"{FIELD} {budget.printed()!r} keeps {keep} of an image's {total} tokens; this server allows "
-                f'{limits} tokens per image. Send a budget within these limits, or "auto".',
+                f"{FIELD} {budget.printed()!r} keeps {keep} of this {kind}'s {total} tokens; this server allows "
+                f'{limits} tokens per {kind}. Send a budget within these limits, or "auto".',
                 reason="limits",
             )
         return self._clamped(keep, total)
@@ -167,6 +176,6 @@ class MediaPolicy:
             shares = BudgetPolicy.allocate(rest, [size - 1 for size in sizes])
             budgets = [Budget(tokens=1 + more) for more in shares]
         return tuple(
-            self.of(each.kind).resolve(budget, each.total, each.level, frames=each.frames)
+            self.of(each.kind).resolve(budget, each.total, each.level, frames=each.frames, kind=each.kind)
             for budget, each in zip(budgets, media, strict=True)
         )

@@ -10,24 +10,26 @@ from typing import Literal, get_args
 from promprune_vllm.errors import BudgetReason
 
 UNPRUNED = "none"
-"""Value of the label ``method`` for images that keep every token: no method runs on them."""
+"""Value of the label ``method`` for images and videos that keep every token: no method runs on them."""
+MODALITIES = ("image", "video")
 OUTCOMES = ("pruned", "full", "text", "refused", "failed")
 REASONS: tuple[str, ...] = get_args(BudgetReason)
-FORMS = ("tokens", "share", "full", "auto", "list", "total")
+FORMS = ("tokens", "share", "full", "auto", "per_frame", "list", "total")
 STAGES = ("choose", "assemble")
 DECISIONS = ("sure", "asked_again", "no_room", "failed")
 DISCARDED = ("prompt", "visual", "answer")
 RESULTS = ("hit", "miss")
 LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model_name": ("the name the model is served under, as in vLLM's own series", ()),
-    "method": (f"a method the server allows; `{UNPRUNED}` for images that keep every token", ()),
+    "method": (f"a method the server allows; `{UNPRUNED}` for images and videos that keep every token", ()),
+    "modality": ("what has the visual tokens", MODALITIES),
     "outcome": ("how the prompt was handled", OUTCOMES),
     "reason": ("why a budget was refused", REASONS),
     "form": ("what kind of budget was sent", FORMS),
     "stage": ("stage of a selection", STAGES),
     "decision": ("whether a first answer was good enough", DECISIONS),
     "tokens": ("which tokens; the visual ones are among those of the prompt", DISCARDED),
-    "cached": ("whether the image came from vLLM's processor cache", ("true", "false")),
+    "cached": ("whether the image or video came from vLLM's processor cache", ("true", "false")),
     "result": ("whether the feature cache had the image", RESULTS),
     "version": ("version of promprune-vllm", ()),
     "vllm_version": ("version of vLLM", ()),
@@ -72,59 +74,60 @@ class Metric:
 
 
 _BY_METHOD = ("model_name", "method")
+_BY_MODALITY = (*_BY_METHOD, "modality")
 _TOKENS = tuple(float(n) for n in (16, 32, 64, 96, 128, 192, 256, 384, 576, 768, 1024, 2048, 4096, 8192, 16384))
 _SHARES = tuple(i / 20 for i in range(1, 21))
-_ONCE = "Counted once per prompt, when the engine accepts it, whether its images are cached or not."
+_ONCE = "Counted once per prompt, when the engine accepts it, whether its images and videos are cached or not."
 
 REQUESTS = Metric(
     "promprune_requests_total",
     "counter",
-    "Prompts by outcome: pruned (at least one image lost tokens), full (images kept every token), "
-    "text (no image), refused (a visual token budget that cannot be honored). A prompt is counted again as failed "
-    "if selecting the tokens of its images failed.",
+    "Prompts by outcome: pruned (at least one image or video lost tokens), full (all kept every token), "
+    "text (neither images nor videos), refused (a visual token budget that cannot be honored). A prompt is "
+    "counted again as failed if selecting the tokens of its images or videos failed.",
     labels=("model_name", "outcome"),
 )
 REFUSED = Metric(
     "promprune_refused_requests_total",
     "counter",
     "Requests refused with HTTP 400 by reason: invalid (not a budget), limits (outside the server's limits), "
-    "images (does not match the number of images), method (not allowed), unsupported (model or image cannot be "
-    "pruned), field (misspelled, or in the wrong place).",
+    "images (does not match the images and videos), method (not allowed), unsupported (model, image or video "
+    "cannot be pruned), field (misspelled, or in the wrong place).",
     labels=("model_name", "reason"),
 )
 BUDGETS = Metric(
     "promprune_budgets_total",
     "counter",
-    "Prompts with images whose request sent a visual token budget, by the kind of budget.",
+    "Prompts with images or videos whose request sent a visual token budget, by the kind of budget.",
     labels=("model_name", "form"),
 )
 IMAGES = Metric(
     "promprune_images_total",
     "counter",
-    "Images by the method that prunes them, and by whether vLLM's processor cache already held the image with the "
-    f"same settings. {_ONCE}",
-    labels=(*_BY_METHOD, "cached"),
+    "Images and videos by the method that prunes them, and by whether vLLM's processor cache already held them "
+    f"with the same settings. {_ONCE}",
+    labels=(*_BY_MODALITY, "cached"),
     unpruned=True,
 )
 TOKENS_SEEN = Metric(
     "promprune_visual_tokens_seen_total",
     "counter",
-    f"Visual tokens of images before pruning. {_ONCE}",
-    labels=_BY_METHOD,
+    f"Visual tokens of images and videos before pruning. {_ONCE}",
+    labels=_BY_MODALITY,
     unpruned=True,
 )
 TOKENS_KEPT = Metric(
     "promprune_visual_tokens_kept_total",
     "counter",
-    f"Visual tokens of images that enter the language model. {_ONCE}",
-    labels=_BY_METHOD,
+    f"Visual tokens of images and videos that enter the language model. {_ONCE}",
+    labels=_BY_MODALITY,
     unpruned=True,
 )
 TOKENS_SAVED = Metric(
     "promprune_visual_tokens_saved_total",
     "counter",
-    f"Visual tokens of images that never enter the language model: seen minus kept. {_ONCE}",
-    labels=_BY_METHOD,
+    f"Visual tokens of images and videos that never enter the language model: seen minus kept. {_ONCE}",
+    labels=_BY_MODALITY,
 )
 KV_BYTES_SAVED = Metric(
     "promprune_kv_cache_saved_bytes_total",
@@ -146,8 +149,8 @@ FLOPS_AVOIDED = Metric(
 IMAGE_KEPT_TOKENS = Metric(
     "promprune_image_kept_tokens",
     "histogram",
-    f"Visual tokens kept per image. {_ONCE}",
-    labels=_BY_METHOD,
+    f"Visual tokens kept per image or video. {_ONCE}",
+    labels=_BY_MODALITY,
     buckets=_TOKENS,
     unpruned=True,
 )
@@ -202,8 +205,8 @@ CONFIDENCE = Metric(
 DISCARDED_TOKENS = Metric(
     "promprune_escalation_discarded_tokens_total",
     "counter",
-    "Tokens of first tries that were thrown away: of the prompt, of its images (visual), and of the answer. They "
-    "are not among the tokens that other metrics count.",
+    "Tokens of first tries that were thrown away: of the prompt, of its images and videos (visual), and of the "
+    "answer. They are not among the tokens that other metrics count.",
     labels=("model_name", "tokens"),
 )
 FEATURE_STORE_IMAGES = Metric(
@@ -223,8 +226,8 @@ FEATURE_STORE_BYTES = Metric(
 POLICY_LEVEL = Metric(
     "promprune_policy_level",
     "gauge",
-    "Share of the default budget that images currently keep if their request sets no budget; below 1 under load. "
-    "With several API servers, the lowest.",
+    "Share of the default budget that images and videos currently keep if their request sets no budget; below 1 "
+    "under load. With several API servers, the lowest.",
 )
 BUILD_INFO = Metric(
     "promprune_build_info",

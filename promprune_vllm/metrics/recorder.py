@@ -27,7 +27,7 @@ DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
 _OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _FILE_BYTES = 1 << 20
-"""Size of each of a process's four files. All series of all methods fill half of it, so files never grow."""
+"""Size of each of a process's four files. All series of all methods fill less than two thirds of it, so files never grow."""
 
 
 def prepare_directory() -> None:
@@ -122,24 +122,26 @@ class Recorder:
             for values in metric.series(self._model_name, methods):
                 self._at(metric, *values[1:])
 
-    def prompt(self, method: str, images: Sequence[tuple[int, int, bool]], saving: Saving | None = None) -> None:
-        """Count a prompt with images.
+    def prompt(
+        self, method: str, items: Sequence[tuple[str, int, int, bool]], saving: Saving | None = None
+    ) -> None:
+        """Count a prompt with images or videos.
 
         Args:
-            method: The method that prunes those of the images that lose tokens.
-            images: For each image, its tokens before pruning, the tokens kept, and whether it came from the
-                processor cache.
+            method: The method that prunes those of them that lose tokens.
+            items: For each image or video, which of ``MODALITIES`` it is, its tokens before pruning, the tokens
+                kept, and whether it came from the processor cache.
             saving: What pruning saves, if known.
         """
-        for total, kept, cached in images:
-            label = method if kept < total else catalog.UNPRUNED
-            self._at(catalog.IMAGES, label, str(cached).lower()).inc()
-            self._at(catalog.TOKENS_SEEN, label).inc(total)
-            self._at(catalog.TOKENS_KEPT, label).inc(kept)
-            self._at(catalog.IMAGE_KEPT_TOKENS, label).observe(kept)
+        for modality, total, kept, cached in items:
+            labels = (method if kept < total else catalog.UNPRUNED, modality)
+            self._at(catalog.IMAGES, *labels, str(cached).lower()).inc()
+            self._at(catalog.TOKENS_SEEN, *labels).inc(total)
+            self._at(catalog.TOKENS_KEPT, *labels).inc(kept)
+            self._at(catalog.IMAGE_KEPT_TOKENS, *labels).observe(kept)
             if kept < total:
-                self._at(catalog.TOKENS_SAVED, label).inc(total - kept)
-        pruned = any(kept < total for total, kept, _ in images)
+                self._at(catalog.TOKENS_SAVED, *labels).inc(total - kept)
+        pruned = any(kept < total for _, total, kept, _ in items)
         if saving is not None and pruned:
             self._at(catalog.KV_BYTES_SAVED, method).inc(saving.kv_bytes)
             self._at(catalog.FLOPS_AVOIDED, method).inc(saving.flops)
@@ -155,7 +157,7 @@ class Recorder:
         self._at(catalog.REFUSED, reason).inc()
 
     def budget(self, form: str) -> None:
-        """Count a budget sent with images by its kind, one of ``FORMS``."""
+        """Count a budget sent with images or videos by its kind, one of ``FORMS``."""
         self._at(catalog.BUDGETS, form).inc()
 
     def escalation(self, decision: str, confidence: float | None = None) -> None:
@@ -195,7 +197,7 @@ class Recorder:
         self._at(catalog.FEATURE_STORE_BYTES).set(stored_bytes)
 
     def level(self, level: Fraction) -> None:
-        """Set the share of the default that images keep from now on."""
+        """Set the share of the default that images and videos keep from now on."""
         self._at(catalog.POLICY_LEVEL).set(float(level))
 
     def build(self, method: str, build: Build) -> None:

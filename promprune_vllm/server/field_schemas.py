@@ -21,14 +21,14 @@ _FORMS: tuple[dict[str, Any], ...] = (
         "minimum": 1,
         "maximum": MAX_BUDGET_TOKENS,
         "title": "Tokens",
-        "description": "Number of tokens to keep per image; an image with fewer keeps all.",
+        "description": "Number of tokens to keep per image or video; one with fewer keeps all.",
     },
     {
         "type": "number",
         "exclusiveMinimum": 0,
         "exclusiveMaximum": 1,
         "title": "Share",
-        "description": "Share of each image's tokens to keep, rounded up.",
+        "description": "Share of the tokens of each image or video to keep, rounded up.",
     },
     {
         "type": "string",
@@ -50,39 +50,50 @@ _FORMS: tuple[dict[str, Any], ...] = (
     },
 )
 
+
+def _tokens_in(key: str, title: str, description: str) -> dict[str, Any]:
+    """Return the schema of an object whose only key is a number of tokens."""
+    tokens = [
+        {"type": "integer", "minimum": 1, "maximum": MAX_BUDGET_TOKENS},
+        {"type": "string", "pattern": f"^{_TOKENS_TEXT}$"},
+    ]
+    return {
+        "type": "object",
+        "properties": {key: {"oneOf": tokens}},
+        "required": [key],
+        "additionalProperties": False,
+        "title": title,
+        "description": description,
+    }
+
+
 _NOTHING = {"type": "null", "title": "Nothing", "description": "Same as leaving the field out."}
 
 
 def budget_schema() -> dict[str, Any]:
     """Return the JSON schema of ``visual_token_budget``."""
+    per_frame = _tokens_in(
+        "per_frame",
+        "Per frame",
+        "Tokens to keep per frame of each video. Images beside the videos keep the default.",
+    )
     each = {
         "type": "array",
-        "items": {"oneOf": list(_FORMS)},
+        "items": {"oneOf": [*_FORMS, per_frame]},
         "minItems": 1,
         "maxItems": MAX_IMAGES,
-        "title": "One entry per image",
-        "description": "One budget per image, in order of appearance.",
+        "title": "One entry per image or video",
+        "description": "One budget per image or video, in order of appearance.",
     }
-    total = {
-        "type": "object",
-        "properties": {
-            "total": {
-                "oneOf": [
-                    {"type": "integer", "minimum": 1, "maximum": MAX_BUDGET_TOKENS},
-                    {"type": "string", "pattern": f"^{_TOKENS_TEXT}$"},
-                ]
-            }
-        },
-        "required": ["total"],
-        "additionalProperties": False,
-        "title": "Total",
-        "description": "Tokens for all images together, split in proportion to their token counts.",
-    }
+    total = _tokens_in(
+        "total", "Total", "Tokens for all images and videos together, split in proportion to their token counts."
+    )
     return {
         "title": "Visual token budget",
-        "description": "How many visual tokens of each image enter the language model. PromPrune selects which.",
-        "oneOf": [*_FORMS, each, total, _NOTHING],
-        "examples": [64, 0.25, "25%", FULL, AUTO, [64, FULL], {"total": 256}],
+        "description": "How many visual tokens of each image and video enter the language model. "
+        "PromPrune selects which.",
+        "oneOf": [*_FORMS, per_frame, each, total, _NOTHING],
+        "examples": [64, 0.25, "25%", FULL, AUTO, {"per_frame": 32}, [64, FULL], {"total": 256}],
     }
 
 
@@ -124,7 +135,7 @@ def escalation_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "minProperties": 1,
         "title": "Threshold and budget",
-        "description": "The budget, of each image, of the second try; what is left out is the server's.",
+        "description": "The budget, of each image and video, of the second try; what is left out is the server's.",
     }
     switch = {
         "type": "boolean",

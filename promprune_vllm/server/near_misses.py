@@ -21,8 +21,11 @@ WRAPPERS = ("extra_body", "extra_args", "sampling_params", "chat_template_kwargs
 """Objects in which clients send our fields by mistake. (The OpenAI SDK unpacks ``extra_body``; other clients send
 it literally.)"""
 CONTENT = ("messages", "input", "inputs", "documents", "queries", "content_parts", "data_1", "data_2")
-"""Request fields that can contain image parts."""
-MEDIA_TYPES = ("image_url", "input_image", "image", "image_pil", "image_embeds", "video_url", "video")
+"""Request fields that can contain image and video parts."""
+MEDIA_TYPES = (
+    *("image_url", "input_image", "image", "image_pil", "image_embeds"),
+    *("video_url", "video", "video_embeds"),
+)
 _PREFIX = "visual_token_"
 _CLOSE = 0.82  # "vision_token_budget" scores 0.84; vLLM's own "thinking_token_budget" scores 0.70
 _LONGEST_NAME = 40
@@ -89,7 +92,7 @@ def _refuse_misplaced(names: Iterator[str], where: str) -> None:
         if meant := closest_field(name):
             raise BudgetError(
                 f"{name!r} inside {where!r} would be ignored. Send {meant!r} at the top level of the request, "
-                f"next to 'model', or in {XARGS!r}. For a budget per image, send a list.",
+                f"next to 'model', or in {XARGS!r}. For a budget per image or video, send a list.",
                 param=name,
                 reason="field",
             )
@@ -105,7 +108,7 @@ def _media_parts(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
     if depth == 0:
         return
     if isinstance(value, Mapping):
-        if value.get("type") in MEDIA_TYPES or "image_url" in value:
+        if value.get("type") in MEDIA_TYPES or "image_url" in value or "video_url" in value:
             yield value
         else:
             yield from _media_parts(value.get("content"), depth - 1)

@@ -1,4 +1,4 @@
-"""Adds ``x-visual-tokens-seen`` and ``x-visual-tokens-kept`` to every reply to a request with images."""
+"""Adds ``x-visual-tokens-seen`` and ``x-visual-tokens-kept`` to every reply to a request with images or videos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT_HEADER = "x-visual-tokens-kept"
 
 
 class VisualTokenHeaders:
-    """ASGI middleware that adds the visual token counts of a request's images to the reply headers."""
+    """ASGI middleware that adds the visual token counts of a request's images and videos to the reply headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -116,7 +116,7 @@ class Method(BaseModel):
 class Limits(BaseModel):
     """The operator's limits, and the default for requests that set no budget."""
 
-    default: int | float | str
+    default: int | float | str | dict[str, int]
     min: int
     max: int | None
     low: int

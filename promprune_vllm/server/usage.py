@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from promprune_vllm.core.budget import IMAGE, VIDEO
+
 USAGE_FIELD = "visual_tokens"
 
 
@@ -41,18 +43,20 @@ class FirstTry:
 
 @dataclass(slots=True)
 class ImageUsage:
-    """The images of one HTTP request, in order of appearance.
+    """The images and videos of one HTTP request, in order of appearance.
 
     Args:
-        images: ``(seen, kept)`` of each image.
+        images: ``(seen, kept)`` of each image or video.
         identifiers: Their keys in the engine's caches.
-        sizes: Width and height of each in pixels; ``None`` for an image that was sent as embeddings.
+        sizes: Width and height of each in pixels; ``None`` for one that was sent as embeddings.
+        kinds: ``IMAGE`` or ``VIDEO`` for each.
         first_tries: Of the prompts whose answer may be asked for again, in the order in which they were decided.
     """
 
     images: list[tuple[int, int]] = field(default_factory=list)
     identifiers: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     first_tries: list[FirstTry] = field(default_factory=list)
 
     @property
@@ -67,9 +71,16 @@ class ImageUsage:
 
     def usage(self) -> dict[str, Any]:
         """Return a reply's ``usage.visual_tokens``."""
-        images = [{"seen": seen, "kept": kept} for seen, kept in self.images]
-        counts = {"seen": self.seen, "kept": self.kept, "images": images}
-        return counts | ({"first_tries": [each.usage() for each in self.first_tries]} if self.first_tries else {})
+        usage: dict[str, Any] = {"seen": self.seen, "kept": self.kept, "images": self._counts(IMAGE)}
+        if VIDEO in self.kinds:
+            usage["videos"] = self._counts(VIDEO)
+        if self.first_tries:
+            usage["first_tries"] = [each.usage() for each in self.first_tries]
+        return usage
+
+    def _counts(self, kind: str) -> list[dict[str, int]]:
+        counts = zip(self.images, self.kinds, strict=True)
+        return [{"seen": seen, "kept": kept} for (seen, kept), each in counts if each == kind]
 
 
 _usage: ContextVar[ImageUsage | None] = ContextVar("visual_token_usage", default=None)
@@ -80,14 +91,16 @@ def record_images(
     identifiers: Sequence[str] = (),
     sizes: Sequence[tuple[int, int] | None] = (),
     at: int | None = None,
+    kinds: Sequence[str] = (),
 ) -> int:
-    """Add images to the usage of the request being handled (see ``ImageUsage``); outside of one, do nothing.
+    """Add images and videos to the usage of the request being handled; outside of one, do nothing.
 
     Args:
-        images: ``(seen, kept)`` of each image.
+        images: ``(seen, kept)`` of each image or video, in order of appearance.
         identifiers: Their keys in the engine's caches.
         sizes: Width and height of each.
         at: Where the images are that these replace, if they do.
+        kinds: ``IMAGE`` or ``VIDEO`` for each; all are images if left out.
 
     Returns:
         The index of the first of them.
@@ -98,6 +111,7 @@ def record_images(
     start = len(current.images) if at is None else at
     place = slice(start, start + len(images))
     current.images[place], current.identifiers[place], current.sizes[place] = images, identifiers, sizes
+    current.kinds[place] = kinds or [IMAGE] * len(images)
     return start
 
 
@@ -109,14 +123,14 @@ def record_first_try(first: FirstTry) -> None:
 
 
 def current_usage() -> ImageUsage | None:
-    """Return the usage of the request being handled, or ``None`` if it has no images."""
+    """Return the usage of the request being handled, or ``None`` if it has neither images nor videos."""
     current = _usage.get()
     return current if current is not None and current.images else None
 
 
 @contextmanager
 def recording() -> Iterator[ImageUsage]:
-    """Record the images of the request that is handled in this block."""
+    """Record the images and videos of the request that is handled in this block."""
     current = ImageUsage()
     token = _usage.set(current)
     try:

@@ -178,11 +178,12 @@ def test_the_traffic_moves_what_it_can_move(watched: Watched) -> None:
         return {each["metric"][label] for each in watched.now(f"sum by ({label}) ({metric}) > 0")}
 
     assert moved("promprune_requests_total", "outcome") == set(OUTCOMES) - {"failed"}
-    assert moved("promprune_budgets_total", "form") == set(FORMS)
+    assert moved("promprune_budgets_total", "form") == set(FORMS) - {"per_frame"}  # the model takes no videos
     assert moved("promprune_escalations_total", "decision") == {"sure", "asked_again"}
     assert moved("promprune_escalation_discarded_tokens_total", "tokens") == set(DISCARDED)
     assert moved("promprune_refused_requests_total", "reason") == {"invalid", "images", "method"}
     assert moved("promprune_images_total", "cached") == {"true", "false"}
+    assert moved("promprune_images_total", "modality") == {"image"}
     assert moved("promprune_selection_seconds_count", "stage") == set(STAGES)
     assert {"promprune", "none", "random"} <= moved("promprune_visual_tokens_kept_total", "method")
     for metric in set(CATALOG) - set(_EMPTY_IF_WELL.values()):

@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
 
 import atheris
@@ -22,9 +21,14 @@ from pydantic import ValidationError
 
 from promprune_vllm.errors import BudgetError
 
-SIZES = (576, 1, 16_384)
+MEDIA = (
+    policy.Medium(budget.IMAGE, 576),
+    policy.Medium(budget.VIDEO, 1, frames=1),
+    policy.Medium(budget.VIDEO, 16_384, frames=64),
+)
 _LONGEST_SENTENCE = 1500
 _SEEDS = (b"64", b"0.25", b'"25%"', b'"full"', b'[64, "auto", 0.5]', b'{"total": 256}', b"1e999", b'"\\u0662%"')
+_SEEDS += (b'{"per_frame": 32}', b'["auto", {"per_frame": "1"}, 8.0]')
 _SEEDS += (b'{"images": [{"width": 640, "height": 480}], "visual_token_budget": [1], "detail": ["low"]}',)
 
 
@@ -42,13 +46,13 @@ def one(data: bytes) -> None:
 def _budget(value: object) -> None:
     try:
         ask = budget.BudgetRequest.parse(value)
-        kept = policy.BudgetPolicy().resolve_all(ask, SIZES, [Fraction(1)] * len(SIZES))
+        kept = policy.MediaPolicy().resolve_all(ask, MEDIA)
     except BudgetError as error:
         if len(str(error)) > _LONGEST_SENTENCE:
             raise AssertionError(f"a sentence of {len(str(error))} characters") from error
         return
-    if not all(1 <= keep <= size for keep, size in zip(kept, SIZES, strict=True)):
-        raise AssertionError(f"{value!r} keeps {kept} of {SIZES}")
+    if not all(1 <= keep <= each.total for keep, each in zip(kept, MEDIA, strict=True)):
+        raise AssertionError(f"{value!r} keeps {kept} of {MEDIA}")
     if budget.BudgetRequest.parse(ask.printed()) != ask:
         raise AssertionError(f"{value!r} is printed as {ask.printed()!r}, which is another budget")
 

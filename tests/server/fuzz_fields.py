@@ -194,8 +194,12 @@ _GOOD: tuple[Any, ...] = (1, 3, 8, 8, 16, 5000, 0.25, 0.5, "25%", "100%", "full"
 _BAD: tuple[Any, ...] = (
     *(0, -1, 64.5, 1e300, True, "", "many", "0%", "101%", [], [[]], {}, {"total": 0}, {"total": "8"}),
     *({"total": 8, "each": 1}, [None], [0], 10**30, "\x00", {"visual_token_budget": 8}, [8] * 2000),
+    *({"per_frame": 0}, {"per_frame": 8, "total": 8}, [{"total": 8}]),
 )
-_EITHER: tuple[Any, ...] = ([8], [8, "full"], [0.5, 3, 3], {"total": 1}, "8", 8.0)
+_EITHER: tuple[Any, ...] = (
+    *([8], [8, "full"], [0.5, 3, 3], {"total": 1}, "8", 8.0),
+    *({"per_frame": 8}, {"per_frame": "8"}, [{"per_frame": 8}], ["auto", {"per_frame": 3}]),
+)
 _METHODS: tuple[Any, ...] = ("promprune", "promprune", None, "random", "nope", 7, ["promprune"])
 _MISSES = (
     *("visual_tokens_budget", "visual_token_budgets", "visualTokenBudget", "visual-token-budget"),

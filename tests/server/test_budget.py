@@ -31,6 +31,7 @@ BAD = (
     "[]",
     "[64.5]",
     '{"total": 0}',
+    '{"per_frame": 0}',
     '"0%"',
 )
 LIMITS = "1000000"
@@ -133,7 +134,14 @@ def test_every_form_is_obeyed(server: Server, value: Any, kept: tuple[int, int])
         assert _prompt_tokens(nested) == pruned
 
 
-@pytest.mark.parametrize(("value", "photos"), [([64], 2), ([64, 64], 1), ([64], 0), ({"total": 1}, 2)])
+@pytest.mark.parametrize(
+    ("value", "photos"),
+    [
+        *(([64], 2), ([64, 64], 1), ([64], 0), ({"total": 1}, 2)),
+        *(({"per_frame": 64}, 1), ([64, {"per_frame": 64}], 2)),
+    ],
+    ids=str,
+)
 def test_a_budget_for_other_images_than_there_are_gets_400(server: Server, value: Any, photos: int) -> None:
     request = body(*PHOTOS[:photos], visual_token_budget=value)
     response = post(server, "/v1/chat/completions", request)

@@ -192,7 +192,7 @@ def test_a_prompt_is_counted_once_and_what_was_thrown_away_by_itself(server: Ser
     assert changed[DISCARDED, "answer"] == first["completion_tokens"]
     assert changed["promprune_answer_confidence_count",] == 1
     assert changed["promprune_requests_total", "full"] == 1
-    assert changed["promprune_visual_tokens_seen_total", "none"] == VISUAL_TOKENS
+    assert changed["promprune_visual_tokens_seen_total", "none", "image"] == VISUAL_TOKENS
     assert not any("promprune" in key[1:] and key[0].startswith("promprune_visual") for key in changed)
     assert ("promprune_requests_total", "pruned") not in changed
     assert changed["promprune_budgets_total", "tokens"] == 1

@@ -232,8 +232,8 @@ def test_a_prompt_of_every_route_is_counted_once(generating: Server, pooling: Se
         assert post(server, path, {**BODIES[path], BUDGET: ASKED}).status_code == 200
         counted = grown(series(server), before)
         assert counted["promprune_requests_total", "pruned"] == 1, path
-        assert counted["promprune_visual_tokens_seen_total", "promprune"] == FULL, path
-        assert counted["promprune_visual_tokens_kept_total", "promprune"] == ASKED, path
+        assert counted["promprune_visual_tokens_seen_total", "promprune", "image"] == FULL, path
+        assert counted["promprune_visual_tokens_kept_total", "promprune", "image"] == ASKED, path
         assert counted["promprune_budgets_total", "tokens"] == 1, path
 
 

@@ -137,19 +137,19 @@ def expected(lengths: Sequence[int]) -> Series:
         ("budgets_total", "total"): 1,
         ("budgets_total", "auto"): 1,
         ("budgets_total", "full"): 1,
-        ("visual_tokens_seen_total", "promprune"): VISUAL_TOKENS * len(pruned),
-        ("visual_tokens_kept_total", "promprune"): sum(pruned),
-        ("visual_tokens_saved_total", "promprune"): VISUAL_TOKENS * len(pruned) - sum(pruned),
-        ("visual_tokens_seen_total", UNPRUNED): VISUAL_TOKENS * full,
-        ("visual_tokens_kept_total", UNPRUNED): VISUAL_TOKENS * full,
+        ("visual_tokens_seen_total", "promprune", "image"): VISUAL_TOKENS * len(pruned),
+        ("visual_tokens_kept_total", "promprune", "image"): sum(pruned),
+        ("visual_tokens_saved_total", "promprune", "image"): VISUAL_TOKENS * len(pruned) - sum(pruned),
+        ("visual_tokens_seen_total", UNPRUNED, "image"): VISUAL_TOKENS * full,
+        ("visual_tokens_kept_total", UNPRUNED, "image"): VISUAL_TOKENS * full,
         ("kv_cache_saved_bytes_total", "promprune"): blocks * BLOCK_TOKENS * BYTES_PER_TOKEN,
         ("prefill_flops_avoided_total", "promprune"): work,
-        ("image_kept_tokens_count", "promprune"): len(pruned),
-        ("image_kept_tokens_sum", "promprune"): sum(pruned),
-        ("image_kept_tokens_count", UNPRUNED): full,
-        ("image_kept_tokens_sum", UNPRUNED): VISUAL_TOKENS * full,
+        ("image_kept_tokens_count", "promprune", "image"): len(pruned),
+        ("image_kept_tokens_sum", "promprune", "image"): sum(pruned),
+        ("image_kept_tokens_count", UNPRUNED, "image"): full,
+        ("image_kept_tokens_sum", UNPRUNED, "image"): VISUAL_TOKENS * full,
     }
-    return {(f"promprune_{name}", label): value for (name, label), value in counts.items()}
+    return {(f"promprune_{name}", *labels): value for (name, *labels), value in counts.items()}
 
 
 def counted(after: Series, before: Series) -> Series:
@@ -170,10 +170,10 @@ def test_a_script_of_requests_gives_the_counts_computed_by_hand(server: Server) 
     assert counted(after, before) == expected(lengths)
     changed = grown(after, before)
     assert {key: value for key, value in changed.items() if key[0] == "promprune_images_total"} == {
-        ("promprune_images_total", "false", "promprune"): 8,
-        ("promprune_images_total", "true", "promprune"): 3,
-        ("promprune_images_total", "false", UNPRUNED): 1,
-        ("promprune_images_total", "true", UNPRUNED): 3,
+        ("promprune_images_total", "false", "promprune", "image"): 8,
+        ("promprune_images_total", "true", "promprune", "image"): 3,
+        ("promprune_images_total", "false", UNPRUNED, "image"): 1,
+        ("promprune_images_total", "true", UNPRUNED, "image"): 3,
     }
     for stage in ("choose", "assemble"):
         assert changed["promprune_selection_seconds_count", "promprune", stage] == 8

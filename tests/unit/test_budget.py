@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promprune_vllm import Budget, BudgetPolicy
-from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, BudgetRequest
+from promprune_vllm.core.budget import IMAGE, MAX_BUDGET_TOKENS, BudgetRequest
+from promprune_vllm.core.policy import MediaPolicy, Medium
 from promprune_vllm.errors import BudgetError
 
 ONE = Fraction(1)
@@ -65,15 +66,23 @@ BAD: list[object] = [
         {"total": None},
         {"total": 64, "x": 1},
         {"tokens": 64},
+        {"per_frame": 0},
+        {"per_frame": 1.5},
+        {"per_frame": 1_000_001},
+        {"per_frame": 8, "total": 8},
     ),
-    *([], [0], [64, "x"], [[64]], [None], [{"total": 64}], [10**5000], [1] * 1025),
+    *([], [0], [64, "x"], [[64]], [None], [{"total": 64}], [{"per_frame": 0}], [10**5000], [1] * 1025),
 ]
 
 
 @pytest.mark.parametrize(("value", "kept"), GOOD, ids=[str(value) for value, _ in GOOD])
 def test_every_form_keeps_what_it_says(value: object, kept: tuple[int, int]) -> None:
-    policy = BudgetPolicy(default=Budget(tokens=200))
-    assert policy.resolve_all(BudgetRequest.parse(value), (576, 100), (ONE, ONE)) == kept
+    policy = MediaPolicy(images=BudgetPolicy(default=Budget(tokens=200)))
+    assert policy.resolve_all(BudgetRequest.parse(value), _images(576, 100)) == kept
+
+
+def _images(*sizes: int) -> list[Medium]:
+    return [Medium(IMAGE, size) for size in sizes]
 
 
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
@@ -110,7 +119,7 @@ def test_what_is_printed_is_read_as_the_same(value: object) -> None:
 def test_every_image_keeps_at_least_one_and_at_most_all(value: object, sizes: list[int]) -> None:
     ask = BudgetRequest.parse(value)
     try:
-        kept = BudgetPolicy().resolve_all(ask, sizes, [ONE] * len(sizes))
+        kept = MediaPolicy().resolve_all(ask, _images(*sizes))
     except BudgetError:
         assert (isinstance(value, list) and len(value) != len(sizes)) or (ask.total or len(sizes)) < len(sizes)
         return
@@ -122,7 +131,7 @@ def test_every_image_keeps_at_least_one_and_at_most_all(value: object, sizes: li
 @given(st.lists(totals, min_size=1, max_size=5), st.integers(5, 9000), st.integers(0, 50))
 def test_a_larger_total_never_keeps_fewer(sizes: list[int], total: int, more: int) -> None:
     def kept(tokens: int) -> tuple[int, ...]:
-        return BudgetPolicy().resolve_all(BudgetRequest(total=tokens), sizes, [ONE] * len(sizes))
+        return MediaPolicy().resolve_all(BudgetRequest(total=tokens), _images(*sizes))
 
     few, many = kept(total), kept(total + more)
     assert sum(few) <= sum(many)
@@ -143,7 +152,7 @@ def test_what_asks_for_more_keeps_no_less(one: object, other: object, total: int
 @pytest.mark.parametrize(("value", "images"), [([64], 2), ([64, 64], 1), ([64], 0), ({"total": 2}, 3)])
 def test_an_ask_that_does_not_fit_the_images_is_refused(value: object, images: int) -> None:
     with pytest.raises(BudgetError, match="image"):
-        BudgetRequest.parse(value).check_images(images)
+        BudgetRequest.parse(value).check_media([IMAGE] * images)
 
 
 def test_a_value_too_deep_to_print_is_refused_like_any_other() -> None:

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from promprune_vllm.config import Settings, is_enabled
+from promprune_vllm.core.budget import Budget
 from promprune_vllm.errors import SettingsError
 
 
@@ -47,6 +48,43 @@ def test_what_cannot_be_honoured_is_refused(
     monkeypatch.setenv("PROMPRUNE_METHOD_OPTIONS", options)
     with pytest.raises(SettingsError, match=complaint):
         Settings.from_environment()
+
+
+def test_the_limits_of_videos_are_their_own() -> None:
+    settings = Settings(budget="64", min=10, video_budget="25%", video_max=500, floor=8, out_of_range="refuse")
+    policy = settings.media_policy()
+    assert (policy.images.default, policy.images.minimum, policy.images.maximum) == (Budget(tokens=64), 10, None)
+    assert (policy.videos.default, policy.videos.minimum, policy.videos.maximum) == (Budget.parse("25%"), 1, 500)
+    assert (policy.videos.floor, policy.videos.out_of_range) == (8, "refuse")
+
+
+def test_a_default_for_images_prunes_no_video() -> None:
+    assert Settings(budget="64", max=100).media_policy().videos.keeps_all(None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"VIDEO_MIN": "9", "VIDEO_MAX": "8"}, "PROMPRUNE_VIDEO_MIN, PROMPRUNE_VIDEO_MAX, .* got 9 and 8"),
+        ({"VIDEO_MIN": "0"}, "PROMPRUNE_VIDEO_MIN, .* got 0 and None"),
+        ({"VIDEO_BUDGET": "auto"}, "PROMPRUNE_VIDEO_BUDGET, .* cannot be the default itself"),
+        ({"MIN": "9", "MAX": "8"}, "PROMPRUNE_MIN, PROMPRUNE_MAX, .* got 9 and 8"),
+        ({"FLOOR": "0"}, "PROMPRUNE_FLOOR cannot be honored: floor must be at least 1 token"),
+    ],
+    ids=str,
+)
+def test_limits_that_contradict_each_other_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], complaint: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"PROMPRUNE_{name}", value)
+    with pytest.raises(SettingsError, match=f"One of .*{complaint}"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("value", ["full", None, "25%"])
+def test_a_default_for_videos_prunes_by_default(value: str | None) -> None:
+    assert Settings(video_budget=value).prunes_by_default == (value == "25%")
 
 
 def test_digest_tells_settings_apart_and_spelled_out_defaults_not() -> None:

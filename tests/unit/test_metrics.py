@@ -69,24 +69,42 @@ def test_everything_is_there_at_zero(tmp_path: Path) -> None:
 
 def test_a_prompt_is_counted_by_what_prunes_its_images(tmp_path: Path) -> None:
     recorder = Recorder(str(tmp_path), "demo")
-    recorder.prompt("promprune", [(576, 64, False), (576, 576, True)], Saving(kv_bytes=4096, flops=10**12))
-    recorder.prompt("promprune", [(576, 576, True)], Saving(kv_bytes=0, flops=0))
+    images = [("image", 576, 64, False), ("image", 576, 576, True)]
+    recorder.prompt("promprune", images, Saving(kv_bytes=4096, flops=10**12))
+    recorder.prompt("promprune", [("image", 576, 576, True)], Saving(kv_bytes=0, flops=0))
     assert {key: value for key, value in samples(tmp_path).items() if value and key[0].endswith("_total")} == {
         ("promprune_requests_total", "pruned"): 1,
         ("promprune_requests_total", "full"): 1,
-        ("promprune_images_total", "false", "promprune"): 1,
-        ("promprune_images_total", "true", UNPRUNED): 2,
-        ("promprune_visual_tokens_seen_total", "promprune"): 576,
-        ("promprune_visual_tokens_seen_total", UNPRUNED): 1152,
-        ("promprune_visual_tokens_kept_total", "promprune"): 64,
-        ("promprune_visual_tokens_kept_total", UNPRUNED): 1152,
-        ("promprune_visual_tokens_saved_total", "promprune"): 512,
+        ("promprune_images_total", "false", "promprune", "image"): 1,
+        ("promprune_images_total", "true", UNPRUNED, "image"): 2,
+        ("promprune_visual_tokens_seen_total", "promprune", "image"): 576,
+        ("promprune_visual_tokens_seen_total", UNPRUNED, "image"): 1152,
+        ("promprune_visual_tokens_kept_total", "promprune", "image"): 64,
+        ("promprune_visual_tokens_kept_total", UNPRUNED, "image"): 1152,
+        ("promprune_visual_tokens_saved_total", "promprune", "image"): 512,
         ("promprune_kv_cache_saved_bytes_total", "promprune"): 4096,
         ("promprune_prefill_flops_avoided_total", "promprune"): 1e12,
     }
     shown = samples(tmp_path)
-    assert shown["promprune_image_kept_tokens_count", "promprune"] == 1
-    assert shown["promprune_image_kept_tokens_sum", UNPRUNED] == 1152
+    assert shown["promprune_image_kept_tokens_count", "promprune", "image"] == 1
+    assert shown["promprune_image_kept_tokens_sum", UNPRUNED, "image"] == 1152
+
+
+def test_a_video_is_counted_apart_from_the_image_beside_it(tmp_path: Path) -> None:
+    recorder = Recorder(str(tmp_path), "demo")
+    recorder.prompt("promprune", [("video", 2000, 320, False), ("image", 576, 576, False)], None)
+    recorder.budget("per_frame")
+    assert {key: value for key, value in samples(tmp_path).items() if value and key[0].endswith("_total")} == {
+        ("promprune_requests_total", "pruned"): 1,
+        ("promprune_budgets_total", "per_frame"): 1,
+        ("promprune_images_total", "false", "promprune", "video"): 1,
+        ("promprune_images_total", "false", UNPRUNED, "image"): 1,
+        ("promprune_visual_tokens_seen_total", "promprune", "video"): 2000,
+        ("promprune_visual_tokens_seen_total", UNPRUNED, "image"): 576,
+        ("promprune_visual_tokens_kept_total", "promprune", "video"): 320,
+        ("promprune_visual_tokens_kept_total", UNPRUNED, "image"): 576,
+        ("promprune_visual_tokens_saved_total", "promprune", "video"): 1680,
+    }
 
 
 def test_the_other_counts_and_observations(tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ def test_a_field_inside_an_object_that_nobody_unpacks_is_refused(wrapper: str) -
 
 @pytest.mark.parametrize("container", CONTENT)
 @pytest.mark.parametrize("kind", MEDIA_TYPES)
-def test_a_field_inside_an_image_part_is_refused(container: str, kind: str) -> None:
+def test_a_field_inside_an_image_or_video_part_is_refused(container: str, kind: str) -> None:
     parts: list[dict[str, Any]] = [
         {"type": kind, "image_url": URL, FIELD: 64},
         {"type": kind, "image_url": {**URL, FIELD: 64}},
         {"image_url": URL, FIELD: 64},
+        {"video_url": URL, FIELD: 64},
     ]
     for part in parts:
         for content in (
@@ -66,12 +67,12 @@ def test_a_field_inside_an_image_part_is_refused(container: str, kind: str) -> N
             [[{"content": [part]}]],
             {"content": [part]},
         ):
-            with pytest.raises(BudgetError, match="For a budget per image, send a list"):
+            with pytest.raises(BudgetError, match="For a budget per image or video, send a list"):
                 check({container: content})
 
 
 @pytest.mark.parametrize("name", [FIELD, METHOD_FIELD])
-@pytest.mark.parametrize("value", [None, {"total": 8}, [None], [[8]], ["full", {}]], ids=str)
+@pytest.mark.parametrize("value", [None, {"total": 8}, {"per_frame": 8}, [None], [[8]], ["full", {}]], ids=str)
 def test_what_vllm_does_not_read_in_xargs_is_refused_with_a_word_on_why(name: str, value: object) -> None:
     with pytest.raises(BudgetError, match=f"{name} in 'vllm_xargs' must be a number") as refused:
         check({"vllm_xargs": {name: value}})

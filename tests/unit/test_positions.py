@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from promprune_vllm.core.budget import Budget, BudgetRequest
-from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.core.budget import IMAGE, Budget, BudgetRequest
+from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy, Medium
 from promprune_vllm.core.positions import require_rows, table_rows
 from promprune_vllm.errors import BudgetError
 
@@ -85,7 +85,8 @@ def test_a_prompt_is_refused_or_every_position_is_in_the_table(
     """Whatever was asked for: tokens, shares, a list, a total, or nothing where the server has a default."""
     ask = data.draw(asks(len(images)))
     level = data.draw(st.sampled_from([Fraction(1), Fraction(1, 2), Fraction(1, 20)]))
-    kept = list(BudgetPolicy(default).resolve_all(ask, [image.tokens for image in images], [level] * len(images)))
+    media = [Medium(IMAGE, image.tokens, level) for image in images]
+    kept = list(MediaPolicy(BudgetPolicy(default)).resolve_all(ask, media))
     length = sum(image.text for image in images) + sum(kept) + after + decoded
     last = last_position(images, kept, after, length)
     assert refused(images, kept, length) == (last >= table_rows(length))

@@ -47,11 +47,13 @@ ONE = st.one_of(
     st.builds("{}.{}%".format, DIGITS, st.text("0123456789", max_size=11)),
     st.text(),
 )
+KEYS = st.sampled_from(["per_frame", "total", "each"])
 VALUE = st.one_of(
     ONE,
     st.lists(ONE, max_size=4),
     st.lists(st.none() | st.lists(ONE), min_size=1, max_size=2),
-    st.dictionaries(st.sampled_from(["total", "each"]), ONE | st.none()),
+    st.dictionaries(KEYS, ONE | st.none()),
+    st.lists(st.dictionaries(KEYS, ONE | st.none()), min_size=1, max_size=2),
 )
 
 
@@ -66,6 +68,7 @@ def test_the_schema_is_one() -> None:
 @example({"below": 0.9, "to": "full"})
 @example({"below": "0.9", "to": "25%"})
 @example({"to": "auto"})
+@example({"to": {"per_frame": 8}})
 @example({})
 @example("1.0")
 @example(1.0)
@@ -86,6 +89,11 @@ def test_the_schema_of_escalation_takes_what_the_parser_takes(value: object) -> 
 @example("1000000.0")
 @example(1e6)
 @example({"total": "64"})
+@example({"per_frame": 32})
+@example({"per_frame": "32.0"})
+@example({"per_frame": 32, "total": 64})
+@example(["auto", {"per_frame": 32}])
+@example([{"total": 64}])
 @example("100.000%")
 @example("100.001%")
 @example("0.000000000%")

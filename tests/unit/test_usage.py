@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from promprune_vllm.core.budget import IMAGE, VIDEO
 from promprune_vllm.server.reply_headers import VisualTokenHeaders
-from promprune_vllm.server.usage import current_usage, record_images
+from promprune_vllm.server.usage import current_usage, record_images, recording
 
 
 async def _reply(send: Any) -> None:
@@ -64,6 +65,40 @@ def test_several_prompts_add_up() -> None:
     _call(handle)
     images = [{"seen": 10, "kept": 4}, {"seen": 20, "kept": 20}]
     assert usages == [{"seen": 30, "kept": 24, "images": images}]
+
+
+def test_videos_have_a_list_of_their_own_and_count_in_the_sums() -> None:
+    with recording() as usage:
+        record_images([(576, 64)])
+        record_images([(2000, 320), (100, 100), (48, 8)], kinds=[VIDEO, IMAGE, VIDEO])
+    assert usage.usage() == {
+        "seen": 2724,
+        "kept": 492,
+        "images": [{"seen": 576, "kept": 64}, {"seen": 100, "kept": 100}],
+        "videos": [{"seen": 2000, "kept": 320}, {"seen": 48, "kept": 8}],
+    }
+
+
+def test_a_second_try_replaces_what_the_first_one_recorded() -> None:
+    with recording() as usage:
+        record_images([(10, 10)])
+        place = record_images([(2000, 320), (576, 64)], kinds=[VIDEO, IMAGE])
+        record_images([(20, 20)])
+        record_images([(2000, 2000), (576, 576)], at=place, kinds=[VIDEO, IMAGE])
+    assert usage.usage() == {
+        "seen": 2606,
+        "kept": 2606,
+        "images": [{"seen": each, "kept": each} for each in (10, 576, 20)],
+        "videos": [{"seen": 2000, "kept": 2000}],
+    }
+
+
+def test_the_headers_count_images_and_videos() -> None:
+    async def handle() -> None:
+        record_images([(2000, 320), (576, 64)], kinds=[VIDEO, IMAGE])
+
+    start, _ = _call(handle)
+    assert start["headers"][1:] == [(b"x-visual-tokens-seen", b"2576"), (b"x-visual-tokens-kept", b"384")]
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])

@@ -68,10 +68,11 @@ def count(input_processor: Any, engine_input: dict[str, Any]) -> None:
         return
     after = len(engine_input["prompt_token_ids"])
     before = after + sum(image.total - image.kept for image in summary.images)
-    counts = [
-        (image.total, image.kept, cached) for image, cached in zip(summary.images, summary.cached, strict=True)
+    items = [
+        (summary.modality, image.total, image.kept, cached)
+        for image, cached in zip(summary.images, summary.cached, strict=True)
     ]
-    metrics.prompt(summary.method, counts, _savings(input_processor).of_prompt(before, after))
+    metrics.prompt(summary.method, items, _savings(input_processor).of_prompt(before, after))
     if summary.form is not None:
         metrics.budget(summary.form)
 
