@@ -183,3 +183,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model of each family."""
     root = tmp_path_factory.mktemp("families")
     return {family: build_family_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")  # tests of modules that share engines come in turns
+def stock_answers(models: dict[str, Path]) -> dict[str, Any]:
+    """What vLLM says without the plugin: family -> name of a prompt -> tokens and logprobs."""
+    from tests.engine import stock  # it imports this module
+
+    return stock.answers(models)

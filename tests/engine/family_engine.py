@@ -21,6 +21,7 @@ from promprune_vllm.engine.keys import TRACES_METHOD
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from tests import runner
+from tests.clips import Clip
 from tests.engine.conftest import SHARED, Engine
 from tests.engine.family_facts import FACTS, UNLOADABLE, FamilyFacts, engine_options
 
@@ -94,14 +95,18 @@ class FamilyEngine(Engine):
         return int(self.llm.llm_engine.vllm_config.cache_config.block_size)
 
     def ask(
-        self, *shapes: str, budget: int | None = None, before: str = "", text: str = "What?"
+        self, *media: str | Clip, budget: int | None = None, before: str = "", text: str = "What?"
     ) -> dict[str, Any]:
-        """A prompt with images of these shapes, text before, between and after them."""
-        placeholder = type(self.model).get_placeholder_str("image", 1)
-        between = "".join(f"{before}{placeholder}{i}. " for i, _ in enumerate(shapes))
+        """A prompt with images of these shapes and with clips, text before, between and after them."""
+        items: dict[str, list[Any]] = {}
+        between = ""
+        for i, medium in enumerate(media):
+            kind, item = ("video", medium.item) if isinstance(medium, Clip) else ("image", picture(medium))
+            items.setdefault(kind, []).append(item)
+            between += f"{before}{type(self.model).get_placeholder_str(kind, 1)}{i}. "
         prompt: dict[str, Any] = {"prompt": f"{between}{text}"}
-        if shapes:
-            prompt["multi_modal_data"] = {"image": [picture(shape) for shape in shapes]}
+        if items:
+            prompt["multi_modal_data"] = items
         if budget is not None:
             prompt["mm_processor_kwargs"] = {"visual_token_budget": budget}
         return prompt

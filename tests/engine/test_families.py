@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,7 @@ from promprune_vllm.demo.families import FAMILIES as DEMO_FAMILIES
 from promprune_vllm.demo.families import serving_dtype
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.compat import versions
-from tests.conftest import UNMEASURED
-from tests.engine import naming
+from tests.engine import naming, stock
 from tests.engine.family_engine import (
     EVERYTHING,
     FAMILY_ENGINES,
@@ -26,7 +21,7 @@ from tests.engine.family_engine import (
     FamilyEngine,
     shared_engine,
 )
-from tests.engine.family_facts import FACTS, FAMILIES, KINDS, OWN_TESTS, UNLOADABLE
+from tests.engine.family_facts import FACTS, FAMILIES, KINDS, OWN_TESTS
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -157,12 +152,8 @@ def test_mixed_batches_equal_one_by_one(engine: FamilyEngine) -> None:
 
 def difference(one: Any, other: Any) -> float:
     """Largest difference between the logprobs of two answers, over the tokens both name."""
-    pairs = zip(logprobs(one), logprobs(other), strict=True)
+    pairs = zip(stock.logprobs(one), stock.logprobs(other), strict=True)
     return max(abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys())
-
-
-def logprobs(output: Any) -> list[dict[int, float]]:
-    return [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
 
 
 @each_quick_kind
@@ -264,50 +255,14 @@ def test_an_encoder_call_has_no_more_tokens_than_were_profiled(
     assert max(encoded) <= limit
 
 
-STOCK = """
-import json, os, sys
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-import torch
-torch.set_num_threads(int(sys.argv[2]))
-from tests.engine.family_engine import FamilyEngine, SHAPES
-from tests.engine.test_families import logprobs
-answers = {}
-for family, model in json.loads(sys.argv[1]).items():
-    engine = FamilyEngine(family, model)
-    assert "promprune" not in type(engine.model).__module__
-    outputs = [engine.generate([engine.ask(shape)])[0] for shape in SHAPES]
-    answers[family] = [[list(o.outputs[0].token_ids), logprobs(o)] for o in outputs]
-    engine.close()
-print("ANSWERS", json.dumps(answers))
-"""
-
-
-@pytest.fixture(scope="session")  # tests of modules that share engines come in turns
-def stock_answers(models: dict[str, Path]) -> dict[str, Any]:
-    """What vLLM says without the plugin, on as many threads: with another number it rounds otherwise."""
-    arguments = json.dumps({family: str(path) for family, path in models.items() if family not in UNLOADABLE})
-    environment = {**os.environ, **UNMEASURED, "VLLM_PLUGINS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, arguments, str(torch.get_num_threads())],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    return json.loads(line.removeprefix("ANSWERS "))
-
-
 def test_without_a_budget_or_with_a_large_one_it_is_stock_vllm(
     engine: FamilyEngine, stock_answers: dict[str, Any]
 ) -> None:
-    for shape, (token_ids, values) in zip(SHAPES, stock_answers[engine.family], strict=True):
+    for shape in SHAPES:
         for budget in (None, engine.tokens(shape), 5000):
             engine.forget()
             (output,) = engine.generate([engine.ask(shape, budget=budget)])
-            assert list(output.outputs[0].token_ids) == token_ids
-            assert json.loads(json.dumps(logprobs(output))) == values
+            assert stock.answer(output) == stock_answers[engine.family][shape]
 
 
 @each_quick_kind

@@ -18,7 +18,9 @@ ENGINE_TESTS = Path(__file__).parents[1] / "engine"
 TABLE = "family_facts.py"
 CONTRACT = (
     "family_engine.py",
+    "stock.py",
     "test_calibrate.py",
+    "test_clips.py",
     "test_families.py",
     "test_family_places.py",
     "test_late_results.py",
