@@ -14,6 +14,7 @@ from promprune_vllm import Need, get_method, methods, select
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import FIELD, BudgetRequest
 from promprune_vllm.demo import PHOTOS
+from promprune_vllm.engine.api_server.pruning_plan import Plan
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.errors import BudgetError, SettingsError
 from tests.conftest import QUESTION, VISUAL_TOKENS
@@ -388,9 +389,13 @@ def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
 
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
     items = MultiModalDataItems({"image": ImageEmbeddingItems([torch.zeros(10, 384)])})
-    inputs = SimpleNamespace(mm_data_items=items, prompt="")
-    images = processor._images(inputs)
-    (plan,) = processor._plan(inputs, images, PruningRequest(), {})
+    inputs = SimpleNamespace(
+        mm_data_items=items, mm_uuid_items=None, hf_processor_mm_kwargs={}, prompt="", cache=None
+    )
+    media = processor._media(inputs, Plan())
+    plans = processor._plan(inputs, media, PruningRequest(), Plan(), prunes=True)["image"]
+    (plan,) = media["image"].final_plans(plans, [10])
     assert (plan.total, plan.kept) == (10, 10)
     with pytest.raises(BudgetError, match="image_embeds"):
-        processor._plan(inputs, images, PruningRequest(BudgetRequest.parse(4), sent=True), {})
+        asked = PruningRequest(BudgetRequest.parse(4), sent=True)
+        processor._plan(inputs, media, asked, Plan(), prunes=True)

@@ -45,11 +45,11 @@ def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> No
     along = torch.arange(height)
     for cells in (along * width, along, along * width + along, along * width + width - 1):
         rows = torch.randn(len(cells), 6).to(dtype)
-        marked = encode_cells(rows, cells // width, cells % width)
+        marked = encode_cells(rows, cells // width, cells % width, cells * 97)
         assert marked.dtype == dtype
         assert marked.shape == (len(cells), 6 + CHANNELS)
         assert torch.equal(marked[:, :6], rows)
-        row, column = decode_cells(marked[:, 6:])
+        row, column, offset = decode_cells(marked[:, 6:])
         assert row.dtype == column.dtype == torch.int64
         assert torch.equal(row * width + column, cells)
 
@@ -57,13 +57,15 @@ def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> No
 @given(st.sampled_from(DTYPES), st.integers(1, 65_535), st.integers(0, 65_535), st.data())
 def test_cells_survive_up_to_sixteen_bits(dtype: torch.dtype, width: int, row: int, data: st.DataObject) -> None:
     column = data.draw(st.integers(0, width - 1))
-    marked = encode_cells(torch.zeros(1, 1, dtype=dtype), torch.tensor([row]), torch.tensor([column]))
-    assert [int(value) for value in decode_cells(marked[:, 1:])] == [row, column]
+    offset = row * 200 + column % 200  # up to 24 bits
+    numbers = [torch.tensor([value]) for value in (row, column, offset)]
+    marked = encode_cells(torch.zeros(1, 1, dtype=dtype), *numbers)
+    assert [int(value) for value in decode_cells(marked[:, 1:])] == [row, column, offset]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channels_of_what_was_not_pruned_decode_to_no_cell(dtype: torch.dtype) -> None:
-    row, column = decode_cells(torch.full((3, CHANNELS), -1.0, dtype=dtype))
+    row, column, _ = decode_cells(torch.full((3, CHANNELS), -1.0, dtype=dtype))
     assert bool((row < 0).all())
     assert bool((column < 0).all())
 
@@ -72,17 +74,15 @@ def test_channels_of_what_was_not_pruned_decode_to_no_cell(dtype: torch.dtype) -
 def test_cells_are_written_where_their_tokens_are(media: list[bool], data: st.DataObject) -> None:
     """A chunk may end within an image, and has no cells for images after it, nor for what was not pruned."""
     media[data.draw(st.integers(0, len(media) - 1))] = True
-    cells = data.draw(st.lists(st.none() | st.tuples(*[st.integers(0, 700)] * 2), min_size=1, max_size=sum(media)))
+    cells = data.draw(st.lists(st.none() | st.tuples(*[st.integers(0, 700)] * 3), min_size=1, max_size=sum(media)))
     nothing = torch.full((1, CHANNELS), -1.0)
-    marks = [
-        nothing if at is None else encode_cells(nothing[:, :0], torch.tensor([at[0]]), torch.tensor([at[1]]))
-        for at in cells
-    ]
+    marks = [nothing if at is None else encode_cells(nothing[:, :0], *torch.tensor(at).split(1)) for at in cells]
     positions = torch.randint(0, 1000, (3, len(media)))
     expected, left = positions.clone(), iter(cells)
     for column in range(len(media)):
         if media[column] and (at := next(left, None)) is not None:
-            expected[1:, column] = positions[0, column] + torch.tensor(at)
+            row, across, ahead = at
+            expected[1:, column] = positions[0, column] - ahead + torch.tensor([row, across])
     arguments = positions, torch.tensor(media), torch.cat(marks)
     assert torch.equal(write_cells(*arguments), expected)
     without_values = to_gpu(arguments)

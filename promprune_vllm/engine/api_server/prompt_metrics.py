@@ -69,7 +69,7 @@ def count(input_processor: Any, engine_input: dict[str, Any]) -> None:
     after = len(engine_input["prompt_token_ids"])
     before = after + sum(image.total - image.kept for image in summary.images)
     items = [
-        (summary.modality, image.total, image.kept, cached)
+        (image.kind, image.total, image.kept, cached)
         for image, cached in zip(summary.images, summary.cached, strict=True)
     ]
     metrics.prompt(summary.method, items, _savings(input_processor).of_prompt(before, after))

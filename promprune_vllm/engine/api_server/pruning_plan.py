@@ -126,15 +126,19 @@ def record_prompt_images(prompt: Any) -> None:
     """Add a processed prompt's images to the usage of the current request; each prompt counts once."""
     summary: Summary | None = prompt.get(SUMMARY)
     if summary is not None and RECORDED not in prompt:
-        prompt[RECORDED] = record_images(*_counted(prompt, summary))
+        prompt[RECORDED] = record_images(**_counted(prompt, summary))
 
 
 def replace_prompt_images(prompt: Any, second: Any) -> None:
     """Record the images of a prompt's second try in place of its own."""
-    record_images(*_counted(second, second[SUMMARY]), at=prompt[RECORDED])
+    record_images(**_counted(second, second[SUMMARY]), at=prompt[RECORDED])
 
 
-def _counted(prompt: Any, summary: Summary) -> tuple[list[tuple[int, int]], list[str], list[Any]]:
-    counts = [(image.total, image.kept) for image in summary.images]
+def _counted(prompt: Any, summary: Summary) -> dict[str, Any]:
     keys = {kind: iter(hashes) for kind, hashes in prompt["mm_hashes"].items()}
-    return counts, [next(keys[image.kind]) for image in summary.images], [image.size for image in summary.images]
+    return {
+        "images": [(image.total, image.kept) for image in summary.images],
+        "identifiers": [next(keys[image.kind]) for image in summary.images],
+        "sizes": [image.size for image in summary.images],
+        "kinds": [image.kind for image in summary.images],
+    }

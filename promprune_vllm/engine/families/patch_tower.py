@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -122,6 +123,10 @@ class PatchTowerMixin(MRopePrunedMixin):
         """Reorder ``(N, ...)`` values of an image from the tower's order of tokens to raster order."""
         return values
 
+    def offsets_in_time(self, inputs: Mapping[str, Any], index: int, frames: int) -> Sequence[int]:  # noqa: ARG002
+        """Return the offset in time of each frame of a video; see ``EncodedImage``."""
+        return ()
+
     def grid_of(self, feature: Any) -> tuple[int, int, int] | None:
         """Return the grid of tokens of an image or video before pruning; ``None`` for what is never pruned."""
         if feature.modality not in KINDS:
@@ -146,7 +151,10 @@ class PatchTowerMixin(MRopePrunedMixin):
         pixels = inputs[pixels_name][start : start + sum(counts[items])]
         rows, captured = self._encode({pixels_name: pixels, grid_name: grids[items]}, grids[items].tolist(), needs)
         return [
-            self._image(rows[i], grid, {name: values[i] for name, values in captured.items()})
+            replace(
+                self._image(rows[i], grid, {name: values[i] for name, values in captured.items()}),
+                offsets=self.offsets_in_time(inputs, items.start + i, grid[0]),
+            )
             for i, grid in enumerate(grids[items].tolist())
         ]
 

@@ -7,7 +7,7 @@ from vllm.model_executor.models import qwen2_5_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwenMixin
+from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwen2Mixin
 from promprune_vllm.engine.worker.device_copies import copy_to_device
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
@@ -24,7 +24,7 @@ class PrunedQwen2_5_VLProcessor(PrunedQwen2ProcessorMixin, upstream.Qwen2_5_VLMu
     info=upstream.Qwen2_5_VLProcessingInfo,
     dummy_inputs=upstream.Qwen2_5_VLDummyInputsBuilder,
 )
-class PrunedQwen2_5_VL(PrunedQwenMixin, upstream.Qwen2_5_VLForConditionalGeneration):
+class PrunedQwen2_5_VL(PrunedQwen2Mixin, upstream.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose ``embed_multimodal`` returns K rows per image."""
 
     def saliency_block(self) -> int:

@@ -6,7 +6,7 @@ from vllm.model_executor.models import qwen2_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwenMixin
+from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwen2Mixin
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
 __all__ = ["PrunedQwen2VL", "unsupported_reason"]
@@ -22,5 +22,5 @@ class PrunedQwen2VLProcessor(PrunedQwen2ProcessorMixin, upstream.Qwen2VLMultiMod
     info=upstream.Qwen2VLProcessingInfo,
     dummy_inputs=upstream.Qwen2VLDummyInputsBuilder,
 )
-class PrunedQwen2VL(PrunedQwenMixin, upstream.Qwen2VLForConditionalGeneration):
+class PrunedQwen2VL(PrunedQwen2Mixin, upstream.Qwen2VLForConditionalGeneration):
     """Qwen2-VL whose ``embed_multimodal`` returns K rows per image."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +66,18 @@ class PrunedQwenMixin(PatchTowerMixin):
         """Project ``(K, 4 * Dv)`` rows, each with a token's four patches side by side, to ``(K, D)`` tokens."""
         projected: Tensor = self.visual.merger(rows.reshape(len(rows) * self._merge.side**2, -1))
         return projected
+
+
+class PrunedQwen2Mixin(PrunedQwenMixin):
+    """The same for models whose videos are one run of tokens, with positions in time that follow seconds."""
+
+    def offsets_in_time(self, inputs: Mapping[str, Any], index: int, frames: int) -> Sequence[int]:
+        """Return how far in time each frame of a video is behind the first, as vLLM's positions have it."""
+        if "video_grid_thw" not in inputs:
+            return ()
+        seconds = float(inputs["second_per_grid_ts"][index]) if "second_per_grid_ts" in inputs else 1.0
+        factor = seconds * getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        return [int(frame * factor) for frame in range(frames)]
 
 
 class PrunedQwen3Mixin(PrunedQwenMixin):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHANNELS = 4
-"""Extra channels of a pruned image's rows: row and column in the grid, each as two digits in base 256.
+CHANNELS = 7
+"""Extra channels of a pruned image's rows: row and column in the grid, and the frame's offset in time, in base 256.
+
+Two digits, two and three. The offset is how far in time the frame's position is from that of the video's first
+frame, where its rows and columns are counted from: in Qwen2-VL and Qwen2.5-VL. It is 0 elsewhere.
 
 Rows that are sent to another engine all have them: vLLM measures one width, and connectors make room for it.
 """
@@ -14,24 +17,29 @@ _BASE = 256  # the largest base whose digits are exact in bfloat16
 UNCHANGED = -1.0  # value of every channel where the position is already right
 
 
-def encode_cells(rows: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Append to each embedding its row and column in the grid.
+def encode_cells(rows: Tensor, row: Tensor, column: Tensor, offset: Tensor) -> Tensor:
+    """Append to each embedding its row and column in the grid, and its frame's offset in time.
 
     Args:
         rows: ``(K, W)`` embeddings.
-        row, column: ``(K,)`` int64.
+        row, column, offset: ``(K,)`` int64.
 
     Returns:
         ``(K, W + CHANNELS)``.
     """
-    digits = torch.stack([row // _BASE, row % _BASE, column // _BASE, column % _BASE], dim=1)
+    pairs = [digit for value in (row, column) for digit in (value // _BASE, value % _BASE)]
+    triple = [offset // _BASE**2, offset // _BASE % _BASE, offset % _BASE]
+    digits = torch.stack([*pairs, *triple], dim=1)
     return torch.cat([rows, digits.to(rows.dtype)], dim=1)
 
 
-def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns ``(K,)`` int64 of ``(K, CHANNELS)`` digits; negative where nothing changes."""
+def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows, columns and offsets ``(K,)`` int64 of ``(K, CHANNELS)`` digits.
+
+    They are negative where nothing changes.
+    """
     d = digits.long()
-    return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3]
+    return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3], (d[:, 4] * _BASE + d[:, 5]) * _BASE + d[:, 6]
 
 
 def write_cells(positions: Tensor, media: Tensor, digits: Tensor) -> Tensor:
@@ -46,9 +54,10 @@ def write_cells(positions: Tensor, media: Tensor, digits: Tensor) -> Tensor:
     """
     number = media.cumsum(dim=0) - 1  # of an image or video token among them
     in_chunk = media & (number < len(digits))
-    row, column = (cell[number.clamp(0, len(digits) - 1)] for cell in decode_cells(digits))
+    row, column, offset = (cell[number.clamp(0, len(digits) - 1)] for cell in decode_cells(digits))
     changed = in_chunk & (row >= 0)
     time, height, width = positions
+    start = time - offset
     return torch.stack(
-        [time, torch.where(changed, time + row, height), torch.where(changed, time + column, width)]
+        [time, torch.where(changed, start + row, height), torch.where(changed, start + column, width)]
     )

@@ -60,12 +60,14 @@ class EncodedImage:
         newlines: ``(N - V,)`` int64, positions of the rows in no group, which show nothing of the image: the
             learned newline that ends each row of LLaVA-NeXT's crops.
         is_video: Whether the groups are the frames of a video, which share a budget evenly.
+        offsets: Offset in time of each group; see ``cells.CHANNELS``. None if all are 0.
     """
 
     rows: Tensor
     groups: Sequence[Group]
     newlines: Tensor
     is_video: bool = False
+    offsets: Sequence[int] = ()
 
     @classmethod
     def whole(cls, rows: Tensor, features: VisionFeatures) -> EncodedImage:
@@ -89,17 +91,18 @@ class EncodedImage:
         groups = [replace(group, features=replace(group.features, text=text)) for group in self.groups]
         return replace(self, groups=groups)
 
-    def cells(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def cells(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return where tokens are in the grid of their group, an image or a frame of a video.
 
         Args:
             positions: ``(K,)`` int64, positions of visual tokens among the image's rows.
 
         Returns:
-            Rows and columns, ``(K,)`` int64 each.
+            Rows, columns and offsets in time, ``(K,)`` int64 each.
         """
-        cell, width = (positions.new_empty(len(self.rows)) for _ in range(2))
-        for group in self.groups:
+        cell, width, offset = (positions.new_zeros(len(self.rows)) for _ in range(3))
+        for group, ahead in zip(self.groups, self.offsets or [0] * len(self.groups), strict=True):
             cell[group.positions] = torch.arange(len(group.positions), device=positions.device)
             width[group.positions] = group.features.grid[2]
-        return cell[positions] // width[positions], cell[positions] % width[positions]
+            offset[group.positions] = ahead
+        return cell[positions] // width[positions], cell[positions] % width[positions], offset[positions]

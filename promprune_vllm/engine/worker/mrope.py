@@ -158,7 +158,7 @@ class MRopePrunedMixin(PrunedModelMixin):
         positions = unpruned_positions[:, columns]
         for span in spans:
             cells = slice(span.offset, span.offset + span.kept)
-            positions[1:, cells] = positions[0, cells]  # all cells of a run share one position in time
+            positions[1:, cells] = positions[1:, span.offset : span.offset + 1].clone()
         return positions, delta + len(tokens) - len(input_tokens)
 
     def recompute_mrope_positions(
