@@ -45,13 +45,14 @@ def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> No
     along = torch.arange(height)
     for cells in (along * width, along, along * width + along, along * width + width - 1):
         rows = torch.randn(len(cells), 6).to(dtype)
-        marked = encode_cells(rows, cells // width, cells % width, cells * 97)
+        marked = encode_cells(rows, cells // width, cells % width, cells * 97 % 256**3)
         assert marked.dtype == dtype
         assert marked.shape == (len(cells), 6 + CHANNELS)
         assert torch.equal(marked[:, :6], rows)
         row, column, offset = decode_cells(marked[:, 6:])
         assert row.dtype == column.dtype == torch.int64
         assert torch.equal(row * width + column, cells)
+        assert torch.equal(offset, cells * 97 % 256**3)
 
 
 @given(st.sampled_from(DTYPES), st.integers(1, 65_535), st.integers(0, 65_535), st.data())

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.engine.keys import SUMMARY
 from tests.clips import Clip
 from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine
