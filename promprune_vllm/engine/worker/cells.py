@@ -8,8 +8,8 @@ from torch import Tensor
 CHANNELS = 7
 """Extra channels of a pruned image's rows: row and column in the grid, and the frame's offset in time.
 
-They are two digits in base 256, two and three. The offset is how far in time the frame's position is from that of the video's first
-frame, where its rows and columns are counted from: in Qwen2-VL and Qwen2.5-VL. It is 0 elsewhere.
+They are two digits in base 256, two and three. The offset is how far in time a frame is behind the first of its
+video, whose start its rows and columns are counted from: in Qwen2-VL and Qwen2.5-VL. It is 0 elsewhere.
 
 Rows that are sent to another engine all have them: vLLM measures one width, and connectors make room for it.
 """
