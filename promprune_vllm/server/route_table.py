@@ -31,7 +31,7 @@ class Route:
 
 _OBEYS, _ANSWERS, _NO_IMAGE = Route("obeys"), Route("obeys", asks_again=True), Route("no image")
 _PER_PROMPT = Route(
-    "obeys", "applies to each pair of texts or images; a list has one entry per image or video of a pair"
+    "obeys", "applies to each pair of texts or images; a list has one entry per image or video of it"
 )
 _RENDER = Route("obeys", "returns pruned features; send them to `/inference/v1/generate`")
 _REFUSED_WITH_FEATURES = (
