@@ -14,6 +14,7 @@ from promprune_vllm.core.budget import IMAGE, MAX_BUDGET_TOKENS, VIDEO, Budget, 
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy, Medium
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.metrics.catalog import FORMS
 
 # An image of 576 tokens, a video of 7 frames of 100 tokens each, and an image of 100 tokens.
 MEDIA = [Medium(IMAGE, 576), Medium(VIDEO, 700, frames=7), Medium(IMAGE, 100)]
@@ -66,6 +67,10 @@ def test_the_level_lowers_what_a_video_keeps_without_a_budget() -> None:
     media = [Medium(VIDEO, 700, Fraction(1, 4), frames=7)]
     assert policy.resolve_all(BudgetRequest(), media) == (175,)
     assert policy.resolve_all(BudgetRequest.parse({"per_frame": 50}), media) == (350,)
+
+
+def test_every_form_is_one_that_the_metrics_count() -> None:
+    assert {BudgetRequest.parse(value).form for value, _ in KEPT} == set(FORMS)
 
 
 REFUSED: list[tuple[object, list[str], str]] = [
