@@ -169,17 +169,36 @@ def test_a_budget_is_of_the_tokens_that_are_left_by_limits_on_pixels(
     assert (counted["seen"], counted["kept"]) == (tokens, KEPT)
 
 
-@pytest.mark.parametrize("budget", [None, "full", KEPT])
-def test_a_budget_beside_a_video_alone_changes_nothing(pair: Pair, budget: Any) -> None:
-    frames = (saved(upright(112, 84).rotate(90 * i), "JPEG").partition(",")[2] for i in range(4))
+def clip() -> dict[str, Any]:
+    """A question about a video of four pictures, which the model merges into two frames."""
+    pictures = (saved(upright(112, 84).rotate(90 * i), "JPEG").partition(",")[2] for i in range(4))
     request = body(return_token_ids=True)
-    video = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(frames)}"}}
+    video = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(pictures)}"}}
     request["messages"][0]["content"].insert(0, video)
-    whole = pair.ask(request)
-    response = post(pair.ours, f"{PREFIX}{CHAT}", {**request, "visual_token_budget": budget})
-    assert response.status_code == 200, response.text
-    assert response.json()["choices"] == whole.json()["choices"]
-    assert "visual_tokens" not in response.json()["usage"]
+    return request
+
+
+def test_a_video_that_keeps_its_tokens_is_answered_as_stock_answers(pair: Pair) -> None:
+    whole = pair.ask(clip())
+    full = post(pair.ours, f"{PREFIX}{CHAT}", {**clip(), "visual_token_budget": "full"})
+    assert full.status_code == 200, full.text
+    assert full.json()["choices"] == whole.json()["choices"]
+    for each in (whole, full):
+        used = each.json()["usage"]["visual_tokens"]
+        assert used["images"] == []
+        assert used["videos"] == [{"seen": used["seen"], "kept": used["seen"]}]
+
+
+def test_a_budget_is_of_the_video_or_of_each_of_its_frames(pair: Pair) -> None:
+    whole = pair.ask(clip()).json()["usage"]
+    seen = whole["visual_tokens"]["seen"]
+    for budget, kept in ((KEPT, KEPT), ({"per_frame": 3}, 6), ([{"per_frame": 1}], 2), ({"total": 5}, 5)):
+        response = post(pair.ours, f"{PREFIX}{CHAT}", {**clip(), "visual_token_budget": budget})
+        assert response.status_code == 200, response.text
+        assert response.headers["x-visual-tokens-kept"] == str(kept)
+        used = response.json()["usage"]
+        assert used["visual_tokens"]["videos"] == [{"seen": seen, "kept": kept}]
+        assert whole["prompt_tokens"] - used["prompt_tokens"] == seen - kept
 
 
 @pytest.mark.parametrize("orientation", TURNS)
