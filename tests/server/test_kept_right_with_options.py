@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
-from tests.server.conftest import MODEL, _serving, body, saved
+from tests.server.conftest import MODEL, _serving, body, grown, saved, series
 from tests.server.test_kept_right import TURNS, salt, told_by, turned, upright
 from tests.server.test_reply import messages_request
 
@@ -192,6 +192,7 @@ def test_a_video_that_keeps_its_tokens_is_answered_as_stock_answers(pair: Pair) 
 def test_a_budget_is_of_the_video_or_of_each_of_its_frames(pair: Pair) -> None:
     whole = pair.ask(clip()).json()["usage"]
     seen = whole["visual_tokens"]["seen"]
+    before = series(pair.ours)
     for budget, kept in ((KEPT, KEPT), ({"per_frame": 3}, 6), ([{"per_frame": 1}], 2), ({"total": 5}, 5)):
         response = post(pair.ours, f"{PREFIX}{CHAT}", {**clip(), "visual_token_budget": budget})
         assert response.status_code == 200, response.text
@@ -199,6 +200,10 @@ def test_a_budget_is_of_the_video_or_of_each_of_its_frames(pair: Pair) -> None:
         used = response.json()["usage"]
         assert used["visual_tokens"]["videos"] == [{"seen": seen, "kept": kept}]
         assert whole["prompt_tokens"] - used["prompt_tokens"] == seen - kept
+    counted = grown(series(pair.ours), before)
+    assert counted["promprune_visual_tokens_seen_total", "promprune", "video"] == 4 * seen
+    assert counted["promprune_visual_tokens_kept_total", "promprune", "video"] == KEPT + 6 + 2 + 5
+    assert counted["promprune_budgets_total", "per_frame"] == 1
 
 
 @pytest.mark.parametrize("orientation", TURNS)
