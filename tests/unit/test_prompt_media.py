@@ -11,8 +11,8 @@ import pytest
 from promprune_vllm.core.budget import IMAGE, VIDEO, BudgetRequest
 from promprune_vllm.core.policy import MediaPolicy
 from promprune_vllm.engine.api_server.all_media import AllMedia, order_in_prompt, order_of_ranges
-from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos, PromptVideos, VideoShape
-from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan
+from promprune_vllm.engine.api_server.prompt_videos import PromptVideos, VideoShape
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Plan, ProcessedVideos
 from tests.unit.test_named import Cache, Items
 
 TEXTS = {IMAGE: "<image>", VIDEO: "<start><video>"}

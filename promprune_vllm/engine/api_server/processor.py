@@ -31,11 +31,12 @@ from promprune_vllm.engine.api_server.all_media import (
 from promprune_vllm.engine.api_server.load_monitor import current_level
 from promprune_vllm.engine.api_server.named_images import PromptImages, PromptMedia
 from promprune_vllm.engine.api_server.planned_fields import PlannedFieldsMixin
-from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos, PromptVideos, VideoShape
+from promprune_vllm.engine.api_server.prompt_videos import PromptVideos, VideoShape
 from promprune_vllm.engine.api_server.pruning_plan import (
     MAX_TEXT_TOKENS,
     ImagePlan,
     Plan,
+    ProcessedVideos,
     Summary,
     identity,
 )

@@ -6,8 +6,7 @@ when vLLM asks for it. Its shape is remembered by its cache key, so this happens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from promprune_vllm.core.budget import VIDEO
@@ -28,19 +27,6 @@ class VideoShape(NamedTuple):
     frames: int
     total: int
     positions: int
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessedVideos:
-    """What the Hugging Face processor has made of some of a prompt's videos.
-
-    Args:
-        indices: Which videos.
-        output: Its output for them, in this order.
-    """
-
-    indices: tuple[int, ...]
-    output: Mapping[str, Any]
 
 
 class PromptVideos(PromptMedia):
