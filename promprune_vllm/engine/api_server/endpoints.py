@@ -63,6 +63,8 @@ from promprune_vllm.server.schemas import (
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+_VIDEO_URL = "data:video/"
+
 
 class Endpoints:
     """Implements vLLM's ``EndpointPlugin``."""
@@ -190,6 +192,10 @@ class EngineBackend:
         """Return which tokens of an image were kept, and why."""
         with refusing(None):
             self._require_pruning("inspect")
+            if body.image[: len(_VIDEO_URL)].lower() == _VIDEO_URL:
+                raise BudgetError(
+                    "The inspector shows images, not videos: send a frame as an image.", param="image"
+                )
             question = self._question(body)
         found = await self._inspector.run(body, question, request)
         if isinstance(found, Response):

@@ -25,8 +25,8 @@ from promprune_vllm.errors import BudgetError
 MAX_IMAGES = 32_768
 """Images remembered for one cache; each takes less than 500 bytes."""
 _SEND_ONCE = (
-    f"The server caches an image separately for each {FIELD} and {METHOD_FIELD}, and for each text if the method "
-    "uses the text. Send the image itself once, with its uuid and the same fields."
+    f"The server caches it separately for each {FIELD} and {METHOD_FIELD}, and for each text if the method uses "
+    "the text. Send the {} itself once, with its uuid and the same fields."
 )
 
 
@@ -176,13 +176,10 @@ class PromptMedia:
 
     def _unknown_image_error(self, index: int) -> BudgetError:
         if self._memory is None:
-            return _cache_miss_error(
-                index, "This server caches no images (--mm-processor-cache-gb 0): send the image itself."
-            )
-        uuid = shown(self._uuids[index])
-        return _cache_miss_error(
-            index, f"The server does not know enough about uuid {uuid} to apply {FIELD}. {_SEND_ONCE}"
-        )
+            why = f"This server caches no {self.kind}s (--mm-processor-cache-gb 0): send the {self.kind} itself."
+            return _cache_miss_error(self.kind, index, why)
+        why = f"The server does not know enough about uuid {shown(self._uuids[index])} to apply {FIELD}."
+        return _cache_miss_error(self.kind, index, f"{why} {_SEND_ONCE.format(self.kind)}")
 
     def final_plans(self, plans: Sequence[ImagePlan], lengths: Sequence[int]) -> tuple[ImagePlan, ...]:
         """Return the plans corrected by the lengths of the placeholders that vLLM made.
@@ -200,9 +197,10 @@ class PromptMedia:
         final = []
         for i, (plan, length) in enumerate(zip(plans, lengths, strict=True)):
             if length != plan.kept and self._may_lose_tokens[i]:
+                kind = plan.kind
                 raise BudgetError(
-                    f"uuid {shown(self._uuids[i])} was given to two images: the one in the cache has {length} "
-                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give every image a uuid of its own.",
+                    f"uuid {shown(self._uuids[i])} was given to two {kind}s: the one in the cache has {length} "
+                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give each {kind} a uuid of its own.",
                     reason="unsupported",
                 )
             final.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
@@ -259,12 +257,11 @@ def require_cached(plan: Plan, kind: str, keys: Sequence[str], cache: Any) -> No
         if not cache.is_cached([keys[i]])[0]:
             image = plan.media[kind][i]
             tokens = f"{image.kept} of its {image.total} tokens"
-            raise _cache_miss_error(
-                i, f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache. {_SEND_ONCE}"
-            )
+            why = f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache."
+            raise _cache_miss_error(kind, i, f"{why} {_SEND_ONCE.format(kind)}")
 
 
-def _cache_miss_error(index: int, why: str) -> BudgetError:
+def _cache_miss_error(kind: str, index: int, why: str) -> BudgetError:
     # The first sentence is vLLM's own message.
-    message = f"Cache miss for image at index {index} but data is not provided. {why}"
+    message = f"Cache miss for {kind} at index {index} but data is not provided. {why}"
     return BudgetError(message, reason="unsupported")

@@ -24,7 +24,7 @@ from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.errors import BudgetError
 
-_ARTICLES = {IMAGE: "an image", VIDEO: "a video"}
+ARTICLES = {IMAGE: "an image", VIDEO: "a video"}
 
 
 def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -> Any:
@@ -77,7 +77,7 @@ def _shorten(content: Any, plan: ImagePlan) -> Any:
     visual, made = _is_visual(content), _visual_tokens(content)
     if made != plan.total:
         raise BudgetError(
-            f"{FIELD} cannot be applied to {_ARTICLES[plan.kind]} that vLLM made {made} tokens of, and which was "
+            f"{FIELD} cannot be applied to {ARTICLES[plan.kind]} that vLLM made {made} tokens of, and which was "
             f"counted as {plan.total}: an option in mm_processor_kwargs changes it in a way that is not counted. "
             f"Leave the option out, or {FIELD}.",
             reason="unsupported",
