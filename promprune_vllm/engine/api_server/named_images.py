@@ -24,9 +24,9 @@ from promprune_vllm.errors import BudgetError
 
 MAX_IMAGES = 32_768
 """Images remembered for one cache; each takes less than 500 bytes."""
-_SEND_ONCE = (
-    f"The server caches an image separately for each {FIELD} and {METHOD_FIELD}, and for each text if the method "
-    "uses the text. Send the image itself once, with its uuid and the same fields."
+_APART = (
+    f"The server caches an image or a video separately for each {FIELD} and {METHOD_FIELD}, and for each text if "
+    "the method uses the text."
 )
 
 
@@ -176,13 +176,11 @@ class PromptMedia:
 
     def _unknown_image_error(self, index: int) -> BudgetError:
         if self._memory is None:
-            return _cache_miss_error(
-                index, "This server caches no images (--mm-processor-cache-gb 0): send the image itself."
-            )
+            why = f"This server caches no {self.kind}s (--mm-processor-cache-gb 0): send the {self.kind} itself."
+            return _cache_miss_error(self.kind, index, why)
         uuid = shown(self._uuids[index])
-        return _cache_miss_error(
-            index, f"The server does not know enough about uuid {uuid} to apply {FIELD}. {_SEND_ONCE}"
-        )
+        why = f"The server does not know enough about uuid {uuid} to apply {FIELD}. {_send_once(self.kind)}"
+        return _cache_miss_error(self.kind, index, why)
 
     def final_plans(self, plans: Sequence[ImagePlan], lengths: Sequence[int]) -> tuple[ImagePlan, ...]:
         """Return the plans corrected by the lengths of the placeholders that vLLM made.
@@ -201,8 +199,8 @@ class PromptMedia:
         for i, (plan, length) in enumerate(zip(plans, lengths, strict=True)):
             if length != plan.kept and self._may_lose_tokens[i]:
                 raise BudgetError(
-                    f"uuid {shown(self._uuids[i])} was given to two images: the one in the cache has {length} "
-                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give every image a uuid of its own.",
+                    f"uuid {shown(self._uuids[i])} was given to two {self.kind}s: the cached one has {length} "
+                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give each a uuid of its own.",
                     reason="unsupported",
                 )
             final.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
@@ -259,12 +257,15 @@ def require_cached(plan: Plan, kind: str, keys: Sequence[str], cache: Any) -> No
         if not cache.is_cached([keys[i]])[0]:
             image = plan.media[kind][i]
             tokens = f"{image.kept} of its {image.total} tokens"
-            raise _cache_miss_error(
-                i, f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache. {_SEND_ONCE}"
-            )
+            why = f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache."
+            raise _cache_miss_error(kind, i, f"{why} {_send_once(kind)}")
 
 
-def _cache_miss_error(index: int, why: str) -> BudgetError:
+def _send_once(kind: str) -> str:
+    return f"{_APART} Send the {kind} itself once, with its uuid and the same fields."
+
+
+def _cache_miss_error(kind: str, index: int, why: str) -> BudgetError:
     # The first sentence is vLLM's own message.
-    message = f"Cache miss for image at index {index} but data is not provided. {why}"
+    message = f"Cache miss for {kind} at index {index} but data is not provided. {why}"
     return BudgetError(message, reason="unsupported")
