@@ -66,7 +66,8 @@ class PlannedFieldsMixin(ProcessorBase):
     def _apply_hf_processor_main(self, mm_items: Any, *args: Any, **named: Any) -> Any:
         (hf_kwargs,) = (*args, *named.values())  # vLLM 0.31 renamed this parameter
         plan, kwargs = split_plan(hf_kwargs)
-        if plan.processed is None:
+        # Without a cache, vLLM asks for all videos: also for those that keep all their tokens.
+        if plan.processed is None or len(plan.processed.indices) != len(mm_items[VIDEO]):
             output = super()._apply_hf_processor_main(mm_items, kwargs)
         else:
             rest = MultiModalDataItems({kind: items for kind, items in mm_items.items() if kind != VIDEO})
