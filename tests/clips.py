@@ -50,7 +50,7 @@ class Clip:
         }
 
     def mp4(self) -> bytes:
-        """A file with ``FPS`` frames per second, whose encoder loses a little; of a single frame, vLLM reads none."""
+        """A file with ``FPS`` frames per second, whose encoder loses a little. vLLM reads none of one frame."""
         import cv2
 
         with tempfile.TemporaryDirectory() as folder:

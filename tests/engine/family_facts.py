@@ -147,6 +147,8 @@ FAMILIES = tuple(FACTS) if runner.is_v2() or versions.before("0.32") else _V1
 KINDS = tuple(family for family in FAMILIES if not FACTS[family].variant)
 """Those with code of their own. What variants share with them is tested with them."""
 VARIANTS = tuple(family for family, facts in FACTS.items() if facts.variant)
+VIDEO_LAYOUTS = tuple(f for f in FAMILIES if f in ("qwen2_5_vl", "qwen3_vl", "glm4v", "internvl_chat"))
+"""One of each way to put a video in a prompt: one run, a run per frame with M-RoPE, a run per frame without."""
 OWN_TESTS = ("llava",)  # test_llava.py, with the demo model
 TILED = tuple(family for family, facts in FACTS.items() if facts.tiled)
 UNLOADABLE = tuple(family for family, facts in FACTS.items() if not facts.loadable)

@@ -1,4 +1,4 @@
-"""What must be true in every family of an image that a request names by its uuid and does not send."""
+"""What must be true in every family of an image or a video that a request names by its uuid and does not send."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from typing import Any
 import pytest
 
 from promprune_vllm.core.budget import Budget
-from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy
 from promprune_vllm.engine.keys import SUMMARY
 from tests.engine.conftest import Engine
 
 Make = Callable[[], dict[str, Any]]
-VLLM_SAYS = "Cache miss for image at index 0 but data is not provided."
+VLLM_SAYS = "Cache miss for {} at index 0 but data is not provided."
 BUDGETS = (None, "full", 5000, 7, "25%", 0.5, [9], {"total": 11}, "auto")
 
 
 def sent(make: Make, budget: object = None, uuids: tuple[str, ...] = ("U",), **options: object) -> dict[str, Any]:
-    """A prompt with images, which it gives names."""
+    """A prompt with images or with videos, which it gives names."""
     asked = {} if budget is None else {"visual_token_budget": budget}
-    return {**make(), "multi_modal_uuids": {"image": list(uuids)}, "mm_processor_kwargs": {**asked, **options}}
+    prompt = make()
+    (kind,) = prompt["multi_modal_data"]
+    return {**prompt, "multi_modal_uuids": {kind: list(uuids)}, "mm_processor_kwargs": {**asked, **options}}
 
 
 def named(prompt: dict[str, Any], *places: int) -> dict[str, Any]:
-    """The same prompt, which only names the images at these places; all of them without any."""
-    images = prompt["multi_modal_data"]["image"]
+    """The same prompt, which only names the images or videos at these places; all of them without any."""
+    ((kind, images),) = prompt["multi_modal_data"].items()
     images = images if isinstance(images, list) else [images]
     left = [None if not places or i in places else image for i, image in enumerate(images)]
-    return {**prompt, "multi_modal_data": {"image": left}}
+    return {**prompt, "multi_modal_data": {kind: left}}
 
 
 def answer(engine: Engine, prompt: dict[str, Any]) -> Any:
@@ -56,10 +58,10 @@ def processed(engine: Engine, prompt: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serving(engine: Engine, policy: BudgetPolicy, level: Fraction | None = None) -> Iterator[None]:
-    """As a server with such a policy; with a level, one that adapts to the load."""
+    """As a server with such a policy for images and for videos; with a level, one that adapts to the load."""
     processor = engine.llm.llm_engine.renderer.get_mm_processor()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processor, "_policy", policy)
+        patch.setattr(processor, "_policy", MediaPolicy(policy, policy))
         if level is not None:
             patch.setattr(processor, "current_level", lambda: level)
         yield
@@ -86,7 +88,7 @@ def check_the_servers_own_default_is_applied(engine: Engine, make: Make) -> None
                 again = answer(engine, prompt)
                 assert answer(engine, named(prompt)) == again
     everything = sent(make)
-    assert VLLM_SAYS in refusal(engine, named(everything))  # what is cached has lost tokens
+    assert "Cache miss for" in refusal(engine, named(everything))  # what is cached has lost tokens
 
 
 def check_a_level_is_the_one_it_was_sent_with(engine: Engine, make: Make) -> None:
@@ -105,17 +107,18 @@ def check_another_image_is_never_served(engine: Engine, make: Make, other: Make)
     """What is not in the cache as it is asked for gets one sentence, and the engine goes on."""
     engine.forget()
     prompt = sent(make, 7)
-    assert refusal(engine, named(sent(make, uuids=("new",)))) == VLLM_SAYS  # as vLLM alone
+    (kind,) = prompt["multi_modal_data"]
+    assert refusal(engine, named(sent(make, uuids=("new",)))) == VLLM_SAYS.format(kind)  # as vLLM alone
     for budget in (7, "25%", {"total": 9}, [5]):
         said = refusal(engine, named(sent(make, budget, uuids=("new",))))
         assert "does not know enough about uuid 'new'" in said
-        assert "Send the image itself once" in said
+        assert f"Send the {kind} itself once" in said
     first = answer(engine, prompt)
     for budget in (None, "full", 8, "25%", {"total": 9}):
         said = refusal(engine, named(sent(make, budget)))
-        assert VLLM_SAYS in said
+        assert VLLM_SAYS.format(kind) in said
         assert "uuid 'U' is not or no longer in the cache" in said
-        assert "Send the image itself once" in said
+        assert f"Send the {kind} itself once" in said
     engine.llm.reset_mm_cache()
     assert "With 7 of its" in refusal(engine, named(prompt))
     assert answer(engine, prompt)[1] == first[1]

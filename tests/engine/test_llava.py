@@ -396,6 +396,6 @@ def test_image_embeds_pass_through_and_refuse_a_budget(engine: Engine) -> None:
     plans = processor._plan(inputs, media, PruningRequest(), Plan(), prunes=True)["image"]
     (plan,) = media["image"].final_plans(plans, [10])
     assert (plan.total, plan.kept) == (10, 10)
+    asked = PruningRequest(BudgetRequest.parse(4), sent=True)
     with pytest.raises(BudgetError, match="image_embeds"):
-        asked = PruningRequest(BudgetRequest.parse(4), sent=True)
         processor._plan(inputs, media, asked, Plan(), prunes=True)

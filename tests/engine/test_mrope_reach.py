@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import rotary_embedding as layers
 
 from promprune_vllm.core.budget import Budget, BudgetRequest
-from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.demo.processing import IMAGE_ID
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
@@ -140,7 +140,7 @@ def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(
     full[5], full[-1] = "full", 0.5
     for budget, behind in ((0.008, 1080), ({"total": 2 * len(images)}, 1080), (full, 960)):
         assert served(engine, images, budget, behind=behind) > 2 * LENGTH
-    monkeypatch.setattr(engine.processor, "_policy", BudgetPolicy(Budget(tokens=1)))
+    monkeypatch.setattr(engine.processor, "_policy", MediaPolicy(BudgetPolicy(Budget(tokens=1))))
     assert served(engine, images, None, behind=1080) > 2 * LENGTH
 
 

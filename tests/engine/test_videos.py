@@ -1,4 +1,4 @@
-"""Videos with a budget: exact counts, the rows and positions that the language model gets, and caches.
+"""Videos with a budget: the rows and positions that the language model gets, in steps of any size.
 
 What the language model gets of a pruned prompt must be some of what it gets of the whole one, row by row, bit for
 bit, with the positions that the rows have there.
@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from promprune_vllm import Need
 from promprune_vllm.core.frames import split_over_frames
-from promprune_vllm.engine.keys import SUMMARY
+from promprune_vllm.engine.worker import pruned_model
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from tests.clips import Clip
-from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine
-from tests.engine.test_families import each_kind, engine  # noqa: F401  a fixture
+from tests.engine.family_engine import EVERYTHING, FAMILY_ENGINES, FamilyEngine
+from tests.engine.storing import evict, storing
+from tests.engine.test_families import ROUNDING, difference, each_kind, engine  # noqa: F401  a fixture
+from tests.engine.videos import Given, counted, each_layout, given, place, rendered, where
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -28,57 +33,208 @@ def takes_videos(engine: FamilyEngine) -> None:  # noqa: F811
     engine.forget()
 
 
-def counted(engine: FamilyEngine, request: Any) -> list[tuple[str, int, int]]:  # noqa: F811
-    """Kind, tokens before and tokens after of each image and video, as the processor tells them."""
-    renderer = engine.llm.llm_engine.input_processor.renderer
-    (prompt,) = renderer.render_cmpl([request])
-    return [(image.kind, image.total, image.kept) for image in prompt[SUMMARY].images]
-
-
-def fed(engine: FamilyEngine, request: Any) -> tuple[list[int], torch.Tensor, torch.Tensor]:  # noqa: F811
-    """The tokens of a prompt, and the rows ``(L, W)`` and positions ``(P, L)`` that the language model gets."""
-    engine.forget()
-    with engine.fed() as given:
-        (output,) = engine.generate([request], tokens=1)
-    tokens = list(output.prompt_token_ids)
-    rows = torch.cat(given.embeds)[: len(tokens)]
-    if given.deepstack:
-        levels = torch.cat(given.deepstack, dim=1)[:, : len(tokens)]
-        rows = torch.cat([rows, *levels], dim=1)
-    return tokens, rows, torch.cat(given.positions, dim=-1)[..., : len(tokens)].reshape(-1, len(tokens))
-
-
-def where(rows: torch.Tensor, positions: torch.Tensor, whole: torch.Tensor, among: torch.Tensor) -> list[int]:
-    """Where pruned rows are among those of the whole prompt, each behind the one before and with its position."""
-    found, at = [], 0
-    for row, position in zip(rows, positions.T, strict=True):
-        while not (torch.equal(whole[at], row) and torch.equal(among[:, at], position)):
-            at += 1
-        found.append(at)
-        at += 1
-    return found
+def check_it_is_part_of(whole: Given, engine: FamilyEngine, request: dict[str, Any]) -> Given:  # noqa: F811
+    """A pruned prompt has some of the whole one's rows and positions, and lacks only as many as are pruned."""
+    some = given(engine, request)
+    dropped = sum(total - kept for _, total, kept in counted(engine, request))
+    assert len(some.tokens) == len(whole.tokens) - dropped
+    assert [whole.tokens[i] for i in where(some, whole, mrope=engine.mrope)] == some.tokens
+    return some
 
 
 @each_kind
-@pytest.mark.parametrize(
-    ("frames", "shape"), [(2, "landscape"), (7, "landscape"), (7, "portrait"), (40, "portrait")]
-)
+@pytest.mark.parametrize("shape", ["landscape", "portrait"])
 def test_the_model_gets_exactly_k_of_the_rows_each_at_its_place(
     engine: FamilyEngine,  # noqa: F811
-    frames: int,
     shape: str,
 ) -> None:
-    media = ("tiny", Clip(frames, shape), "portrait")
-    whole = engine.ask(*media)
+    media = ("tiny", Clip(7, shape), "portrait")
+    whole = given(engine, engine.ask(*media))
     _, (_, total, _), _ = counted(engine, engine.ask(*media, budget=["full", "99%", "full"]))
-    tokens, rows, positions = fed(engine, whole)
-    if not engine.mrope:
-        positions = torch.zeros_like(positions)
-    for kept in {1, max(1, total // 5), total - 1}:
+    for kept in (1, total // 5, total - 1):
         request = engine.ask(*media, budget=["full", kept, "full"])
         assert counted(engine, request)[1] == ("video", total, kept)
-        fewer, some_rows, some_positions = fed(engine, request)
-        assert len(fewer) == len(tokens) - total + kept
-        if not engine.mrope:
-            some_positions = torch.zeros_like(some_positions)
-        assert [tokens[i] for i in where(some_rows, some_positions, rows, positions)] == fewer
+        check_it_is_part_of(whole, engine, request)
+
+
+@each_layout
+@pytest.mark.parametrize("frames", [2, 40])
+def test_short_and_long_clips_beside_a_pruned_image(engine: FamilyEngine, frames: int) -> None:  # noqa: F811
+    media = ("portrait", Clip(frames, "portrait"))
+    whole = given(engine, engine.ask(*media))
+    for budget in ([9, 11], ["full", {"per_frame": 2}], [1, "full"], {"total": 50}):
+        check_it_is_part_of(whole, engine, engine.ask(*media, budget=budget))
+
+
+@each_layout
+def test_two_clips_around_an_image(engine: FamilyEngine) -> None:  # noqa: F811
+    limit = engine.processor.info.get_supported_mm_limits()["video"]
+    media = (Clip(2, "portrait"), "tiny", Clip(7)) if limit != 1 else ("tiny", Clip(7))
+    whole = given(engine, engine.ask(*media))
+    for budget in ([5, 3, 9][-len(media) :], 7, ["full", 3, 9][-len(media) :], [4, "full", "full"][-len(media) :]):
+        check_it_is_part_of(whole, engine, engine.ask(*media, budget=budget))
+
+
+@each_layout
+@pytest.mark.parametrize("fps", [0.7, 3.3])
+def test_the_seconds_between_frames_count(engine: FamilyEngine, fps: float) -> None:  # noqa: F811
+    """Positions in time follow them in Qwen2-VL and Qwen2.5-VL, and text between frames elsewhere."""
+    clip = Clip(9)
+    pixels, told = clip.item
+    requests = [engine.ask(clip, budget=budget) for budget in ("full", 17)]
+    for request in requests:
+        request["multi_modal_data"] = {"video": [(pixels, {**told, "fps": fps, "duration": clip.frames / fps})]}
+    check_it_is_part_of(given(engine, requests[0]), engine, requests[1])
+
+
+@each_layout
+@pytest.mark.parametrize("chunk", [16, 31, 48])
+def test_a_step_may_end_inside_a_clip(
+    engine: FamilyEngine,  # noqa: F811
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = engine.ask("portrait", Clip(40), budget=[20, 90], before="Some text. ")
+    at_once = given(engine, request)
+    monkeypatch.setattr(engine.core.scheduler, "max_num_scheduled_tokens", chunk)
+    assert given(engine, request) == at_once
+
+
+@each_layout
+@pytest.mark.parametrize("lost", [False, True], ids=["rows kept", "rows lost"])
+def test_a_prefix_hit_may_end_inside_a_clip(engine: FamilyEngine, lost: bool) -> None:  # noqa: F811
+    def ask(pad: int, text: str) -> dict[str, Any]:
+        return engine.ask(Clip(40), budget=90, before="x" * pad, text=text)
+
+    def hit(pad: int) -> int:
+        first, second = (rendered(engine, ask(pad, text))["prompt_token_ids"] for text in ("What?", "Other?"))
+        common = next(i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+        return common // engine.block * engine.block
+
+    pad = next(n for n in range(engine.block) if hit(n) < place(rendered(engine, ask(n, "What?")))[1])
+    start, end = place(rendered(engine, ask(pad, "Other?")))
+    cold = given(engine, ask(pad, "Other?"))
+    engine.forget()
+    given(engine, ask(pad, "What?"))
+    if lost:
+        engine.core.reset_encoder_cache()
+    again = given(engine, ask(pad, "Other?"), hot=True)
+    assert start < again.cached == hit(pad) < end
+    assert again == cold
+    assert (again.tower_calls > 0) == lost
+
+
+@pytest.mark.parametrize("engine", ["qwen2_5_vl"], indirect=True)
+def test_requests_with_clips_that_are_preempted_answer_as_alone(
+    engine: FamilyEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three begin with 21 blocks each, which is all there are, and soon need one more."""
+
+    def ask(number: int) -> dict[str, Any]:
+        request = engine.ask(Clip(40), budget=250 + number, text=f"{number}?")
+        missing = 21 * engine.block - 2 - len(rendered(engine, request)["prompt_token_ids"])
+        return {**request, "prompt": request["prompt"] + "x" * missing}
+
+    asks = [ask(number) for number in range(3)]
+    assert {len(rendered(engine, each)["prompt_token_ids"]) for each in asks} == {21 * engine.block - 2}
+    preempted = []
+    original = engine.core.scheduler._preempt_request
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        original(request, *args, **kwargs)
+
+    monkeypatch.setattr(engine.core.scheduler, "_preempt_request", preempt)
+    engine.forget()
+    alone = [engine.generate([each])[0].outputs[0].token_ids for each in asks]
+    assert not preempted
+    engine.forget()
+    together = engine.generate(asks)
+    assert preempted
+    assert [output.outputs[0].token_ids for output in together] == alone
+
+
+@each_layout
+def test_mixed_batches_equal_one_by_one_and_a_failed_clip_ends_alone(
+    engine: FamilyEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asks = [
+        engine.ask(Clip(7), text="a?"),
+        engine.ask("landscape", budget=9, text="b?"),
+        engine.ask("tiny", Clip(7, "portrait"), budget=[5, 20], text="c?"),
+        engine.ask("portrait", text="d?"),
+        engine.ask(Clip(2), budget=4, text="e?"),
+    ]
+    alone = [engine.generate([ask])[0] for ask in asks]
+    engine.forget()
+    for one, batched in zip(alone, engine.generate(asks), strict=True):
+        assert one.outputs[0].token_ids == batched.outputs[0].token_ids
+        assert difference(one, batched) < ROUNDING
+
+    original = pruned_model.select_tokens
+
+    def select(image: EncodedImage, keep: int, method: Any) -> Any:
+        if image.is_video and keep == 20:
+            raise RuntimeError("no luck")
+        return original(image, keep, method)
+
+    engine.forget()
+    monkeypatch.setattr(pruned_model, "select_tokens", select)
+    ends = [output.outputs[0].finish_reason for output in engine.generate(asks)]
+    assert ends == ["length", "length", "error", "length", "length"]
+
+
+@each_layout
+def test_another_budget_does_not_encode_a_stored_clip_again(engine: FamilyEngine) -> None:  # noqa: F811
+    asks = [engine.ask("tiny", Clip(7), budget=budget) for budget in (20, 33, {"per_frame": 2}, None)]
+    expected = [given(engine, request) for request in asks]
+    with storing(engine) as store:
+        for i, request in enumerate([*asks, asks[0]]):
+            evict(engine)
+            again = given(engine, request, hot=True)
+            assert again == expected[i % len(asks)]
+            assert again.tower_calls == (0 if i else expected[0].tower_calls)
+        assert len(store) == 2
+
+
+@torch.inference_mode()
+def encoded(engine: FamilyEngine, clip: Clip) -> EncodedImage:  # noqa: F811
+    """A clip with everything a method may look at, without what the processor says of a budget."""
+    engine.forget()
+    (item,) = rendered(engine, engine.ask(clip))["mm_kwargs"]["video"]
+    values = {name: value for name, value in item.get_data().items() if not name.startswith("visual_token")}
+    inputs = {
+        name: value if name.startswith("pixel") else torch.as_tensor(value)[None] for name, value in values.items()
+    }
+    (video,) = engine.model.capture(inputs, slice(0, 1), EVERYTHING)
+    return video
+
+
+@pytest.mark.parametrize("engine", ["qwen2_5_vl", "internvl_chat"], indirect=True)
+@pytest.mark.parametrize("frames", [7, 2, 1], ids="{} frames".format)
+def test_every_method_selects_of_each_frame_as_of_an_image(engine: FamilyEngine, frames: int) -> None:  # noqa: F811
+    """Two frames are one to Qwen's tower, and then as an image. Of methods that read the text, only the count."""
+    if frames == 1 and engine.mrope:
+        pytest.skip("the family takes no clip of one frame")
+    clip = Clip(frames)
+    video = encoded(engine, clip)
+    frame_of = [EncodedImage.whole(video.rows[group.positions], group.features) for group in video.groups]
+    budget = 2 * len(frame_of) + 1
+    counts = split_over_frames(budget, len(frame_of), len(frame_of[0].rows))
+    for method in engine.model._methods:
+        request = engine.ask(clip, budget=budget)
+        request["mm_processor_kwargs"]["visual_token_method"] = method.name
+        (found,) = rendered(engine, request)["mm_placeholders"]["video"]
+        assert found.get_num_embeds() == budget
+        some = given(engine, request)
+        visual = torch.ones(found.length, dtype=torch.bool) if found.is_embed is None else found.is_embed
+        rows = some.rows[found.offset : found.offset + found.length][visual]
+        if not method.needs & Need.TEXT:
+            with torch.inference_mode():
+                expected = [
+                    select_tokens(frame, count, method).rows(engine.model.project)[0]
+                    for frame, count in zip(frame_of, counts, strict=True)
+                ]
+            assert torch.equal(rows, torch.cat(expected)), method.name

@@ -7,14 +7,46 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
 
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+
 from promprune_vllm.core.budget import FIELD, IMAGE, BudgetRequest
-from promprune_vllm.core.policy import MediaPolicy
-from promprune_vllm.engine.api_server.named_images import SHARED, EncodedMedia, PromptMedia
+from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy
+from promprune_vllm.engine.api_server.named_images import SHARED, PromptMedia, Wish
 from promprune_vllm.errors import BudgetError
 
 Place = tuple[str, int]
 """``IMAGE`` or ``VIDEO``, and the index among those of this kind."""
 T = TypeVar("T")
+
+
+class EncodedMedia(PromptMedia):
+    """Images or videos that were sent as embeddings, which keep all their tokens."""
+
+    @property
+    def sizes(self) -> list[None]:
+        """Unknown."""
+        return [None] * self.get_count()
+
+    @property
+    def named_uuids(self) -> dict[int, object]:
+        """None is."""
+        return {}
+
+    def decide_levels(
+        self,
+        wishes: Sequence[Wish],
+        policy: BudgetPolicy,  # noqa: ARG002
+        now: Fraction,
+        *,
+        adapts: bool,  # noqa: ARG002
+    ) -> list[Fraction]:
+        """Return what says nothing about them."""
+        return [now] * len(wishes)
+
+
+def is_encoded(items: Any) -> bool:
+    """Return whether images or videos were sent as embeddings."""
+    return isinstance(items, (EmbeddingItems, DictEmbeddingItems))
 
 
 class Counted(NamedTuple):

@@ -16,8 +16,6 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
-
 from promprune_vllm.core.budget import FIELD, IMAGE, METHOD_FIELD, Budget, shown
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server import image_complexity
@@ -220,36 +218,6 @@ class PromptMedia:
                 if level is None and remembered:
                     level = remembered.level
                 self._memory.store(key, RememberedImage(remembered.size if remembered and hit else size, level))
-
-
-class EncodedMedia(PromptMedia):
-    """Images or videos that were sent as embeddings, which keep all their tokens."""
-
-    @property
-    def sizes(self) -> list[None]:
-        """Unknown."""
-        return [None] * self.get_count()
-
-    @property
-    def named_uuids(self) -> dict[int, object]:
-        """None is."""
-        return {}
-
-    def decide_levels(
-        self,
-        wishes: Sequence[Wish],
-        policy: BudgetPolicy,  # noqa: ARG002
-        now: Fraction,
-        *,
-        adapts: bool,  # noqa: ARG002
-    ) -> list[Fraction]:
-        """Return what says nothing about them."""
-        return [now] * len(wishes)
-
-
-def is_encoded(items: Any) -> bool:
-    """Return whether images or videos were sent as embeddings."""
-    return isinstance(items, (EmbeddingItems, DictEmbeddingItems))
 
 
 class PromptImages(PromptMedia):

@@ -10,64 +10,59 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.inputs import MultiModalKwargsItems
 
 from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO, BudgetRequest
 from promprune_vllm.core.features import OF_TOWER, Need
 from promprune_vllm.core.policy import Medium
 from promprune_vllm.engine import patches
 from promprune_vllm.engine.api_server import placeholders
-from promprune_vllm.engine.api_server.all_media import AllMedia, Counted, Place, order_in_prompt, order_of_ranges
-from promprune_vllm.engine.api_server.allowed_methods import AllowedMethods
-from promprune_vllm.engine.api_server.load_monitor import current_level
-from promprune_vllm.engine.api_server.named_images import (
+from promprune_vllm.engine.api_server.all_media import (
+    AllMedia,
+    Counted,
     EncodedMedia,
-    PromptImages,
-    PromptMedia,
+    Place,
     is_encoded,
-    require_cached,
+    order_in_prompt,
+    order_of_ranges,
 )
-from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos, PromptVideos, VideoShape
+from promprune_vllm.engine.api_server.load_monitor import current_level
+from promprune_vllm.engine.api_server.named_images import PromptImages, PromptMedia
+from promprune_vllm.engine.api_server.planned_fields import PlannedFieldsMixin
+from promprune_vllm.engine.api_server.prompt_videos import PromptVideos, VideoShape
 from promprune_vllm.engine.api_server.pruning_plan import (
     MAX_TEXT_TOKENS,
     ImagePlan,
     Plan,
+    ProcessedVideos,
     Summary,
     identity,
-    split_plan,
 )
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.retry_plan import plan_retry
 from promprune_vllm.engine.compat import feature_cache, older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
-from promprune_vllm.engine.families.contract import ProcessorBase
-from promprune_vllm.engine.keys import COUNTS, IDENTITY, PLAN, PROFILE, SUMMARY, TEXT_TOKENS, field_of
+from promprune_vllm.engine.keys import PLAN, PROFILE, SUMMARY
 from promprune_vllm.errors import BudgetError
 
 _PROFILING = object()
 """Value of the option ``PROFILE``: an object, which no client can send."""
-_KEY_PREFIX = "promprune-"
 
 seams.require(parts.PROCESSOR)
 patches.install(Stage.PROCESSOR)
 
 
-class PrunedProcessorMixin(ProcessorBase):
+class PrunedProcessorMixin(PlannedFieldsMixin):
     """Goes before vLLM's processor class in a family's bases; the family implements ``ProcessorFamily``."""
 
-    kinds: ClassVar[Sequence[str]] = (IMAGE,)
     supplies = Need.PROJECTED | OF_TOWER
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
         super().__init__(info, dummy_inputs, **options)
         model_config = self.info.ctx.model_config
-        self._methods = AllowedMethods.of(model_config)
         self._methods.require_supplied(self.supplies | Need.TEXT, model_config.architecture)
         self._settings = self._methods.settings
         self._policy = self._settings.media_policy()
@@ -108,7 +103,7 @@ class PrunedProcessorMixin(ProcessorBase):
         items = {kind: inputs.mm_data_items.get(kind) for kind in self.kinds}
         kinds = [kind for kind, each in items.items() if each is not None and not is_encoded(each)]
         if VIDEO in kinds or (stores and kinds):
-            plan.hashes = super()._get_mm_hashes(inputs)
+            plan.hashes = self._get_mm_hashes(inputs)
         if stores:
             plan.identities = {kind: [identity(key) for key in plan.hashes[kind]] for kind in kinds}
         return plan
@@ -160,16 +155,29 @@ class PrunedProcessorMixin(ProcessorBase):
             every.refuse_encoded()
         adapts = self._settings.adapt_to_content
         levels = every.decide_levels(budget, self._policy, self.current_level(), adapts=adapts) if prunes else []
-        if prunes:
-            self._process_videos(inputs, media.get(VIDEO), plan)
-        kwargs = inputs.hf_processor_mm_kwargs
-        totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
-        counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
         text = self._text(inputs, request) if Need.TEXT in self._methods.selectors[method].needs else ()
-        return every.by_kind(
-            ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
-            for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)
-        )
+
+        def plans() -> dict[str, tuple[ImagePlan, ...]]:
+            kwargs = inputs.hf_processor_mm_kwargs
+            totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
+            counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
+            for kind, total, kept in zip(every.kinds, totals, counts, strict=True):
+                if kept < total:
+                    self._methods.check_kind(method, kind, videos_are_runs=self.videos_are_runs)
+            return every.by_kind(
+                ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
+                for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)
+            )
+
+        videos = media.get(VIDEO)
+        if not prunes or not isinstance(videos, PromptVideos):
+            return plans()
+        self._process_videos(inputs, videos, videos.to_process, plan)
+        planned = plans()
+        keys = map(self._cache_key, plan.hashes[VIDEO], planned[VIDEO])
+        changed = videos.unsure([*keys], planned[VIDEO], older_minors.processor_cache(self, inputs))
+        self._process_videos(inputs, videos, changed, plan)
+        return plans() if changed else planned
 
     def _order(self, inputs: Any, media: Mapping[str, PromptMedia], budget: BudgetRequest) -> list[Place]:
         """Return the images and videos in order of appearance."""
@@ -185,19 +193,18 @@ class PrunedProcessorMixin(ProcessorBase):
             )
         return order or [(kind, i) for kind, count in counts.items() for i in range(count)]
 
-    def _process_videos(self, inputs: Any, videos: Any, plan: Plan) -> None:
-        """Process the videos that may lose tokens of an unknown number; see ``prompt_videos``."""
-        indices = videos.to_process if isinstance(videos, PromptVideos) else []
+    def _process_videos(self, inputs: Any, videos: PromptVideos, indices: Sequence[int], plan: Plan) -> None:
+        """Process some of the videos, to learn their shapes; see ``prompt_videos``."""
         if not indices:
             return
         have = {kind: [True] * items.get_count() for kind, items in inputs.mm_data_items.items()}
         have[VIDEO] = [i not in indices for i in range(len(have[VIDEO]))]
-        kwargs = super()._get_cache_missing_processor_kwargs(inputs, have)
+        kwargs = self._get_cache_missing_processor_kwargs(inputs, have)
         data = {VIDEO: [inputs.mm_data_items[VIDEO][i] for i in indices]}
         items = self.info.parse_mm_data(data, validate=False)
-        output = super()._apply_hf_processor_main(items, kwargs)
-        made = MultiModalKwargsItems.from_hf_inputs(output, super()._get_mm_fields_config(output, kwargs))
-        updates = [each for each in super()._get_prompt_updates(items, kwargs, made) if each.modality == VIDEO]
+        output = self._apply_hf_processor_main(items, kwargs)
+        made = MultiModalKwargsItems.from_hf_inputs(output, self._get_mm_fields_config(output, kwargs))
+        updates = [each for each in self._get_prompt_updates(items, kwargs, made) if each.modality == VIDEO]
         for n, i in enumerate(indices):
             videos.learn(i, self.video_shape(made[VIDEO][n], placeholders.visual_tokens(updates[0], n)))
         plan.processed = ProcessedVideos(tuple(indices), output)
@@ -266,78 +273,3 @@ class PrunedProcessorMixin(ProcessorBase):
         """Return the options of the server and of a request that apply to images, as transformers reads them."""
         merged: dict[str, Any] = self.info.ctx.get_merged_mm_kwargs(kwargs)
         return {**merged, **(merged.get("images_kwargs") or {})}
-
-    def _get_mm_hashes(self, inputs: Any) -> Any:
-        plan, kwargs = split_plan(inputs.hf_processor_mm_kwargs)
-        hashes = dict(plan.hashes) or super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
-        for kind in set(plan.media).intersection(hashes):
-            pairs = zip(hashes[kind], plan.media[kind], strict=True)
-            keys = hashes[kind] = [self._cache_key(key, image) for key, image in pairs]
-            require_cached(plan, kind, keys, older_minors.processor_cache(self, inputs))
-        return hashes
-
-    def _cache_key(self, key: str, image: ImagePlan) -> str:
-        """Return an image's key in every cache: vLLM's own key unless tokens are dropped."""
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        if image.kept == image.total:
-            # A client's uuid may be any string; one that looks like a pruned image's key is hashed.
-            is_imitation = key.startswith(_KEY_PREFIX)
-            return MultiModalHasher.hash_kwargs(algorithm, key=key) if is_imitation else key
-        # The total is part of the key, so that two images with the same uuid are not confused.
-        counts = {"seen": image.total, "kept": image.kept}
-        selection = {"setting": self._methods.digests[image.method], "text": list(image.text), **counts}
-        return f"{_KEY_PREFIX}{MultiModalHasher.hash_kwargs(algorithm, key=key, **selection)}"
-
-    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:
-        plan, kwargs = split_plan(inputs.hf_processor_mm_kwargs)
-        rest = super()._get_cache_missing_processor_kwargs(
-            replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
-        )
-        plan.cached = {kind: tuple(mm_is_cached[kind]) for kind in plan.media}
-        missing = {kind: [i for i, hit in enumerate(hits) if not hit] for kind, hits in plan.cached.items()}
-        return {**rest, PLAN: plan.take(missing)}
-
-    def _apply_hf_processor_main(self, mm_items: Any, *args: Any, **named: Any) -> Any:
-        (hf_kwargs,) = (*args, *named.values())  # vLLM 0.31 renamed this parameter
-        plan, kwargs = split_plan(hf_kwargs)
-        if plan.processed is None:
-            output = super()._apply_hf_processor_main(mm_items, kwargs)
-        else:
-            rest = MultiModalDataItems({kind: items for kind, items in mm_items.items() if kind != VIDEO})
-            output = super()._apply_hf_processor_main(rest, kwargs)
-            output.update(plan.processed.output)
-        for kind, images in plan.media.items():
-            if images:
-                counts = [[image.total, image.kept, image.method] for image in images]
-                output[field_of(kind, COUNTS)] = torch.tensor(counts)  # (images, 3)
-                texts = [torch.tensor(image.text, dtype=torch.int64) for image in images]
-                output[field_of(kind, TEXT_TOKENS)] = texts
-            if identities := plan.identities.get(kind):
-                rows = torch.tensor([list(each) for each in identities], dtype=torch.uint8)
-                output[field_of(kind, IDENTITY)] = rows
-        return output
-
-    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
-        _, kwargs = split_plan(hf_processor_mm_kwargs)
-        fields = dict(super()._get_mm_fields_config(hf_inputs, kwargs))
-        for kind in self.kinds:
-            fields[field_of(kind, COUNTS)] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
-            fields[field_of(kind, TEXT_TOKENS)] = MultiModalFieldConfig.batched(kind)
-            fields[field_of(kind, IDENTITY)] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
-        return fields
-
-    def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
-    ) -> Sequence[Any]:
-        plan, kwargs = split_plan(hf_processor_mm_kwargs)
-        updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
-        return [
-            placeholders.shorten(
-                update,
-                plan.media[update.modality],
-                [item[field_of(update.modality, COUNTS)].data for item in out_mm_kwargs.get(update.modality, ())],
-            )
-            if update.modality in plan.media
-            else update
-            for update in updates
-        ]

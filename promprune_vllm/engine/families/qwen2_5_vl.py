@@ -7,7 +7,7 @@ from vllm.model_executor.models import qwen2_5_vl as upstream
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from promprune_vllm.engine.compat import parts, seams
-from promprune_vllm.engine.families.qwen_vl import PrunedQwen2ProcessorMixin, PrunedQwen2Mixin
+from promprune_vllm.engine.families.qwen_vl import PrunedQwen2Mixin, PrunedQwen2ProcessorMixin
 from promprune_vllm.engine.worker.device_copies import copy_to_device
 from promprune_vllm.engine.worker.mrope import unsupported_reason
 
