@@ -13,6 +13,7 @@ import pytest
 
 from promprune_vllm.engine import plugin
 from tests.checkpoints import CHECKPOINTS
+from tests.clips import Clip
 from tests.engine.conftest import Engine
 from tests.engine.family_engine import FAMILY_ENGINES
 from tests.engine.test_logprobs import engine  # noqa: F401  a fixture
@@ -28,7 +29,7 @@ RENDER = "/v1/chat/completions/render"
 Reply = tuple[int, Any]
 
 
-async def asked(model: Path, requests: Mapping[str, tuple[str, Any]]) -> dict[str, Reply]:
+async def asked(model: Path, requests: Mapping[str, tuple[str, Any]], *options: str) -> dict[str, Reply]:
     """Send requests to vLLM's server without an engine, in this process: name -> (path, body or ``None``)."""
     from vllm import AsyncEngineArgs
     from vllm.config import VllmConfig
@@ -37,8 +38,8 @@ async def asked(model: Path, requests: Mapping[str, tuple[str, Any]]) -> dict[st
     from vllm.entrypoints.launchers.render.app_state import init_render_app_state
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    words = ["--model", str(model), "--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "512"]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    words = ["--model", str(model), "--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "1024"]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*words, *options])
     app = build_app(args, ("render",))
     config = VllmConfig(model_config=AsyncEngineArgs.from_cli_args(args).create_model_config())
     await init_render_app_state(config, app.state, args)
@@ -94,6 +95,29 @@ def test_the_front_end_says_so_and_refuses_what_would_prune(
     for one, other in (("plain", "again"), ("photo", "photo again")):
         if one in replies:
             assert replies[one][1]["token_ids"] == replies[other][1]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--video-pruning-rate", "0.5"), "with --video-pruning-rate, vLLM's own pruning of videos"),
+        (("--model-impl", "transformers"), "another implementation of it (--model-impl)"),
+    ],
+)
+def test_a_video_is_refused_and_served_as_an_image_is(
+    options: tuple[str, ...], reason: str, models: dict[str, Path]
+) -> None:
+    plugin.register()
+    parts = {"photo": {"type": "image_url", "image_url": {"url": image_url("coffee")}}}
+    parts["clip"] = {"type": "video_url", "video_url": {"url": Clip(7).mp4_url()}}
+    requests: dict[str, tuple[str, Any]] = {}
+    for name, part in parts.items():
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
+        requests |= {name: (RENDER, chat), f"{name} with a budget": (RENDER, {**chat, BUDGET: 8})}
+    replies = asyncio.run(asked(models["qwen2_5_vl"], requests, *options))
+    for name in parts:
+        assert replies[name][0] == 200, replies[name]
+        assert reason in message(replies[f"{name} with a budget"])
 
 
 @pytest.mark.parametrize("engine", REASONS, indirect=True)
