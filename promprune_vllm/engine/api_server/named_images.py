@@ -199,8 +199,8 @@ class PromptMedia:
         for i, (plan, length) in enumerate(zip(plans, lengths, strict=True)):
             if length != plan.kept and self._may_lose_tokens[i]:
                 raise BudgetError(
-                    f"uuid {shown(self._uuids[i])} was given to two {self.kind}s: the cached one has {length} "
-                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give each a uuid of its own.",
+                    f"uuid {shown(self._uuids[i])} was given to two {self.kind}s: the one in the cache has "
+                    f"{length} tokens, and {FIELD} was applied to one of {plan.total}. Give each a uuid of its own.",
                     reason="unsupported",
                 )
             final.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
