@@ -22,7 +22,7 @@ from promprune_vllm.demo.processes import end_on_signals
 
 app = typer.Typer(
     name="promprune",
-    help="Keep only the K most useful visual tokens of each image in vLLM, with K set per request.",
+    help="Keep only the K most useful visual tokens of each image and video in vLLM, with K set per request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

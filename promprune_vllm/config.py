@@ -263,6 +263,11 @@ class Settings(Switch):
 
 def _budget(text: str) -> Budget:
     """Parse the server's default budget."""
+    if text.lstrip().startswith("{"):
+        raise BudgetError(
+            f'A server\'s own budget is tokens, a share or "full", got {text}. Objects are for requests. A share '
+            'such as "25%" also grows with the frames of a video.'
+        )
     budget = Budget.parse(from_text(text))
     if budget is None:
         raise BudgetError('"auto" means the default, so it cannot be the default itself.')

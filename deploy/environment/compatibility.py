@@ -88,7 +88,7 @@ TESTS = (
     *("tests/engine/test_mrope.py", "tests/engine/test_preemption.py", "tests/engine/test_failures.py"),
     *("tests/engine/test_failed_requests.py", "tests/engine/test_methods_per_request.py"),
     *("tests/engine/test_drafts.py", "tests/engine/test_prefix_hits.py", "tests/engine/test_prompt_embeds.py"),
-    "tests/engine/test_late_results.py",
+    *("tests/engine/test_late_results.py", "tests/engine/test_videos.py"),
     *(
         "tests/server/test_untested_vllm.py",
         "tests/server/test_budget.py",

@@ -36,6 +36,7 @@ STANDARD = (
     *(Case(1, 576, 4096, keep) for keep in (32, 64, 128, 256, 512)),
     Case(5, 576, 4096, 64),
     *(Case(1, 1296, 3584, keep) for keep in (256, 512)),
+    Case(64, 256, 3584, 32),  # a clip of 64 frames
 )
 
 

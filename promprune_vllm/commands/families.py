@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from promprune_vllm.engine.families import Family
 
 _COLUMNS = (
-    *("architecture", "model", "tokens of 1024 x 1024 pixels", "saliency", "positions", "refused"),
+    *("architecture", "model", "tokens of 1024 x 1024 pixels", "saliency", "positions", "videos", "refused"),
     "calibration of `promprune`",
 )
 
@@ -46,6 +46,7 @@ def describe() -> list[dict[str, Any]]:
             "megapixel_tokens": family.megapixel_tokens,
             "saliency": family.saliency,
             "positions": family.positions,
+            "videos": family.videos,
             "refused": family.refused,
             "mu": _mu(family),
             "mu_source": family.calibrated,
@@ -64,6 +65,7 @@ def markdown() -> str:
             f"{row['megapixel_tokens']:,}",
             row["saliency"],
             row["positions"],
+            row["videos"],
             row["refused"],
             _calibration(row),
         )
@@ -81,7 +83,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         grid.add_row(f"[bold]{row['model']}", row["architecture"])
         grid.add_row("  tokens", f"{row['megapixel_tokens']:,} of 1024 x 1024 pixels, before pruning")
-        for name in ("saliency", "positions", "refused"):
+        for name in ("saliency", "positions", "videos", "refused"):
             grid.add_row(f"  {name}", row[name])
         grid.add_row("  promprune", _calibration(row))
     Console().print(grid, highlight=False)

@@ -191,7 +191,8 @@ class BudgetRequest:
                     f"{FIELD}[{i}] is {budget.printed()}, but an image has no frames. Send tokens or a share.",
                     reason="images",
                 )
-        if isinstance(self.each, Budget) and self.each.per_frame is not None and VIDEO not in kinds:
+        # A client that sends it with every request may also send plain text, as with a number of tokens.
+        if isinstance(self.each, Budget) and self.each.per_frame is not None and kinds and VIDEO not in kinds:
             raise BudgetError(
                 f"{FIELD} is {self.printed()}, but the prompt has {there} and no video. Send tokens or a share.",
                 reason="images",

@@ -41,8 +41,8 @@ def require_rows(images: Sequence[Taken], max_model_len: int) -> None:
     needed, rows = max_model_len + taken - kept, table_rows(max_model_len)
     if needed > rows:
         raise BudgetError(
-            f"{FIELD} keeps {kept} tokens of {len(images)} image(s) that still use {taken} positions: with "
-            f"--max-model-len {max_model_len} the positions could reach {needed}, and the limit is {rows} "
-            f"({ROWS_PER_TOKEN} per token). Keep more tokens of each image, or send fewer or smaller images.",
+            f"{FIELD} keeps {kept} tokens of {len(images)} images or videos that still use {taken} positions: "
+            f"with --max-model-len {max_model_len} the positions could reach {needed}, and the limit is {rows} "
+            f"({ROWS_PER_TOKEN} per token). Keep more tokens of each, or send fewer or smaller ones.",
             reason="limits",
         )

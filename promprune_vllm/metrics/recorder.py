@@ -27,7 +27,7 @@ DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
 _OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _FILE_BYTES = 1 << 20
-"""Size of each of a process's four files. All series fill less than two thirds: files never grow."""
+"""Size of each of a process's four files. All series of all methods need two thirds of it, so files never grow."""
 
 
 def prepare_directory() -> None:

@@ -30,7 +30,9 @@ class Route:
 
 
 _OBEYS, _ANSWERS, _NO_IMAGE = Route("obeys"), Route("obeys", asks_again=True), Route("no image")
-_PER_PROMPT = Route("obeys", "applies to each pair of texts or images; a list has one entry per image of a pair")
+_PER_PROMPT = Route(
+    "obeys", "applies to each pair of texts or images; a list has one entry per image or video of it"
+)
 _RENDER = Route("obeys", "returns pruned features; send them to `/inference/v1/generate`")
 _REFUSED_WITH_FEATURES = (
     "applies to `content_parts`; `features` are already pruned, so a budget next to them is refused, and counts "
@@ -43,7 +45,7 @@ POST_ROUTES: Mapping[str, Route] = MappingProxyType(
         "/v1/chat/completions": _ANSWERS,
         "/v1/chat/completions/batch": Route(
             "obeys",
-            "applies to each conversation; a list has one entry per image of a conversation",
+            "applies to each conversation; a list has one entry per image or video of it",
             asks_again=True,
         ),
         "/v1/completions": Route(

@@ -113,12 +113,18 @@ class Method(BaseModel):
     options: dict[str, Any]
 
 
-class Limits(BaseModel):
-    """The operator's limits, and the default for requests that set no budget."""
+class Range(BaseModel):
+    """The default for requests that set no budget, and the limits of budgets."""
 
     default: int | float | str | dict[str, int]
     min: int
     max: int | None
+
+
+class Limits(Range):
+    """The operator's limits and default: those at the top are for images."""
+
+    videos: Range
     low: int
     out_of_range: str
     floor: int

@@ -57,7 +57,7 @@ class FamilyEngine(Engine):
         self.family = family
         if family in UNLOADABLE:
             pytest.skip("this minor of vLLM cannot load the family on a CPU, with or without us")
-        sizes = {"max_model_len": 1536, "num_gpu_blocks_override": 64}
+        sizes = {"max_model_len": 1920, "num_gpu_blocks_override": 64}
         super().__init__(model, **{**engine_options(family), **sizes, **options})
 
     @property

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promprune_vllm.engine.worker.cells import CHANNELS, decode_cells, encode_cells, write_cells
+from promprune_vllm.engine.worker.cells import CHANNELS, decode_cells, encode_cells, starts_of_runs, write_cells
 from promprune_vllm.engine.worker.unpruned_prompt import Span, unpruned_columns
 from tests.waits import NoWaits, to_gpu
 
@@ -78,14 +78,29 @@ def test_cells_are_written_where_their_tokens_are(media: list[bool], data: st.Da
     cells = data.draw(st.lists(st.none() | st.tuples(*[st.integers(0, 700)] * 3), min_size=1, max_size=sum(media)))
     nothing = torch.full((1, CHANNELS), -1.0)
     marks = [nothing if at is None else encode_cells(nothing[:, :0], *torch.tensor(at).split(1)) for at in cells]
-    positions = torch.randint(0, 1000, (3, len(media)))
+    positions, starts = torch.randint(0, 1000, (3, len(media))), torch.randint(0, 1000, (len(media),))
     expected, left = positions.clone(), iter(cells)
     for column in range(len(media)):
         if media[column] and (at := next(left, None)) is not None:
             row, across, ahead = at
-            expected[1:, column] = positions[0, column] - ahead + torch.tensor([row, across])
-    arguments = positions, torch.tensor(media), torch.cat(marks)
+            expected[:, column] = starts[column] + torch.tensor([ahead, row, across])
+    arguments = positions, starts, torch.tensor(media), torch.cat(marks)
     assert torch.equal(write_cells(*arguments), expected)
     without_values = to_gpu(arguments)
     with NoWaits():
         assert write_cells(*without_values).shape == positions.shape
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_a_run_starts_behind_the_token_before_it(in_run: list[bool]) -> None:
+    time = torch.randint(0, 1000, (len(in_run),))
+    expected = []
+    for i, is_in in enumerate(in_run):
+        before = max((j for j in range(i) if not in_run[j]), default=None)
+        behind = 0 if before is None else int(time[before]) + 1
+        expected.append(behind if is_in else int(time[i]))
+    arguments = time, torch.tensor(in_run)
+    assert starts_of_runs(*arguments).tolist() == expected
+    without_values = to_gpu(arguments)
+    with NoWaits():
+        assert starts_of_runs(*without_values).shape == time.shape

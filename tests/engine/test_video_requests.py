@@ -133,9 +133,11 @@ def test_a_clip_that_is_named_and_not_sent(engine: FamilyEngine, check: Callable
 def test_of_named_clips_none_is_taken_for_another(engine: FamilyEngine) -> None:  # noqa: F811
     naming.check_another_image_is_never_served(engine, lambda: engine.ask(CLIP), lambda: engine.ask(Clip(4)))
     naming.check_some_of_several_are_named(engine, lambda: engine.ask(CLIP, Clip(4)))
-    other = naming.sent(lambda: engine.ask(Clip(4)), 11, uuids=("U",))
-    naming.answer(engine, naming.sent(lambda: engine.ask(CLIP), 7))
-    assert "its uuid was given to another video before" in naming.refusal(engine, other)
+    naming.answer(engine, naming.sent(lambda: engine.ask(CLIP), 7, uuids=("U",)))
+    other = naming.sent(lambda: engine.ask(Clip(4)), 11, uuids=("U",))  # with 11 tokens, no clip is in the cache
+    for request in (other, {**other, "mm_processor_kwargs": {"visual_token_budget": "25%"}}):
+        expected = {**request, "multi_modal_uuids": {}}
+        assert rendered(engine, request)["prompt_token_ids"] == rendered(engine, expected)["prompt_token_ids"]
 
 
 @each_layout

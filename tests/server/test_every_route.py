@@ -320,7 +320,8 @@ COUNTS = {
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_features_with_counts_that_cannot_be_are_refused(generating: Server, counts: list[Any]) -> None:
-    response = post(generating, "/inference/v1/generate", _tampered(generating, "visual_token_counts", counts))
+    request = tampered(_rendered(generating, visual_token_budget=ASKED), "image", "visual_token_counts", counts)
+    response = post(generating, "/inference/v1/generate", request)
     assert response.status_code == 400, response.text
     assert "features of an image cannot be used" in response.json()["error"]["message"]
     assert response.json()["error"]["param"] == "features"
@@ -328,29 +329,31 @@ def test_features_with_counts_that_cannot_be_are_refused(generating: Server, cou
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_features_with_wrong_text_or_totals_do_not_end_the_engine(generating: Server) -> None:
+    made = _rendered(generating, visual_token_budget=ASKED)
     for tokens in ([10**9], [-1], [1] * 5000):
-        response = post(generating, "/inference/v1/generate", _tampered(generating, "visual_token_text", tokens))
+        request = tampered(made, "image", "visual_token_text", tokens)
+        response = post(generating, "/inference/v1/generate", request)
         assert response.status_code == 400, response.text
     # How many tokens an image has is only known to who encodes it: the request fails there, and it alone.
-    wrong = _tampered(generating, "visual_token_counts", [FULL + 1, ASKED, 0])
+    wrong = tampered(made, "image", "visual_token_counts", [FULL + 1, ASKED, 0])
     assert post(generating, "/inference/v1/generate", wrong).status_code == 500
     assert is_healthy(generating.url)
     assert post(generating, "/inference/v1/generate", _rendered(generating)).status_code == 200
 
 
-def _tampered(server: Server, field: str, value: list[Any]) -> dict[str, Any]:
-    """Features with another value of one of our fields, under an identifier that no cache has."""
+def tampered(request: dict[str, Any], kind: str, field: str, value: list[Any]) -> dict[str, Any]:
+    """Features with another value of a field of the first image or video, under a key that no cache has."""
     import torch
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import decode_mm_kwargs_item, encode_mm_kwargs_item
 
-    request = copy.deepcopy(_rendered(server, visual_token_budget=ASKED))
+    request = copy.deepcopy(request)
     features = request["features"]
     for part in ("kwargs_data", "mm_metadata"):
-        item = decode_mm_kwargs_item(features[part]["image"][0])
+        item = decode_mm_kwargs_item(features[part][kind][0])
         if field in item:
             item[field].data = torch.tensor(value)
-        features[part]["image"][0] = encode_mm_kwargs_item(item)
-    features["mm_hashes"]["image"] = [f"tampered-{field}-{value}"[:60]]
+        features[part][kind][0] = encode_mm_kwargs_item(item)
+    features["mm_hashes"][kind] = [f"tampered-{field}-{value}"[:60]]
     return request
 
 

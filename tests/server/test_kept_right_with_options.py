@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server
-from tests.server.conftest import MODEL, _serving, body, saved
+from tests.server.conftest import MODEL, _serving, body, grown, saved, series
 from tests.server.test_kept_right import TURNS, salt, told_by, turned, upright
 from tests.server.test_reply import messages_request
 
@@ -169,17 +169,41 @@ def test_a_budget_is_of_the_tokens_that_are_left_by_limits_on_pixels(
     assert (counted["seen"], counted["kept"]) == (tokens, KEPT)
 
 
-@pytest.mark.parametrize("budget", [None, "full", KEPT])
-def test_a_budget_beside_a_video_alone_changes_nothing(pair: Pair, budget: Any) -> None:
-    frames = (saved(upright(112, 84).rotate(90 * i), "JPEG").partition(",")[2] for i in range(4))
+def clip() -> dict[str, Any]:
+    """A question about a video of four pictures, which the model merges into two frames."""
+    pictures = (saved(upright(112, 84).rotate(90 * i), "JPEG").partition(",")[2] for i in range(4))
     request = body(return_token_ids=True)
-    video = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(frames)}"}}
+    video = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(pictures)}"}}
     request["messages"][0]["content"].insert(0, video)
-    whole = pair.ask(request)
-    response = post(pair.ours, f"{PREFIX}{CHAT}", {**request, "visual_token_budget": budget})
-    assert response.status_code == 200, response.text
-    assert response.json()["choices"] == whole.json()["choices"]
-    assert "visual_tokens" not in response.json()["usage"]
+    return request
+
+
+def test_a_video_that_keeps_its_tokens_is_answered_as_stock_answers(pair: Pair) -> None:
+    whole = pair.ask(clip())
+    full = post(pair.ours, f"{PREFIX}{CHAT}", {**clip(), "visual_token_budget": "full"})
+    assert full.status_code == 200, full.text
+    assert full.json()["choices"] == whole.json()["choices"]
+    for each in (whole, full):
+        used = each.json()["usage"]["visual_tokens"]
+        assert used["images"] == []
+        assert used["videos"] == [{"seen": used["seen"], "kept": used["seen"]}]
+
+
+def test_a_budget_is_of_the_video_or_of_each_of_its_frames(pair: Pair) -> None:
+    whole = pair.ask(clip()).json()["usage"]
+    seen = whole["visual_tokens"]["seen"]
+    before = series(pair.ours)
+    for budget, kept in ((KEPT, KEPT), ({"per_frame": 3}, 6), ([{"per_frame": 1}], 2), ({"total": 5}, 5)):
+        response = post(pair.ours, f"{PREFIX}{CHAT}", {**clip(), "visual_token_budget": budget})
+        assert response.status_code == 200, response.text
+        assert response.headers["x-visual-tokens-kept"] == str(kept)
+        used = response.json()["usage"]
+        assert used["visual_tokens"]["videos"] == [{"seen": seen, "kept": kept}]
+        assert whole["prompt_tokens"] - used["prompt_tokens"] == seen - kept
+    counted = grown(series(pair.ours), before)
+    assert counted["promprune_visual_tokens_seen_total", "promprune", "video"] == 4 * seen
+    assert counted["promprune_visual_tokens_kept_total", "promprune", "video"] == KEPT + 6 + 2 + 5
+    assert counted["promprune_budgets_total", "per_frame"] == 1
 
 
 @pytest.mark.parametrize("orientation", TURNS)

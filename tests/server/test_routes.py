@@ -55,6 +55,7 @@ def test_the_server_says_what_is_in_force(server: Server) -> None:
         "out_of_range": "clamp",
         "floor": 64,
         "detail": False,
+        "videos": {"default": "full", "min": 1, "max": None},
     }
     assert state["adaptation"] == {"to_load": False, "to_content": False, "level": 1.0}
     for value in ([], 0, "most", {"total": 0}):

@@ -199,6 +199,7 @@ def test_a_dry_run_prints_the_settings_in_force_and_starts_nothing(monkeypatch: 
         (["--visual-token-budget", "many"], "got 'many'"),
         (["--visual-token-budget", "auto"], "cannot be the default itself"),
         (["--visual-token-min", "9", "--visual-token-max", "3"], "1 <= minimum <= maximum"),
+        (["--visual-token-video-min", "9", "--visual-token-video-max", "3"], "PROMPRUNE_VIDEO_MIN"),
         (["--visual-token-low", "0"], "low must be at least 1"),
         (["--visual-token-out-of-range", "guess"], "'clamp' or 'refuse'"),
         (["--allow-methods", "divprune,nope"], "no method 'nope'"),
@@ -208,7 +209,7 @@ def test_serve_refuses_settings_that_contradict_each_other(
     monkeypatch: pytest.MonkeyPatch, options: list[str], complaint: str
 ) -> None:
     monkeypatch.setattr(vllm_cli, "run", lambda _: pytest.fail("started"))
-    for name in ("budget", "min", "max", "low", "out_of_range", "allow_methods"):
+    for name in ("budget", "min", "max", "video_min", "video_max", "low", "out_of_range", "allow_methods"):
         monkeypatch.setenv(serve_options.variable(name), "")  # so that what the command sets is taken back
         monkeypatch.delenv(serve_options.variable(name))
     result = run(cli.app, ["serve", "M", *options])

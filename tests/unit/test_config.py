@@ -68,6 +68,10 @@ def test_a_default_for_images_prunes_no_video() -> None:
         ({"VIDEO_MIN": "9", "VIDEO_MAX": "8"}, "PROMPRUNE_VIDEO_MIN, PROMPRUNE_VIDEO_MAX, .* got 9 and 8"),
         ({"VIDEO_MIN": "0"}, "PROMPRUNE_VIDEO_MIN, .* got 0 and None"),
         ({"VIDEO_BUDGET": "auto"}, "PROMPRUNE_VIDEO_BUDGET, .* cannot be the default itself"),
+        (
+            {"VIDEO_BUDGET": '{"per_frame": 32}'},
+            'PROMPRUNE_VIDEO_BUDGET, .* got {"per_frame": 32}. Objects are for',
+        ),
         ({"MIN": "9", "MAX": "8"}, "PROMPRUNE_MIN, PROMPRUNE_MAX, .* got 9 and 8"),
         ({"FLOOR": "0"}, "PROMPRUNE_FLOOR cannot be honored: floor must be at least 1 token"),
     ],

@@ -6,11 +6,16 @@ import ast
 import re
 from pathlib import Path
 
+from promprune_vllm.core import budget
 from promprune_vllm.core.budget import FIELD, METHOD_FIELD
 from promprune_vllm.engine import keys
 
 ENGINE = Path(keys.__file__).parent
-NAMES = {name: value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str)}
+NAMES = {
+    name: value
+    for name, value in vars(keys).items()
+    if name.isupper() and isinstance(value, str) and not hasattr(budget, name)
+}
 
 
 def test_every_key_says_that_it_is_ours() -> None:

@@ -14,6 +14,7 @@ from promprune_vllm.core.budget import IMAGE, MAX_BUDGET_TOKENS, VIDEO, Budget, 
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy, Medium
 from promprune_vllm.errors import BudgetError
+from promprune_vllm.metrics.catalog import FORMS
 
 # An image of 576 tokens, a video of 7 frames of 100 tokens each, and an image of 100 tokens.
 MEDIA = [Medium(IMAGE, 576), Medium(VIDEO, 700, frames=7), Medium(IMAGE, 100)]
@@ -68,8 +69,11 @@ def test_the_level_lowers_what_a_video_keeps_without_a_budget() -> None:
     assert policy.resolve_all(BudgetRequest.parse({"per_frame": 50}), media) == (350,)
 
 
+def test_every_form_is_one_that_the_metrics_count() -> None:
+    assert {BudgetRequest.parse(value).form for value, _ in KEPT} == set(FORMS)
+
+
 REFUSED: list[tuple[object, list[str], str]] = [
-    ({"per_frame": 8}, [], r"is {'per_frame': 8}, but the prompt has 0 image\(s\) and no video. Send tokens or"),
     ({"per_frame": 8}, [IMAGE], r"the prompt has 1 image\(s\) and no video. Send tokens or a share"),
     ([8, {"per_frame": 8}], [VIDEO, IMAGE], r"_budget\[1\] is {'per_frame': 8}, but an image has no frames"),
     ([8], [IMAGE, VIDEO], r"has 1 entries, but the prompt has 1 image\(s\) and 1 video\(s\). Send one entry per"),
@@ -90,7 +94,8 @@ def test_what_does_not_fit_the_prompt_is_refused_with_what_it_has(
 def test_what_fits_the_prompt_is_not_refused() -> None:
     for value, _ in KEPT:
         BudgetRequest.parse(value).check_media([each.kind for each in MEDIA])
-    BudgetRequest.parse(64).check_media([])
+    for value in (64, {"per_frame": 8}):
+        BudgetRequest.parse(value).check_media([])
 
 
 values = st.one_of(

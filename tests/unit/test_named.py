@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD, Budget, BudgetRequest
-from promprune_vllm.core.policy import BudgetPolicy
+from promprune_vllm.core.budget import FIELD, IMAGE, METHOD_FIELD, Budget, BudgetRequest
+from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy
+from promprune_vllm.engine.api_server.all_media import AllMedia
 from promprune_vllm.engine.api_server.named_images import (
     ImageMemory,
     PromptImages,
@@ -71,7 +72,9 @@ def picture(width: int, height: int) -> Image.Image:
 def decide(
     images: PromptImages, budget: object = "auto", level: int = 1, *, adapts: bool = False
 ) -> list[Fraction]:
-    return images.decide_levels(BudgetRequest.parse(budget), PLAIN, Fraction(1, level), adapts=adapts)
+    every = AllMedia({IMAGE: images}, [(IMAGE, i) for i in range(images.get_count())])
+    policy = MediaPolicy(images=PLAIN)
+    return every.decide_levels(BudgetRequest.parse(budget), policy, Fraction(1, level), adapts=adapts)
 
 
 def test_a_name_is_remembered_beside_its_cache_alone() -> None:
@@ -155,10 +158,10 @@ def test_a_budget_for_an_unknown_image_is_refused_with_the_next_step(value: obje
 
 
 def test_what_is_not_cached_as_asked_for_is_refused_with_the_next_step() -> None:
-    plan = Plan((ImagePlan(9, 9), ImagePlan(9, 4)), named_uuids={1: "a"})
-    require_cached(plan, ["x", "y"], Cache("y"))
+    plan = Plan({IMAGE: (ImagePlan(9, 9), ImagePlan(9, 4))}, named_uuids={IMAGE: {1: "a"}})
+    require_cached(plan, IMAGE, ["x", "y"], Cache("y"))
     with pytest.raises(BudgetError, match=r"index 1 .* With 4 of its 9 tokens, uuid 'a' .* Send the image itself"):
-        require_cached(plan, ["x", "y"], Cache("x"))
+        require_cached(plan, IMAGE, ["x", "y"], Cache("x"))
 
 
 def test_what_keeps_everything_is_what_the_cache_has() -> None:

@@ -116,9 +116,9 @@ def test_a_refusal_says_the_positions_the_limit_and_the_next_step() -> None:
         require_rows(long, 2048)
     assert error.value.reason == "limits"
     assert str(error.value) == (
-        "visual_token_budget keeps 150 tokens of 150 image(s) that still use 9600 positions: with "
+        "visual_token_budget keeps 150 tokens of 150 images or videos that still use 9600 positions: with "
         "--max-model-len 2048 the positions could reach 11498, and the limit is 8192 (4 per token). Keep "
-        "more tokens of each image, or send fewer or smaller images."
+        "more tokens of each, or send fewer or smaller ones."
     )
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from promprune_vllm.config import Settings, environment
-from promprune_vllm.core.budget import METHOD_FIELD, shown
+from promprune_vllm.core.budget import METHOD_FIELD, VIDEO, shown
 from promprune_vllm.core.features import Need
-from promprune_vllm.core.registry import Selector, methods
+from promprune_vllm.core.registry import Selector, methods, over_frames
 from promprune_vllm.engine import families
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -60,6 +60,27 @@ class AllowedMethods:
                 reason="method",
             )
         return allowed.index(name)
+
+    def check_kind(self, index: int, kind: str, *, videos_are_runs: bool) -> None:
+        """Raise ``BudgetError`` if a method cannot prune images, or videos of this model.
+
+        Args:
+            index: The method's index.
+            kind: What is to be pruned, ``IMAGE`` or ``VIDEO``.
+            videos_are_runs: Whether frames may keep any numbers of tokens.
+        """
+        if not over_frames(self.selectors[index]) or (kind == VIDEO and videos_are_runs):
+            return
+        others = ", ".join(each.name for each in self.selectors if not over_frames(each))
+        why = "cannot prune an image: it compares the frames of a video"
+        if kind == VIDEO:
+            why = "decides how many tokens each frame keeps, and in this model all frames keep equally many"
+        raise BudgetError(
+            f"Method {self.selectors[index].name!r} {why}. Send another {METHOD_FIELD} "
+            f'({others or "this server allows no other"}), or "full" for the {kind}.',
+            param=METHOD_FIELD,
+            reason="method",
+        )
 
     def needs_text(self) -> bool:
         """Return whether any of the methods uses the user's text."""

@@ -17,6 +17,7 @@ from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
+from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server import escalation_refusals, http_fields, inspector
@@ -54,12 +55,15 @@ from promprune_vllm.server.schemas import (
     Method,
     PartOff,
     ProcessorCache,
+    Range,
     VisualTokens,
     VllmCheck,
 )
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+_VIDEO_URL = "data:video/"
 
 
 class Endpoints:
@@ -188,6 +192,10 @@ class EngineBackend:
         """Return which tokens of an image were kept, and why."""
         with refusing(None):
             self._require_pruning("inspect")
+            if body.image[: len(_VIDEO_URL)].lower() == _VIDEO_URL:
+                raise BudgetError(
+                    "The inspector shows images, not videos: send a frame as an image.", param="image"
+                )
             question = self._question(body)
         found = await self._inspector.run(body, question, request)
         if isinstance(found, Response):
@@ -226,11 +234,11 @@ class EngineBackend:
         return tuple(details) if details is not None and self._settings.detail else None
 
     def _limits(self) -> Limits:
-        policy = self._settings.policy()
+        policies = self._settings.media_policy()
+        policy = policies.images
         return Limits(
-            default="full" if policy.default is None else policy.default.printed(),
-            min=policy.minimum,
-            max=policy.maximum,
+            **_range(policy),
+            videos=Range(**_range(policies.videos)),
             low=policy.low,
             out_of_range=policy.out_of_range,
             floor=policy.floor,
@@ -252,6 +260,11 @@ class EngineBackend:
     @cached_property
     def _bytes_per_token(self) -> int | None:
         return bytes_per_token(self._renderer.config)
+
+
+def _range(policy: BudgetPolicy) -> dict[str, Any]:
+    default = "full" if policy.default is None else policy.default.printed()
+    return {"default": default, "min": policy.minimum, "max": policy.maximum}
 
 
 def _vllm_check(found: Verdict) -> VllmCheck:

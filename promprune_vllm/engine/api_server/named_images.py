@@ -24,9 +24,9 @@ from promprune_vllm.errors import BudgetError
 
 MAX_IMAGES = 32_768
 """Images remembered for one cache; each takes less than 500 bytes."""
-_APART = (
-    f"The server caches an image or a video separately for each {FIELD} and {METHOD_FIELD}, and for each text if "
-    "the method uses the text."
+_SEND_ONCE = (
+    f"The server caches it separately for each {FIELD} and {METHOD_FIELD}, and for each text if the method uses "
+    "the text. Send the {} itself once, with its uuid and the same fields."
 )
 
 
@@ -178,9 +178,8 @@ class PromptMedia:
         if self._memory is None:
             why = f"This server caches no {self.kind}s (--mm-processor-cache-gb 0): send the {self.kind} itself."
             return _cache_miss_error(self.kind, index, why)
-        uuid = shown(self._uuids[index])
-        why = f"The server does not know enough about uuid {uuid} to apply {FIELD}. {_send_once(self.kind)}"
-        return _cache_miss_error(self.kind, index, why)
+        why = f"The server does not know enough about uuid {shown(self._uuids[index])} to apply {FIELD}."
+        return _cache_miss_error(self.kind, index, f"{why} {_SEND_ONCE.format(self.kind)}")
 
     def final_plans(self, plans: Sequence[ImagePlan], lengths: Sequence[int]) -> tuple[ImagePlan, ...]:
         """Return the plans corrected by the lengths of the placeholders that vLLM made.
@@ -198,9 +197,10 @@ class PromptMedia:
         final = []
         for i, (plan, length) in enumerate(zip(plans, lengths, strict=True)):
             if length != plan.kept and self._may_lose_tokens[i]:
+                kind = plan.kind
                 raise BudgetError(
-                    f"uuid {shown(self._uuids[i])} was given to two {self.kind}s: the one in the cache has "
-                    f"{length} tokens, and {FIELD} was applied to one of {plan.total}. Give each a uuid of its own.",
+                    f"uuid {shown(self._uuids[i])} was given to two {kind}s: the one in the cache has {length} "
+                    f"tokens, and {FIELD} was applied to one of {plan.total}. Give each {kind} a uuid of its own.",
                     reason="unsupported",
                 )
             final.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
@@ -258,11 +258,7 @@ def require_cached(plan: Plan, kind: str, keys: Sequence[str], cache: Any) -> No
             image = plan.media[kind][i]
             tokens = f"{image.kept} of its {image.total} tokens"
             why = f"With {tokens}, uuid {shown(uuid)} is not or no longer in the cache."
-            raise _cache_miss_error(kind, i, f"{why} {_send_once(kind)}")
-
-
-def _send_once(kind: str) -> str:
-    return f"{_APART} Send the {kind} itself once, with its uuid and the same fields."
+            raise _cache_miss_error(kind, i, f"{why} {_SEND_ONCE.format(kind)}")
 
 
 def _cache_miss_error(kind: str, index: int, why: str) -> BudgetError:

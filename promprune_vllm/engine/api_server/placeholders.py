@@ -24,11 +24,7 @@ from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.errors import BudgetError
 
-_ARTICLES = {IMAGE: "an image", VIDEO: "a video"}
-_WHY_MISCOUNTED = {
-    IMAGE: "an option in mm_processor_kwargs changes it in a way that is not counted. Leave the option out",
-    VIDEO: "its uuid was given to another video before. Give each a uuid of its own",
-}
+ARTICLES = {IMAGE: "an image", VIDEO: "a video"}
 
 
 def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -> Any:
@@ -81,8 +77,9 @@ def _shorten(content: Any, plan: ImagePlan) -> Any:
     visual, made = _is_visual(content), _visual_tokens(content)
     if made != plan.total:
         raise BudgetError(
-            f"{FIELD} cannot be applied to {_ARTICLES[plan.kind]} that vLLM made {made} tokens of, and which was "
-            f"counted as {plan.total}: {_WHY_MISCOUNTED[plan.kind]}, or leave {FIELD} out.",
+            f"{FIELD} cannot be applied to {ARTICLES[plan.kind]} that vLLM made {made} tokens of, and which was "
+            f"counted as {plan.total}: an option in mm_processor_kwargs changes it in a way that is not counted. "
+            f"Leave the option out, or {FIELD}.",
             reason="unsupported",
         )
     if visual is None:

@@ -27,6 +27,7 @@ class PlannedFieldsMixin(ProcessorBase):
     """Obeys the ``Plan`` that the options of a processor call have; without one, does as vLLM does."""
 
     kinds: ClassVar[Sequence[str]] = (IMAGE,)
+    videos_are_runs: ClassVar[bool] = False
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
         super().__init__(info, dummy_inputs, **options)

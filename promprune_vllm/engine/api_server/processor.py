@@ -31,11 +31,12 @@ from promprune_vllm.engine.api_server.all_media import (
 from promprune_vllm.engine.api_server.load_monitor import current_level
 from promprune_vllm.engine.api_server.named_images import PromptImages, PromptMedia
 from promprune_vllm.engine.api_server.planned_fields import PlannedFieldsMixin
-from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos, PromptVideos, VideoShape
+from promprune_vllm.engine.api_server.prompt_videos import PromptVideos, VideoShape
 from promprune_vllm.engine.api_server.pruning_plan import (
     MAX_TEXT_TOKENS,
     ImagePlan,
     Plan,
+    ProcessedVideos,
     Summary,
     identity,
 )
@@ -154,16 +155,29 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
             every.refuse_encoded()
         adapts = self._settings.adapt_to_content
         levels = every.decide_levels(budget, self._policy, self.current_level(), adapts=adapts) if prunes else []
-        if prunes:
-            self._process_videos(inputs, media.get(VIDEO), plan)
-        kwargs = inputs.hf_processor_mm_kwargs
-        totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
-        counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
         text = self._text(inputs, request) if Need.TEXT in self._methods.selectors[method].needs else ()
-        return every.by_kind(
-            ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
-            for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)
-        )
+
+        def plans() -> dict[str, tuple[ImagePlan, ...]]:
+            kwargs = inputs.hf_processor_mm_kwargs
+            totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
+            counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
+            for kind, total, kept in zip(every.kinds, totals, counts, strict=True):
+                if kept < total:
+                    self._methods.check_kind(method, kind, videos_are_runs=self.videos_are_runs)
+            return every.by_kind(
+                ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
+                for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)
+            )
+
+        videos = media.get(VIDEO)
+        if not prunes or not isinstance(videos, PromptVideos):
+            return plans()
+        self._process_videos(inputs, videos, videos.to_process, plan)
+        planned = plans()
+        keys = map(self._cache_key, plan.hashes[VIDEO], planned[VIDEO])
+        changed = videos.unsure([*keys], planned[VIDEO], older_minors.processor_cache(self, inputs))
+        self._process_videos(inputs, videos, changed, plan)
+        return plans() if changed else planned
 
     def _order(self, inputs: Any, media: Mapping[str, PromptMedia], budget: BudgetRequest) -> list[Place]:
         """Return the images and videos in order of appearance."""
@@ -179,9 +193,8 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
             )
         return order or [(kind, i) for kind, count in counts.items() for i in range(count)]
 
-    def _process_videos(self, inputs: Any, videos: Any, plan: Plan) -> None:
-        """Process the videos that may lose tokens of an unknown number; see ``prompt_videos``."""
-        indices = videos.to_process if isinstance(videos, PromptVideos) else []
+    def _process_videos(self, inputs: Any, videos: PromptVideos, indices: Sequence[int], plan: Plan) -> None:
+        """Process some of the videos, to learn their shapes; see ``prompt_videos``."""
         if not indices:
             return
         have = {kind: [True] * items.get_count() for kind, items in inputs.mm_data_items.items()}

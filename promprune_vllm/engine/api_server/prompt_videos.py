@@ -6,12 +6,12 @@ when vLLM asks for it. Its shape is remembered by its cache key, so this happens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from promprune_vllm.core.budget import VIDEO
 from promprune_vllm.engine.api_server.named_images import PromptMedia
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 
 
 class VideoShape(NamedTuple):
@@ -27,19 +27,6 @@ class VideoShape(NamedTuple):
     frames: int
     total: int
     positions: int
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessedVideos:
-    """What the Hugging Face processor has made of some of a prompt's videos.
-
-    Args:
-        indices: Which videos.
-        output: Its output for them, in this order.
-    """
-
-    indices: tuple[int, ...]
-    output: Mapping[str, Any]
 
 
 class PromptVideos(PromptMedia):
@@ -68,6 +55,26 @@ class PromptVideos(PromptMedia):
     def to_process(self) -> list[int]:
         """Which videos may lose tokens, of a number that is not known yet."""
         return [i for i, shape in enumerate(self.sizes) if shape is None and self._may_lose_tokens[i]]
+
+    def unsure(self, keys: Sequence[str], plans: Sequence[ImagePlan], cache: Any) -> list[int]:
+        """Return which pruned videos may have another shape than the one remembered.
+
+        A client may give the uuid of a video to another one, once the first is no longer in the cache.
+
+        Args:
+            keys: The cache key of each.
+            plans: How each is pruned.
+            cache: vLLM's processor cache.
+        """
+        return [
+            i
+            for i, (key, plan) in enumerate(zip(keys, plans, strict=True))
+            if plan.kept < plan.total
+            and i not in self._found
+            and self._uuids[i] is not None
+            and not self._is_named(i)
+            and not cache.is_cached([key])[0]
+        ]
 
     def learn(self, index: int, shape: VideoShape) -> None:
         """Note the shape of a video that was processed."""

@@ -13,7 +13,6 @@ from promprune_vllm.server.usage import record_images
 
 if TYPE_CHECKING:
     from promprune_vllm.core.escalation import Escalation
-    from promprune_vllm.engine.api_server.prompt_videos import ProcessedVideos
     from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 
 MAX_TEXT_TOKENS = 256
@@ -39,6 +38,19 @@ class ImagePlan:
     text: tuple[int, ...] = ()
     size: tuple[int, int] | None = None
     kind: str = IMAGE
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedVideos:
+    """What the Hugging Face processor has made of some of a prompt's videos.
+
+    Args:
+        indices: Which videos.
+        output: Its output for them, in this order.
+    """
+
+    indices: tuple[int, ...]
+    output: Mapping[str, Any]
 
 
 @dataclass(slots=True)

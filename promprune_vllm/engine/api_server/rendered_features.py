@@ -17,6 +17,7 @@ from promprune_vllm.core.budget import IMAGE, KINDS
 from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.all_media import order_of_ranges
+from promprune_vllm.engine.api_server.placeholders import ARTICLES
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import ASK_AGAIN, COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS, field_of
@@ -73,12 +74,12 @@ def _add_summary(prompt: dict[str, Any], model_config: Any, processor: Any) -> N
 
 
 def refuse_text_among(placeholders: Sequence[Any], tokens: Sequence[int]) -> None:
-    """Refuse images with text among their visual tokens, such as InternVL's: the engine would end.
+    """Refuse what has text among its visual tokens, such as Qwen3-VL's videos: the engine would end.
 
     vLLM does not pass on which tokens of a placeholder are visual, so the engine would expect a row for each.
 
     Args:
-        placeholders: Of the images, vLLM's ``PlaceholderRange``.
+        placeholders: Of the images and videos, vLLM's ``PlaceholderRange``.
         tokens: Of the prompt.
 
     Raises:
@@ -88,8 +89,9 @@ def refuse_text_among(placeholders: Sequence[Any], tokens: Sequence[int]) -> Non
         start, end = placeholder.offset, placeholder.offset + placeholder.length
         if placeholder.is_embed is None and len(set(tokens[start:end])) > 1:
             raise BudgetError(
-                "The place of an image has tokens of several ids, as with InternVL, and features do not say which "
-                "of them are visual. Send the image itself in content_parts instead.",
+                "The place of an image or a video has tokens of several ids, as with InternVL's images and "
+                "Qwen3-VL's videos, and features do not say which of them are visual. Send the image or the video "
+                "itself in content_parts instead.",
                 param="features",
                 reason="unsupported",
             )
@@ -100,8 +102,8 @@ def _refuse_fields() -> None:
         if request_fields.read_field(None, name) not in (None, False):
             next_step = "Leave it out" if name == ESCALATE_FIELD else f"Send {name} to its render route instead"
             raise BudgetError(
-                f"{name} cannot be applied to images sent as features: the render server has already processed "
-                f"them. {next_step}.",
+                f"{name} cannot be applied to images and videos sent as features: the render server has already "
+                f"processed them. {next_step}.",
                 param=name,
                 reason="unsupported",
             )
@@ -119,20 +121,21 @@ def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int, k
     counts = item[counts_name].data
     text = item[text_name].data if text_name in item else torch.empty(0, dtype=torch.int64)
     if not _is_ids(counts) or counts.shape != (3,) or not _is_ids(text) or text.ndim != 1:
-        raise _features_error(f"{counts_name} or {text_name} has a wrong shape or type")
+        raise _features_error(kind, f"{counts_name} or {text_name} has a wrong shape or type")
     if identity_name in item and not _is_identity(item[identity_name].data):
-        raise _features_error(f"{identity_name} has a wrong shape or type")
+        raise _features_error(kind, f"{identity_name} has a wrong shape or type")
     total, kept, method = counts.tolist()
     if not 1 <= kept <= total or kept != length:
-        raise _features_error(f"they keep {kept} of {total} tokens, but the placeholder has {length}")
+        raise _features_error(kind, f"they keep {kept} of {total} tokens, but the placeholder has {length}")
     if not 0 <= method < len(settings.allowed):
-        raise _features_error(f"they name method {method}, but this server allows {len(settings.allowed)}")
+        raise _features_error(kind, f"they name method {method}, but this server allows {len(settings.allowed)}")
     if len(text) > MAX_TEXT_TOKENS or not all(0 <= token < vocabulary for token in text.tolist()):
         raise _features_error(
-            f"their text has {len(text)} tokens of at most {MAX_TEXT_TOKENS}, or token ids that the model lacks"
+            kind,
+            f"their text has {len(text)} tokens of at most {MAX_TEXT_TOKENS}, or token ids that the model lacks",
         )
     if kept < total and not settings.media_policy().of(kind).allows(kept, total):
-        raise _features_error(f"{kept} of {total} tokens are outside this server's limits")
+        raise _features_error(kind, f"{kept} of {total} tokens are outside this server's limits")
     return ImagePlan(total, kept, method, kind=kind)
 
 
@@ -144,5 +147,5 @@ def _is_identity(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.shape == (16,)
 
 
-def _features_error(why: str) -> BudgetError:
-    return BudgetError(f"The features of an image cannot be used: {why}. {_NEXT_STEP}", param="features")
+def _features_error(kind: str, why: str) -> BudgetError:
+    return BudgetError(f"The features of {ARTICLES[kind]} cannot be used: {why}. {_NEXT_STEP}", param="features")

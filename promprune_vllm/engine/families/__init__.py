@@ -47,6 +47,7 @@ class Family:
         calibration: Method -> options measured for this family, which replace the method's defaults.
         calibrated: Source of the calibration.
         measured: Whether it was measured for this family's vision tower, and not borrowed from another one.
+        videos: How videos are pruned.
         megapixel_tokens: Visual tokens, before pruning, of an image of 1024 x 1024 pixels with the published
             checkpoints' processors.
     """
@@ -59,10 +60,13 @@ class Family:
     calibration: Calibration = field(default_factory=lambda: MappingProxyType({}))
     calibrated: str = "the method's default"
     measured: bool = field(kw_only=True)
+    videos: str = "it takes none"
     megapixel_tokens: int = field(kw_only=True)
 
 
 _MODULES = "promprune_vllm.engine.families"
+_ONE_RUN = "frame by frame"
+_FRAMES = "frame by frame; what is written between frames stays"
 _patches = partial(
     Family,
     saliency=_RECEIVED.format("the last block"),
@@ -71,9 +75,12 @@ _patches = partial(
     calibration=_QWEN_MU,
     calibrated=_BORROWED,
     measured=False,
+    videos=_FRAMES,
 )
 """A family whose tower takes patches, with M-RoPE."""
-_tiles = partial(Family, saliency=_CLS_OF_TOKEN, positions=_RECOUNTED, refused=_INTERN, measured=False)
+_tiles = partial(
+    Family, saliency=_CLS_OF_TOKEN, positions=_RECOUNTED, refused=_INTERN, measured=False, videos=_FRAMES
+)
 """A family whose tower takes tiles, with two by two patches for each token."""
 _DEEPSTACK = f"{_ORIGINAL}; DeepStack rows stay with their tokens"
 _LINEAR = f"{_ORIGINAL}; layers without attention have none"
@@ -94,7 +101,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             megapixel_tokens=2928,
         ),
         "Qwen2VLForConditionalGeneration": _patches(
-            "Qwen2-VL", f"{_MODULES}.qwen2_vl:PrunedQwen2VL", megapixel_tokens=1369
+            "Qwen2-VL", f"{_MODULES}.qwen2_vl:PrunedQwen2VL", megapixel_tokens=1369, videos=_ONE_RUN
         ),
         "Qwen2_5_VLForConditionalGeneration": _patches(
             "Qwen2.5-VL",
@@ -102,6 +109,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             saliency=_RECEIVED.format("the last block with full attention"),
             calibrated="the authors', at 1296 tokens",
             measured=True,
+            videos=_ONE_RUN,
             megapixel_tokens=1369,
         ),
         "Qwen3VLForConditionalGeneration": _patches(

@@ -30,6 +30,9 @@ class ProcessorFamily(Protocol):
     supplies: ClassVar[Need]
     """Features that the family's model can capture, all of them unless the family says otherwise; and the text."""
 
+    videos_are_runs: ClassVar[bool]
+    """Whether a video is one run of tokens in the prompt, so that its frames may keep any numbers of them."""
+
     kinds: ClassVar[Sequence[str]]
     """What is pruned, vLLM's modalities: images unless the family says otherwise, or images and videos."""
 

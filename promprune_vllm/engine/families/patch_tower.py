@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.core import geometry
-from promprune_vllm.core.budget import FIELD, KINDS
+from promprune_vllm.core.budget import FIELD, KINDS, VIDEO
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.positions import require_rows
-from promprune_vllm.engine.api_server.all_media import Counted
+from promprune_vllm.engine.api_server.all_media import Counted, order_of_ranges
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.api_server.prompt_videos import VideoShape
+from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.keys import SUMMARY
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
@@ -49,20 +50,29 @@ class PatchTowerProcessorMixin(PrunedProcessorMixin):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; see ``BaseMultiModalProcessor.apply``."""
         result = super().apply(inputs, timing_ctx)
-        summary = result.get(SUMMARY)
-        if not summary or summary.images[-1].kept == summary.images[-1].total:
-            return result
-        with refusing(self.info.ctx.model_config):
-            # The next position follows from the image's last row and column, which may have been dropped.
-            kind = summary.images[-1].kind
-            _, last = result["mm_placeholders"][kind][-1].extract_embeds_range()[-1]
-            if last + 1 == len(result["prompt_token_ids"]):
-                raise BudgetError(
-                    f"{FIELD} cannot be applied to an image or video that ends the prompt: put text or the token "
-                    f"{self.end_token} after it, as chat templates do.",
-                    reason="unsupported",
-                )
+        if SUMMARY in result:
+            with refusing(self.info.ctx.model_config):
+                self._refuse_places(result, result[SUMMARY].images)
         return result
+
+    def _refuse_places(self, prompt: Any, images: Sequence[ImagePlan]) -> None:
+        """Raise ``BudgetError`` if the positions of a pruned image or video would not be known where it is."""
+        ranges = {kind: places for kind, places in prompt["mm_placeholders"].items() if kind in self.kinds}
+        spans = [ranges[kind][i].extract_embeds_range() for kind, i in order_of_ranges(ranges)]
+        ends = [last + 1 for *_, (_, last) in spans]
+        why = ""
+        if images[-1].kept < images[-1].total and ends[-1] == len(prompt["prompt_token_ids"]):
+            # The next position follows from the image's last row and column, which may have been dropped.
+            why = "an image or video that ends the prompt: put text or the token {} after it"
+        for end, ((start, _), *_), video in zip(ends, spans[1:], images[1:], strict=False):
+            if self.videos_are_runs and video.kind == VIDEO and video.kept < video.total and start == end:
+                # Where a run of a video starts is seen by the text before it.
+                why = "a video right behind an image or a video: put text or the token {} between them"
+        if why:
+            raise BudgetError(
+                f"{FIELD} cannot be applied to {why.format(self.end_token)}, as chat templates do.",
+                reason="unsupported",
+            )
 
     def video_shape(self, item: Any, total: int) -> VideoShape:
         """Return the shape of a video, each of whose frames takes as many positions as an image."""

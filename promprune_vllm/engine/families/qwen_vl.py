@@ -46,6 +46,8 @@ class PrunedQwenProcessorMixin(PatchTowerProcessorMixin):
 class PrunedQwen2ProcessorMixin(PrunedQwenProcessorMixin):
     """The same for models whose videos are one run of tokens, with positions in time that follow seconds."""
 
+    videos_are_runs = True
+
     def video_shape(self, item: Any, total: int) -> VideoShape:
         """Return the shape of a video."""
         shape = super().video_shape(item, total)
@@ -70,6 +72,8 @@ class PrunedQwenMixin(PatchTowerMixin):
 
 class PrunedQwen2Mixin(PrunedQwenMixin):
     """The same for models whose videos are one run of tokens, with positions in time that follow seconds."""
+
+    videos_are_runs = True
 
     def offsets_in_time(self, inputs: Mapping[str, Any], index: int, frames: int) -> Sequence[int]:
         """Return how far in time each frame of a video is behind the first, as vLLM's positions have it."""

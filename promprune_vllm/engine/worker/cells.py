@@ -9,7 +9,7 @@ CHANNELS = 7
 """Extra channels of a pruned image's rows: row and column in the grid, and the frame's offset in time.
 
 They are two digits in base 256, two and three. The offset is how far in time a frame is behind the first of its
-video, whose start its rows and columns are counted from: in Qwen2-VL and Qwen2.5-VL. It is 0 elsewhere.
+video, if the video is one run of tokens: in Qwen2-VL and Qwen2.5-VL. Elsewhere each frame has a start of its own.
 
 Rows that are sent to another engine all have them: vLLM measures one width, and connectors make room for it.
 """
@@ -42,13 +42,14 @@ def decode_cells(digits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d[:, 0] * _BASE + d[:, 1], d[:, 2] * _BASE + d[:, 3], (d[:, 4] * _BASE + d[:, 5]) * _BASE + d[:, 6]
 
 
-def write_cells(positions: Tensor, media: Tensor, digits: Tensor) -> Tensor:
+def write_cells(positions: Tensor, starts: Tensor, media: Tensor, digits: Tensor) -> Tensor:
     """Return positions in which the first R image and video tokens have those of their cells.
 
     No shape depends on a value: on a GPU, the host would wait for it.
 
     Args:
-        positions: ``(3, L)`` int64. Those in time are right.
+        positions: ``(3, L)`` int64.
+        starts: ``(L,)`` int64, of image and video tokens: the position that their cells are counted from.
         media: ``(L,)`` bool, image and video tokens.
         digits: ``(R, CHANNELS)``; see ``decode_cells``.
     """
@@ -57,7 +58,17 @@ def write_cells(positions: Tensor, media: Tensor, digits: Tensor) -> Tensor:
     row, column, offset = (cell[number.clamp(0, len(digits) - 1)] for cell in decode_cells(digits))
     changed = in_chunk & (row >= 0)
     time, height, width = positions
-    start = time - offset
-    return torch.stack(
-        [time, torch.where(changed, start + row, height), torch.where(changed, start + column, width)]
-    )
+    cells = ((offset, time), (row, height), (column, width))
+    return torch.stack([torch.where(changed, starts + cell, before) for cell, before in cells])
+
+
+def starts_of_runs(time: Tensor, in_run: Tensor) -> Tensor:
+    """Return the position behind the last token before each run of tokens; of other tokens, their own.
+
+    Args:
+        time: ``(L,)`` int64, positions in time of a prompt; those of tokens in no run are right.
+        in_run: ``(L,)`` bool.
+    """
+    places = torch.arange(len(time), device=time.device)
+    before = torch.where(in_run, -1, places).cummax(dim=0).values  # -1: the run begins the prompt
+    return torch.where(in_run, torch.where(before >= 0, time[before.clamp(min=0)] + 1, 0), time)

@@ -86,6 +86,13 @@ class EncodedImage:
         groups = [Group(features.take(part, (1, height, width)), part) for part in parts]
         return cls(rows, groups, positions[:0], is_video=True)
 
+    def joined(self) -> EncodedImage:
+        """Return a video with one group of all its frames, for methods that compare frames."""
+        frames = [group.features for group in self.groups]
+        _, height, width = frames[0].grid
+        features = replace(VisionFeatures.join(frames), grid=(len(frames), height, width))
+        return replace(self, groups=[Group(features, torch.cat([group.positions for group in self.groups]))])
+
     def with_text(self, text: Tensor) -> EncodedImage:
         """Return the image with the user's text, ``(M, D)`` embeddings, added to the features of each group."""
         groups = [replace(group, features=replace(group.features, text=text)) for group in self.groups]

@@ -16,21 +16,21 @@ import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from itertools import accumulate, takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import MultiModalConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from promprune_vllm.core.budget import IMAGE, KINDS
+from promprune_vllm.core.budget import IMAGE, KINDS, VIDEO
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.worker import rotary_tables
-from promprune_vllm.engine.worker.cells import CHANNELS, UNCHANGED, encode_cells, write_cells
+from promprune_vllm.engine.worker.cells import CHANNELS, UNCHANGED, encode_cells, starts_of_runs, write_cells
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
 from promprune_vllm.engine.worker.unpruned_prompt import Span, unpruned_columns, unpruned_feature, unpruned_tokens
@@ -92,6 +92,8 @@ class MRopePrunedMixin(PrunedModelMixin):
     """Goes before vLLM's model class in the bases of a family with M-RoPE, which implements ``grid_of``."""
 
     supports_multimodal_pruning = True
+    videos_are_runs: ClassVar[bool] = False
+    """Whether a video is one run of tokens, whose frames all start at one position in height and width."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self._prunes = families.unsupported_reason(vllm_config) is None
@@ -204,10 +206,15 @@ class MRopePrunedMixin(PrunedModelMixin):
         return [rows[:, :width] for rows in embeddings], torch.cat(digits)
 
     def _write(self, digits: Tensor, input_ids: list[int] | Tensor, positions: Tensor, start: int) -> Tensor:
-        ids = torch.as_tensor(input_ids[start:], device=positions.device)  # (L - start,)
+        ids = torch.as_tensor(input_ids, device=positions.device)  # (L,)
         media = torch.stack([ids == self.token_of(kind) for kind in KINDS]).any(dim=0)
+        # All tokens of an image or a frame have one position in time, which is right before anything is encoded.
+        starts = positions[0]
+        if self.videos_are_runs:
+            starts = starts_of_runs(starts, ids == self.token_of(VIDEO))
         # V2 has all of this on the GPU. V1 keeps positions on the CPU, so here it waits for the GPU's digits.
-        written = write_cells(positions[:, start:], media, digits.to(positions.device))
+        ahead = positions[:, start:], starts[start:], media[start:]
+        written = write_cells(*ahead, digits.to(positions.device))
         return torch.cat([positions[:, :start], written], dim=1)
 
     def _spans(self, feature: Any, tokens: Sequence[int]) -> list[Span]:

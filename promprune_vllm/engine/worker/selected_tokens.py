@@ -11,7 +11,7 @@ from torch import Tensor
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.core.registry import Selector
+from promprune_vllm.core.registry import Selector, over_frames
 from promprune_vllm.core.select import select_many
 from promprune_vllm.core.selection import Selection
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
@@ -23,7 +23,7 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
     """Select ``keep`` of the N tokens.
 
     The budget is divided among the groups in proportion to their sizes, by largest remainder; among the frames of
-    a video evenly. Newlines are
+    a video evenly, unless the method compares frames: it decides how many tokens of each it keeps. Newlines are
     kept only if the budget exceeds all visual tokens: they cost as much as a token that shows something. So
     every count follows from sizes alone.
 
@@ -32,6 +32,8 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
         keep: Tokens to keep, ``1 <= keep <= N``.
         method: Selects from each group.
     """
+    if over_frames(method):
+        image = image.joined()
     sizes = [group.features.tokens for group in image.groups]
     shared = min(keep, sum(sizes))
     if image.is_video:
