@@ -18,6 +18,7 @@ from promprune_vllm.core.budget import Budget, BudgetRequest
 from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy
 from promprune_vllm.core.positions import table_rows
 from promprune_vllm.demo.processing import IMAGE_ID
+from promprune_vllm.engine.api_server.named_images import Size
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.compat import versions
 from promprune_vllm.engine.worker import rotary_tables
@@ -146,7 +147,7 @@ def test_budgets_of_every_form_have_true_positions_until_the_context_is_full(
 
 def test_counting_refuses_what_a_request_would_be_refused_for(engine: FamilyEngine) -> None:
     """The route ``/v1/visual_tokens/count`` knows sizes alone."""
-    sizes = [SimpleNamespace(width=picture.width, height=picture.height) for picture in [bar(engine)] * 31]
+    sizes = [Size(*bar(engine).size)] * 31
     images = SimpleNamespace(get_count=lambda: len(sizes), get_image_size=sizes.__getitem__, sizes=sizes)
     counts = engine.processor.count(images, PruningRequest(BudgetRequest.parse(10), sent=True))
     assert counts == [(SIDE, 10)] * 31
