@@ -22,9 +22,9 @@ class Selector(Protocol):
     ``merges`` tells whether its selections carry ``rows``, merged from several tokens, or only drop tokens. It
     may be left out if the method drops.
 
-    ``over_frames`` tells whether it compares the frames of a video. Such a method gets a whole clip as one group, of
-    at least two frames in its grid, and divides ``keep`` over them itself; it has no use for an image. Other methods
-    get images, and videos frame by frame. It may be left out if the method is one of these.
+    ``over_frames`` tells whether it compares the frames of a video. Such a method gets a whole clip as one group,
+    with at least two frames in its grid, and divides ``keep`` over them itself; it cannot prune an image. Other
+    methods get images, and videos frame by frame. It may be left out for these.
 
     A method that is faster on several groups at once adds ``select_many(groups, keeps)``, which returns what
     ``select`` would for each group. For other methods, ``select`` is called group by group.
@@ -65,8 +65,8 @@ def methods(*, over_frames: bool | None = None) -> MappingProxyType[str, type[Se
     """Return the registered methods by name, in alphabetical order.
 
     Args:
-        over_frames: Only the methods that compare the frames of a video (``True``), or only those that can prune an
-            image (``False``); all by default.
+        over_frames: ``True``: only the methods that compare the frames of a video; ``False``: only those that can
+            prune an image; all by default.
     """
     _load()
     wanted = (False, True) if over_frames is None else (over_frames,)

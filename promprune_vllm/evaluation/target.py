@@ -59,19 +59,22 @@ class Target:
         Raises:
             EvaluationError: One is not allowed, or compares the frames of a video; says which can be selected.
         """
-        missing = [name for name in methods if name not in self.methods]
+        from promprune_vllm.core.registry import methods as registered
+
+        usable = self.image_methods
+        for_videos = (self.methods.keys() | registered(over_frames=True).keys()) - {*usable}
+        videos = [name for name in methods if name in for_videos]
+        if videos:
+            raise EvaluationError(
+                f"Method {', '.join(map(repr, videos))} compares the frames of a video, but the questions are "
+                f"about images: leave it out of --methods. Methods for images: {', '.join(usable)}."
+            )
+        missing = [name for name in methods if name not in usable]
         if missing:
             raise EvaluationError(
                 f"The server at {self.url} does not allow method {', '.join(map(repr, missing))}, only "
-                f"{', '.join(self.methods)}: start it with --visual-token-allow-methods {','.join(missing)}, "
+                f"{', '.join(usable)}: start it with --visual-token-allow-methods {','.join(missing)}, "
                 "or pass other methods with --methods."
-            )
-        usable = self.image_methods
-        videos = [name for name in methods if name not in usable]
-        if videos:
-            raise EvaluationError(
-                f"Method {', '.join(map(repr, videos))} compares the frames of a video, and all questions are about "
-                f"images: leave it out of --methods. Methods for images: {', '.join(usable)}."
             )
 
 

@@ -2,16 +2,16 @@
 
 Paper: "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference", arXiv 2510.14624.
 The reference is vLLM's ``compute_retention_mask`` in ``multimodal/video_prune/evs.py`` (0.32.0), which compares
-embeddings where the paper describes pixels. For any K of at least one frame, the tokens are the same as vLLM's.
+embeddings where the paper describes pixels. For any K of at least one frame, it keeps the same tokens.
 
 1. The first frame is kept whole.
 2. A later token's change is ``1 - cos`` to the token at the same place one frame earlier.
-3. The tokens that change most, over all frames together, fill the rest of K. A frame in which nothing changes keeps
-   none.
+3. The tokens that change most, over all frames together, fill the rest of K. A frame in which nothing changes may
+   keep none.
 
-It is computed in the type of the features, as vLLM does: in bfloat16 many changes are equal, and another type would
-keep other tokens. Ties go to the earliest frame, then to raster order. If all frames are equal, every change is 0 or
-a rounding error.
+It is computed in the type of the features, as vLLM does: in bfloat16 many changes are equal, and another type
+would keep other tokens. Ties go to the earliest frame, then to raster order. If all frames are equal, every change
+is 0 or a rounding error.
 
 Deviations:
 * K below one frame, which vLLM's formula cannot give: evenly spaced tokens of the first frame.

@@ -13,12 +13,11 @@ adapted from the authors' code.
    dropped, or the least redundant of the others added, whatever their frame.
 
 For any K of at least one token per frame, the tokens are those that vLLM keeps at the rate ``q = 1 - K / N``. vLLM
-rounds N (1 - q) down to K, but its quotas use q itself: at a rate for which N (1 - q) is no whole number, up to
-1 / N of the share is more than K, and some quotas can be rounded differently. As in vLLM, the last step can take a
-frame's only token.
+rounds N (1 - q) down to K, but takes q itself for the quotas: where N (1 - q) is not a whole number, a quota can
+be rounded differently here, and then some tokens differ. As in vLLM, step 4 can drop the only token of a frame.
 
 It is computed in the type of the features, as vLLM does. Ties go to the lowest index, where vLLM leaves them to
-``torch.topk``; in bfloat16 many tokens tie, and of these the two can keep different ones.
+``torch.topk``. In bfloat16 many tokens tie, and of these the two can keep different ones.
 
 Deviation: K below one token per frame, which vLLM's formula cannot give, follows from the same steps: of the
 frames' least redundant tokens, the K least redundant ones.
@@ -67,7 +66,7 @@ class VidCom2:
 
 
 def likeness(features: VisionFeatures) -> tuple[Tensor, Tensor]:
-    """Return how much tokens are like the mean token of their video, and of their frame: ``(T, P)``, from 0 to 5."""
+    """Return how much tokens are like the mean token of their video, and of their frame: ``(T, P)``, 0 to 5."""
     frames, rows, columns = features.grid
     clip = _steady_columns(features.projected).reshape(frames, rows * columns, -1)
     clip = normalize(clip, dim=-1)  # (T, P, C)
