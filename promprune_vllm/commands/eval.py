@@ -39,7 +39,7 @@ _METHODS = Annotated[
     str,
     typer.Option(
         "--methods",
-        help="Comma-separated; name:N asks N questions per task, * is all other methods for images (default: all).",
+        help="Comma-separated; name:N asks N questions per task, * is all others for images (default: all).",
     ),
 ]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", comma-separated.')]
