@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from promprune_vllm.commands.methods import PRUNES
 from promprune_vllm.markdown import table
 
 AGREEMENT = Path(__file__).parents[2] / "tests" / "golden" / "agreement.json"
@@ -27,7 +28,16 @@ UNSERVABLE = {
 }
 """Published methods that need the decoder's attention maps: name -> paper, and why they cannot be supported."""
 
-_COLUMNS = ("method", "paper", "needs", "reads the tower", "what it does", "merges or drops", "golden agreement")
+_COLUMNS = (
+    "method",
+    "paper",
+    "needs",
+    "reads the tower",
+    "prunes",
+    "what it does",
+    "merges or drops",
+    "golden agreement",
+)
 _ABSENT = "-"
 
 
@@ -44,6 +54,7 @@ def markdown(methods: Iterable[Mapping[str, Any]]) -> str:
             _linked(row["paper"]),
             ", ".join(row["needs"]),
             "yes" if row["reads_tower"] else "**no**",
+            PRUNES[row["over_frames"]],
             row["summary"],
             "merges" if row["merges"] else "drops",
             _agreement(measured.get(row["name"])),
@@ -51,8 +62,7 @@ def markdown(methods: Iterable[Mapping[str, Any]]) -> str:
         for row in methods
     ]
     rows += [
-        (name, _linked(paper), _ABSENT, _ABSENT, why, _ABSENT, _ABSENT)
-        for name, (paper, why) in UNSERVABLE.items()
+        (name, _linked(paper), *[_ABSENT] * 3, why, _ABSENT, _ABSENT) for name, (paper, why) in UNSERVABLE.items()
     ]
     return table(_COLUMNS, rows)
 

@@ -155,7 +155,8 @@ async def _describe_server(client: httpx.AsyncClient) -> tuple[str, list[str]]:
         state = (await client.get("/v1/visual_tokens")).raise_for_status().json()
     except httpx.HTTPError as error:
         raise BenchError(f"{client.base_url} is not a server with promprune-vllm: {error}") from error
-    return models["data"][0]["id"], [method["name"] for method in state["allowed_methods"]]
+    allowed = [method["name"] for method in state["allowed_methods"] if not method.get("over_frames")]
+    return models["data"][0]["id"], allowed
 
 
 async def _send_alone(client: httpx.AsyncClient, request: Request) -> Reply:

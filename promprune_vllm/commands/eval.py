@@ -39,7 +39,7 @@ _METHODS = Annotated[
     str,
     typer.Option(
         "--methods",
-        help="Comma-separated; name:N asks N questions per task, * is all other methods (default: all).",
+        help="Comma-separated; name:N asks N questions per task, * is all others for images (default: all).",
     ),
 ]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", comma-separated.')]
@@ -143,7 +143,7 @@ def _report(where: _Where, options: Options | None, err: Console) -> Report:
     checkpoint = Path(where.model) if where.model and where.url is None else None
     with a_server(where.url, checkpoint, err) as address:
         target = find_target(address, where.model if where.url else None, where.api_key)
-        return run.evaluate(target, options.plan(list(target.methods)), where.out, err)
+        return run.evaluate(target, options.plan(target.image_methods), where.out, err)
 
 
 def _drive_lmms(
@@ -159,7 +159,7 @@ def _drive_lmms(
     target = find_target(where.url, where.model, where.api_key)
     names = tuple(split_list(tasks))
     run = lmms.Run(tuple(shlex.split(command)), names, tuple(shlex.split(words)), where.out, options.concurrency)
-    document = lmms.drive(target, options.plan(list(target.methods)).ways, run, err)
+    document = lmms.drive(target, options.plan(target.image_methods).ways, run, err)
     typer.echo(json.dumps(document, indent=2) if as_json else lmms.table(lmms.rows_of(document), names))
 
 

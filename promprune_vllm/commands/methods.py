@@ -13,6 +13,9 @@ from promprune_vllm.commands.checkout import import_from_checkout
 if TYPE_CHECKING:
     from promprune_vllm.core.registry import Selector
 
+PRUNES = {False: "images, frames", True: "videos"}
+"""What a method prunes, by whether it compares the frames of a video."""
+
 
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -32,7 +35,7 @@ def describe() -> list[dict[str, Any]]:
     """Describe every method as plain data.
 
     Each has its name, paper, summary, needs, whether any of these is captured inside the vision tower, whether it
-    merges, and its default options.
+    merges, whether it compares the frames of a video and prunes no images, and its default options.
     """
     from promprune_vllm.core.features import OF_TOWER
     from promprune_vllm.core.registry import methods as registered
@@ -46,6 +49,7 @@ def describe() -> list[dict[str, Any]]:
             "needs": [need.name.lower() for need in method.needs if need.name],
             "reads_tower": bool(method.needs & OF_TOWER),
             "merges": method.merges,
+            "over_frames": method.over_frames,
             "options": options_of(method()),
         }
         for name, method in registered().items()
@@ -63,10 +67,12 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(
-        "method", "paper", "needs", "tokens", "options (defaults)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        "method", "paper", "needs", "prunes", "tokens", "options (defaults)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         merging = "merged" if row["merges"] else "dropped"
-        table.add_row(row["name"], row["paper"], "\n".join(row["needs"]), merging, options)
+        table.add_row(
+            row["name"], row["paper"], "\n".join(row["needs"]), PRUNES[row["over_frames"]], merging, options
+        )
     Console().print(table)

@@ -22,6 +22,10 @@ class Selector(Protocol):
     ``merges`` tells whether its selections carry ``rows``, merged from several tokens, or only drop tokens. It
     may be left out if the method drops.
 
+    ``over_frames`` tells whether it compares the frames of a video. Such a method gets a whole clip as one group,
+    with at least two frames in its grid, and divides ``keep`` over them itself; it cannot prune an image. Other
+    methods get images, and videos frame by frame. It may be left out for these.
+
     A method that is faster on several groups at once adds ``select_many(groups, keeps)``, which returns what
     ``select`` would for each group. For other methods, ``select`` is called group by group.
     """
@@ -30,13 +34,16 @@ class Selector(Protocol):
     needs: ClassVar[Need]
     paper: ClassVar[str]
     merges: ClassVar[bool]
+    over_frames: ClassVar[bool]
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Choose ``keep`` of N tokens. May assume ``1 <= keep < N`` and that the features meet ``needs``."""
 
 
 _S = TypeVar("_S", bound=type)
-_METHODS: dict[str, type] = {}
+_METHODS: dict[str, type[Any]] = {}
+_TRAITS = ("merges", "over_frames")
+"""What a method may leave out; then it is not so."""
 
 
 def over_frames(method: Selector | type[Selector]) -> bool:
@@ -52,16 +59,23 @@ def register(cls: _S) -> _S:
         raise ValueError(f"two methods are named {name!r}: {other} and {cls}")
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"method {name!r} must be a frozen dataclass: its fields are its options")
-    if not hasattr(cls, "merges"):
-        cls.merges = False  # type: ignore[attr-defined]
+    for trait in _TRAITS:
+        if not hasattr(cls, trait):
+            setattr(cls, trait, False)
     _METHODS[name] = cls
     return cls
 
 
-def methods() -> MappingProxyType[str, type[Selector]]:
-    """Return every registered method by name, in alphabetical order."""
+def methods(*, over_frames: bool | None = None) -> MappingProxyType[str, type[Selector]]:
+    """Return the registered methods by name, in alphabetical order.
+
+    Args:
+        over_frames: ``True``: only the methods that compare the frames of a video; ``False``: only those that can
+            prune an image; all by default.
+    """
     _load()
-    return MappingProxyType(dict(sorted(_METHODS.items())))
+    wanted = (False, True) if over_frames is None else (over_frames,)
+    return MappingProxyType({name: cls for name, cls in sorted(_METHODS.items()) if cls.over_frames in wanted})
 
 
 def get_method(name: str, **options: Any) -> Selector:

@@ -29,7 +29,8 @@ def select(features: VisionFeatures, keep: int, method: str | Selector = "prompr
     Raises:
         BudgetError: ``keep`` is not a positive integer.
         UnknownMethodError, SettingsError: See ``get_method``.
-        ValueError: The features lack something the method needs.
+        ValueError: The features lack something the method needs, or the method compares the frames of a video
+            and the grid has one frame.
     """
     return select_many([features], [keep], method, **options)[0]
 
@@ -62,6 +63,11 @@ def select_many(
             raise ValueError(
                 f"Method {selector.name!r} needs {missing.name}, which the features do not have. "
                 "Pass it in VisionFeatures, or choose another method."
+            )
+        elif getattr(selector, "over_frames", False) and features.grid[0] < 2:
+            raise ValueError(
+                f"Method {selector.name!r} compares the frames of a video; an image has one. "
+                "Choose another method for images."
             )
         else:
             pruned.append(number)

@@ -163,11 +163,11 @@ def _device_options() -> tuple[str, ...]:
 
 
 def _simple_methods() -> list[str]:
-    """Return the methods that need nothing but the projected tokens, to compare with the default on dashboards."""
+    """Return the methods that need nothing but an image's projected tokens, to compare with the default."""
     from promprune_vllm.core.features import Need
-    from promprune_vllm.core.registry import get_method, methods
+    from promprune_vllm.core.registry import methods
 
-    return [name for name in methods() if get_method(name).needs == Need.PROJECTED]
+    return [name for name, method in methods(over_frames=False).items() if method.needs == Need.PROJECTED]
 
 
 def _measure_budgets(err: Console, server: Server) -> Iterator[Row]:

@@ -125,7 +125,7 @@ def _take(requests: Iterator[Request], guard: threading.Lock, over: threading.Ev
 
 
 def _other_methods(url: str, key: str) -> list[str]:
-    """Return the methods that a request may select besides the default; check that the server runs the plugin."""
+    """Return the methods that may prune an image besides the default; check that the server runs the plugin."""
     try:
         reply = httpx.get(f"{url}/v1/visual_tokens", headers=authorization(key), timeout=30)
     except httpx.TransportError as error:
@@ -137,7 +137,8 @@ def _other_methods(url: str, key: str) -> list[str]:
     state = reply.json()
     if not state["prunable"]:
         raise DemoError(f"The model at {url} cannot be pruned: {state['reason']}")
-    return [each["name"] for each in state["allowed_methods"] if each["name"] != state["method"]["name"]]
+    names = [each["name"] for each in state["allowed_methods"] if not each.get("over_frames")]
+    return [name for name in names if name != state["method"]["name"]]
 
 
 def _send(client: Any, model: str, request: Request) -> Result:

@@ -13,7 +13,7 @@ from promprune_vllm.evaluation.sender import Way
 from promprune_vllm.evaluation.tasks import Task, split_limit, tasks_by_name
 
 REST = "*"
-"""Instead of a method's name: all other methods that the server allows."""
+"""Instead of a method's name: all other methods that the server allows for images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Options:
         """Return the plan for a server.
 
         Args:
-            allowed: Methods that the server allows.
+            allowed: Methods that the server allows for images.
         """
         methods = dict(self.methods or ((REST, self.questions),))
         if (rest := methods.pop(REST, None)) is not None:

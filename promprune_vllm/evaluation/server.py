@@ -1,4 +1,4 @@
-"""The server that ``promprune eval`` starts without ``--url``: the demo model, with every method allowed."""
+"""The server that ``promprune eval`` starts without ``--url``: the demo model, with all methods for images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def a_server(url: str | None, model: Path | None, err: Console) -> Iterator[str]
 
     options = ["--enforce-eager", "--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "64"]
     options += ["--served-model-name", "demo", "--dtype", "float32", "--disable-uvicorn-access-log"]
-    options += ["--visual-token-allow-methods", ",".join(methods())]
+    options += ["--visual-token-allow-methods", ",".join(methods(over_frames=False))]
     # Methods that read the question select anew for each: kept features spare the encoder all but the first time.
     variables = {"VLLM_CPU_KVCACHE_SPACE": "2", "PROMPRUNE_FEATURE_CACHE_GB": "2"}
     options, environment = one_worker(options, variables)

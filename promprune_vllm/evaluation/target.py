@@ -43,22 +43,37 @@ class Target:
         """The methods that a request may select, with the options in force."""
         return {each["name"]: each["options"] for each in self.state["allowed_methods"]}
 
+    @property
+    def image_methods(self) -> list[str]:
+        """The methods that a request with an image may select."""
+        return [each["name"] for each in self.state["allowed_methods"] if not each.get("over_frames")]
+
     def settings(self) -> dict[str, Any]:
         """Everything about the server that influences the answers."""
         names = ("version", "vllm_version", "model", "architecture")
         return {"server": {name: self.state[name] for name in names}, "methods": self.methods}
 
     def require(self, methods: Sequence[str]) -> None:
-        """Check that requests may select these methods.
+        """Check that requests with an image may select these methods.
 
         Raises:
-            EvaluationError: One is not allowed; says which are, and how to allow more.
+            EvaluationError: One is not allowed, or compares the frames of a video; says which can be selected.
         """
-        missing = [name for name in methods if name not in self.methods]
+        from promprune_vllm.core.registry import methods as registered
+
+        usable = self.image_methods
+        for_videos = (self.methods.keys() | registered(over_frames=True).keys()) - {*usable}
+        videos = [name for name in methods if name in for_videos]
+        if videos:
+            raise EvaluationError(
+                f"Method {', '.join(map(repr, videos))} compares the frames of a video, but the questions are "
+                f"about images: leave it out of --methods. Methods for images: {', '.join(usable)}."
+            )
+        missing = [name for name in methods if name not in usable]
         if missing:
             raise EvaluationError(
                 f"The server at {self.url} does not allow method {', '.join(map(repr, missing))}, only "
-                f"{', '.join(self.methods)}: start it with --visual-token-allow-methods {','.join(missing)}, "
+                f"{', '.join(usable)}: start it with --visual-token-allow-methods {','.join(missing)}, "
                 "or pass other methods with --methods."
             )
 

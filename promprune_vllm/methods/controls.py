@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import register
@@ -51,5 +52,10 @@ class Uniform:
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Keep every (N/K)-th token."""
-        steps = torch.arange(keep, device=features.projected.device)
-        return Selection((2 * steps + 1) * features.tokens // (2 * keep))
+        return Selection(evenly_spaced(keep, features.tokens, features.projected.device))
+
+
+def evenly_spaced(keep: int, total: int, device: torch.device) -> Tensor:
+    """Return ``keep`` of ``total`` tokens, ``(keep,)`` int64: ``floor((i + 1/2) total / keep)`` for each i."""
+    steps = torch.arange(keep, device=device)
+    return (2 * steps + 1) * total // (2 * keep)

@@ -107,10 +107,14 @@ class CachesReply(BaseModel):
 
 
 class Method(BaseModel):
-    """A method with every option in force, including the calibration for the model's family."""
+    """A method with every option in force, including the calibration for the model's family.
+
+    ``over_frames``: it compares the frames of a video, and prunes no images.
+    """
 
     name: str
     options: dict[str, Any]
+    over_frames: bool = False
 
 
 class Range(BaseModel):

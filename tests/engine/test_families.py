@@ -179,7 +179,9 @@ def test_a_preempted_request_answers_as_alone(engine: FamilyEngine, monkeypatch:
 
 
 @each_quick_kind
-@pytest.mark.parametrize("name", [name for name, m in methods().items() if not m.needs & ~EVERYTHING])
+@pytest.mark.parametrize(
+    "name", [name for name, m in methods(over_frames=False).items() if not m.needs & ~EVERYTHING]
+)
 def test_every_method_the_family_supplies_is_served_exactly(
     engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

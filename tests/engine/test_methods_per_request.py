@@ -15,7 +15,7 @@ from tests.engine.test_families import image_rows
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
-ALLOWED = tuple(methods())
+ALLOWED = tuple(methods(over_frames=False))
 READERS = tuple(name for name, method in methods().items() if Need.TEXT in method.needs)
 QUESTIONS = ("How many cups are there on the table?", "zzzz 99999 !!!")
 

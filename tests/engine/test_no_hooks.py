@@ -20,7 +20,9 @@ from tests.engine.family_facts import FAMILIES
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
-SERVED = [name for name, method in methods().items() if not method.needs & ~(EVERYTHING | Need.TEXT)]
+SERVED = [
+    name for name, method in methods(over_frames=False).items() if not method.needs & ~(EVERYTHING | Need.TEXT)
+]
 
 
 @pytest.fixture(params=FAMILIES)

@@ -87,7 +87,7 @@ def test_between_the_tower_and_the_language_model_nothing_waits(
     given = from_the_tower(engine, "landscape", monkeypatch)
     model = on_gpu(engine, monkeypatch)
     with NoWaits([EIGENVALUES]):
-        select_all(model, model._image(*given), ["uniform", *methods()])
+        select_all(model, model._image(*given), ["uniform", *methods(over_frames=False)])
 
 
 @pytest.mark.parametrize("tiles", ["merged", "base"])

@@ -28,10 +28,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def _features(n: int) -> VisionFeatures:
+def _features(n: int, frames: int = 1) -> VisionFeatures:
     x = torch.empty(n, 96, device="meta", dtype=torch.bfloat16)
     line = torch.empty(n, device="meta")
-    return VisionFeatures(projected=x, grid=(1, 1, n), saliency=line, encoder=x, keys=x, text=x[:7])
+    return VisionFeatures(projected=x, grid=(frames, 1, n // frames), saliency=line, encoder=x, keys=x, text=x[:7])
 
 
 @pytest.mark.parametrize("name", methods())
@@ -39,7 +39,7 @@ def test_every_method_chooses_without_the_host(name: str, launches: list[Any]) -
     solver = [each for (method, option), each in METHODS_THAT_WAIT.items() if method == name and not option]
     for n, keep in ((90, 12), (900, 80)):
         with NoWaits(solver):
-            selection = select(_features(n), keep, name)
+            selection = select(_features(n, frames=10 if methods()[name].over_frames else 1), keep, name)
         assert selection.indices.shape == (keep,)
         assert selection.indices.device.type == "meta"
 

@@ -52,8 +52,8 @@ def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="package")
 def every_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The trained model, and a request may choose any method."""
-    allowed = ("--visual-token-allow-methods", ",".join(methods()))
+    """The trained model, and a request may choose any method for images."""
+    allowed = ("--visual-token-allow-methods", ",".join(methods(over_frames=False)))
     yield from _serving(TRAINED, tmp_path_factory.mktemp("every-method"), *allowed)
 
 

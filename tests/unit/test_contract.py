@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select, select_many
+import promprune_vllm
+from promprune_vllm import Need, Selection, VisionFeatures, get_method, methods, select_many
 from promprune_vllm.commands.methods import describe
 from promprune_vllm.core.registry import option_names
 from promprune_vllm.errors import SettingsError
@@ -24,7 +25,9 @@ METHODS = list(methods())
 KINDS = ["random", "constant", "duplicate", "rank1", "huge", "zero rows", "all zero", "tied saliency"]
 WIDTHS = {"projected": 10, "encoder": 7, "keys": 5}
 
+_AS_VLLM = "it computes in the type of the features as vLLM does, and sums depend on the order of columns"
 EXEMPT_FROM_COLUMN_ORDER = {
+    **dict.fromkeys(methods(over_frames=True), _AS_VLLM),
     "random": "its keys are seeded by the bits of the image, column by column",
 }
 EXEMPT_FROM_SCALE = {
@@ -85,6 +88,14 @@ def draw(
         saliency=saliency.round(decimals=2) if kind == "tied saliency" else saliency,
         text=gauss(3, WIDTHS["projected"]).to(dtype),
     )
+
+
+def select(features: VisionFeatures, keep: int, method: str, **options: Any) -> Selection:
+    """As ``promprune_vllm.select``. For a method that compares frames, each row of the image is a frame."""
+    if methods()[method].over_frames:
+        t, h, w = features.grid
+        features = changed(features, grid=(t * h, 1, w) if t * h > 1 else (w, 1, 1))
+    return promprune_vllm.select(features, keep, method, **options)
 
 
 def tensors(features: VisionFeatures) -> dict[str, Tensor]:

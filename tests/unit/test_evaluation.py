@@ -221,6 +221,22 @@ def test_a_method_the_server_does_not_allow_is_refused() -> None:
     assert not got
 
 
+@pytest.mark.parametrize("name", ["evs", "of-another-package"])
+def test_a_method_that_compares_frames_is_left_out_of_all_and_refused_by_name(name: str) -> None:
+    state = {
+        **STATE,
+        "allowed_methods": [*STATE["allowed_methods"], {"name": name, "options": {}, "over_frames": True}],
+    }
+    with server(state=state) as (url, got):
+        assert find_target(url).image_methods == ["promprune", "random"]
+        assert f"{name!r} compares the frames of a video" in refused(
+            "--url", url, "--methods", f"promprune,{name}"
+        )
+    with server() as (url, got):
+        assert "'vidcom2' compares the frames of a video" in refused("--url", url, "--methods", "vidcom2")
+    assert not got
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -97,7 +97,8 @@ class AllowedMethods:
             missing = method.needs & ~supplied
             if missing:
                 names = ", ".join(need.name or "" for need in missing)
-                usable = [name for name, each in methods().items() if not each.needs & ~supplied]
+                images = methods(over_frames=False)
+                usable = [name for name, each in images.items() if not each.needs & ~supplied]
                 raise SettingsError(
                     f"Method {method.name!r} needs {names}, which cannot be captured from {architecture}. "
                     f"Methods for this model: {', '.join(usable)}."

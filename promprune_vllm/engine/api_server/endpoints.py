@@ -249,7 +249,10 @@ class EngineBackend:
     def _methods(self) -> list[Method]:
         calibration = families.calibration(self._renderer.model_config)
         selectors = [self._settings.selector(calibration, name) for name in self._settings.allowed]
-        return [Method(name=method.name, options=options_of(method)) for method in selectors]
+        return [
+            Method(name=method.name, options=options_of(method), over_frames=method.over_frames)
+            for method in selectors
+        ]
 
     def _bytes(self, seen: int, kept: int) -> CacheBytes | None:
         each = self._bytes_per_token

@@ -186,8 +186,9 @@ async function start() {
   get("model").textContent = `· ${server.model} (${server.family ?? server.architecture})`;
   if (!server.prunable) return showError(`This server cannot prune: ${server.reason}.`);
   showError("");
-  get("method").replaceChildren(...server.allowed_methods.map(({ name }) => new Option(name)));
-  get("method-row").hidden = server.allowed_methods.length < 2;
+  const methods = server.allowed_methods.filter((method) => !method.over_frames);  // the others need a video
+  get("method").replaceChildren(...methods.map(({ name }) => new Option(name)));
+  get("method-row").hidden = methods.length < 2;
   get("below").value = server.escalation.on ? server.escalation.below : "";
   get("below-row").hidden = server.escalation.reason !== null;
   return undefined;
