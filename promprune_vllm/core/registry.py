@@ -46,11 +46,6 @@ _TRAITS = ("merges", "over_frames")
 """What a method may leave out; then it is not so."""
 
 
-def over_frames(method: Selector | type[Selector]) -> bool:
-    """Return whether a method compares the frames of a video, and decides how many tokens of each it keeps."""
-    return bool(getattr(method, "over_frames", False))
-
-
 def register(cls: _S) -> _S:
     """Class decorator: add a method to the registry under its ``name``."""
     name = cls.name  # type: ignore[attr-defined]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
-from promprune_vllm import Need
+from promprune_vllm import Need, methods, select
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.engine.worker import pruned_model
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
@@ -224,6 +225,8 @@ def test_every_method_selects_of_each_frame_as_of_an_image(engine: FamilyEngine,
     budget = 2 * len(frame_of) + 1
     counts = split_over_frames(budget, len(frame_of), len(frame_of[0].rows))
     for method in engine.model._methods:
+        if method.over_frames:
+            continue
         request = engine.ask(clip, budget=budget)
         request["mm_processor_kwargs"]["visual_token_method"] = method.name
         (found,) = rendered(engine, request)["mm_placeholders"]["video"]
@@ -238,3 +241,47 @@ def test_every_method_selects_of_each_frame_as_of_an_image(engine: FamilyEngine,
                     for frame, count in zip(frame_of, counts, strict=True)
                 ]
             assert torch.equal(rows, torch.cat(expected)), method.name
+
+
+@pytest.mark.parametrize("engine", ["qwen2_vl", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("name", methods(over_frames=True))
+def test_methods_that_compare_frames_give_each_frame_what_they_will(
+    engine: FamilyEngine,  # noqa: F811
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clip = Clip(12, "portrait")
+    whole = given(engine, engine.ask("tiny", clip, "portrait"))
+    features = encoded(engine, clip).joined().groups[0].features
+    for budget in (features.tokens // 5, features.tokens // 2):
+        request = engine.ask("tiny", clip, "portrait", budget=["full", budget, "full"])
+        request["mm_processor_kwargs"]["visual_token_method"] = name
+        some = check_it_is_part_of(whole, engine, request)
+        with torch.inference_mode():
+            kept = select(features, budget, name).indices
+        start, end = place(rendered(engine, request))
+        assert torch.equal(some.rows[start:end], features.projected[kept])
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.core.scheduler, "max_num_scheduled_tokens", 16)
+            assert given(engine, request) == some
+
+
+@each_layout
+@pytest.mark.parametrize("name", methods(over_frames=True))
+def test_methods_that_compare_frames_are_refused_where_they_cannot(engine: FamilyEngine, name: str) -> None:  # noqa: F811
+    def ask(*media: str | Clip, budget: Any) -> dict[str, Any]:
+        request = engine.ask(*media, budget=budget)
+        request["mm_processor_kwargs"]["visual_token_method"] = name
+        return request
+
+    def refusal(*media: str | Clip, budget: Any) -> str:
+        with pytest.raises(VLLMValidationError, match="Send another visual_token_method") as refused:
+            rendered(engine, ask(*media, budget=budget))
+        return str(refused.value)
+
+    assert "an image has none" in refusal("tiny", budget=3)
+    assert "an image has none" in refusal(Clip(7), "tiny", budget=["full", 3])
+    runs = engine.family == "qwen2_5_vl"
+    why = "this one has a single frame" if runs else "in this model all frames keep equally many"
+    assert why in refusal(Clip(2), budget=3)
+    assert all(kept == total for _, total, kept in counted(engine, ask("tiny", Clip(7), budget="full")))

@@ -10,7 +10,7 @@ from typing import Any
 from promprune_vllm.config import Settings, environment
 from promprune_vllm.core.budget import METHOD_FIELD, VIDEO, shown
 from promprune_vllm.core.features import Need
-from promprune_vllm.core.registry import Selector, methods, over_frames
+from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import families
 from promprune_vllm.errors import BudgetError, SettingsError
 
@@ -61,20 +61,23 @@ class AllowedMethods:
             )
         return allowed.index(name)
 
-    def check_kind(self, index: int, kind: str, *, videos_are_runs: bool) -> None:
-        """Raise ``BudgetError`` if a method cannot prune images, or videos of this model.
+    def check_frames(self, index: int, kind: str, frames: int, *, videos_are_runs: bool) -> None:
+        """Raise ``BudgetError`` if a method compares frames, and cannot with what it should prune.
 
         Args:
             index: The method's index.
             kind: What is to be pruned, ``IMAGE`` or ``VIDEO``.
-            videos_are_runs: Whether frames may keep any numbers of tokens.
+            frames: Frames of a video.
+            videos_are_runs: Whether the model's frames may keep any numbers of tokens.
         """
-        if not over_frames(self.selectors[index]) or (kind == VIDEO and videos_are_runs):
+        if not self.selectors[index].over_frames or (kind == VIDEO and frames > 1 and videos_are_runs):
             return
-        others = ", ".join(each.name for each in self.selectors if not over_frames(each))
-        why = "cannot prune an image: it compares the frames of a video"
+        why = "compares the frames of a video, and an image has none"
         if kind == VIDEO:
+            why = "compares the frames of a video, and this one has a single frame"
+        if kind == VIDEO and not videos_are_runs:
             why = "decides how many tokens each frame keeps, and in this model all frames keep equally many"
+        others = ", ".join(each.name for each in self.selectors if not each.over_frames)
         raise BudgetError(
             f"Method {self.selectors[index].name!r} {why}. Send another {METHOD_FIELD} "
             f'({others or "this server allows no other"}), or "full" for the {kind}.',

@@ -161,9 +161,10 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
             kwargs = inputs.hf_processor_mm_kwargs
             totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
             counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
-            for kind, total, kept in zip(every.kinds, totals, counts, strict=True):
+            for kind, size, total, kept in zip(every.kinds, every.sizes, totals, counts, strict=True):
                 if kept < total:
-                    self._methods.check_kind(method, kind, videos_are_runs=self.videos_are_runs)
+                    frames = getattr(size, "frames", 1)
+                    self._methods.check_frames(method, kind, frames, videos_are_runs=self.videos_are_runs)
             return every.by_kind(
                 ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
                 for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)

@@ -15,6 +15,7 @@ import torch
 from promprune_vllm.config import Settings
 from promprune_vllm.core.budget import IMAGE, KINDS
 from promprune_vllm.core.escalation import ESCALATE_FIELD
+from promprune_vllm.core.registry import methods
 from promprune_vllm.engine.api_server import request_fields
 from promprune_vllm.engine.api_server.all_media import order_of_ranges
 from promprune_vllm.engine.api_server.placeholders import ARTICLES
@@ -134,6 +135,8 @@ def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int, k
             kind,
             f"their text has {len(text)} tokens of at most {MAX_TEXT_TOKENS}, or token ids that the model lacks",
         )
+    if kept < total and kind == IMAGE and methods()[settings.allowed[method]].over_frames:
+        raise _features_error(kind, f"method {settings.allowed[method]!r} compares frames, which an image has not")
     if kept < total and not settings.media_policy().of(kind).allows(kept, total):
         raise _features_error(kind, f"{kept} of {total} tokens are outside this server's limits")
     return ImagePlan(total, kept, method, kind=kind)

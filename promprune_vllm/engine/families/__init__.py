@@ -65,7 +65,7 @@ class Family:
 
 
 _MODULES = "promprune_vllm.engine.families"
-_ONE_RUN = "frame by frame"
+_ONE_RUN = "frame by frame, or as `evs` and `vidcom2` decide"
 _FRAMES = "frame by frame; what is written between frames stays"
 _patches = partial(
     Family,

@@ -11,7 +11,7 @@ from torch import Tensor
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy
-from promprune_vllm.core.registry import Selector, over_frames
+from promprune_vllm.core.registry import Selector
 from promprune_vllm.core.select import select_many
 from promprune_vllm.core.selection import Selection
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
@@ -32,7 +32,7 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
         keep: Tokens to keep, ``1 <= keep <= N``.
         method: Selects from each group.
     """
-    if over_frames(method):
+    if method.over_frames:
         image = image.joined()
     sizes = [group.features.tokens for group in image.groups]
     shared = min(keep, sum(sizes))
