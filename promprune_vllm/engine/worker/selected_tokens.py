@@ -32,7 +32,7 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
         keep: Tokens to keep, ``1 <= keep <= N``.
         method: Selects from each group.
     """
-    if method.over_frames:
+    if getattr(method, "over_frames", False):
         image = image.joined()
     sizes = [group.features.tokens for group in image.groups]
     shared = min(keep, sum(sizes))
