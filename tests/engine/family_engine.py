@@ -95,7 +95,7 @@ class FamilyEngine(Engine):
         return int(self.llm.llm_engine.vllm_config.cache_config.block_size)
 
     def ask(
-        self, *media: str | Clip, budget: int | None = None, before: str = "", text: str = "What?"
+        self, *media: str | Clip, budget: object = None, before: str = "", text: str = "What?"
     ) -> dict[str, Any]:
         """A prompt with images of these shapes and with clips, text before, between and after them."""
         items: dict[str, list[Any]] = {}

@@ -131,7 +131,7 @@ def test_a_video_beside_a_pruned_image_passes_untouched(half: FamilyEngine) -> N
 
 
 def _with_video(half: FamilyEngine, budget: int | None) -> dict[str, Any]:
-    ask = half.ask("portrait", budget=budget)
+    ask = half.ask("portrait", budget=None if budget is None else [budget, "full"])
     ask["prompt"] += f"{type(half.model).get_placeholder_str('video', 0)}?"
     ask["multi_modal_data"]["video"] = [_video()]
     return ask
