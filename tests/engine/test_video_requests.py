@@ -21,6 +21,12 @@ CLIP = Clip(7)
 Calls = list[int]  # videos of each call of the Hugging Face processor
 
 
+@pytest.fixture(autouse=True)
+def forgotten(engine: FamilyEngine) -> None:  # noqa: F811
+    """A prompt that is rendered only is in the cache of the API server's side, and not in the engine's."""
+    engine.forget()
+
+
 @pytest.fixture
 def calls(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> Calls:  # noqa: F811
     """How many videos the Hugging Face processor was given in each call, from now on and with empty caches."""
