@@ -102,6 +102,16 @@ class VisionFeatures:
         subset = {name: value[rows] for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
         return replace(self, grid=grid, **subset)
 
+    def frames(self) -> list[VisionFeatures]:
+        """Return the features of each frame of a video, which share its memory."""
+        count, rows, columns = self.grid
+        cells = [slice(frame * rows * columns, (frame + 1) * rows * columns) for frame in range(count)]
+        values = {name: value for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
+        return [
+            replace(self, grid=(1, rows, columns), **{name: value[part] for name, value in values.items()})
+            for part in cells
+        ]
+
     @classmethod
     def join(cls, groups: Sequence[VisionFeatures]) -> VisionFeatures:
         """Concatenate the tokens of several groups into one group whose grid is a single row."""

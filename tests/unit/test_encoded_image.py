@@ -166,3 +166,18 @@ def test_registered_methods_keep_exact_counts_in_interleaved_groups(name: str) -
         rows, places = select_tokens(image, keep, get_method(name)).rows(project)
         assert torch.equal(rows, image.rows[places])
         assert len(set(places.tolist())) == keep
+
+
+def test_the_frames_of_a_video_share_its_memory() -> None:
+    features = VisionFeatures(projected=torch.randn(24, 3), grid=(4, 2, 3), saliency=torch.rand(24))
+    video = EncodedImage.of_frames(features.projected, features)
+    assert video.is_video
+    assert [group.features.grid for group in video.groups] == [(1, 2, 3)] * 4
+    for i, group in enumerate(video.groups):
+        assert group.positions.tolist() == list(range(6 * i, 6 * i + 6))
+        assert torch.equal(group.features.projected, features.projected[group.positions])
+        assert group.features.projected.untyped_storage().data_ptr() == features.projected.data_ptr()
+    (whole,) = video.joined().groups
+    assert whole.features.grid == (4, 2, 3)
+    assert torch.equal(whole.features.projected, features.projected)
+    assert not EncodedImage.of_frames(torch.randn(6, 3), video.groups[0].features).is_video

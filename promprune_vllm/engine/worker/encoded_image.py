@@ -82,8 +82,7 @@ class EncodedImage:
         if frames == 1:
             return cls.whole(rows, features)
         positions = torch.arange(features.tokens, device=rows.device)
-        parts = torch.split(positions, height * width)
-        groups = [Group(features.take(part, (1, height, width)), part) for part in parts]
+        groups = list(map(Group, features.frames(), torch.split(positions, height * width)))
         return cls(rows, groups, positions[:0], is_video=True)
 
     def joined(self) -> EncodedImage:
