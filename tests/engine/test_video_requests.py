@@ -211,3 +211,21 @@ def test_a_servers_defaults_for_images_and_for_videos_are_apart(
     assert kept(VIDEO_BUDGET="6") == [image, 6]
     assert kept(VIDEO_MAX="5") == [image, 5]
     assert kept(BUDGET="4", VIDEO_BUDGET="50%", VIDEO_MIN="7") == [4, -(-video // 2)]
+
+
+@each_layout
+def test_a_video_that_the_encoder_was_not_profiled_for_is_refused(
+    engine: FamilyEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = total(engine)
+    for limit, budget in ((tokens, 5), (tokens - 1, 5), (5, 5)):
+        monkeypatch.setattr(engine.llm.llm_engine.input_processor, "mm_encoder_cache_size", limit)
+        engine.forget()
+        if limit == tokens:
+            engine.generate([engine.ask(CLIP, budget=budget)], tokens=1)
+            continue
+        with pytest.raises(
+            VLLMValidationError, match=f"video of {tokens} tokens is too long, .* {limit} tokens at"
+        ):
+            engine.generate([engine.ask(CLIP, budget=budget)], tokens=1)

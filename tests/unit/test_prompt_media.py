@@ -29,8 +29,6 @@ def decoded(tokens: Sequence[int], **_: Any) -> str:
         ("x<start><video>y<image><image>", {IMAGE: 2, VIDEO: 1}, [(VIDEO, 0), (IMAGE, 0), (IMAGE, 1)]),
         ([1, 7, 2, 2], {IMAGE: 1, VIDEO: 2}, [(IMAGE, 0), (VIDEO, 0), (VIDEO, 1)]),
         ("as text: <image>, then <image><start><video>", {IMAGE: 1, VIDEO: 1}, None),
-        ("nothing of them", {IMAGE: 2}, [(IMAGE, 0), (IMAGE, 1)]),
-        ("", {}, []),
     ],
 )
 def test_the_order_is_that_of_what_stands_for_them_in_the_prompt(prompt: Any, counts: Any, order: Any) -> None:
@@ -66,18 +64,19 @@ def test_a_video_is_processed_first_only_if_it_may_lose_tokens_of_an_unknown_num
 
 
 def test_a_uuid_may_be_given_to_another_video_once_the_first_is_not_in_the_cache() -> None:
-    cache, clip, plans = Cache("in the cache"), Items(object()), [ImagePlan(40, 9, kind=VIDEO)]
+    cache, clip = Cache("in the cache"), Items(object())
     first = decided(PromptVideos(clip, ["u"], cache, ["u"]), 9)
     first.learn(0, SHAPE)
-    assert first.unsure(["k"], plans, cache) == []
+    assert first.unsure(["k"], cache) == []
     first.remember([False])
-    second = decided(PromptVideos(clip, ["u"], cache, ["u"]), 9)
-    assert second.to_process == []
-    assert second.unsure(["in the cache"], plans, cache) == []
-    assert second.unsure(["k"], plans, cache) == [0]
-    assert second.unsure(["k"], [ImagePlan(40, 40, kind=VIDEO)], cache) == []
-    assert PromptVideos(clip, [None], cache, ["u"]).unsure(["k"], plans, cache) == []
-    assert PromptVideos(Items(None), ["u"], cache, ["u"]).unsure(["k"], plans, cache) == []
+    for budget in (9, 10_000):  # of which the first one kept all its tokens
+        second = decided(PromptVideos(clip, ["u"], cache, ["u"]), budget)
+        assert second.to_process == []
+        assert second.unsure(["in the cache"], cache) == []
+        assert second.unsure(["k"], cache) == [0]
+    assert decided(PromptVideos(clip, ["u"], cache, ["u"]), "full").unsure(["k"], cache) == []
+    assert decided(PromptVideos(clip, [None], cache, ["u"]), 9).unsure(["k"], cache) == []
+    assert decided(PromptVideos(Items(None), ["u"], cache, ["u"]), 9).unsure(["k"], cache) == []
 
 
 def test_what_was_processed_is_used_for_the_same_videos_only() -> None:

@@ -152,11 +152,9 @@ def order_in_prompt(
     Args:
         prompt: Text or tokens, before an image or a video has as many tokens as it takes.
         counts: How many there are of each kind.
-        placeholders: What stands for one of each kind in the prompt; needed only if there are several kinds.
+        placeholders: What stands for one of each kind in the prompt.
         decode: Turns tokens into text.
     """
-    if len(counts) < 2:
-        return [(kind, i) for kind, count in counts.items() for i in range(count)]
     text = prompt if isinstance(prompt, str) else decode(prompt, skip_special_tokens=False)
     kinds = {placeholders[kind]: kind for kind in counts}
     found = [kinds[match] for match in re.findall("|".join(map(re.escape, kinds)), text)]

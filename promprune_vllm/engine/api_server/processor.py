@@ -137,7 +137,7 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         cached = tuple(plan.cached[kind][i] for kind, i in order)
         method = self._methods.selectors[self._methods.index(request.method)].name
         form = request.budget.form if request.sent else None
-        return Summary(images, cached, method, form, plan_retry(self._settings, request, images))
+        return Summary(images, cached, method, form, plan_retry(self._settings, request, images, order))
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's profiling run. It needs the worst case, so they are never pruned."""
@@ -148,7 +148,7 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         self, inputs: Any, media: Mapping[str, PromptMedia], request: PruningRequest, plan: Plan, *, prunes: bool
     ) -> dict[str, tuple[ImagePlan, ...]]:
         method = self._methods.index(request.method)
-        every = AllMedia(media, self._order(inputs, media, request.budget))
+        every = AllMedia(media, self._order(inputs, media, request))
         budget = request.with_details(every.kinds, self._policy.images)
         budget.check_media(every.kinds)
         if prunes and request.sent:
@@ -176,23 +176,25 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         self._process_videos(inputs, videos, videos.to_process, plan)
         planned = plans()
         keys = map(self._cache_key, plan.hashes[VIDEO], planned[VIDEO])
-        changed = videos.unsure([*keys], planned[VIDEO], older_minors.processor_cache(self, inputs))
+        changed = videos.unsure([*keys], older_minors.processor_cache(self, inputs))
         self._process_videos(inputs, videos, changed, plan)
         return plans() if changed else planned
 
-    def _order(self, inputs: Any, media: Mapping[str, PromptMedia], budget: BudgetRequest) -> list[Place]:
-        """Return the images and videos in order of appearance."""
-        builder, tokenizer = self.dummy_inputs, self.info.get_tokenizer()
+    def _order(self, inputs: Any, media: Mapping[str, PromptMedia], request: PruningRequest) -> Sequence[Place]:
+        """Return the images and videos in order of appearance, or in any if a budget does not depend on it."""
         counts = {kind: each.get_count() for kind, each in media.items()}
-        texts = {kind: builder.get_dummy_text({kind: 1}) for kind in counts}
-        order = order_in_prompt(inputs.prompt, counts, texts, tokenizer.decode)
-        if order is None and isinstance(budget.each, tuple):
+        if len(counts) < 2 or not isinstance(request.budget.each, tuple):
+            return [(kind, i) for kind, count in counts.items() for i in range(count)]
+        texts = {kind: self.dummy_inputs.get_dummy_text({kind: 1}) for kind in counts}
+        decode = self.info.get_tokenizer().decode
+        order = request.order or order_in_prompt(inputs.prompt, counts, texts, decode)
+        if order is None:
             raise BudgetError(
                 f"{FIELD} is a list, but the prompt does not tell the order of its images and videos: where they "
                 f"are must stand {' and '.join(map(repr, texts.values()))}. Send one value for all of them.",
                 reason="unsupported",
             )
-        return order or [(kind, i) for kind, count in counts.items() for i in range(count)]
+        return order
 
     def _process_videos(self, inputs: Any, videos: PromptVideos, indices: Sequence[int], plan: Plan) -> None:
         """Process some of the videos, to learn their shapes; see ``prompt_videos``."""

@@ -1,13 +1,16 @@
-"""Counts prompts once the engine accepts them: a prompt that vLLM refuses saves nothing."""
+"""Counts prompts once the engine accepts them: a prompt that is refused saves nothing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import FIELD, VIDEO
 from promprune_vllm.engine.api_server.pruning_plan import Summary
+from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.compat import verdict
 from promprune_vllm.engine.keys import COUNTED, SAVINGS, SUMMARY, TRIES
+from promprune_vllm.errors import BudgetError
 from promprune_vllm.metrics.recorder import Build, expose, recorder
 
 
@@ -49,6 +52,7 @@ def count_prompts(original: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
         # Without a type the prompt is not rendered yet (vLLM calls this again), or vLLM only checks options.
         if isinstance(prompt, dict) and "type" in prompt and not prompt.get(COUNTED):
+            _refuse_long_videos(self, prompt.get(SUMMARY))
             prompt[COUNTED] = True  # a prompt may be sent twice
             if TRIES in prompt:  # counted later, if it is the try that is answered
                 prompt[TRIES].accept()
@@ -57,6 +61,26 @@ def count_prompts(original: Any) -> Any:
         return request
 
     return process_inputs
+
+
+def _refuse_long_videos(input_processor: Any, summary: Summary | None) -> None:
+    """Refuse pruned videos that the vision encoder was not profiled for: vLLM sees only how many tokens are kept.
+
+    Images cannot be larger than those that vLLM profiles.
+
+    Raises:
+        VLLMValidationError: A video has more tokens before pruning than vLLM would take of one.
+    """
+    limit = input_processor.mm_encoder_cache_size
+    for video in summary.images if summary is not None else ():
+        if video.kind == VIDEO and video.kept < video.total and video.total > limit:
+            with refusing(input_processor.model_config):
+                raise BudgetError(
+                    f"A video of {video.total} tokens is too long, whatever {FIELD} keeps of it: the vision "
+                    f"encoder takes at most {limit} tokens at once. Send fewer or smaller frames, or start the "
+                    "server with a larger --max-model-len or --max-num-batched-tokens.",
+                    reason="limits",
+                )
 
 
 def count(input_processor: Any, engine_input: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from promprune_vllm.core.budget import VIDEO
 from promprune_vllm.engine.api_server.named_images import PromptMedia
-from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 
 
 class VideoShape(NamedTuple):
@@ -56,20 +55,19 @@ class PromptVideos(PromptMedia):
         """Which videos may lose tokens, of a number that is not known yet."""
         return [i for i, shape in enumerate(self.sizes) if shape is None and self._may_lose_tokens[i]]
 
-    def unsure(self, keys: Sequence[str], plans: Sequence[ImagePlan], cache: Any) -> list[int]:
-        """Return which pruned videos may have another shape than the one remembered.
+    def unsure(self, keys: Sequence[str], cache: Any) -> list[int]:
+        """Return which videos that may lose tokens may have another shape than the one remembered.
 
         A client may give the uuid of a video to another one, once the first is no longer in the cache.
 
         Args:
             keys: The cache key of each.
-            plans: How each is pruned.
             cache: vLLM's processor cache.
         """
         return [
             i
-            for i, (key, plan) in enumerate(zip(keys, plans, strict=True))
-            if plan.kept < plan.total
+            for i, key in enumerate(keys)
+            if self._may_lose_tokens[i]
             and i not in self._found
             and self._uuids[i] is not None
             and not self._is_named(i)

@@ -28,6 +28,8 @@ class PruningRequest:
         text: The user's last message, for methods that use it.
         details: OpenAI's ``detail`` of each image, if the server honors it.
         escalate: Whether and when the answer is asked for again; ``None`` if the client does not say.
+        order: ``IMAGE`` or ``VIDEO`` and index among its kind of each, in order of appearance, where the prompt
+            was processed before; ``None`` if it is yet to be found.
     """
 
     budget: BudgetRequest = field(default_factory=BudgetRequest)
@@ -36,6 +38,7 @@ class PruningRequest:
     text: str | None = None
     details: tuple[str, ...] | None = None
     escalate: EscalationRequest | None = None
+    order: tuple[tuple[str, int], ...] | None = None
 
     @property
     def asks_again(self) -> bool:

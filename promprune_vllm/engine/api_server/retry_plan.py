@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import Budget, BudgetRequest
+from promprune_vllm.core.budget import MAX_BUDGET_TOKENS, Budget, BudgetRequest
 from promprune_vllm.core.escalation import Escalation, EscalationRequest
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, Retry
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
@@ -18,13 +18,16 @@ def escalation_in_force(settings: Settings, request: PruningRequest) -> Escalati
     return wish.over(settings.escalation())
 
 
-def plan_retry(settings: Settings, request: PruningRequest, plans: Sequence[ImagePlan]) -> Retry | None:
+def plan_retry(
+    settings: Settings, request: PruningRequest, plans: Sequence[ImagePlan], order: Sequence[tuple[str, int]]
+) -> Retry | None:
     """Return the second try of a prompt, ``None`` if there is none: not wanted, or it would keep no more tokens.
 
     Args:
         settings: The server's; its limits clamp the second budget.
         request: What the request asks for.
         plans: Those of its images and videos, in order of appearance.
+        order: Which of its images and videos these are; see ``PruningRequest``.
     """
     escalation = escalation_in_force(settings, request)
     if escalation is None:
@@ -37,6 +40,7 @@ def plan_retry(settings: Settings, request: PruningRequest, plans: Sequence[Imag
     more = sum(kept) - sum(plan.kept for plan in plans)
     if more == 0:
         return None
-    budget = BudgetRequest(each=tuple(Budget(tokens=tokens) for tokens in kept))
-    again = replace(request, budget=budget, sent=True, escalate=EscalationRequest(wanted=False))
+    budgets = tuple(Budget(tokens=min(tokens, MAX_BUDGET_TOKENS)) for tokens in kept)
+    never = EscalationRequest(wanted=False)
+    again = replace(request, budget=BudgetRequest(each=budgets), sent=True, escalate=never, order=tuple(order))
     return Retry(escalation, again, more, sent=request.asks_again)

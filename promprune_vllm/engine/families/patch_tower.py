@@ -89,7 +89,7 @@ class PatchTowerProcessorMixin(PrunedProcessorMixin):
     def _positions(self, media: Counted, kwargs: Mapping[str, object]) -> int:
         """Return how many positions an image or a video takes."""
         if media.size is None:
-            return media.kept  # it keeps every token, and takes at most as many positions
+            return media.kept  # it keeps every token, and is placed as in vLLM
         if isinstance(media.size, VideoShape):
             return media.size.positions
         width, height = media.size

@@ -233,7 +233,7 @@ class MRopePrunedMixin(PrunedModelMixin):
             starts = [start + before for before in accumulate(counts, initial=0)][:frames]
         else:
             starts = [i + 1 for i in range(start, end) if tokens[i] == self.frame_start()]
-            counts = tuple(sum(1 for _ in takewhile(token.__eq__, tokens[i:end])) for i in starts)
+            counts = tuple(sum(1 for _ in takewhile(lambda n: tokens[n] == token, range(i, end))) for i in starts)
         return [Span(i, kept, rows * columns, token) for i, kept in zip(starts, counts, strict=True)]
 
 

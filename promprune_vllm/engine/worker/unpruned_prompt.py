@@ -37,10 +37,10 @@ def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
     Returns:
         ``(length,)`` int64, strictly increasing.
     """
-    columns = torch.arange(length)
+    dropped = torch.zeros(length + 1, dtype=torch.int64)  # before each token, since the one before it
     for span in spans:
-        columns[span.offset + span.kept :] += span.total - span.kept
-    return columns
+        dropped[span.offset + span.kept] += span.total - span.kept
+    return torch.arange(length) + dropped.cumsum(dim=0)[:length]
 
 
 def unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:
