@@ -45,7 +45,16 @@ _CACHE = Annotated[
     str, typer.Option("--kv-cache-dtype", help="auto (same as the weights), fp8, bfloat16 or float16.")
 ]
 _IMAGE = Annotated[str, typer.Option("--image", metavar="WxH", help="Image size in pixels.")]
-_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Images per chat.")]
+_VIDEO = Annotated[
+    str | None,
+    typer.Option(
+        "--video",
+        metavar="FRAMESxWxH",
+        help="Plan for videos instead: the frames that vLLM samples, and their size in pixels.",
+        show_default=False,
+    ),
+]
+_IMAGES = Annotated[int, typer.Option("--images", min=1, help="Images or videos per chat.")]
 _TEXT = Annotated[int, typer.Option("--text-tokens", min=0, help="Prompt tokens besides the images.")]
 _ANSWER = Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens per answer.")]
 _BUDGETS = Annotated[str, typer.Option("--budgets", help='Tokens, or shares such as "25%", comma-separated.')]
@@ -65,6 +74,7 @@ def plan(
     mfu: _MFU = 0.4,
     kv_cache_dtype: _CACHE = "auto",
     image: _IMAGE = "1024x768",
+    video: _VIDEO = None,
     images: _IMAGES = 1,
     text_tokens: _TEXT = 64,
     answer_tokens: _ANSWER = 128,
@@ -76,14 +86,15 @@ def plan(
     with failing(status=1):
         gpu_spec = _gpu(gpu, gpu_memory, tflops)
         server = Server(gpu_spec, ranks, gpu_memory_utilization, reserve, mfu, _cache_bytes(kv_cache_dtype))
-        traffic = Traffic(_size(image), images, text_tokens, answer_tokens)
+        frames, size = (0, _size(image)) if video is None else _clip(video)
+        traffic = Traffic(size, images, text_tokens, answer_tokens, frames)
         facts = read(model)
         rows = rows_of(facts, server, traffic, [_budget(text) for text in budgets.split(",") if text.strip()])
         memory = kv_memory(facts, server)
     if as_json:
         typer.echo(json.dumps(_document(facts, server, traffic, memory, rows), indent=2))
     elif as_markdown:
-        typer.echo(markdown(_HEADINGS, _cells(rows)))
+        typer.echo(markdown(_headings(traffic), _cells(rows)))
     else:
         _show(facts, server, traffic, memory, rows)
 
@@ -108,8 +119,15 @@ def _cache_bytes(name: str) -> int | None:
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise PlanError(f"--image {text!r} is not a size; give width and height in pixels, such as 1024x768.")
+        raise PlanError(f"{text!r} is not a size; give width and height in pixels, such as 1024x768.")
     return int(width), int(height)
+
+
+def _clip(text: str) -> tuple[int, tuple[int, int]]:
+    frames, _, size = text.lower().partition("x")
+    if not (frames.isdecimal() and int(frames)) or size.count("x") != 1:
+        raise PlanError(f"--video {text!r} is not frames, width and height, such as 64x1280x720.")
+    return int(frames), _size(size)
 
 
 def _budget(text: str) -> object:
@@ -130,7 +148,9 @@ def _document(facts: Facts, server: Server, traffic: Traffic, memory: int, rows:
     }
 
 
-_HEADINGS = ("budget", "kept", "KV of an image", "chats at once", "images/s at most", "arithmetic")
+def _headings(traffic: Traffic) -> tuple[str, ...]:
+    of, rate = ("a video", "videos/s") if traffic.frames else ("an image", "images/s")
+    return "budget", "kept", f"KV of {of}", "chats at once", f"{rate} at most", "arithmetic"
 
 
 def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
@@ -154,7 +174,9 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
 
     gpus = f"{server.ranks} GPU{'s' if server.ranks > 1 else ''} of {server.gpu.memory_gib:g} GiB"
     size = f"{traffic.size[0]} x {traffic.size[1]}"
-    table = Table(*_HEADINGS, title=f"{facts.name} on {gpus}", title_justify="left")
+    size = f"{traffic.frames} frames of {size}" if traffic.frames else size
+    rate = "videos/s" if traffic.frames else "images/s"
+    table = Table(*_headings(traffic), title=f"{facts.name} on {gpus}", title_justify="left")
     for cells in _cells(rows):
         table.add_row(*cells)
     out = Console()
@@ -162,7 +184,7 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
     out.print(
         f"{facts.parameters / 1e9:.2f} billion weights; {memory / GIB:.1f} GiB for the KV cache, "
         f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB per token. One chat: {traffic.images} of "
-        f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. images/s and "
+        f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. {rate} and "
         f"arithmetic cover encoding and prefill at {100 * server.mfu:.0f} % of peak: the encoder processes every "
         f"patch at every budget, and decoding is extra.{_long_blocks(facts, server)}",
         highlight=False,

@@ -41,16 +41,18 @@ class Traffic:
     """A typical chat.
 
     Args:
-        size: Width and height of its images in pixels.
-        images: Number of images.
+        size: Width and height of its images, or of the frames of its videos, in pixels.
+        images: Number of images or videos.
         text_tokens: Prompt tokens besides the images.
         answer_tokens: Generated tokens.
+        frames: Frames that vLLM samples of each video; 0 for images.
     """
 
     size: tuple[int, int]
     images: int = 1
     text_tokens: int = 64
     answer_tokens: int = 128
+    frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,11 @@ class Row:
 
     Args:
         budget: The budget.
-        kept: Tokens kept per image.
+        kept: Tokens kept per image or video.
         prompt_tokens: Prompt tokens of a chat.
-        kv_bytes_per_image: KV-cache bytes of an image's kept tokens.
+        kv_bytes_per_image: KV-cache bytes of the kept tokens of an image or video.
         chats: Number of chats, with their answers, that fit in the KV cache.
-        images_per_s: Upper limit of images per second, from encoding and prefill alone.
+        images_per_s: Upper limit of images or videos per second, from encoding and prefill alone.
         arithmetic: Operations of encoding and prefill, as a share of those with all tokens.
     """
 
@@ -119,16 +121,20 @@ def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[objec
     """Compute the estimates for each budget; the first row keeps every token.
 
     Raises:
-        PlanError: A budget is invalid, or the model does not fit.
+        PlanError: A budget is invalid, the model does not fit, or it takes no videos.
     """
-    seen = facts.visual_tokens(*traffic.size)
+    if traffic.frames:
+        frames, each = facts.video_grid(traffic.frames, *traffic.size)
+        seen, encode = frames * each, facts.video_encoder_flops(traffic.frames, *traffic.size)
+    else:
+        frames, seen, encode = 1, facts.visual_tokens(*traffic.size), facts.encoder_flops(*traffic.size)
     memory = kv_memory(facts, server)
-    encode = traffic.images * facts.encoder_flops(*traffic.size)
+    encode *= traffic.images
     per_token = facts.kv_bytes_per_token(server.cache_bytes)
     whole = encode + facts.decoder.prefill_flops(traffic.text_tokens + traffic.images * seen)
     rows = []
     for budget in ("full", *budgets):
-        kept = _kept(budget, seen)
+        kept = _kept(budget, seen, frames)
         prompt = traffic.text_tokens + traffic.images * kept
         chat = facts.chat_bytes(prompt + traffic.answer_tokens, server.block_tokens, server.cache_bytes)
         flops = encode + facts.decoder.prefill_flops(prompt)
@@ -146,8 +152,8 @@ def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[objec
     return rows
 
 
-def _kept(budget: object, seen: int) -> int:
+def _kept(budget: object, seen: int, frames: int) -> int:
     try:
-        return BudgetPolicy().resolve(Budget.parse(budget), seen)
+        return BudgetPolicy().resolve(Budget.parse(budget), seen, frames=frames)
     except BudgetError as error:
         raise PlanError(str(error)) from error

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from promprune_vllm.core.savings import Decoder, read_decoder
 from promprune_vllm.errors import PlanError
-from promprune_vllm.planning import images
+from promprune_vllm.planning import images, videos
 
 _NEW_STYLE = "processor_config.json"  # transformers 5 writes the image processor's configuration into this file
 _PROCESSORS = ("preprocessor_config.json", _NEW_STYLE)
+_VIDEO_PROCESSORS = ("video_preprocessor_config.json", _NEW_STYLE, "preprocessor_config.json")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -56,6 +57,7 @@ class Facts:
         kind: Its ``model_type``.
         config: The whole config.json.
         processor: Configuration of the image processor, or empty.
+        video_processor: Configuration of the video processor, or empty.
         decoder: The language model.
         tower: The vision tower.
         parameters: Approximate number of parameters of the whole model.
@@ -67,6 +69,7 @@ class Facts:
     kind: str
     config: Mapping[str, Any]
     processor: Mapping[str, Any]
+    video_processor: Mapping[str, Any]
     decoder: Decoder
     tower: Tower
     parameters: int
@@ -105,6 +108,15 @@ class Facts:
         """Return the operations of encoding an image, which are the same at every budget."""
         return self.tower.flops(images.patches(self.config, self.processor, width, height))
 
+    def video_grid(self, frames: int, width: int, height: int) -> tuple[int, int]:
+        """Return the frames that the model has of a video, and the visual tokens of each before pruning."""
+        return videos.grid(self.config, self.video_processor, frames, width, height)
+
+    def video_encoder_flops(self, frames: int, width: int, height: int) -> int:
+        """Return the operations of encoding a video, whose patches attend within their frame."""
+        count, tokens = self.video_grid(frames, width, height)
+        return count * self.tower.flops(images.patches_of(self.config, tokens))
+
 
 def read(model: str) -> Facts:
     """Read a model's configuration; transformers fills in missing values.
@@ -118,7 +130,8 @@ def read(model: str) -> Facts:
     path = Path(model)
     try:
         config = _read_config(model)
-        processor = _read_image_processor(model)
+        processor = _read_processor(model, _PROCESSORS, "image_processor")
+        video_processor = _read_processor(model, _VIDEO_PROCESSORS, "video_processor")
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise PlanError(
@@ -129,7 +142,7 @@ def read(model: str) -> Facts:
     if kind not in images.COUNTERS:
         raise PlanError(f"{model} is of type {kind!r}; supported types are {', '.join(images.COUNTERS)}.")
     name = path.parent.name if path.is_file() else path.name
-    return _facts(name, kind, config, processor)
+    return _facts(name, kind, config, processor, video_processor)
 
 
 def _read_config(model: str) -> dict[str, Any]:
@@ -148,14 +161,18 @@ def _read_config(model: str) -> dict[str, Any]:
         raise ValueError(f"transformers knows no language model of type {kind!r}") from error
 
 
-def _read_image_processor(model: str) -> dict[str, Any]:
-    """Return the configuration of the image processor, as written by any version of transformers."""
-    for name in _PROCESSORS:
+def _read_processor(model: str, names: Sequence[str], part: str) -> dict[str, Any]:
+    """Return the configuration of a processor, as written by any version of transformers.
+
+    Args:
+        model: See ``read``.
+        names: Files that may have it; the first one that there is has it.
+        part: Its name in the file with all processors.
+    """
+    for name in names:
         if (file := _find_file(model, name)) is not None:
             config = dict(json.loads(Path(file).read_text()))
-            return (
-                dict(config["image_processor"]) if name == _NEW_STYLE and "image_processor" in config else config
-            )
+            return dict(config[part]) if name == _NEW_STYLE and part in config else config
     return {}
 
 
@@ -169,7 +186,9 @@ def _find_file(model: str, name: str) -> str | None:
     return file
 
 
-def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, Any]) -> Facts:
+def _facts(
+    name: str, kind: str, config: dict[str, Any], processor: dict[str, Any], video_processor: dict[str, Any]
+) -> Facts:
     text = config.get("text_config") or config
     decoder = read_decoder(text)
     if decoder is None:
@@ -186,6 +205,7 @@ def _facts(name: str, kind: str, config: dict[str, Any], processor: dict[str, An
         kind=kind,
         config=config,
         processor=processor,
+        video_processor=video_processor,
         decoder=decoder,
         tower=tower,
         parameters=decoder.weights + vocabulary + tower.weights + _projector(kind, config, decoder.hidden),

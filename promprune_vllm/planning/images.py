@@ -38,12 +38,16 @@ def visual_tokens(config: Config, processor: Config, width: int, height: int) ->
 
 def patches(config: Config, processor: Config, width: int, height: int) -> int:
     """Return the number of patches that the vision tower encodes for an image, over all tiles."""
-    kind, tokens = str(config.get("model_type")), visual_tokens(config, processor, width, height)
+    if config.get("model_type") == "llava_next":
+        return _side(config) ** 2 * _tiles(config, width, height)
+    return patches_of(config, visual_tokens(config, processor, width, height))
+
+
+def patches_of(config: Config, tokens: int) -> int:
+    """Return the patches that visual tokens are made of, in models where all have equally many."""
     if "spatial_merge_size" in config["vision_config"]:
         return tokens * int(config["vision_config"]["spatial_merge_size"]) ** 2
-    if "downsample_ratio" in config:
-        return int(tokens / config["downsample_ratio"] ** 2)
-    return _side(config) ** 2 * (_tiles(config, width, height) if kind == "llava_next" else 1)
+    return int(tokens / config.get("downsample_ratio", 1) ** 2)
 
 
 def _side(config: Config) -> int:
@@ -119,7 +123,7 @@ def _internvl(config: Config, processor: Config, width: int, height: int) -> int
     ]
     tile = int((processor.get("size") or {}).get("height") or _tile_size(config))
     tiles = _best_arrangement(arrangements, tile, width, height)
-    return _tokens_of_tiles(config, tiles + (tiles > 1))
+    return tokens_of_tiles(config, tiles + (tiles > 1))
 
 
 def _internvl_chat(config: Config, _: Config, width: int, height: int) -> int:
@@ -134,7 +138,7 @@ def _internvl_chat(config: Config, _: Config, width: int, height: int) -> int:
         if least <= across * down <= most
     }
     tiles = _best_arrangement(arrangements, _tile_size(config), width, height)
-    return _tokens_of_tiles(config, tiles + (tiles > 1 and bool(config["use_thumbnail"])))
+    return tokens_of_tiles(config, tiles + (tiles > 1 and bool(config["use_thumbnail"])))
 
 
 def _best_arrangement(arrangements: Iterable[tuple[int, int]], tile: int, width: int, height: int) -> int:
@@ -156,7 +160,8 @@ def _best_arrangement(arrangements: Iterable[tuple[int, int]], tile: int, width:
     return best
 
 
-def _tokens_of_tiles(config: Config, tiles: int) -> int:
+def tokens_of_tiles(config: Config, tiles: int) -> int:
+    """Return the visual tokens of so many of InternVL's tiles."""
     return tiles * int(_side(config) ** 2 * config["downsample_ratio"] ** 2)
 
 

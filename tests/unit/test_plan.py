@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from promprune_vllm.cli import app
 from promprune_vllm.errors import PlanError
+from promprune_vllm.planning import videos
 from promprune_vllm.planning.capacity import GPUS, Gpu, Server, Traffic, kv_memory, plan
 from promprune_vllm.planning.facts import Facts, read
 
@@ -186,3 +187,50 @@ def test_the_command_prints_a_table_json_and_markdown(models: Path) -> None:
     lines = CliRunner().invoke(app, [*call, "--markdown"]).stdout.splitlines()
     assert lines[0].startswith("| budget | kept |")
     assert lines[3].startswith("| 64 | 64 | 32.0 MiB |")
+
+
+VIDEO_PROCESSORS = {
+    "qwen2_5_vl": ("Qwen2VLVideoProcessor", {"shortest_edge": 3136, "longest_edge": 50_000}),
+    "qwen3_vl": ("Qwen3VLVideoProcessor", {"shortest_edge": 4096, "longest_edge": 400_000}),
+    "glm4v": ("Glm4vVideoProcessor", {"shortest_edge": 12_544, "longest_edge": 300_000}),
+}
+
+
+@pytest.mark.parametrize("kind", VIDEO_PROCESSORS)
+@pytest.mark.parametrize(("frames", "width", "height"), [(2, 96, 64), (5, 300, 120), (8, 90, 250)])
+def test_a_videos_tokens_are_those_of_the_processor(kind: str, frames: int, width: int, height: int) -> None:
+    import numpy as np
+    import transformers
+
+    name, size = VIDEO_PROCESSORS[kind]
+    processor = getattr(transformers, name)(size=size, do_sample_frames=False)
+    made = processor([np.zeros((frames, height, width, 3), np.uint8)], return_tensors="pt")["video_grid_thw"]
+    count, rows, columns = made[0].tolist()
+    vision = {"patch_size": processor.patch_size, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    found = videos.grid({"model_type": kind, "vision_config": vision}, {"size": size}, frames, width, height)
+    assert found == (count, rows * columns // 4)
+
+
+def test_a_plan_for_videos_adds_up(models: Path) -> None:
+    facts = read(str(models / "qwen"))
+    traffic = Traffic((1280, 720), images=1, text_tokens=64, answer_tokens=128, frames=32)
+    full, few = plan(facts, Server(GPUS["h100"]), traffic, [1024])
+    each = facts.visual_tokens(1280, 720)
+    assert facts.video_grid(32, 1280, 720) == (16, each)
+    assert (full.kept, few.kept, few.prompt_tokens) == (16 * each, 1024, 1024 + 64)
+    assert few.arithmetic < full.arithmetic == 1
+    assert facts.video_encoder_flops(32, 1280, 720) == 16 * facts.encoder_flops(1280, 720)
+    with pytest.raises(PlanError, match="take no videos"):
+        plan(read(str(models / "llava")), Server(GPUS["h100"]), traffic, [])
+
+
+def test_the_command_plans_for_videos(models: Path) -> None:
+    options = ["plan", "--model", str(models / "qwen"), "--budgets", "1024,10%"]
+    done = CliRunner().invoke(app, [*options, "--video", "32x1280x720"])
+    assert done.exit_code == 0
+    assert "32 frames of 1280 x 720 px" in done.output
+    assert "videos/s" in done.output
+    for wrong in ("1280x720", "0x1280x720", "32x1280", "32x12x80x720"):
+        refused = CliRunner().invoke(app, [*options, "--video", wrong])
+        assert refused.exit_code == 1
+        assert "1280x720" in refused.output or "1024x768" in refused.output
