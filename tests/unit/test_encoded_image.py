@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promprune_vllm import Need, Selection, VisionFeatures, get_method
+from promprune_vllm import Need, Selection, VisionFeatures, get_method, select
+from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 
@@ -181,3 +182,21 @@ def test_the_frames_of_a_video_share_its_memory() -> None:
     assert whole.features.grid == (4, 2, 3)
     assert torch.equal(whole.features.projected, features.projected)
     assert not EncodedImage.of_frames(torch.randn(6, 3), video.groups[0].features).is_video
+
+
+@pytest.mark.parametrize("name", ["promprune", "divprune", "uniform"])
+def test_a_long_clip_is_pruned_frame_by_frame(name: str) -> None:
+    """512 frames: no matrix of all tokens of the clip, which would take 4 GiB, is ever made."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512 * 64, 8, generator=generator)
+    features = VisionFeatures(
+        projected=rows, grid=(512, 8, 8), saliency=torch.rand(len(rows), generator=generator)
+    )
+    video, method = EncodedImage.of_frames(rows, features), get_method(name)
+    kept, positions = select_tokens(video, 512 * 3 + 100, method).rows(lambda merged: merged)
+    counts = split_over_frames(512 * 3 + 100, 512, 64)
+    assert torch.bincount(positions // 64, minlength=512).tolist() == list(counts)
+    assert torch.equal(kept, rows[positions])
+    for frame in (0, 255, 511):
+        alone = select(video.groups[frame].features, counts[frame], method).indices
+        assert torch.equal(positions[positions // 64 == frame] - 64 * frame, alone)
