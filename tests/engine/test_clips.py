@@ -30,10 +30,8 @@ def test_a_clip_between_images_is_answered_as_by_stock_vllm(
         (output,) = engine.generate([engine.ask(*stock.media(engine)[stock.CLIP])])
         found, told = stock.answer(output)
         assert found == tokens
-        if engine.family != "glm4v":
+        if engine.facts.exact:
             assert told == logprobs
-        # GLM's rounding depends on where in memory its patches are, in vLLM without us as well: a process that
-        # loads this family alone gives what the other process gives, bit for bit.
         pairs = [
             (one[key], other[key])
             for one, other in zip(told, logprobs, strict=True)

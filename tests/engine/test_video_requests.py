@@ -225,7 +225,5 @@ def test_a_video_that_the_encoder_was_not_profiled_for_is_refused(
         if limit == tokens:
             engine.generate([engine.ask(CLIP, budget=budget)], tokens=1)
             continue
-        with pytest.raises(
-            VLLMValidationError, match=f"of {tokens} tokens is too long, .* {limit} tokens at"
-        ):
+        with pytest.raises(VLLMValidationError, match=f"of {tokens} tokens is too long, .* {limit} tokens at"):
             engine.generate([engine.ask(CLIP, budget=budget)], tokens=1)
