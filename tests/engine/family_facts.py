@@ -44,7 +44,6 @@ class FamilyFacts:
         mrope: Whether positions are M-RoPE's; for lists of parameters, made before there is an engine to ask.
         options: Further options of vLLM's engine, without which the family cannot be served.
         variant: Whether all of its code is another family's, which has another language model.
-        exact: Whether logprobs of a clip are stock's bit for bit where other engines are in the process as well.
         first_minor: The first minor of vLLM that can load the family on a CPU, if older ones are supported.
     """
 
@@ -56,7 +55,6 @@ class FamilyFacts:
     mrope: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     variant: bool = False
-    exact: bool = True
     first_minor: str | None = None
 
     @property
@@ -109,8 +107,7 @@ _PATCHES = FamilyFacts(
     mrope=True,
 )
 _QWEN3_VL = replace(_PATCHES, first_minor="0.30")
-# A convolution before what vLLM calls the connector. Its rounding depends on where in memory the patches are.
-_GLM = replace(_PATCHES, projector="visual.downsample", exact=False)
+_GLM = replace(_PATCHES, projector="visual.downsample")  # a convolution before what vLLM calls the connector
 FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
     {
         "llava_next": FamilyFacts(

@@ -29,8 +29,10 @@ answers = {}
 for family, model in json.loads(sys.argv[1]).items():
     engine = FamilyEngine(family, model)
     assert "promprune" not in type(engine.model).__module__
-    asked = stock.media(engine).items()
-    answers[family] = {name: stock.answer(engine.generate([engine.ask(*media)])[0]) for name, media in asked}
+    answers[family] = {}
+    for name, media in stock.media(engine).items():
+        engine.forget()  # images that are encoded one by one are rounded otherwise than together
+        answers[family][name] = stock.answer(engine.generate([engine.ask(*media)])[0])
     engine.close()
 print("ANSWERS", json.dumps(answers))
 """

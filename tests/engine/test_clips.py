@@ -10,7 +10,7 @@ import pytest
 from tests.clips import FPS, Clip
 from tests.engine import stock
 from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine
-from tests.engine.test_families import ROUNDING, each_kind, engine  # noqa: F401  a fixture
+from tests.engine.test_families import each_kind, engine  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -24,20 +24,10 @@ def test_a_clip_between_images_is_answered_as_by_stock_vllm(
     if "video" not in engine.modalities:
         pytest.skip("the family takes no videos")
     assert "promprune" in type(engine.model).__module__
-    tokens, logprobs = stock_answers[engine.family][stock.CLIP]
     engine.forget()
     for _ in ("encoded", "cached"):
         (output,) = engine.generate([engine.ask(*stock.media(engine)[stock.CLIP])])
-        found, told = stock.answer(output)
-        assert found == tokens
-        if engine.facts.exact:
-            assert told == logprobs
-        pairs = [
-            (one[key], other[key])
-            for one, other in zip(told, logprobs, strict=True)
-            for key in one.keys() & other.keys()
-        ]
-        assert max(abs(one - other) for one, other in pairs) < ROUNDING
+        assert stock.answer(output) == stock_answers[engine.family][stock.CLIP]
 
 
 @pytest.mark.parametrize("shape", ["landscape", "portrait"])
