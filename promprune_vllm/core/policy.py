@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO, Budget, BudgetRequest
+from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.errors import BudgetError
 
 OutOfRange = Literal["clamp", "refuse"]
@@ -120,6 +121,17 @@ class BudgetPolicy:
         for i in by_remainder[: keep - sum(counts)]:
             counts[i] += 1
         return tuple(counts)
+
+    @staticmethod
+    def share(keep: int, sizes: Sequence[int], *, frames: bool) -> tuple[int, ...]:
+        """Split ``keep`` over the groups of one image or video, as its placeholder and its encoder both do.
+
+        Args:
+            keep: See ``allocate``.
+            sizes: See ``allocate``.
+            frames: Whether the groups are the frames of a video, which share evenly; see ``split_over_frames``.
+        """
+        return split_over_frames(keep, len(sizes), sizes[0]) if frames else BudgetPolicy.allocate(keep, sizes)
 
     def allows(self, keep: int, total: int) -> bool:
         """Return whether the limits allow an image to keep ``keep`` of its ``total`` tokens."""

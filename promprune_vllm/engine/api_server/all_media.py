@@ -86,6 +86,11 @@ class AllMedia:
         return [sizes[kind][i] for kind, i in self._order]
 
     @property
+    def frames(self) -> list[int]:
+        """Frames of each video; 1 for images, and where they are not known."""
+        return [getattr(size, "frames", 1) for size in self.sizes]
+
+    @property
     def pixels(self) -> list[tuple[int, int] | None]:
         """Width and height of each image; ``None`` for videos and where they are not known."""
         return [size if kind == IMAGE else None for kind, size in zip(self.kinds, self.sizes, strict=True)]

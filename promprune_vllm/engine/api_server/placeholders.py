@@ -19,7 +19,6 @@ from torch import Tensor
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO
-from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.errors import BudgetError
@@ -40,8 +39,7 @@ def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -
     """
 
     def shortened(index: int) -> Any:
-        content, plan = update.content, plans[index]
-        content = content(index) if callable(content) else content
+        content, plan = _content(update, index), plans[index]
         if plan.kept == plan.total:
             counts[index][:2] = _visual_tokens(content)
             return content
@@ -54,8 +52,12 @@ def shorten(update: Any, plans: Sequence[ImagePlan], counts: Sequence[Tensor]) -
 
 def visual_tokens(update: Any, index: int) -> int:
     """Return how many visual tokens a prompt update puts in the place of an image or a video."""
+    return _visual_tokens(_content(update, index))
+
+
+def _content(update: Any, index: int) -> Any:
     content = update.content
-    return _visual_tokens(content(index) if callable(content) else content)
+    return content(index) if callable(content) else content
 
 
 def _is_visual(content: Any) -> list[bool] | None:
@@ -104,7 +106,7 @@ def kept_tokens(is_visual: Sequence[bool], keep: int, *, frames: bool = False) -
     """
     runs = [(visual, len(list(run))) for visual, run in groupby(is_visual)]
     sizes = [size for visual, size in runs if visual]
-    counts = iter(split_over_frames(keep, len(sizes), sizes[0]) if frames else BudgetPolicy.allocate(keep, sizes))
+    counts = iter(BudgetPolicy.share(keep, sizes, frames=frames))
     stays: list[bool] = []
     for visual, size in runs:
         kept = next(counts) if visual else size

@@ -161,9 +161,8 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
             kwargs = inputs.hf_processor_mm_kwargs
             totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
             counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
-            for kind, size, total, kept in zip(every.kinds, every.sizes, totals, counts, strict=True):
+            for kind, frames, total, kept in zip(every.kinds, every.frames, totals, counts, strict=True):
                 if kept < total:
-                    frames = getattr(size, "frames", 1)
                     self._methods.check_frames(method, kind, frames, videos_are_runs=self.videos_are_runs)
             return every.by_kind(
                 ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
@@ -243,8 +242,7 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         """
         if self.unsupported_reason:
             return totals
-        frames = [getattr(size, "frames", 1) for size in every.sizes]
-        media = list(map(Medium, every.kinds, totals, levels, frames))
+        media = list(map(Medium, every.kinds, totals, levels, every.frames))
         kept = self._policy.resolve_all(budget, media)
         self.check_kept(list(map(Counted, every.kinds, every.sizes, totals, kept)), kwargs)
         return kept

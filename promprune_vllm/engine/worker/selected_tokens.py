@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from promprune_vllm.core.features import Need
-from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import Selector
 from promprune_vllm.core.select import select_many
@@ -35,11 +34,7 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
     if getattr(method, "over_frames", False):
         image = image.joined()
     sizes = [group.features.tokens for group in image.groups]
-    shared = min(keep, sum(sizes))
-    if image.is_video:
-        counts = split_over_frames(shared, len(sizes), sizes[0])
-    else:
-        counts = BudgetPolicy.allocate(shared, sizes)
+    counts = BudgetPolicy.share(min(keep, sum(sizes)), sizes, frames=image.is_video)
     used = [(group, count) for group, count in zip(image.groups, counts, strict=True) if count]
     selections = select_many([group.features for group, _ in used], [count for _, count in used], method)
     parts = [(group, selection) for (group, _), selection in zip(used, selections, strict=True)]
