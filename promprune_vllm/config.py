@@ -202,11 +202,7 @@ class Settings(Switch):
 
     def media_policy(self) -> MediaPolicy:
         """Return the limits and defaults for budgets of images, and those for videos, which are set apart."""
-        return MediaPolicy(self.policy(), self._policy("video_"))
-
-    def policy(self) -> BudgetPolicy:
-        """Return the limits and defaults for budgets of images."""
-        return self._policy("")
+        return MediaPolicy(self._policy(""), self._policy("video_"))
 
     def _policy(self, medium: str) -> BudgetPolicy:
         """Return the policy of the settings whose names start with ``medium``."""

@@ -149,8 +149,12 @@ def _document(facts: Facts, server: Server, traffic: Traffic, memory: int, rows:
 
 
 def _headings(traffic: Traffic) -> tuple[str, ...]:
-    of, rate = ("a video", "videos/s") if traffic.frames else ("an image", "images/s")
-    return "budget", "kept", f"KV of {of}", "chats at once", f"{rate} at most", "arithmetic"
+    of = "a video" if traffic.frames else "an image"
+    return "budget", "kept", f"KV of {of}", "chats at once", f"{_rate(traffic)} at most", "arithmetic"
+
+
+def _rate(traffic: Traffic) -> str:
+    return "videos/s" if traffic.frames else "images/s"
 
 
 def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
@@ -175,7 +179,6 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
     gpus = f"{server.ranks} GPU{'s' if server.ranks > 1 else ''} of {server.gpu.memory_gib:g} GiB"
     size = f"{traffic.size[0]} x {traffic.size[1]}"
     size = f"{traffic.frames} frames of {size}" if traffic.frames else size
-    rate = "videos/s" if traffic.frames else "images/s"
     table = Table(*_headings(traffic), title=f"{facts.name} on {gpus}", title_justify="left")
     for cells in _cells(rows):
         table.add_row(*cells)
@@ -184,8 +187,8 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
     out.print(
         f"{facts.parameters / 1e9:.2f} billion weights; {memory / GIB:.1f} GiB for the KV cache, "
         f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB per token. One chat: {traffic.images} of "
-        f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. {rate} and "
-        f"arithmetic cover encoding and prefill at {100 * server.mfu:.0f} % of peak: the encoder processes every "
+        f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. "
+        f"{_rate(traffic)} and arithmetic cover encoding and prefill at {100 * server.mfu:.0f} % of peak: the encoder processes every "
         f"patch at every budget, and decoding is extra.{_long_blocks(facts, server)}",
         highlight=False,
     )
