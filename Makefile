@@ -15,14 +15,14 @@ NOT_LOCKED := torch torchvision torchaudio torchcodec triton
 # again for each question without encoding again. Single shapes and their colors have little weight.
 EVAL_OUT := eval
 GPU_OUT := gpu
-EVAL_METHODS := promprune:160,random:160,uniform:160
+EVAL_METHODS := promprune:160,random:160,uniform:160,downsample:160
 EVAL_METHODS := $(EVAL_METHODS),split-0:80,split-25:80,split-50:80,split-75:80,fastervlm:80
 EVAL_METHODS := $(EVAL_METHODS),*:60
 EVAL_TASKS := scattered,plate,big-shape:100,big-colour:100
-EVAL_AT_64 := promprune:500,random:500,uniform:500,split-0:500
+EVAL_AT_64 := promprune:500,random:500,uniform:500,downsample:500,split-0:500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo test test-release docs eval eval-at-64 soak gpu compatibility seams seams-issue vllm-tests audit lint check dist lock clean
+.PHONY: help setup tools demo test test-release test-families coverage docs eval eval-at-64 soak gpu compatibility seams seams-issue vllm-tests audit lint check dist lock clean
 
 help: ## list all targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -36,13 +36,21 @@ tools: setup ## install a container engine and other tools for tests (needs Debi
 demo: setup ## run the demo; ARGS="--once --json" for one run with machine-readable results
 	@$(BIN)/promprune demo $(ARGS)
 
-test: tools ## run the tests of each commit with the coverage gates; with ARGS (for pytest), only what they select and no gate
+test: tools ## run the tests of each commit; with ARGS (for pytest), only what they select
 	@$(SETUP) --triton
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) --randomly-seed=$(SEED) $(ARGS)
 
-test-release: tools ## run the long tests, marked "release": Docker, a fresh clone, 5,000 generated bodies, ...
-	@$(SETUP) --triton --lmms
+test-release: tools ## run the long tests, marked "release": Docker, a fresh clone, 1,500 generated bodies, ...
+	@$(SETUP) --triton --lmms --litellm
 	@$(BIN)/python $(if $(ARGS),-m pytest,deploy/environment/whole_suite.py) -mrelease --randomly-seed=$(SEED) $(ARGS)
+
+test-families: tools ## run the families that `make test` leaves out, and on Model Runner V1 what reaches into it
+	@$(SETUP) --triton
+	@$(BIN)/python deploy/environment/whole_suite.py --left-out --randomly-seed=$(SEED) $(ARGS)
+
+coverage: tools ## run the tests of each commit and check how much of the package they run; takes half as long again
+	@$(SETUP) --triton
+	@$(BIN)/python deploy/environment/whole_suite.py --coverage --randomly-seed=$(SEED) $(ARGS)
 
 docs: setup ## update the generated tables in README.md and docs/; prints what changed; ARGS="--gpu DIR" or "--eval DIR" shows a run
 	@$(BIN)/python -m deploy.documents $(ARGS)

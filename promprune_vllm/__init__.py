@@ -6,7 +6,7 @@ itself through the entry point ``vllm.general_plugins`` and is not imported from
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_BY_NAME = {
     "Budget": "promprune_vllm.core.budget",

@@ -17,6 +17,7 @@ from promprune_vllm.commands.metrics import metrics
 from promprune_vllm.commands.plan import plan
 from promprune_vllm.commands.select import select
 from promprune_vllm.commands.serve import serve
+from promprune_vllm.commands.tune import tune
 from promprune_vllm.commands.vllm_cli import AS_VLLM, vllm
 from promprune_vllm.demo.processes import end_on_signals
 
@@ -57,6 +58,7 @@ app.command("calibrate", context_settings={"allow_extra_args": True, "ignore_unk
 app.command("demo")(demo)
 app.command("select")(select)
 app.command("plan")(plan)
+app.command("tune")(tune)
 app.command("eval")(evaluate)
 app.add_typer(bench)
 app.command("demo-model")(demo_model)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from promprune_vllm.core.audit import parse_share
 from promprune_vllm.core.budget import Budget, from_text
 from promprune_vllm.core.escalation import BELOW, WINDOW, Escalation
 from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy, OutOfRange
+from promprune_vllm.core.target import AUDITED, parse_target
 from promprune_vllm.errors import BudgetError, SettingsError
 
 if TYPE_CHECKING:
@@ -122,6 +125,16 @@ class Settings(Switch):
     escalate_window: int = Field(
         default=WINDOW, ge=1, description="tokens of an answer that decide; a stream starts after them"
     )
+    audit: str | None = Field(
+        default=None,
+        description="share of the pruned requests (with a target, of all it serves) whose answers are compared "
+        'with those of all visual tokens, while the server is not busy, such as "1%" (default: none, or 5%)',
+    )
+    target: str | None = Field(
+        default=None,
+        description='share of answers that must match those with all visual tokens, such as "99%": images of '
+        "requests without a budget keep the fewest tokens that audits prove sufficient (default: off)",
+    )
     method: str = Field(default="promprune", description="method that selects tokens; see `promprune methods`")
     method_options: dict[str, Any] = Field(
         default_factory=dict, description="options of --visual-token-method as JSON, such as '{\"mu\": 0.42}'"
@@ -179,6 +192,8 @@ class Settings(Switch):
             ) from error
         settings.media_policy()
         settings.escalation()
+        settings.audited_share()
+        settings.agreement()
         for method in settings.allowed:
             settings.selector(method=method)
         if settings.tiles == "base" and settings.allowed != ("promprune",):
@@ -198,7 +213,7 @@ class Settings(Switch):
     def prunes_by_default(self) -> bool:
         """Whether images or videos of requests without a budget may be pruned."""
         has_default = {self.budget, self.video_budget} - {None, "full"} != set()
-        return has_default or self.detail or self.adapt_to_load or self.adapt_to_content
+        return has_default or self.detail or self.adapt_to_load or self.adapt_to_content or self.target is not None
 
     def media_policy(self) -> MediaPolicy:
         """Return the limits and defaults for budgets of images, and those for videos, which are set apart."""
@@ -208,7 +223,7 @@ class Settings(Switch):
         """Return the policy of the settings whose names start with ``medium``."""
         names = [f"{medium}{name}" for name in ("budget", "min", "max")]
         budget, minimum, maximum = (getattr(self, name) for name in names)
-        try:
+        with _honored(*names, "low", "floor"):
             return BudgetPolicy(
                 default=None if budget is None else _budget(budget),
                 minimum=minimum,
@@ -217,17 +232,21 @@ class Settings(Switch):
                 out_of_range=self.out_of_range,
                 floor=self.floor,
             )
-        except BudgetError as error:
-            variables = ", ".join(f"{PREFIX}{name.upper()}" for name in (*names, "low", "floor"))
-            raise SettingsError(f"One of {variables} cannot be honored: {error}") from error
 
     def escalation(self) -> Escalation:
         """Return when and how answers are asked for again where a request does not say."""
-        below = BELOW if self.escalate is None else self.escalate
-        try:
-            return Escalation(below, _budget(self.escalate_to), self.escalate_window)
-        except BudgetError as error:
-            raise SettingsError(f"{PREFIX}ESCALATE_TO cannot be honored: {error}") from error
+        with _honored("escalate_to"):
+            return Escalation(self.escalate or BELOW, _budget(self.escalate_to), self.escalate_window)
+
+    def audited_share(self) -> float:
+        """Return the share of the requests that are audited, 0 for none."""
+        with _honored("audit"):
+            return parse_share(AUDITED if self.audit is None and self.target is not None else self.audit)
+
+    def agreement(self) -> float | None:
+        """Return the share of the answers that are to stay the same, ``None`` without a target."""
+        with _honored("target"):
+            return None if self.target is None else parse_target(self.target, self.budget)
 
     def selector(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> Selector:
         """Return a method with its options set.
@@ -236,11 +255,13 @@ class Settings(Switch):
             calibration: Method -> options measured for one model family; the operator's options override them.
             method: The configured method if left out. Other methods run with their default options.
         """
-        from promprune_vllm.core.registry import get_method
+        from promprune_vllm.core.registry import get_method, methods
 
         name = method or self.method
         own = self.method_options if name == self.method else {}
-        return get_method(name, **{**calibration.get(name, {}), **own})
+        registered = methods().get(name)
+        measured = {} if registered is None else calibration.get(registered.calibrated_as, {})
+        return get_method(name, **{**measured, **own})
 
     def digest(self, calibration: Calibration = MappingProxyType({}), method: str | None = None) -> str:
         """Hash everything that decides *which* tokens are kept, including defaults and calibration.
@@ -255,6 +276,15 @@ class Settings(Switch):
             [selector.name, options_of(selector), self.tiles, self.kernels], sort_keys=True, default=str
         )
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _honored(*names: str) -> Iterator[None]:
+    try:
+        yield
+    except BudgetError as error:
+        variables = ", ".join(f"{PREFIX}{name.upper()}" for name in names)
+        raise SettingsError(f"{'One of ' * (len(names) > 1)}{variables} cannot be honored: {error}") from error
 
 
 def _budget(text: str) -> Budget:

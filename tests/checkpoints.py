@@ -36,6 +36,8 @@ WRITERS = {
     "build_demo_model": ("llava", "demo", "siglip"),
     "build_text_model": ("text",),
     "_build_llava_next": ("llava_next",),
+    "build_onevision": ("llava_onevision",),
+    "build_next_video": ("llava_next_video",),
     "_build_qwen": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     "build_internvl": ("internvl",),
     "build_internvl_chat": ("internvl_chat",),

@@ -15,8 +15,11 @@ from PIL import Image
 
 Frames = npt.NDArray[np.uint8]
 
-CLIP_SHAPES = {"landscape": (140, 84), "portrait": (84, 140)}
-"""Width and height of a frame in pixels: 15 visual tokens of 28 x 28 pixels, or 12 of 32 x 32."""
+CLIP_SHAPES = {"landscape": (140, 84), "portrait": (84, 140), "tall": (168, 252)}
+"""Width and height of a frame in pixels: 15 visual tokens of 28 x 28 pixels, or 12 of 32 x 32.
+
+A short tall clip has more visual tokens than the tiny tokenizers make of the text between two frames.
+"""
 FPS = 2.0  # at which Qwen3-VL and GLM sample: whoever samples such a clip finds each of its frames
 
 

@@ -35,3 +35,18 @@ def table(name: str) -> str:
     found = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text(), flags=re.DOTALL)
     assert len(found) == 1, f"{len(found)} pages have a table {name}"
     return str(found[0])
+
+
+def prose(page: Path) -> str:
+    """The text of a page without code and generated blocks; links are their words."""
+    left = re.sub(r"^<!-- ([\w-]+) -->\n.*?^<!-- /\1 -->", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    left = re.sub(r"^```.*?^```", "", left, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", left)
+
+
+def passages(page: Path) -> set[str]:
+    """What a reader would know again: paragraphs, list items and cells of 120 characters, and sentences of 90."""
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*|]|\d+\.) )|\|", prose(page))
+    blocks = [re.sub(r"^(?:[-*]|\d+\.) ", "", " ".join(part.split())) for part in parts]
+    sentences = [each for block in blocks for each in re.split(r"(?<=[.!?:;]) ", block)]
+    return {each for each in blocks if len(each) >= 120} | {each for each in sentences if len(each) >= 90}

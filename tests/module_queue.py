@@ -14,7 +14,7 @@ import pytest
 
 FOLDER, SERVERS = "SUITE_QUEUE", "SUITE_SERVERS"
 """Variables: the folder in which modules are claimed; whether this process begins with the servers' tests."""
-SHARED = {"server", "stock", "every_method"}
+SHARED = {"server", "stock", "every_method", "videos"}
 """Servers of a whole folder: a second process that takes a test of theirs starts them once more."""
 
 

@@ -30,4 +30,5 @@ def clip(
         x = x[:1] + 0.02 * x
     if kind == "event":
         x[t // 2] = torch.randn(h * w, width, generator=generator)
-    return VisionFeatures(projected=x.reshape(t * h * w, width).to(dtype), grid=(t, h, w))
+    saliency = torch.rand(t * h * w, generator=torch.Generator().manual_seed(seed))
+    return VisionFeatures(projected=x.reshape(t * h * w, width).to(dtype), grid=(t, h, w), saliency=saliency)

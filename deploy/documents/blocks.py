@@ -25,6 +25,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "parts": seams.markdown,
     "writes": patches.writes_markdown,
     "lmms": lambda: lmms.table([]),
+    "published": lmms.published_table,
     "gpu": gpu.summary_markdown,
     "gpu-tests": gpu.kernel_tests_markdown,
     "gpu-kernels": gpu.kernels_markdown,

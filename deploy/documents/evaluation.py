@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from promprune_vllm.errors import EvaluationError
-from promprune_vllm.evaluation import text
+from promprune_vllm.evaluation import clips, text
 from promprune_vllm.evaluation.records import FILE, read
 from promprune_vllm.evaluation.report import SUBJECT, Report, summarize
 
 AT_64 = "at-64"
 """Folder that `make eval-at-64` writes to, in that of `make eval`."""
-PLOTS = ("accuracy-budget.png", "tasks-64.png", "tasks-16.png", "asking-again.png")
-README_METHODS = ("promprune", "divprune", "split-0", "random", "uniform")
-README_FIRST_TRIES = ("64", "32")
-README_SHARE = 0.35
-"""Asking again is shown at the highest threshold that spends no more than this share of all tokens."""
+PLOTS = ("accuracy-budget.png", "tasks-64.png", "tasks-16.png", "asking-again.png", "clips.png")
+README_METHODS = ("promprune", "divprune", "split-0", "random", "uniform", "downsample")
 
 
-def render(folder: Path) -> dict[str, str]:
+def render(folder: Path, only: Sequence[str] = ()) -> dict[str, str]:
     """Return the blocks of pages that show a run, by the names of their marks.
 
     Args:
         folder: ``--out`` of the run.
+        only: Names of the blocks; all by default.
 
     Raises:
-        EvaluationError: The folder has no answers, or its answers have no confidence.
+        EvaluationError: The folder has no answers, its answers have no confidence, or a block does not exist.
     """
+    if unknown := {*only} - {*BLOCKS}:
+        raise EvaluationError(f"There is no block {', '.join(sorted(unknown))}. Blocks: {', '.join(BLOCKS)}.")
     report = summarize(read(folder / FILE))
     if not report.curves:
         raise EvaluationError(f"The answers in {folder} have no confidence: run `make eval` into an empty folder.")
-    blocks = {name: of(report) for name, of in BLOCKS.items()}
-    if (folder / AT_64 / FILE).is_file():
+    blocks = {name: of(report) for name, of in BLOCKS.items() if name in (only or BLOCKS)}
+    if not only and (folder / AT_64 / FILE).is_file():
         blocks[AT_64] = _deeper(text.markdown(summarize(read(folder / AT_64 / FILE)))).strip()
     return blocks
+
+
+def render_clips(folder: Path) -> dict[str, str]:
+    """Return the blocks of pages that show ``--clips N --out folder``."""
+    document = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
+    return {name: render(document) for name, render in CLIP_BLOCKS.items()}
 
 
 def copy_plots(folder: Path, images: Path) -> list[Path]:
@@ -55,19 +62,13 @@ def _tables(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _cheap_thresholds(report: Report) -> str:
-    sentences = []
-    for budget in README_FIRST_TRIES:
-        curve = report.curve(SUBJECT, budget)
-        if curve is None:
-            raise EvaluationError(f"The run has no answers of {SUBJECT} at {budget} tokens.")
-        point = [each for each in curve.points if each.share <= README_SHARE][-1]
-        sentences.append(f"- {text.what_it_gives(curve, point)}")
-    return "\n".join(sentences)
-
-
 def _again(report: Report) -> str:
     return f"{text.asking_again(report)}\n\n{text.provenance_line(report)}"
+
+
+def _checks(report: Report) -> str:
+    macro = f"**Macro accuracy, %**\n\n{text.macro_table(report)}"
+    return "\n\n".join([macro, text.checks(report), text.provenance_line(report)])
 
 
 def _deeper(markdown: str) -> str:
@@ -76,8 +77,13 @@ def _deeper(markdown: str) -> str:
 
 BLOCKS: Mapping[str, Callable[[Report], str]] = {
     "losses": lambda report: text.lost_table(report, README_METHODS),
-    "recommendation": _cheap_thresholds,
     "eval": _tables,
     "asking-again": _again,
-    "results": lambda report: text.markdown(report).strip(),
+    "checks": _checks,
+    "results": lambda report: text.markdown(report, checked=False).strip(),
 }
+CLIP_BLOCKS: Mapping[str, Callable[[clips.Document], str]] = {
+    "clips": lambda document: clips.markdown(document).strip(),
+    "clips-half": clips.half_table,
+}
+"""Blocks that show what happened to clips."""

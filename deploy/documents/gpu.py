@@ -140,7 +140,7 @@ def prefill_markdown(results: Path = RESULTS) -> str:
     for case in (widths.CASES[name] for name in SHAPES["7b"].prefill):
         unknown = (f"{case.groups * case.n} to {case.groups * case.keep}", _ABSENT, *("",) * (len(columns) - 4))
         cells = text.prefill_cells(rows[case.model]) if case.model in rows else unknown
-        lines.append((case.model + (", with received attention" if case.patches else ""), *cells, "90 %"))
+        lines.append((case.model + (", with received attention" if case.patches else ""), *cells, "90%"))
     head = "On a GPU the selection time matters most" + (
         ":" if rows else ", and **it has not been measured yet**:"
     )

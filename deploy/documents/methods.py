@@ -17,13 +17,13 @@ AGREEMENT = Path(__file__).parents[2] / "tests" / "golden" / "agreement.json"
 UNSERVABLE = {
     "fastv": (
         "arXiv 2403.06764",
-        "Not servable this way: it prunes inside the decoder, after layer 2, when the KV blocks of all N "
-        "tokens are allocated.",
+        "Not served: it prunes after layer 2 of the decoder, when the KV blocks that a serving engine wants to "
+        "save are allocated for all N tokens.",
     ),
     "sparsevlm": (
         "arXiv 2410.04417",
-        "Not servable this way: it prunes inside the decoder, at layers 2, 6 and 15, after the KV blocks of all "
-        "N tokens are allocated.",
+        "Not served: it prunes at layers 2, 6 and 15 of the decoder, also after the KV blocks of all N tokens are "
+        "allocated.",
     ),
 }
 """Published methods that need the decoder's attention maps: name -> paper, and why they cannot be supported."""
@@ -48,7 +48,7 @@ def markdown(methods: Iterable[Mapping[str, Any]]) -> str:
         methods: What ``promprune methods --json`` prints.
     """
     measured: Mapping[str, Any] = json.loads(AGREEMENT.read_text(encoding="utf-8"))
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"`{row['name']}`",
             _linked(row["paper"]),

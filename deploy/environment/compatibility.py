@@ -106,6 +106,7 @@ LEFT_OUT = (
 V1_ONLY = ("0.29", "0.30", "0.31")
 """Minors without Model Runner V2 for CPUs. The others run as GPUs do, with V2 and asynchronous scheduling."""
 RUNNER = "PROMPRUNE_TEST_RUNNER"
+FAMILIES = "PROMPRUNE_TEST_FAMILIES"
 
 
 def prepare(minor: Minor) -> Environment:
@@ -147,8 +148,9 @@ def measure(venv: Environment, minor: Minor) -> dict[str, Any]:
     say(f"testing vLLM {minor.version}; the output goes to {log}")
     started = time.monotonic()
     words = (venv.python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}")
+    words += ("-m", "engine or not release")
     words += tuple(f"--deselect={name}" for name in LEFT_OUT)
-    variables = os.environ | {RUNNER: runner(minor)}
+    variables = os.environ | {RUNNER: runner(minor), FAMILIES: "all"}
     if runner(minor) != "v1" and sys.platform == "linux":
         add_beside(venv, venv.path / TRITON_FOLDER, TRITON, TRITON)
     with log.open("wb") as output:

@@ -32,6 +32,9 @@ TRITON, TRITON_FOLDER = "triton==3.7.1", "triton-only"
 # lmms-eval requires about 150 packages, including another torch. To query a server it imports only 25 that vLLM
 # does not have: 260 MB in a separate folder, used only by the test that runs lmms-eval as a process.
 LMMS, LMMS_FOLDER = HERE / "lmms.txt", "lmms-only"
+# LiteLLM's proxy needs other versions of packages that vLLM has too: 410 MB in a separate folder, used only by its
+# test, which runs it with the Python that the environment was made from.
+LITELLM, LITELLM_FOLDER = HERE / "litellm.txt", "litellm-only"
 TORCH, TORCHVISION = "torch==2.13.0+cpu", "torchvision==0.28.0+cpu"
 TORCH_INDEX = "--index-url=https://download.pytorch.org/whl/cpu"
 PIP = ("-m", "pip", "--disable-pip-version-check")
@@ -220,6 +223,9 @@ def main() -> int:
         "--triton", action="store_true", help="also install Triton, for the tests of vLLM and of the CUDA kernels"
     )
     parser.add_argument("--lmms", action="store_true", help="also install lmms-eval, for the test that runs it")
+    parser.add_argument(
+        "--litellm", action="store_true", help="also install LiteLLM's proxy, for the test that runs it"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -233,6 +239,8 @@ def main() -> int:
             add_beside(venv, venv.path / TRITON_FOLDER, TRITON, TRITON)
         if arguments.lmms:
             add_beside(venv, venv.path / LMMS_FOLDER, "lmms-eval", "-r", str(LMMS))
+        if arguments.litellm:
+            add_beside(venv, venv.path / LITELLM_FOLDER, "LiteLLM's proxy", "-r", str(LITELLM))
     except (SetupError, OSError) as error:
         say(str(error))
         return 1

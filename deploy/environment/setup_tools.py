@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Unpack the Debian packages of apt.txt into .venv/tools: `setup_tools.py --into .venv/tools`.
 
-A container engine, compose, Prometheus and kubectl for the tests of deploy/, and a browser for those of the
+A container engine, compose, Prometheus, kubectl and nginx for the tests of deploy/, and a browser for those of the
 inspector page. It uses a separate apt state, so the machine's packages and sources do not change. If the packages
 are unavailable, it says so and the tests that need them are skipped; that is not an error. A stamp makes a second
 call return at once.
@@ -115,7 +115,7 @@ def main() -> int:
     try:
         if os.geteuid():
             raise UnavailableError("only root can run a container engine")
-        say("fetching a container engine, compose, Prometheus, kubectl and a browser for the tests")
+        say("fetching a container engine, compose, Prometheus, kubectl, nginx and a browser for the tests")
         unpack(download(listed_packages(), fresh / "scratch"), fresh)
         shutil.rmtree(fresh / "scratch")
         (fresh / "stamp").write_text(digest)
@@ -123,7 +123,7 @@ def main() -> int:
         fresh.rename(root)
     except (UnavailableError, OSError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        say(f"{error}\ntools: the tests that start the compose stack or a browser will be skipped")
+        say(f"{error}\ntools: the tests that start the compose stack, nginx or a browser will be skipped")
         return 0
     say(f"{root} is ready ({time.monotonic() - started:.0f} s)")
     return 0

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Run one tier of the suite in two processes side by side: `whole_suite.py`, or `whole_suite.py -mrelease`.
 
+`whole_suite.py --coverage` runs the tests of each commit and holds them to their coverage. Measuring it takes half
+as long again, so it has a run of its own (`make coverage`).
+
 Servers spend much of their start on one core, so on two the suite takes two thirds of the time. The processes take
 modules from one list (`tests/module_queue.py`). Options go to both. The tests of each commit run on Model Runner
-V2, and are held to their coverage. The release tier runs on V1, and with it the tests of the engine once more; its
-own tests of what depends on the runner run on V2 too.
+V2. The release tier runs on V1, and its tests of what depends on the runner on V2 too. `whole_suite.py --left-out`
+(`make test-families`) runs the families that `make test` leaves out, and on V1 what reaches into the runner.
 """
 
 from __future__ import annotations
@@ -19,31 +22,34 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = "-mrelease"
-ENGINE_TESTS = (
-    "tests/engine",
-    *("tests/server/test_faults.py", "tests/server/test_budget.py", "tests/server/test_reply.py"),
-    *("tests/server/test_metrics.py", "tests/server/test_two_ranks.py"),
-)
-"""They have the worker or the engine as their subject, and depend on vLLM's model runner."""
-WITHOUT_RUNNER = tuple(
+V1_TESTS = tuple(
     f"tests/engine/test_{name}.py"
     for name in (
-        *("answer_confidence", "borrowed_mu", "calibrate", "checkpoints", "demo_model", "demo_training"),
-        *("encode_once", "family_inputs", "family_models", "image_options", "logprobs", "megapixel"),
-        *("mrope_functions", "no_hooks", "placeholders", "saliency", "tower_protocol"),
+        *("clips", "failed_requests", "families", "llava", "methods_per_request", "mrope", "patches"),
+        *("preemption", "videos"),
     )
 )
-"""Of these, what is the same on every runner: processors, checkpoints, towers, names of tokens."""
+"""Of the tests of each commit, what reaches into vLLM's model runner: they run on V1 once more."""
 V2_TESTS = (
     *("tests/engine/test_runners.py", "tests/engine/test_disaggregation.py", "tests/engine/test_mrope_reach.py"),
     *("tests/engine/test_sharded_encoder.py", "tests/server/test_two_ranks.py", "tests/server/test_metrics.py"),
     *("tests/server/test_soak.py", "tests/server/test_kept_right_with_options.py"),
-    "tests/engine/test_late_results.py",
+    *("tests/engine/test_late_results.py", "tests/engine/test_drafts.py", "tests/engine/test_feature_cache.py"),
 )
 """What the release tier runs on V2 too: mutants, and what depends on the runner or SECURITY.md claims."""
+FAMILY_TESTS = tuple(
+    f"tests/engine/test_{name}.py"
+    for name in (
+        *("calibrate", "clips", "encode_once", "families", "family_places", "frames_by_content"),
+        *("inspected_clips", "logprobs", "no_hooks", "saliency", "videos", "waits"),
+    )
+)
+"""They take one family after the other; see `tests/engine/family_facts.py`."""
 RUNNER = "PROMPRUNE_TEST_RUNNER"
+FAMILIES = "PROMPRUNE_TEST_FAMILIES"
 PROCESSES = {"servers": "1", "others": ""}
 """Name, and whether it begins with the tests of servers."""
+COVERED, LEFT_OUT = "--coverage", "--left-out"
 MEASURED = ("--cov", "--cov-report=", "--cov-fail-under=0")
 COVERAGE = (sys.executable, "-m", "coverage")
 REPORTS = ((), ("--include=*/promprune_vllm/engine/*", "--no-skip-covered"))
@@ -97,22 +103,24 @@ def is_covered() -> bool:
 
 def runs(options: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Yield the options and variables of each run of the suite that a tier consists of."""
-    if RELEASE not in options:
-        yield [*MEASURED, *options], {}
-        return
     # V1, as users have it on a CPU: with V2's interpreted kernels, all of it would take far longer.
-    v1 = {RUNNER: "v1"}
-    yield [*options], v1
-    of_each_commit = ["-m", "not release", *(option for option in options if option != RELEASE)]
-    yield [*of_each_commit, *ENGINE_TESTS, *(f"--ignore={path}" for path in WITHOUT_RUNNER)], v1
-    yield [*options, *V2_TESTS], {RUNNER: "v2-async"}
+    v1, v2 = {RUNNER: "v1"}, {RUNNER: "v2-async"}
+    if RELEASE in options:
+        yield [*options], v1
+        yield [*options, *V2_TESTS], v2
+    elif LEFT_OUT in options:
+        others = [each for each in options if each != LEFT_OUT]
+        yield [*others, *FAMILY_TESTS], v2 | {FAMILIES: "others"}
+        yield [*others, *V1_TESTS], v1 | {FAMILIES: "few"}
+    else:
+        yield [word for each in options for word in (MEASURED if each == COVERED else (each,))], {}
 
 
 def main(options: Sequence[str]) -> int:
     broken = [(name, variables) for words, variables in runs(options) for name in failed(words, variables)]
     for name, variables in broken:
         print(" ".join((f"Failed: the tests of {name}", *variables.values())), file=sys.stderr)
-    covered = RELEASE in options or is_covered()
+    covered = COVERED not in options or is_covered()
     return 1 if broken or not covered else 0
 
 

@@ -21,18 +21,7 @@ def panels() -> list[Any]:
 def _figures() -> list[Any]:
     median = quantile(0.5, _CONFIDENCE).replace("$interval", "$__range")
     return [
-        number(
-            "Asked again",
-            "Answers that were thrown away for a second one with more visual tokens, as a share of the answers "
-            "that could be. There is an alert above one half.",
-            f"{in_range(_PROMPTS, decision='asked_again')} / ({in_range(_PROMPTS)} > 0)",
-            "percentunit",
-            base=GREEN,
-            steps=((0.25, YELLOW), (0.5, RED)),
-            width=6,
-            decimals=1,
-            empty=_NEVER,
-        ),
+        asked_again("Asked again", width=6),
         number(
             "Net visual tokens saved",
             "Visual tokens saved, minus those of first tries that were thrown away. Below zero, pruning costs "
@@ -62,6 +51,22 @@ def _figures() -> list[Any]:
             empty=_NEVER,
         ),
     ]
+
+
+def asked_again(title: str, width: int) -> Any:
+    """Return the figure of second answers; it stands at the top of the dashboard too."""
+    return number(
+        title,
+        "Answers that were thrown away for a second one with more visual tokens, as a share of the answers "
+        "that could be. There is an alert above one half.",
+        f"{in_range(_PROMPTS, decision='asked_again')} / ({in_range(_PROMPTS)} > 0)",
+        "percentunit",
+        base=GREEN,
+        steps=((0.25, YELLOW), (0.5, RED)),
+        width=width,
+        decimals=1,
+        empty=_NEVER,
+    )
 
 
 def _over_time() -> list[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import audits
 import escalation
-from panels import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, YELLOW, facts, lines, number
-from promql import KEPT, OF_MODEL, SAVED, SEEN, in_range, per_second, quantile
+import figures
+from panels import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, YELLOW, facts, lines
+from promql import KEPT, OF_MODEL, SAVED, SEEN, WAIT, per_second, quantile
 
 UID = "promprune-overview"
 TITLE = "PromPrune: overview"
@@ -17,96 +19,14 @@ _OUTCOMES = {"pruned": GREEN, "full": BLUE, "text": GRAY, "refused": ORANGE, "fa
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
     """Yield the rows, from the key figures at the top to the load."""
-    yield "Over the selected time range", _figures()
+    yield "Over the selected time range", figures.panels()
     yield "What pruning saves", _savings()
+    yield "What pruning costs", audits.panels()
     yield "Videos", _videos()
     yield "What clients request", _requests()
     yield "Answers asked for again when the model is unsure", escalation.panels()
     yield "Server performance (mostly vLLM's own metrics)", _server()
     yield "Load and versions", _load()
-
-
-def _figures() -> list[Any]:
-    return [
-        number(
-            "Visual tokens saved",
-            "Visual tokens that never entered the language model. Each prompt counts, even if what it shows was "
-            "already cached. First answers that were thrown away are not subtracted here, but further below.",
-            f"round({in_range(SAVED)})",
-            "short",
-            base=GREEN,
-        ),
-        number(
-            "Share kept",
-            "Visual tokens that entered the language model, as a share of all visual tokens. 100 % means that "
-            "nothing was pruned.",
-            f"{in_range(KEPT)} / ({in_range(SEEN)} > 0)",
-            "percentunit",
-            base=GREEN,
-            steps=((0.5, BLUE), (0.999, GRAY)),
-            decimals=1,
-            empty="no images or videos yet",
-        ),
-        number(
-            "KV cache saved",
-            "Bytes of KV cache that prompts did not need because of pruning, over all layers and ranks, "
-            "summed over prompts (not all of them were in the cache at the same time).",
-            in_range("promprune_kv_cache_saved_bytes_total"),
-            "bytes",
-            base=GREEN,
-            empty="unknown for this model",
-        ),
-        number(
-            "Prefill avoided",
-            "Floating-point operations of the language model's prefill that pruning avoided, by the formula in "
-            "the metric's help text.",
-            in_range("promprune_prefill_flops_avoided_total"),
-            "si:FLOP",
-            base=GREEN,
-            empty="unknown for this model",
-        ),
-        *_health(),
-    ]
-
-
-def _health() -> list[Any]:
-    # A failed request is also counted under its other outcome.
-    total = in_range("promprune_requests_total", outcome="pruned|full|text|refused")
-    unsuccessful = in_range("promprune_requests_total", outcome="refused|failed")
-    return [
-        number(
-            "Requests",
-            "Prompts of every outcome, including those without images and videos.",
-            f"round({total})",
-            "short",
-        ),
-        number(
-            "Refused or failed",
-            "Share of requests whose budget was refused (HTTP 400), or whose token selection failed (HTTP 500).",
-            f"{unsuccessful} / ({total} > 0)",
-            "percentunit",
-            base=GREEN,
-            steps=((0.05, YELLOW), (0.2, RED)),
-            decimals=1,
-        ),
-        number(
-            "Policy level",
-            "Share of the server's default budget that is currently kept for requests without a budget. Below "
-            "100 %, the server is adapting to load; without --visual-token-adapt-to-load it stays at 100 %.",
-            f"min(promprune_policy_level{{{OF_MODEL}}})",
-            "percentunit",
-            base=RED,
-            steps=((0.2, ORANGE), (0.4, YELLOW), (1, GREEN)),
-        ),
-        number(
-            "Alerts",
-            "Firing alerts of this project. Prometheus lists them under /alerts, with what to do.",
-            'count(ALERTS{alertname=~"PromPrune.+", alertstate="firing"}) or vector(0)',
-            "none",
-            base=GREEN,
-            steps=((1, RED),),
-        ),
-    ]
 
 
 def _savings() -> list[Any]:
@@ -127,6 +47,7 @@ def _savings() -> list[Any]:
             "keep every token. A gap means that the method got neither.",
             (f"{per_second(KEPT, 'method')} / ({per_second(SEEN, 'method')} > 0)", "{{method}}"),
             unit="percentunit",
+            colors={"none": GRAY},
             share=True,
             empty="no images or videos yet",
         ),
@@ -162,6 +83,7 @@ def _videos() -> list[Any]:
             "prune videos: they have --visual-token-video-budget. A gap means that there were none.",
             (f"{per_second(KEPT, 'modality')} / ({per_second(SEEN, 'modality')} > 0)", "{{modality}}"),
             unit="percentunit",
+            colors={"image": BLUE, "video": PURPLE},
             share=True,
             empty="no images or videos yet",
         ),
@@ -170,6 +92,7 @@ def _videos() -> list[Any]:
             "Videos per second, by the method that prunes them; `none` means videos that keep every token.",
             (per_second("promprune_images_total", "method", modality="video"), "{{method}}"),
             unit="videos/s",
+            colors={"none": GRAY},
             stacked=True,
         ),
     ]
@@ -226,14 +149,33 @@ def _server() -> list[Any]:
     return [
         lines(
             "Time to first token, and selection time",
-            "How long users wait for the first token (vLLM), and the time to select one image's tokens (ours), "
-            "which is part of it. Pruning pays off while the selection line stays far below.",
+            "How long users wait for the first token (vLLM), and the time to select the tokens of one image or "
+            "video (ours), which is part of it. Pruning pays off while the selection line stays far below.",
             (quantile(0.5, first), "first token, p50"),
             (quantile(0.95, first), "first token, p95"),
             (quantile(0.99, first), "first token, p99"),
             (quantile(0.95, selection, stage="choose"), "selection (ours), p95"),
             unit="s",
-            colors={"selection (ours), p95": GREEN},
+            colors={
+                **{"first token, p50": BLUE, "first token, p95": YELLOW, "first token, p99": RED},
+                "selection (ours), p95": GREEN,
+            },
+            width=6,
+        ),
+        lines(
+            "Time to first token, with and without pruning",
+            "Requests with images or videos, by whether they were pruned, behind vLLM's processing of the prompt "
+            "(ours). They need not ask for the same: compare them only if the images are alike.",
+            (quantile(0.5, WAIT, pruned="true"), "pruned, p50"),
+            (quantile(0.95, WAIT, pruned="true"), "pruned, p95"),
+            (quantile(0.5, WAIT, pruned="false"), "all tokens, p50"),
+            (quantile(0.95, WAIT, pruned="false"), "all tokens, p95"),
+            unit="s",
+            colors={
+                **{"pruned, p50": GREEN, "pruned, p95": YELLOW},
+                **{"all tokens, p50": BLUE, "all tokens, p95": RED},
+            },
+            width=6,
         ),
         lines(
             "End-to-end latency",
@@ -242,6 +184,8 @@ def _server() -> list[Any]:
             (quantile(0.95, whole), "p95"),
             (quantile(0.99, whole), "p99"),
             unit="s",
+            colors={"p50": BLUE, "p95": YELLOW, "p99": RED},
+            width=6,
         ),
         lines(
             "Throughput",
@@ -250,6 +194,7 @@ def _server() -> list[Any]:
             (per_second("vllm:generation_tokens_total"), "answers"),
             unit="tokens/s",
             colors={"prompts": BLUE, "answers": PURPLE},
+            width=6,
         ),
     ]
 

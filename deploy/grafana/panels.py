@@ -41,7 +41,7 @@ def number(
     *,
     steps: tuple[tuple[float, str], ...] = (),
     base: str = BLUE,
-    width: int = 3,
+    width: int = 4,
     decimals: int | None = None,
     empty: str = "nothing yet",
 ) -> stat.Panel:

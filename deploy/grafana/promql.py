@@ -4,6 +4,7 @@ from __future__ import annotations
 
 OF_MODEL = 'model_name=~"$model"'
 KEPT, SEEN, SAVED = (f"promprune_visual_tokens_{what}_total" for what in ("kept", "seen", "saved"))
+WAIT = "promprune_first_token_seconds"
 
 
 def in_range(name: str, **labels: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from panels import BLUE, GREEN, ORANGE, PURPLE, RED, YELLOW, cells, lines, number
+from panels import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, YELLOW, cells, lines, number
 from promql import buckets, in_range, mean, per_second, quantile, running_mean
 
 UID = "promprune-selection"
 TITLE = "PromPrune: selection"
-DESCRIPTION = "How long token selection takes, what the images are like, and how many tokens they keep."
+DESCRIPTION = "How long token selection takes, what images and videos are like, and how many tokens they keep."
 _METHOD = "$method"
 _OF_IMAGES = {"modality": "image"}
 _SECONDS, _KEPT = "promprune_selection_seconds", "promprune_image_kept_tokens"
@@ -23,8 +23,8 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     """Yield the rows, from the key figures at the top to the encoder."""
     yield "Over the selected time range", _figures()
     yield "How long selection takes", _time()
-    yield "What the images are like", _content()
-    yield "How many tokens they keep", _kept()
+    yield "What the images and videos are like", _content()
+    yield "How many tokens images keep (videos: see the overview)", _kept()
     yield "Vision encoder", _encoder()
     yield "Feature cache (--visual-token-feature-cache-gb)", _feature_cache()
 
@@ -33,15 +33,15 @@ def _figures() -> list[Any]:
     slow = quantile(0.99, _SECONDS, method=_METHOD, stage="choose").replace("$interval", "$__range")
     return [
         number(
-            "Images pruned",
-            "Images whose tokens were selected. Images still in the encoder cache are not selected again.",
+            "Images and videos pruned",
+            "Images and videos whose tokens were selected. Those in the encoder cache are not selected again.",
             f"round({in_range(f'{_SECONDS}_count', method=_METHOD, stage='choose')})",
             "short",
             width=4,
         ),
         number(
             "Selection time, mean",
-            "Average time to select the tokens of one image.",
+            "Average time to select the tokens of one image or video.",
             mean(_SECONDS, method=_METHOD, stage="choose"),
             "s",
             base=GREEN,
@@ -50,7 +50,7 @@ def _figures() -> list[Any]:
         ),
         number(
             "Selection time, p99",
-            "99 % of images took less than this time to select. There is an alert above 200 ms.",
+            "99% of images and videos took less than this time to select. There is an alert above 200 ms.",
             f"{slow} >= 0",
             "s",
             base=GREEN,
@@ -73,7 +73,8 @@ def _averages() -> list[Any]:
         ),
         number(
             "Spectral entropy, mean",
-            "0: all tokens of an image are alike. 1: all are different. PromPrune splits the budget by it.",
+            "0: all tokens of an image are alike. 1: all are different. PromPrune splits the budget by it. Of a "
+            "video, each frame counts.",
             mean(_ENTROPY, method=_METHOD),
             "none",
             base=PURPLE,
@@ -99,7 +100,7 @@ def _time() -> list[Any]:
     return [
         lines(
             "Selection time: quantiles",
-            "50 %, 95 % and 99 % of images had their tokens selected within this time.",
+            "50%, 95% and 99% of images and videos had their tokens selected within this time.",
             (quantile(0.5, _SECONDS, stage="choose", **of_method), "p50"),
             (quantile(0.95, _SECONDS, stage="choose", **of_method), "p95"),
             (quantile(0.99, _SECONDS, stage="choose", **of_method), "p99"),
@@ -114,8 +115,8 @@ def _time() -> list[Any]:
             unit="s",
         ),
         lines(
-            "Mean time per image, by stage",
-            "Both stages, stacked: the total cost of pruning an image.",
+            "Mean time, by stage",
+            "Both stages, stacked: the total cost of pruning an image or a video.",
             (running_mean(_SECONDS, "stage", **of_method), "{{stage}}"),
             unit="s",
             colors={"choose": BLUE, "assemble": PURPLE},
@@ -129,14 +130,14 @@ def _time_of_every_image() -> list[Any]:
     of_method = {"method": _METHOD}
     return [
         cells(
-            "Selection time: all images",
-            "Each column is a point in time, each cell a range of durations; brighter means more images. A "
-            "second bright band is a second kind of image, for example larger ones.",
+            "Selection time: distribution",
+            "Each column is a point in time, each cell a range of durations; brighter means more images and "
+            "videos. A second bright band is a second kind, for example larger images, or videos.",
             buckets(_SECONDS, stage="choose", **of_method),
             unit="s",
         ),
         cells(
-            "Assembly time: all images",
+            "Assembly time: distribution",
             "The same for gathering or merging the rows of the kept tokens.",
             buckets(_SECONDS, stage="assemble", **of_method),
             unit="s",
@@ -148,8 +149,8 @@ def _content() -> list[Any]:
     return [
         cells(
             "Spectral entropy",
-            "How varied the tokens of images are: low for plain images, high for busy ones. If nearly all are "
-            "at one end, `promprune calibrate` finds a better mu for this model.",
+            "How varied the tokens of images and of frames of videos are: low for plain ones, high for busy ones. "
+            "If nearly all are at one end, `promprune calibrate` finds a better mu for this model.",
             buckets(_ENTROPY, method=_METHOD),
             unit="none",
             scheme="Purples",
@@ -157,7 +158,7 @@ def _content() -> list[Any]:
         ),
         cells(
             "Saliency share",
-            "Share of each budget spent on salient tokens. All at 0 % or all at 100 % means that mu or tau does "
+            "Share of each budget spent on salient tokens. All at 0% or all at 100% means that mu or tau does "
             "not fit this model.",
             buckets(_SALIENCY, method=_METHOD),
             unit="percentunit",
@@ -189,7 +190,7 @@ def _kept() -> list[Any]:
         ),
         lines(
             "Tokens kept: quantiles",
-            "50 % and 95 % of images kept at most this many tokens.",
+            "50% and 95% of images kept at most this many tokens.",
             (quantile(0.5, _KEPT, method=every, **_OF_IMAGES), "p50"),
             (quantile(0.95, _KEPT, method=every, **_OF_IMAGES), "p95"),
             unit="tokens",
@@ -200,6 +201,7 @@ def _kept() -> list[Any]:
             "Images per second, by the method that prunes them; `none` means images that keep every token.",
             (per_second("promprune_images_total", "method", method=every, **_OF_IMAGES), "{{method}}"),
             unit="images/s",
+            colors={"none": GRAY},
             stacked=True,
         ),
     ]
@@ -217,12 +219,12 @@ def _encoder() -> list[Any]:
         ),
         lines(
             "Encoder calls",
-            "Calls (micro-batches) per second, and images pruned per second: with several images per call, the "
-            "second line is higher.",
+            "Calls (micro-batches) per second, and images and videos pruned per second: with several per call, "
+            "the second line is higher.",
             (per_second(f"{_BATCH}_count"), "calls"),
-            (per_second(f"{_SECONDS}_count", stage="choose"), "images pruned"),
+            (per_second(f"{_SECONDS}_count", stage="choose"), "pruned"),
             unit="ops",
-            colors={"calls": BLUE, "images pruned": GREEN},
+            colors={"calls": BLUE, "pruned": GREEN},
         ),
         lines(
             "Tokens per encoder call, mean",
@@ -238,18 +240,18 @@ def _feature_cache() -> list[Any]:
     found = per_second(f"{_STORE}_images_total", result="hit")
     return [
         lines(
-            "Images found in the feature cache",
-            "Images per second that the worker had encoded before (hit), and that it had to encode (miss).",
+            "Found in the feature cache",
+            "Images and videos per second that the worker had encoded before (hit), and had to encode (miss).",
             (per_second(f"{_STORE}_images_total", "result"), "{{result}}"),
-            unit="images/s",
+            unit="items/s",
             colors={"hit": GREEN, "miss": ORANGE},
             stacked=True,
             empty="off",
         ),
         lines(
             "Share found",
-            "Images that were not encoded again, of those needed. Low with a full cache: more memory would help. "
-            "Low with an empty one: clients send each image once, and the cache only costs.",
+            "What was not encoded again, of the images and videos needed. Low with a full cache: more memory "
+            "would help. Low with an empty one: clients send each image once, and the cache only costs.",
             (f"{found} / ({per_second(f'{_STORE}_images_total')} > 0)", "found"),
             unit="percentunit",
             colors={"found": GREEN},
@@ -258,7 +260,7 @@ def _feature_cache() -> list[Any]:
         ),
         lines(
             "Memory of the feature cache",
-            "Host memory of the stored images, on the first rank of every engine. It grows to the option's value.",
+            "Host memory of what is stored, on the first rank of every engine. It grows to the option's value.",
             (f'sum({_STORE}_bytes{{model_name=~"$model"}})', "stored"),
             unit="bytes",
             colors={"stored": BLUE},

@@ -13,6 +13,10 @@ LARGE = 4096
 """Cases with more tokens than this run once: they take minutes rather than milliseconds."""
 
 
+CLIP = 16
+"""A case with this many images or more is also measured as a video, whose frames share the tokens of all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """``images`` images of N tokens of width D; K tokens of each are kept."""
@@ -27,6 +31,11 @@ class Case:
         return f"{prefix}{self.n}x{self.d}:{self.keep}"
 
     @property
+    def is_clip(self) -> bool:
+        """Whether the images may as well be the frames of a video."""
+        return self.images >= CLIP
+
+    @property
     def needs(self) -> int:
         """Approximate peak bytes of the float64 reference: the features twice, and five N x N matrices."""
         return 8 * (2 * self.n * self.d + 5 * self.n * self.n)
@@ -36,7 +45,7 @@ STANDARD = (
     *(Case(1, 576, 4096, keep) for keep in (32, 64, 128, 256, 512)),
     Case(5, 576, 4096, 64),
     *(Case(1, 1296, 3584, keep) for keep in (256, 512)),
-    Case(64, 256, 3584, 32),  # a clip of 64 frames
+    Case(64, 256, 3584, 32),  # a clip of 64 frames: promprune-video is timed too
 )
 
 

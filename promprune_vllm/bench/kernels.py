@@ -82,8 +82,10 @@ def _measure(case: Case, repeats: int, dtype: torch.dtype, timed: machine.Clock)
     def plain_selection() -> list[Tensor]:
         return images.select_plain(case.keep)
 
-    whole = {"ours": ours, "reference": reference, "plain": plain_selection}
+    whole: dict[str, Callable[[], Any]] = {"ours": ours, "reference": reference, "plain": plain_selection}
     picks = {name: [set(kept.tolist()) for kept in choose()] for name, choose in whole.items()}
+    if case.is_clip:
+        whole["promprune-video"] = lambda: images.select_of_clip(case.keep)
     if picks["ours"] != picks["reference"]:
         raise RuntimeError(f"{case}: our kernels kept other tokens than the float64 reference; please report this")
     memory = machine.peak_memory(ours)

@@ -66,6 +66,12 @@ def _measure(case: Case, repeats: int, dtype: torch.dtype, device: torch.device)
         "graph": _captured(ours),
         "plain": lambda: images.select_plain(case.keep),
     }
+    if case.is_clip:
+
+        def of_clip() -> Tensor:
+            return images.select_of_clip(case.keep)
+
+        variants |= {"promprune-video, eager": of_clip, "promprune-video, graph": _captured(of_clip)}
     if case.n >= 1000:
         variants |= {"received attention, eager": received, "received attention, graph": _captured(received)}
     return {

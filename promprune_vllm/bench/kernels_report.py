@@ -54,6 +54,7 @@ def _whole(rows: list[Mapping[str, Any]], title: str) -> Table:
         table.add_column(name)
     table.add_column("plain: tokens unlike float64")
     table.add_column("memory, N² float32")
+    table.add_column("promprune-video")
     for row in rows:
         whole: Times = row["whole"]
         memory = row["memory_in_matrices"]
@@ -64,6 +65,7 @@ def _whole(rows: list[Mapping[str, Any]], title: str) -> Table:
             _ratio(whole, "reference", "ours"),
             str(row["plain_flips"]),
             "?" if memory is None else f"{memory:.1f}",
+            _spread(whole["promprune-video"]) if "promprune-video" in whole else "",
         )
     return table
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promprune_vllm.bench import plain, spectra
 from promprune_vllm.core.features import VisionFeatures
-from promprune_vllm.core.select import select_many
+from promprune_vllm.core.select import select, select_many
 from promprune_vllm.kernels import torch_ops
 
 TAU = 0.02
@@ -52,6 +52,17 @@ class Images:
         groups = [VisionFeatures(projected=x, grid=(1, 1, n), saliency=self.saliency) for x in self.tokens]
         selections = select_many(groups, [keep] * len(groups), "promprune", mu=self.mu, tau=TAU)
         return [selection.indices for selection in selections]
+
+    def select_of_clip(self, keep: int) -> Tensor:
+        """Return ``keep`` tokens per image, of images that are the frames of a video, by ``promprune-video``."""
+        count, n = len(self.tokens), len(self.saliency)
+        rows = max(side for side in range(1, int(n**0.5) + 1) if n % side == 0)
+        clip = VisionFeatures(
+            projected=torch.cat(self.tokens),
+            grid=(count, rows, n // rows),
+            saliency=self.saliency.repeat(count),
+        )
+        return select(clip, keep * count, "promprune-video", mu=self.mu, tau=TAU).indices
 
     def select_by(self, method: str, keep: int) -> list[Tensor]:
         """Return ``(keep,)`` kept tokens of each image, by a method that needs nothing but the tokens."""

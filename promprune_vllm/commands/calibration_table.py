@@ -11,7 +11,7 @@ from rich.table import Table
 from promprune_vllm.core.calibration import SATURATION, SHARES, CalibrationReport, histogram, quantile
 
 _BINS, _BAR = 12, 40
-_LABELS = {"p5": "5 %", "p25": "25 %", "p75": "75 %", "p95": "95 %"}
+_LABELS = {"p5": "5%", "p25": "25%", "p75": "75%", "p95": "95%"}
 
 
 def show(report: CalibrationReport, console: Console) -> None:
@@ -76,4 +76,4 @@ def _why(report: CalibrationReport) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}%"

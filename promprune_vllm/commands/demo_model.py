@@ -143,7 +143,7 @@ def _score(directory: Path, scenes: int, *, as_json: bool) -> None:
 
 def _show(scores: dict[str, float]) -> None:
     for name, value in scores.items():
-        typer.echo(f"  {value:7.3f}  {name}" if value <= 1 else f"  {value:5.1f} %  {name}", err=True)
+        typer.echo(f"  {value:7.3f}  {name}" if value <= 1 else f"  {value:5.1f}%  {name}", err=True)
 
 
 def _training(option: str) -> ModuleType:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from promprune_vllm.commands.failures import failing
+from promprune_vllm.commands.failures import failing, resumable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +66,15 @@ _COMMAND = Annotated[
     str, typer.Option("--lmms-command", help="Command that runs lmms-eval, from its own environment.")
 ]
 _WORDS = Annotated[str, typer.Option("--lmms-args", help='Extra arguments for lmms-eval, such as "--limit 200".')]
+_CLIPS = Annotated[
+    int,
+    typer.Option(
+        "--clips",
+        min=0,
+        help="Ask nothing: draw N clips of each kind, and measure which methods keep what happens in them. "
+        "Takes --methods, --budgets and --out; needs no server.",
+    ),
+]
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")]
 
 
@@ -94,34 +103,73 @@ def evaluate(
     lmms: _LMMS = "",
     lmms_command: _COMMAND = "lmms-eval",
     lmms_args: _WORDS = "",
+    clips: _CLIPS = 0,
     as_json: _JSON = False,
 ) -> None:
     """Measure what pruning costs: questions about generated scenes, by method, budget and task, over HTTP.
 
     Each answer is a line of OUT/answers.jsonl; after an interruption, the same command resumes. With --lmms,
-    lmms-eval runs the papers' benchmarks instead.
+    lmms-eval runs the papers' benchmarks instead. With --clips, events of generated videos are counted.
     """
     from rich.console import Console
 
     from promprune_vllm.evaluation.plan import parse_options
 
     err, where = Console(stderr=True), _Where(url, model, api_key, out)
-    try:
+    if clips:
         with failing():
-            numbers = {"questions": questions, "concurrency": concurrency}
-            options = parse_options(tasks, budgets, methods, **numbers, check=_check(url))
-            options = replace(options, temperature=temperature)
-            if lmms:
-                _drive_lmms(where, options, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
-                return
-            if plots:
-                from promprune_vllm.evaluation.plots import require
+            _watch(clips, methods, budgets, out, err, plots=plots, as_json=as_json)
+        return
+    with resumable(out), failing():
+        numbers = {"questions": questions, "concurrency": concurrency}
+        options = parse_options(tasks, budgets, methods, **numbers, check=_check(url))
+        options = replace(options, temperature=temperature)
+        if lmms:
+            _drive_lmms(where, options, lmms, lmms_command, lmms_args, err=err, as_json=as_json)
+            return
+        _require_plots(plots)
+        _show(_report(where, None if report_only else options, err), out, err, plots=plots, as_json=as_json)
 
-                require()
-            _show(_report(where, None if report_only else options, err), out, err, plots=plots, as_json=as_json)
-    except KeyboardInterrupt:
-        typer.secho(f"promprune: interrupted; run the same command to resume from {out}.", err=True)
-        raise typer.Exit(code=130) from None
+
+def _require_plots(wanted: bool) -> None:
+    from promprune_vllm.evaluation.plots import require
+
+    if wanted:
+        require()
+
+
+def _watch(clips: int, methods: str, budgets: str, out: Path, err: Console, *, plots: bool, as_json: bool) -> None:
+    from rich.progress import Progress
+
+    from promprune_vllm.bench.clips import measure
+    from promprune_vllm.core.budget import Budget, from_text
+    from promprune_vllm.demo.scenes.clips import CLIP_KINDS
+    from promprune_vllm.evaluation import clips as measured
+    from promprune_vllm.evaluation.plan import split_list
+
+    _require_plots(plots)
+    names = split_list(methods or measured.METHODS)
+    shares = split_list(measured.BUDGETS if budgets == BUDGETS else budgets)
+    asked = [budget for share in shares if (budget := Budget.parse(from_text(share), "--budgets")) is not None]
+    with Progress(console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task("watching", total=clips * len(CLIP_KINDS))
+        document = measure(clips, names, asked, lambda: bar.advance(task))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "clips.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (out / "clips.md").write_text(measured.markdown(document), encoding="utf-8")
+    if plots:
+        measured.save_plot(document, out)
+    _print(document, measured.terminal(document), as_json=as_json)
+    err.print(f"Results are in {out}: clips.md, clips.json{', a plot' if plots else ''}.", highlight=False)
+
+
+def _print(document: object, table: object, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        Console(width=None if Console().is_terminal else 130).print(table)
 
 
 def _check(url: str | None) -> Callable[[str], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -29,3 +30,13 @@ def failing(status: int = 2) -> Iterator[None]:
         yield
     except PromPruneError as error:
         fail(str(error), status)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say, if the block is interrupted with Ctrl-C, how to resume from its folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.secho(f"promprune: interrupted; run the same command to resume from {out}.", err=True)
+        raise typer.Exit(code=130) from None

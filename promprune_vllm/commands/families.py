@@ -35,7 +35,8 @@ def describe() -> list[dict[str, Any]]:
     """Describe every family as plain data.
 
     ``mu`` is its default, ``mu_source`` where that comes from, ``mu_measured`` whether it is of the family's own
-    vision tower, and ``megapixel_tokens`` the visual tokens of 1024 x 1024 pixels before pruning.
+    vision tower, and ``megapixel_tokens`` the visual tokens of 1024 x 1024 pixels before pruning; ``None`` if the
+    model takes no images.
     """
     from promprune_vllm.engine.families import FAMILIES
 
@@ -62,7 +63,7 @@ def markdown() -> str:
         (
             f"`{row['architecture']}`",
             row["model"],
-            f"{row['megapixel_tokens']:,}",
+            _tokens(row),
             row["saliency"],
             row["positions"],
             row["videos"],
@@ -82,11 +83,16 @@ def _show(rows: list[dict[str, Any]]) -> None:
     grid = Table.grid(padding=(0, 2))
     for row in rows:
         grid.add_row(f"[bold]{row['model']}", row["architecture"])
-        grid.add_row("  tokens", f"{row['megapixel_tokens']:,} of 1024 x 1024 pixels, before pruning")
+        of_pixels = "" if row["megapixel_tokens"] is None else " of 1024 x 1024 pixels, before pruning"
+        grid.add_row("  tokens", f"{_tokens(row)}{of_pixels}")
         for name in ("saliency", "positions", "videos", "refused"):
             grid.add_row(f"  {name}", row[name])
         grid.add_row("  promprune", _calibration(row))
     Console().print(grid, highlight=False)
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    return "takes no images" if row["megapixel_tokens"] is None else f"{row['megapixel_tokens']:,}"
 
 
 def _calibration(row: dict[str, Any]) -> str:

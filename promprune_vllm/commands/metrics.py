@@ -52,7 +52,7 @@ def markdown() -> str:
 
 def _labels() -> dict[str, str]:
     """Return what each label means, with the values it can take."""
-    from promprune_vllm.metrics.catalog import LABELS
+    from promprune_vllm.metrics.metric import LABELS
 
     return {name: f"{text}: {', '.join(values)}" if values else text for name, (text, values) in LABELS.items()}
 

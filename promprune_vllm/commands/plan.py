@@ -166,7 +166,7 @@ def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
             f"{row.kv_bytes_per_image / 2**20:.1f} MiB",
             f"{row.chats:,} ({row.chats / max(first.chats, 1):.1f}x)",
             f"{row.images_per_s:,.1f} ({row.images_per_s / first.images_per_s:.1f}x)",
-            f"{100 * row.arithmetic:.0f} %",
+            f"{100 * row.arithmetic:.0f}%",
         )
         for row in rows
     ]
@@ -188,7 +188,7 @@ def _show(facts: Facts, server: Server, traffic: Traffic, memory: int, rows: lis
         f"{facts.parameters / 1e9:.2f} billion weights; {memory / GIB:.1f} GiB for the KV cache, "
         f"{facts.kv_bytes_per_token(server.cache_bytes) / 1024:g} KiB per token. One chat: {traffic.images} of "
         f"{size} px, {traffic.text_tokens} text tokens, {traffic.answer_tokens} answer tokens. "
-        f"{_rate(traffic)} and arithmetic cover encoding and prefill at {100 * server.mfu:.0f} % of peak: the "
+        f"{_rate(traffic)} and arithmetic cover encoding and prefill at {100 * server.mfu:.0f}% of peak: the "
         f"encoder processes every patch at every budget, and decoding is extra.{_long_blocks(facts, server)}",
         highlight=False,
     )

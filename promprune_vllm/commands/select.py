@@ -14,10 +14,13 @@ from promprune_vllm.errors import InspectError
 
 _DEFAULT_BUDGET = "64"
 _WIDTH_PX = 840  # maximum width of one picture in a sheet
+_CLIP_WIDTH_PX = 1680  # likewise, of all frames of a video
 
 
 def select(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Images and videos, such as .mp4.", show_default=False)
+    ],
     *,
     budget: Annotated[
         str | None, typer.Option(help='Tokens to keep: 64, 0.25, "25%" or "full" (default: 64).')
@@ -37,25 +40,26 @@ def select(
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server at --url, if any.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG file to write (default: IMAGE.overlay.png for the first IMAGE).")
+        Path | None, typer.Option(help="PNG file to write (default: FILE.overlay.png for the first FILE).")
     ] = None,
     columns: Annotated[int, typer.Option(min=1, help="Pictures per row of the sheet.")] = 4,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the server's reply, one JSON line per picture.")
     ] = False,
 ) -> None:
-    """Draw which visual tokens of your images a server keeps.
+    """Draw which visual tokens of your images and videos a server keeps.
 
-    One picture per image; with --compare or --budgets, one row per image with a picture per method or budget.
+    One picture per file; with --compare or --budgets, one row per file with a picture per method or budget. The
+    picture of a video has all frames as the model gets them, each with the number of tokens that it keeps.
     """
     from rich.console import Console
 
     settings = _settings(budget, budgets, method, compare)
     err = Console(stderr=True)
     with failing(status=1):
-        rows = _inspect_all(images, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
+        rows = _inspect_all(files, settings, text=text, url=url, api_key=api_key, err=err, as_json=as_json)
         if out is not None or not as_json:
-            target = out or images[0].with_suffix(".overlay.png")
+            target = out or files[0].with_suffix(".overlay.png")
             _write(rows, target, columns)
             err.print(f"Wrote {target}.", highlight=False)
 
@@ -73,7 +77,7 @@ def _settings(
 
 
 def _inspect_all(
-    images: list[Path],
+    files: list[Path],
     settings: list[tuple[object, str | None]],
     *,
     text: str | None,
@@ -85,17 +89,31 @@ def _inspect_all(
     from rich.progress import track
 
     from promprune_vllm.overlay.client import InspectClient
-    from promprune_vllm.overlay.drawing import caption, overlay, titled
+    from promprune_vllm.overlay.drawing import caption, titled
 
-    rows: list[list[Any]] = [[] for _ in images]
-    jobs = [(row, image, setting) for row, image in zip(rows, images, strict=True) for setting in settings]
+    rows: list[list[Any]] = [[] for _ in files]
+    jobs = [(row, file, setting) for row, file in zip(rows, files, strict=True) for setting in settings]
     with InspectClient(url, api_key) as server:
-        for row, image, (budget, method) in track(jobs, "Inspecting …", console=err, disable=not err.is_terminal):
-            reply = server.inspect(image, budget, method, text)
+        for row, file, (budget, method) in track(jobs, "Inspecting …", console=err, disable=not err.is_terminal):
+            reply = server.inspect(file, budget, method, text)
             if as_json:
-                print(json.dumps({"file": str(image), "visual_token_budget": budget, **reply}), flush=True)
-            row.append(titled(_fit(overlay(_open(image), reply)), f"{image.name}, {caption(reply)}"))
+                print(_line(file, budget, reply), flush=True)
+            row.append(titled(_drawn(file, reply), f"{file.name}, {caption(reply)}"))
     return rows
+
+
+def _line(file: Path, budget: object, reply: dict[str, Any]) -> str:
+    """Return a line of JSON, without the pictures of frames."""
+    frames = reply["frames"] and [{"kept": frame["kept"]} for frame in reply["frames"]]
+    return json.dumps({"file": str(file), "visual_token_budget": budget, **reply, "frames": frames})
+
+
+def _drawn(file: Path, reply: dict[str, Any]) -> Any:
+    from promprune_vllm.overlay.drawing import contact_sheet, overlay
+
+    if reply["frames"]:
+        return _fit(contact_sheet(reply), _CLIP_WIDTH_PX)
+    return _fit(overlay(_open(file), reply), _WIDTH_PX)
 
 
 def _open(image: Path) -> Any:
@@ -108,10 +126,10 @@ def _open(image: Path) -> Any:
         raise InspectError(f"{image} cannot be drawn: {error}") from error
 
 
-def _fit(picture: Any) -> Any:
-    if picture.width <= _WIDTH_PX:
+def _fit(picture: Any, width: int) -> Any:
+    if picture.width <= width:
         return picture
-    return picture.resize((_WIDTH_PX, max(1, round(picture.height * _WIDTH_PX / picture.width))))
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))))
 
 
 def _write(rows: list[list[Any]], target: Path, columns: int) -> None:

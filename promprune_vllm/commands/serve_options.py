@@ -17,6 +17,8 @@ _METAVARS = {
     "method_options": "JSON",
     "allow_methods": "NAME,NAME",
     "escalate": "PROBABILITY",
+    "audit": "PERCENT",
+    "target": "PERCENT",
     "feature_cache_gb": "GB",
 }
 _EPILOG = """\

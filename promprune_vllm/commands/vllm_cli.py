@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import typer
 
-from promprune_vllm.commands.failures import fail
+from promprune_vllm.commands.failures import fail, failing
 
 AS_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Settings of a command that passes its arguments, ``--help`` included, to vLLM."""
@@ -14,7 +14,8 @@ AS_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 def vllm(context: typer.Context) -> None:
     """Run any vLLM command, such as `vllm bench serve` or `vllm run-batch`; works with vLLM's CPU build too."""
-    run(context.args)
+    with failing():
+        run(context.args)
 
 
 def run(arguments: list[str]) -> None:

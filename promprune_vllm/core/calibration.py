@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 SATURATION = 3.0
-"""Distance from ``mu``, in units of ``tau``, beyond which one of the two stages gets over 95 % of the budget."""
+"""Distance from ``mu``, in units of ``tau``, beyond which one of the two stages gets over 95% of the budget."""
 SHARES = MappingProxyType(
     {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 )

@@ -22,6 +22,8 @@ class Selector(Protocol):
     ``merges`` tells whether its selections carry ``rows``, merged from several tokens, or only drop tokens. It
     may be left out if the method drops.
 
+    ``calibrated_as`` names the method whose calibration for a model it uses; its own if left out.
+
     ``over_frames`` tells whether it compares the frames of a video. Such a method gets a whole clip as one group,
     with at least two frames in its grid, and divides ``keep`` over them itself; it cannot prune an image. Other
     methods get images, and videos frame by frame. It may be left out for these.
@@ -35,6 +37,7 @@ class Selector(Protocol):
     paper: ClassVar[str]
     merges: ClassVar[bool]
     over_frames: ClassVar[bool]
+    calibrated_as: ClassVar[str]
 
     def select(self, features: VisionFeatures, keep: int) -> Selection:
         """Choose ``keep`` of N tokens. May assume ``1 <= keep < N`` and that the features meet ``needs``."""
@@ -57,6 +60,8 @@ def register(cls: _S) -> _S:
     for trait in _TRAITS:
         if not hasattr(cls, trait):
             setattr(cls, trait, False)
+    if not hasattr(cls, "calibrated_as"):
+        cls.calibrated_as = name  # type: ignore[attr-defined]
     _METHODS[name] = cls
     return cls
 

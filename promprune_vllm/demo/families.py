@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from promprune_vllm.demo import glm, internvl, model, processing
+from promprune_vllm.demo import glm, internvl, llava_video, model, processing
 from promprune_vllm.demo import qwen_processing as qwen
 from promprune_vllm.demo.random_weights import DType
 
@@ -217,6 +217,8 @@ FAMILIES: Mapping[str, Builder] = MappingProxyType(
     {
         "llava": _build_llava,
         "llava_next": _build_llava_next,
+        "llava_onevision": llava_video.build_onevision,
+        "llava_next_video": llava_video.build_next_video,
         **{family: partial(_build_qwen, family) for family in _QWEN_VISION},
         "internvl": internvl.build_internvl,
         "internvl_chat": internvl.build_internvl_chat,

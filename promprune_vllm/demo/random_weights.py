@@ -31,6 +31,8 @@ _QWEN2_NAMES = (("model.visual.", "visual."), ("model.language_model.", "model."
 _CHECKPOINT_NAMES = {
     "llava": _LLAVA_NAMES,
     "llava_next": _LLAVA_NAMES,
+    "llava_onevision": _LLAVA_NAMES,
+    "llava_next_video": _LLAVA_NAMES,
     "internvl": (("model.vision_tower.", "vision_tower."), *_LLAVA_NAMES[1:]),
     "qwen2_vl": _QWEN2_NAMES,
     "qwen2_5_vl": _QWEN2_NAMES,

@@ -30,6 +30,14 @@ TEXT_TOKENS = "visual_token_text"
 """``(M,)`` int64: tokens of the user's text, for methods that use it."""
 IDENTITY = "visual_token_identity"
 """``(16,)`` uint8: the same for an image whatever its budget, method and text. Only with the feature cache."""
+LAYOUT = "visual_token_layout"
+"""``(T + S,)`` int64, of videos only: ``FRAME`` for each of T frames, and between them the S tokens of text there.
+
+Empty unless the video is pruned by a method that decides how many tokens each frame keeps: which rows stand before
+and behind the text is then known only in the worker, which returns the text's rows with those of the frames.
+"""
+FRAME = -1
+"""What stands for a frame in ``LAYOUT``: no token."""
 
 
 def field_of(kind: str, name: str) -> str:
@@ -46,6 +54,8 @@ COUNTED = "_promprune_counted"
 """Set when the metrics have counted it: a prompt may be sent twice."""
 TRIES = "_promprune_tries"
 """Its ``Tries``, if its answer may be asked for again: they count it, once it is known which try is answered."""
+AUDIT = "_promprune_audit"
+"""Its ``Drawn``, if its answer is to be audited."""
 ASK_AGAIN = "_promprune_ask_again"
 """Function that processes the prompt for its second try."""
 REPROCESS = "_promprune_reprocess"
@@ -56,6 +66,8 @@ ENDPOINTS = "promprune_endpoints"
 """On the API server's app state: our endpoints. ``visual_tokens``, next to it, is the backend of our routes."""
 SAVINGS = "_promprune_savings"
 """On vLLM's ``InputProcessor``: computes what a dropped token saves."""
+AUDITOR = "_promprune_auditor"
+"""On vLLM's ``AsyncLLM``: its ``Auditor``, if answers are audited."""
 ABORTED_IN_FLIGHT = "_promprune_aborted_in_flight"
 """On the scheduler: images of requests that ended while a step was in flight, by step."""
 FAILED_IMAGES = "promprune_failed_images"
@@ -87,8 +99,13 @@ OPTION_PREFIXES = ("visual_token", "_promprune")
 WRITTEN_ATTRIBUTES: Mapping[str, str] = {
     "renderer._executor.submit": "threads that render pooling requests run in the context of their request",
     "multimodal_config.__class__": "M-RoPE: makes model runners call the model's hook for positions",
-    "visual.blocks[i].do_not_compile, visual.merger.do_not_compile": "Qwen-VL: compiled modules ignore our hooks",
-    "MRotaryEmbedding.cos_sin_cache": "M-RoPE: more rows, for the positions that pruned prompts reach",
+    "visual.blocks[i].do_not_compile, visual.merger.do_not_compile": (
+        "Qwen and GLM: compiled modules ignore our hooks; the same for one layer of InternVL's tower"
+    ),
+    "MRotaryEmbedding.cos_sin_cache, MRotaryEmbedding.cos_sin_cache_bf16": (
+        "M-RoPE: more rows, for the positions that pruned prompts reach"
+    ),
+    "VocabParallelEmbeddingWithLoRA.forward": "set only while we embed text, which takes no adapter",
     "AsyncModelRunnerOutput.get_output": "set on a single result, if an image failed in its step",
     "AnthropicUsage.model_config, RerankUsage.model_config": "allows extra fields, as vLLM's other usage types do",
     "app.openapi, app.routes[].dependant": "every route reads our fields, and /openapi.json shows them",

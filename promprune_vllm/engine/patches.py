@@ -101,6 +101,12 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_RENDERER}._process_singleton_async", "api_server.escalation:remember_second_try"),
         (f"{_ASYNC}.generate", "api_server.escalation:ask_again_if_unsure"),
     ),
+    *_rows(*(Stage.PLUGIN, reasons.WAIT), (f"{_ASYNC}.generate", "api_server.first_tokens:observe_first_tokens")),
+    *_rows(
+        *(Stage.AUDIT, reasons.AUDIT),
+        (f"{_RENDERER}._process_singleton_async", "api_server.audit:draw_audits"),
+        (f"{_ASYNC}.generate", "api_server.audit:audit_answers"),
+    ),
     *_rows(*(Stage.PLUGIN, reasons.USAGE), (f"{_ONLINE}.__init__", "api_server.usage_fields:prepare_usage_types")),
     *_rows(*(Stage.PLUGIN, reasons.NAMES), (_SPACES, "vllm_fixes.token_names:allow_unnamed_tokens")),
     *_rows(
@@ -123,6 +129,10 @@ PATCHES: tuple[Patch, ...] = (
     *_rows(
         *(Stage.REPLIES, reasons.USAGE),
         (f"{_ENTRY}.serve.engine.protocol:UsageInfo.__init__", _FILL_USAGE),
+        (
+            f"{_ENTRY}.serve.engine.protocol:PromptTokenUsageInfo.__init__",
+            "api_server.usage_fields:count_second_try",
+        ),
         (f"{_ENTRY}.openai.responses.protocol:ResponseUsage.__init__", _FILL_USAGE),
         (f"{_ENTRY}.anthropic.protocol:AnthropicUsage.__init__", _FILL_USAGE),
         (f"{_ENTRY}.pooling.scoring.protocol:RerankUsage.__init__", _FILL_USAGE),

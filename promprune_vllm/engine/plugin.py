@@ -52,5 +52,7 @@ def install() -> None:
     recorder.prepare_directory()
     families.register()
     patches.install(Stage.PLUGIN)
-    if settings.adapt_to_load:
+    if settings.adapt_to_load or settings.audited_share():
         patches.install(Stage.LOAD)
+    if settings.audited_share():
+        patches.install(Stage.AUDIT)

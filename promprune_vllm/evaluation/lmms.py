@@ -20,8 +20,9 @@ from rich.console import Console
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.demo.processes import supervised
 from promprune_vllm.errors import EvaluationError
+from promprune_vllm.evaluation.cells import named
 from promprune_vllm.evaluation.proxy import Tally, proxy
-from promprune_vllm.evaluation.published import BENCHMARKS, REPORTED
+from promprune_vllm.evaluation.published import BENCHMARKS, PUBLISHED, REPORTED
 from promprune_vllm.evaluation.records import FULL_METHOD
 from promprune_vllm.evaluation.sender import Way
 from promprune_vllm.evaluation.target import Target
@@ -110,7 +111,7 @@ def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_BENCHMARK_BY_TASK))
     full = next((row for row in rows if row.method == FULL_METHOD), None)
     for row in rows:
         cells = [_number(row.scores.get(task)) for task in tasks]
-        lines.append([_named(row.method), row.budget, *cells, _relative(row, full, tasks), "measured here"])
+        lines.append([named(row.method), row.budget, *cells, _relative(row, full, tasks), "measured here"])
     if not rows:
         for method, budget in (("all tokens", "576"), ("`promprune`", "64")):
             lines.append([method, budget, *[NOT_MEASURED] * (len(tasks) + 1), "ours"])
@@ -126,6 +127,19 @@ def table(rows: Sequence[Row], tasks: Sequence[str] = tuple(_BENCHMARK_BY_TASK))
             ]
         )
     return markdown_table(head, lines)
+
+
+def published_table() -> str:
+    """Return the papers' newest means by model and method, as a percentage of all tokens, in Markdown."""
+    rows = []
+    for each in PUBLISHED:
+        for method, means in each.means.items():
+            figures = (
+                f"{budget}: {'-' if mean is None else f'{100 * mean / each.full:.1f}'}"
+                for budget, mean in zip(each.budgets, means, strict=True)
+            )
+            rows.append([each.model, method, "; ".join(figures), each.benchmarks, each.source])
+    return markdown_table(["model", "method", "tokens kept: % of all tokens' mean", "mean over", "source"], rows)
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:
@@ -205,7 +219,3 @@ def _relative(row: Row, full: Row | None, tasks: Sequence[str]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-
-
-def _named(method: str) -> str:
-    return "all tokens" if method == FULL_METHOD else f"`{method}`"

@@ -97,9 +97,16 @@ def parse_options(
     for name, _ in named:
         if name != REST:
             check(name)
-    return Options(
-        tasks_by_name(split_list(tasks)), tuple(map(_budget, split_list(budgets))), named, questions, concurrency
-    )
+    return Options(tasks_by_name(split_list(tasks)), parse_budgets(budgets), named, questions, concurrency)
+
+
+def parse_budgets(text: str) -> tuple[int | float | str, ...]:
+    """Parse comma-separated tokens or shares.
+
+    Raises:
+        EvaluationError: One is invalid, or keeps all tokens.
+    """
+    return tuple(map(_budget, split_list(text)))
 
 
 def split_list(text: str) -> list[str]:

@@ -22,7 +22,7 @@ _SUBJECT_COLOUR, _FULL_COLOUR, _CONTROL_COLOUR = "#b2182b", "#222222", "#777777"
 # No red or grey: those are for the subject and the controls. Fixed splits share one hue, darker for larger shares.
 _COLOURS = ("#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#c49c00", "#006d5b")
 _SPLIT_COLOURS = ("#9ecae1", "#6baed6", "#3182bd", "#08306b")
-_AGAIN_COLOURS = {"random": "#999999", "uniform": "#4477aa"}
+_AGAIN_COLOURS = {"random": "#999999", "uniform": "#4477aa", "downsample": "#228833"}
 _FORMATS = ("png", "svg")
 _AS_LEVEL = "that of all tokens, minus the loss on the same questions"
 _CURVES, _HEAT, _AGAIN = "accuracy-budget", "tasks", "asking-again"
@@ -113,13 +113,14 @@ def asking_again(report: Report) -> Figure:
     """Plot macro accuracy by mean tokens, of fixed budgets and of asking again: with the controls; close up."""
     subject = report.methods[0]
     controls = [name for name in CONTROLS if name in report.methods and name != subject]
-    figure = _figure(11, 4.4)
+    figure = _figure(11, 4.8)
     wide, close = figure.subplots(1, 2)
     for axes, methods in ((wide, [subject, *controls]), (close, [subject])):
         for method in methods:
             _again(axes, report, method, errors=axes is close)
         _again_axes(axes, report)
-    wide.legend(frameon=False, fontsize=8)
+    named = wide.get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=5, frameon=False, fontsize=8)  # it would hide curves
     close.set_title(f"{subject} alone, ± one standard error of the difference to all tokens", fontsize=9)
     lines = [_raised(report, curve) for curve in _first_tries(report, subject)]
     if lines:
@@ -224,7 +225,7 @@ def _style(method: str, place: int) -> dict[str, Any]:
 
 
 def _dashes(control: str) -> str:
-    return (":", "-.")[CONTROLS.index(control) % 2]
+    return (":", "-.", "--")[CONTROLS.index(control) % 3]
 
 
 def _percent(estimate: Estimate | None) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -97,12 +98,13 @@ def read(file: Path) -> Records:
     Raises:
         EvaluationError: There is no such file, or it is not a file of answers.
     """
-    records, _ = _read(file)
-    return records
+    settings, lines, _ = read_lines(file)
+    with of_answers(file):
+        return Records(settings, tuple(line["run"] for line in lines if "run" in line), _answers(lines))
 
 
-class Log:
-    """An open file of answers. Opening an existing file continues it.
+class Lines:
+    """An open file of JSON lines: settings, the provenance of each session, and what is added. Continues a file.
 
     Args:
         file: Path of the file; created if missing.
@@ -114,26 +116,27 @@ class Log:
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.answers: dict[Key, Answer] = {}
         settings = json.loads(json.dumps(settings))  # as it will be read back
         if file.is_file() and file.stat().st_size:
-            records, whole = _read(file)
-            _require_same(file, records.settings, settings)
-            self.answers.update(records.answers)
+            was, lines, whole = read_lines(file)
+            _require_same(file, was, settings)
+            with of_answers(file):
+                self.load(lines)
             with file.open("r+b") as cut:
                 cut.truncate(whole)
         self._output = file.open("a", encoding="utf-8")
         if not self._output.tell():
-            self._write({"format": _FORMAT, "settings": settings})
-        self._write({"run": run})
+            self.write({"format": _FORMAT, "settings": settings})
+        self.write({"run": run})
 
-    def add(self, answer: Answer) -> None:
-        """Write one answer and flush it to the operating system."""
-        self.answers[answer.key] = answer
-        self._write(asdict(answer))
+    def load(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Take over what an earlier session has written after the settings."""
+        raise NotImplementedError
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write one line and flush it to the operating system."""
         self._output.write(json.dumps(line) + "\n")
         self._output.flush()
 
@@ -146,8 +149,29 @@ class Log:
         self._output.close()
 
 
-def _read(file: Path) -> tuple[Records, int]:
-    """Return the contents of a file, and the number of bytes in its complete lines."""
+class Log(Lines):
+    """An open file of answers; see ``Lines``."""
+
+    def __init__(self, file: Path, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        self.answers: dict[Key, Answer] = {}
+        super().__init__(file, settings, run)
+
+    def load(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Take over the answers of earlier sessions."""
+        self.answers.update(_answers(lines))
+
+    def add(self, answer: Answer) -> None:
+        """Write one answer."""
+        self.answers[answer.key] = answer
+        self.write(asdict(answer))
+
+
+def read_lines(file: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]], int]:
+    """Return the settings of a file, its other complete lines, and the number of bytes in all complete lines.
+
+    Raises:
+        EvaluationError: There is no such file, or it is not a file of answers.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -155,17 +179,26 @@ def _read(file: Path) -> tuple[Records, int]:
             f"{file} cannot be read ({error.strerror}): set --out to the folder of a run."
         ) from error
     whole = content.rfind(b"\n") + 1
-    try:
+    with of_answers(file):
         head, *lines = [json.loads(line) for line in content[:whole].splitlines()]
         if head["format"] != _FORMAT:
             raise ValueError(f"format {head['format']}")
-        runs = tuple(line["run"] for line in lines if "run" in line)
-        answers = {answer.key: answer for answer in (Answer(**line) for line in lines if "run" not in line)}
-        return Records(head["settings"], runs, answers), whole
+        return head["settings"], lines, whole
+
+
+@contextmanager
+def of_answers(file: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a file's lines into an error about the file."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{file} is not a file of answers ({error}). Choose another folder with --out, or remove the file."
         ) from error
+
+
+def _answers(lines: Sequence[dict[str, Any]]) -> dict[Key, Answer]:
+    return {answer.key: answer for answer in (Answer(**line) for line in lines if "run" not in line)}
 
 
 def _require_same(file: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

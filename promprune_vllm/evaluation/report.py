@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from promprune_vllm.evaluation.cells import ALL_TOKENS
+from promprune_vllm.evaluation.checks import Checked, check_all
 from promprune_vllm.evaluation.escalation import Curve, curve
 from promprune_vllm.evaluation.records import FULL_METHOD, Answer, Records
+from promprune_vllm.evaluation.sender import DOWNSAMPLE
 from promprune_vllm.evaluation.statistics import Comparison, Estimate, Sums, by_task, compare
 from promprune_vllm.evaluation.tasks import TASKS, WEIGHTS
 
 FIXED_SPLITS = ("split-0", "split-25", "split-50", "split-75", "fastervlm")
 """PromPrune with a fixed salient share; ``fastervlm`` has a share of 1."""
-CONTROLS = ("random", "uniform")
+CONTROLS = ("random", "uniform", DOWNSAMPLE)
 SUBJECT = "promprune"
-BEST_SPLIT, ALL_TOKENS = "best fixed split", "all tokens"
+BEST_SPLIT = "best fixed split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,14 @@ class Report:
         cells: ``full`` first, then by budget in descending order, then by method.
         pairs: Every method compared with the controls, the best fixed split and all tokens.
         curves: What asking again gives, for every method and budget; empty if answers have no confidence.
+        checks: Invention, places and hard questions, for every method and budget.
         records: The answers that the figures are computed from.
     """
 
     cells: tuple[Cell, ...]
     pairs: tuple[Pair, ...]
     curves: tuple[Curve, ...]
+    checks: tuple[Checked, ...]
     records: Records = field(repr=False)
 
     @property
@@ -136,6 +141,7 @@ class Report:
             "cells": [asdict(cell) for cell in self.cells],
             "pairs": [asdict(pair) for pair in self.pairs],
             "curves": [asdict(each) for each in self.curves],
+            "checks": [asdict(each) for each in self.checks],
         }
 
 
@@ -147,7 +153,8 @@ def summarize(records: Records) -> Report:
     cells = [_cell(*way, answers) for way, answers in groups.items()]
     kept = {cell.budget: cell.kept for cell in sorted(cells, key=lambda cell: cell.kept)}
     cells.sort(key=lambda c: (c.method != FULL_METHOD, -kept[c.budget], c.budget, _rank(c.method)))
-    return Report(tuple(cells), tuple(_pairs(cells, groups)), tuple(_curves(cells, groups)), records)
+    curves = tuple(_curves(cells, groups))
+    return Report(tuple(cells), tuple(_pairs(cells, groups)), curves, tuple(check_all(groups)), records)
 
 
 def _cell(method: str, budget: str, answers: Sequence[Answer]) -> Cell:

@@ -21,11 +21,12 @@ from rich.progress import (
 from promprune_vllm.bench.provenance import provenance
 from promprune_vllm.core.escalation import WINDOW
 from promprune_vllm.evaluation.plan import Plan
-from promprune_vllm.evaluation.records import FILE, Answer, Log, read
+from promprune_vllm.evaluation.records import FILE, FULL_METHOD, Answer, Log, read
 from promprune_vllm.evaluation.report import Report, summarize
 from promprune_vllm.evaluation.sender import ANSWER_TOKENS, ask_all, jobs
+from promprune_vllm.evaluation.smaller import on_the_client
 from promprune_vllm.evaluation.target import Target
-from promprune_vllm.evaluation.tasks import SPLIT, Draw, Picture, fingerprint, gather
+from promprune_vllm.evaluation.tasks import SPLIT, Draw, Picture, fingerprint, gather, scenes
 from promprune_vllm.evaluation.text import markdown
 
 _SECONDS_BETWEEN_LINES = 30
@@ -44,20 +45,24 @@ def evaluate(target: Target, plan: Plan, out: Path, err: Console, draw: Draw | N
     Raises:
         EvaluationError: The server does not allow a method, or the folder's answers have other settings.
     """
-    target.require(plan.methods)
+    pictures = gather(plan.tasks, plan.questions, draw)
+    first = (draw or scenes())(pictures[0].kind, pictures[0].seed, SPLIT)
+    ways, notes = on_the_client(target, plan.ways, first.image().size)
+    on_the_server = (way.method for way in ways if way.method != FULL_METHOD and way.smaller is None)
+    target.require(tuple(dict.fromkeys(on_the_server)))
     settings = target.settings() | {
         "scenes": {"split": SPLIT, "fingerprint": fingerprint(draw)},
         "answer_tokens": ANSWER_TOKENS,
         "confidence_tokens": WINDOW,  # absent from folders whose answers have no confidence
         **({"temperature": plan.temperature} if plan.temperature else {}),
     }
-    pictures = gather(plan.tasks, plan.questions, draw)
     with Log(out / FILE, settings, provenance()) as log:
-        todo = list(jobs(pictures, plan.ways, log.answers))
-        total = sum(1 for _ in jobs(pictures, plan.ways))
-        err.print(_describe(total, len(todo), pictures, out / FILE), highlight=False)
+        todo = list(jobs(pictures, ways, log.answers))
+        total = sum(1 for _ in jobs(pictures, ways))
+        for line in (*notes, _describe(total, len(todo), pictures, out / FILE)):
+            err.print(line, highlight=False, markup=False)
         if todo:
-            with _progress(err, len(todo)) as advance:
+            with progress(err, len(todo)) as advance:
 
                 def keep(answer: Answer) -> None:
                     log.add(answer)
@@ -85,12 +90,18 @@ def _describe(total: int, missing: int, pictures: Sequence[Picture], file: Path)
 
 
 @contextmanager
-def _progress(err: Console, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on a terminal, or a line from time to time in a log."""
+def progress(err: Console, total: int, doing: str = "asking") -> Iterator[Callable[[], None]]:
+    """Show a progress bar on a terminal, or a line from time to time in a log.
+
+    Args:
+        err: Console that shows it.
+        total: Number of answers to come; call what is yielded after each.
+        doing: Word before the bar.
+    """
     if err.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("asking"), *columns, console=err) as bar:
-            task = bar.add_task("asking", total=total)
+        with Progress(TextColumn(doing), *columns, console=err) as bar:
+            task = bar.add_task(doing, total=total)
             yield lambda: bar.advance(task)
         return
     started = last_line = time.monotonic()

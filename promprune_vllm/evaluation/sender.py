@@ -14,9 +14,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+from PIL.Image import Resampling
 
 from promprune_vllm.core.budget import FIELD, FULL, METHOD_FIELD
 from promprune_vllm.core.escalation import ESCALATE_FIELD, WINDOW
@@ -26,11 +27,16 @@ from promprune_vllm.evaluation.target import Target, tls_context
 from promprune_vllm.evaluation.tasks import SPLIT, Draw, Item, Picture, scenes
 
 ANSWER_TOKENS = 16
+DOWNSAMPLE = "downsample"
+"""The method that the client replaces by a smaller image, where that has fewer tokens."""
+Size = tuple[int, int]
+"""Width and height of an image, in pixels."""
 _TIMEOUT_SECONDS = 600
 _PICTURES_HELD = 8
 _IDLE_SECONDS = 2
 _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 _MOST_QUESTIONS = 1000  # about one picture
+_Job = TypeVar("_Job")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +47,19 @@ class Way:
         method: A method of the server; ``full`` keeps every token.
         budget: Budget of the requests.
         questions: Number of questions per task.
+        smaller: Size of the image that is sent instead of one pruned by the method.
     """
 
     method: str
     budget: int | float | str
     questions: int
+    smaller: Size | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """The request fields for it. Only first answers are asked for, whatever the server's default is."""
+        if self.smaller is not None:
+            return Way.full(self.questions).fields
         once = {FIELD: self.budget, ESCALATE_FIELD: False}
         return once if self.method == FULL_METHOD else {**once, METHOD_FIELD: self.method}
 
@@ -119,10 +129,10 @@ def ask_all(
     images = _Images(draw or scenes())
 
     async def ask(client: httpx.AsyncClient, job: Job) -> None:
-        body = _body(target.model, job, images.url(job.picture), temperature)
+        body = _body(target.model, job, images.url(job), temperature)
         on_answer(await _ask(client, target, job, body))
 
-    asyncio.run(_ask_all(target, todo, concurrency, ask))
+    asyncio.run(in_flight(target, todo, concurrency, ask))
 
 
 class _Images:
@@ -130,25 +140,36 @@ class _Images:
 
     def __init__(self, draw: Draw) -> None:
         self._draw = draw
-        self._held: dict[tuple[str, int], str] = {}
+        self._held: dict[tuple[str, int, Size | None], str] = {}
 
-    def url(self, picture: Picture) -> str:
-        key = (picture.kind, picture.seed)
+    def url(self, job: Job) -> str:
+        key = (job.picture.kind, job.picture.seed, job.way.smaller)
         if key not in self._held:
             while len(self._held) >= _PICTURES_HELD:
                 del self._held[next(iter(self._held))]
             content = io.BytesIO()
-            self._draw(*key, SPLIT).image().save(content, format="PNG", compress_level=1)
+            image = self._draw(job.picture.kind, job.picture.seed, SPLIT).image()
+            if job.way.smaller is not None:
+                image = image.resize(job.way.smaller, Resampling.LANCZOS)
+            image.save(content, format="PNG", compress_level=1)
             self._held[key] = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
         return self._held[key]
 
 
-async def _ask_all(
+async def in_flight(
     target: Target,
-    todo: Iterator[Job],
+    todo: Iterator[_Job],
     concurrency: int,
-    ask: Callable[[httpx.AsyncClient, Job], Awaitable[None]],
+    ask: Callable[[httpx.AsyncClient, _Job], Awaitable[None]],
 ) -> None:
+    """Work through jobs in their order; return after the last, or raise the first error.
+
+    Args:
+        target: Server to ask.
+        todo: Jobs, in this order.
+        concurrency: Jobs under way at the same time.
+        ask: Does one job.
+    """
     # Servers close idle connections (uvicorn after five seconds), so never reuse one that is about to be closed.
     limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=_IDLE_SECONDS)
     async with httpx.AsyncClient(
@@ -170,17 +191,17 @@ async def _ask_all(
 
 async def _ask(client: httpx.AsyncClient, target: Target, job: Job, body: dict[str, Any]) -> Answer:
     started = time.perf_counter()
-    reply = await _post(client, f"{target.url}/v1/chat/completions", body)
+    reply = await post(client, f"{target.url}/v1/chat/completions", body)
     seconds = time.perf_counter() - started
     if reply.status_code != httpx.codes.OK:
         raise EvaluationError(
             f"The server at {target.url} answered a question with {job.way.fields} with status "
-            f"{reply.status_code}: {_message(reply)}"
+            f"{reply.status_code}: {error_text(reply)}"
         )
     return _answer(job, reply.json(), seconds)
 
 
-async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> httpx.Response:
+async def post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> httpx.Response:
     """Post a question; retry if the connection breaks or the server fails, since questions have no side effects.
 
     vLLM by itself answers with status 500 if an earlier request with the same image was aborted, for example by
@@ -220,14 +241,7 @@ def _body(model: str, job: Job, image_url: str, temperature: float) -> dict[str,
 
 
 def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
-    try:
-        counted = reply["usage"]["visual_tokens"]
-        seen, kept = counted["seen"], counted["kept"]
-    except (KeyError, TypeError) as error:
-        raise EvaluationError(
-            "The server's replies have no usage.visual_tokens, which counts the kept tokens. A proxy in front of "
-            "it may drop unknown fields: give the server's own address with --url."
-        ) from error
+    seen, kept = counted(reply)
     choice = reply["choices"][0]
     said = choice["message"]["content"] or ""
     return Answer(
@@ -244,11 +258,23 @@ def _answer(job: Job, reply: dict[str, Any], seconds: float) -> Answer:
         seen=seen,
         kept=kept,
         seconds=round(seconds, 4),
-        confidence=_confidence(choice),
+        confidence=confidence_of(choice),
     )
 
 
-def _confidence(choice: dict[str, Any]) -> float:
+def counted(reply: dict[str, Any]) -> tuple[int, int]:
+    """Return the visual tokens of a reply's images before pruning, and how many of them were kept."""
+    try:
+        tokens = reply["usage"]["visual_tokens"]
+        return tokens["seen"], tokens["kept"]
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(
+            "The server's replies have no usage.visual_tokens, which counts the kept tokens. A proxy in front of "
+            "it may drop unknown fields: give the server's own address with --url."
+        ) from error
+
+
+def confidence_of(choice: dict[str, Any]) -> float:
     """Return the smallest probability of a likeliest token among the first tokens of an answer."""
     try:
         tokens = choice["logprobs"]["content"][:WINDOW]
@@ -260,7 +286,8 @@ def _confidence(choice: dict[str, Any]) -> float:
         ) from error
 
 
-def _message(reply: httpx.Response) -> str:
+def error_text(reply: httpx.Response) -> str:
+    """Return what an OpenAI error object says, or the start of any other reply."""
     try:
         return str(reply.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

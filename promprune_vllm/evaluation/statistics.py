@@ -111,7 +111,7 @@ class Sums:
         return Estimate(float(means @ self.weights), error, int(asked.sum()), images)
 
     def interval(self, resamples: int = RESAMPLES, seed: int = _BOOTSTRAP_SEED) -> tuple[float, float]:
-        """Return the 95 % percentile interval of the macro mean, bootstrapped over images.
+        """Return the 95% percentile interval of the macro mean, bootstrapped over images.
 
         Resamples that leave a task without questions are skipped; they occur if there are only a few images. NaN
         for fewer than two images.

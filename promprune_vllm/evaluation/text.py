@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from promprune_vllm.core.escalation import WINDOW
+from promprune_vllm.evaluation.cells import ALL_TOKENS, named, points
+from promprune_vllm.evaluation.checks_text import checks_markdown
 from promprune_vllm.evaluation.escalation import SHARES, Curve, Point
 from promprune_vllm.evaluation.records import FULL_METHOD
-from promprune_vllm.evaluation.report import ALL_TOKENS, BEST_SPLIT, CONTROLS, SUBJECT, Cell, Report
-from promprune_vllm.evaluation.statistics import Comparison, Estimate
+from promprune_vllm.evaluation.report import BEST_SPLIT, CONTROLS, SUBJECT, Cell, Report
+from promprune_vllm.evaluation.sender import DOWNSAMPLE
+from promprune_vllm.evaluation.statistics import Comparison
 from promprune_vllm.markdown import table as markdown_table
 
 NOTE = (
     "± is one standard error, clustered by image. Methods may have been asked different numbers of questions (the "
     "first N of the same list): compare their difference to all tokens on the same questions. Differences "
-    "are paired, in points, with the 95 % interval of a bootstrap over images; p is McNemar's exact test, which "
+    "are paired, in points, with the 95% interval of a bootstrap over images; p is McNemar's exact test, which "
     "treats questions as independent. The best fixed split is selected by these same answers, which favors it."
 )
 
@@ -33,8 +36,13 @@ _AGAIN_NOTE = (
 )
 
 
-def markdown(report: Report) -> str:
-    """Return the whole report: macro accuracies, comparisons of PromPrune, and every task."""
+def markdown(report: Report, *, checked: bool = True) -> str:
+    """Return the whole report: macro accuracies, comparisons of PromPrune, every task, and the checks.
+
+    Args:
+        report: The figures.
+        checked: Whether to include the checks.
+    """
     parts = ["### Macro accuracy, %", macro_table(report)]
     if any(report.against(method) for method in report.methods):
         parts += ["### Difference to all tokens on the same questions, points", lost_table(report)]
@@ -42,6 +50,8 @@ def markdown(report: Report) -> str:
         parts += [f"### `{SUBJECT}` minus the others, points", pairs_table(report)]
     if report.curves:
         parts += ["### Asking again", asking_again(report)]
+    if report.checks and checked:
+        parts += ["### What a mean hides", checks(report)]
     for budget in report.budgets:
         parts += [f"### Every task, budget {budget}", tasks_table(report, budget)]
     return "\n\n".join([*parts, NOTE, provenance_line(report)]) + "\n"
@@ -53,19 +63,30 @@ def macro_table(report: Report) -> str:
     return markdown_table(head, _macro_rows(report))
 
 
-def lost_table(report: Report, methods: Sequence[str] = ()) -> str:
-    """Return each method's paired difference to all tokens; comparable even if some were asked fewer questions.
+def checks(report: Report) -> str:
+    """Return each method's difference to ``downsample``, and all checks: invention, places, hard questions."""
+    compared = [
+        method for method in report.methods if any(p.against == DOWNSAMPLE for p in report.against(method))
+    ]
+    title = f"**Minus `{DOWNSAMPLE}` on the same questions, points**"
+    tables = [title, lost_table(report, compared, DOWNSAMPLE)] if compared else []
+    return "\n\n".join([*tables, checks_markdown(report)])
+
+
+def lost_table(report: Report, methods: Sequence[str] = (), against: str = ALL_TOKENS) -> str:
+    """Return each method's paired difference to another; comparable even if some were asked fewer questions.
 
     Args:
         report: The figures.
         methods: Methods to show, in this order; all by default.
+        against: What to compare with, as in ``Pair``.
     """
     rows = []
     for method in methods or report.methods:
-        lost = {pair.budget: pair.comparison for pair in report.against(method) if pair.against == ALL_TOKENS}
+        lost = {pair.budget: pair.comparison for pair in report.against(method) if pair.against == against}
         questions = max((cell.macro.questions for cell in report.cells if cell.method == method), default=0)
         cells = [points(lost[budget].difference, "+.1f") if budget in lost else "-" for budget in report.budgets]
-        rows.append([_named(method), f"{questions:,}", *cells])
+        rows.append([named(method), f"{questions:,}", *cells])
     return markdown_table(["method", "questions", *report.budgets], rows)
 
 
@@ -93,7 +114,7 @@ def asking_again(report: Report) -> str:
         again_table(report, method),
         f"By task, with `{method}` (in parentheses: asked again):",
         again_tasks_table(report, method),
-        f"Every method, difference to all tokens in points if about {100 * _AGAIN_SHARE:.0f} % are asked again:",
+        f"Every method, difference to all tokens in points if about {100 * _AGAIN_SHARE:.0f}% are asked again:",
         again_lost_table(report),
         "Every method, tokens spent at its recommended threshold (in parentheses), as a share of all tokens:",
         again_share_table(report),
@@ -113,10 +134,8 @@ def what_it_gives(curve: Curve, point: Point) -> str:
     """Return what a threshold gives after one method and budget, in one sentence."""
     full = point.right.value - point.difference.value
     again = f"ask again below {point.threshold}" if point.threshold else "never ask again"
-    right = (
-        f"{100 * point.right.value:.1f} ± {100 * point.right.error:.1f} % right (all tokens {100 * full:.1f} %)"
-    )
-    return f"{_start(curve)}, {again}: {right}, {100 * point.share:.0f} % of the tokens."
+    right = f"{100 * point.right.value:.1f} ± {100 * point.right.error:.1f}% right (all tokens {100 * full:.1f}%)"
+    return f"{_start(curve)}, {again}: {right}, {100 * point.share:.0f}% of the tokens."
 
 
 def _start(curve: Curve) -> str:
@@ -124,7 +143,7 @@ def _start(curve: Curve) -> str:
 
 
 def again_table(report: Report, method: str) -> str:
-    """Return a method's thresholds, from never asking again to asking 30 % again, one block of rows per budget."""
+    """Return a method's thresholds, from never asking again to asking 30% again, one block of rows per budget."""
     rows = []
     for each in _curves(report, method):
         some = {each.points[0], each.recommended, *(each.asking(share) for share in SHARES)}
@@ -149,7 +168,7 @@ def again_lost_table(report: Report) -> str:
 
     def cell(curve: Curve) -> str:
         point = curve.asking(_AGAIN_SHARE)
-        return "-" if point is None else f"{points(point.difference, '+.1f')} ({100 * point.again.value:.0f} %)"
+        return "-" if point is None else f"{points(point.difference, '+.1f')} ({100 * point.again.value:.0f}%)"
 
     return _again_matrix(report, cell)
 
@@ -159,7 +178,7 @@ def again_share_table(report: Report) -> str:
 
     def cell(curve: Curve) -> str:
         point = curve.recommended
-        return "-" if point is None else f"{100 * point.share:.0f} % ({_threshold(point)})"
+        return "-" if point is None else f"{100 * point.share:.0f}% ({_threshold(point)})"
 
     return _again_matrix(report, cell)
 
@@ -170,7 +189,7 @@ def tasks_table(report: Report, budget: str) -> str:
     for method in (FULL_METHOD, *report.methods):
         cell = report.cell(method, None if method == FULL_METHOD else budget)
         if cell is not None:
-            rows.append([_named(method), *_task_cells(report, cell), points(cell.macro)])
+            rows.append([named(method), *_task_cells(report, cell), points(cell.macro)])
     return markdown_table(["method", *report.tasks, "macro"], rows)
 
 
@@ -209,22 +228,16 @@ def terminal_asking_again(report: Report) -> Table:
     return table
 
 
-def points(estimate: Estimate, form: str = ".1f") -> str:
-    """Format an accuracy in percent, or a difference in points, with its standard error."""
-    error = "" if math.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}"
-    return f"{100 * estimate.value + 0:{form}}{error}"
-
-
 def _macro_rows(report: Report) -> list[list[str]]:
     rows = []
     full = report.cell(FULL_METHOD)
     if full is not None:
         rows.append(
-            [_named(FULL_METHOD), *([points(full.macro)] + [""] * len(report.budgets))[: len(report.budgets)]]
+            [named(FULL_METHOD), *([points(full.macro)] + [""] * len(report.budgets))[: len(report.budgets)]]
         )
     for method in report.methods:
         cells = [report.cell(method, budget) for budget in report.budgets]
-        rows.append([_named(method), *("-" if cell is None else points(cell.macro) for cell in cells)])
+        rows.append([named(method), *("-" if cell is None else points(cell.macro) for cell in cells)])
     return rows
 
 
@@ -234,20 +247,20 @@ def _curves(report: Report, method: str) -> list[Curve]:
 
 
 def _again_row(curve: Curve, point: Point) -> list[str]:
-    spent = [f"{point.tokens:.0f}", f"{100 * point.share:.0f} %"]
-    again = f"{100 * point.again.value:.1f} %"
+    spent = [f"{point.tokens:.0f}", f"{100 * point.share:.0f}%"]
+    again = f"{100 * point.again.value:.1f}%"
     return [curve.budget, _threshold(point), again, points(point.right), points(point.difference, "+.1f"), *spent]
 
 
 def _again_task(point: Point) -> str:
-    return f"{points(point.right)} ({100 * point.again.value:.0f} %)"
+    return f"{points(point.right)} ({100 * point.again.value:.0f}%)"
 
 
 def _again_matrix(report: Report, render: Callable[[Curve], str]) -> str:
     rows = []
     for method in report.methods:
         curves = [report.curve(method, budget) for budget in report.budgets]
-        rows.append([_named(method), *("-" if curve is None else render(curve) for curve in curves)])
+        rows.append([named(method), *("-" if curve is None else render(curve) for curve in curves)])
     return markdown_table(["method", *report.budgets], rows)
 
 
@@ -257,10 +270,6 @@ def _task_cells(report: Report, cell: Cell | None) -> list[str]:
 
 def _threshold(point: Point) -> str:
     return str(point.threshold) if point.threshold else "never"
-
-
-def _named(method: str) -> str:
-    return ALL_TOKENS if method == FULL_METHOD else f"`{method}`"
 
 
 def _difference(comparison: Comparison, named: str) -> str:

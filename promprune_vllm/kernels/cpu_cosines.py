@@ -61,13 +61,15 @@ class Cosines:
             return cpu_ops.spectral_entropy(self._features)
         return cpu_ops.entropy_of_gram(self._features, self.single[0])
 
-    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
-        """Return the ``(keep,)`` tokens."""
+    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
+        """Return the ``(keep,)`` tokens. With a quality, all is in float64: the margin is for costs without."""
         salient = int(given)
         if salient >= keep:
             return order[:keep].clone()
-        picks = self._propose_and_decide(order, salient, keep) if cpu_ops.single_is_exact() else None
-        return cpu_ops.greedy_dpp(self.matrix(), order, given, keep) if picks is None else picks
+        picks = None
+        if quality is None and cpu_ops.single_is_exact():
+            picks = self._propose_and_decide(order, salient, keep)
+        return cpu_ops.greedy_dpp(self.matrix(), order, given, keep, quality) if picks is None else picks
 
     def _propose_and_decide(self, order: Tensor, given: int, keep: int) -> Tensor | None:
         """Propose in float32 and decide in float64; ``None`` if that would not be reliable."""

@@ -28,6 +28,7 @@ from promprune_vllm.kernels.torch_ops import (
     quantized,
     share_entropy,
     token_keys,
+    unit_rows,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "share_entropy",
     "spectral_entropy",
     "token_keys",
+    "unit_rows",
     "warm_up",
 ]
 
@@ -71,7 +73,13 @@ class Cosines(Protocol):
     def entropies(self, *, exact: bool = False) -> list[Tensor]:
         """Return the 0-d float64 spectral entropy of each group; ``exact``: from float64 eigenvalues."""
 
-    def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+    def greedy_dpp(
+        self,
+        orders: Sequence[Tensor],
+        given: Sequence[Tensor],
+        keeps: Sequence[int],
+        qualities: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Return the ``(keep,)`` tokens of a DPP per group; see ``torch_greedy.greedy_dpp``, ``given <= keep``."""
 
 
@@ -87,8 +95,15 @@ class _SingleGroup:
     def entropies(self, *, exact: bool = False) -> list[Tensor]:
         return [self._cosines.entropy(exact=exact)]
 
-    def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
-        return [self._cosines.greedy_dpp(orders[0], given[0], keeps[0])]
+    def greedy_dpp(
+        self,
+        orders: Sequence[Tensor],
+        given: Sequence[Tensor],
+        keeps: Sequence[int],
+        qualities: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        quality = None if qualities is None else qualities[0]
+        return [self._cosines.greedy_dpp(orders[0], given[0], keeps[0], quality)]
 
 
 def batches(groups: Sequence[Tensor]) -> list[list[int]]:

@@ -26,6 +26,6 @@ class Cosines:
         """Return the 0-d float64 entropy; see ``torch_ops.spectral_entropy``."""
         return spectral_entropy(self._features)
 
-    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int) -> Tensor:
+    def greedy_dpp(self, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None) -> Tensor:
         """Return the ``(keep,)`` tokens; see ``torch_greedy.greedy_dpp``."""
-        return greedy_dpp(self.matrix(), order, given, keep)
+        return greedy_dpp(self.matrix(), order, given, keep, quality)

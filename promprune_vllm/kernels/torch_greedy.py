@@ -54,18 +54,20 @@ def greedy_dpp(gram: Tensor, order: Tensor, given: Tensor, keep: int, quality: T
     )
 
 
-def greedy_dpp_by_rows(unit: Tensor, order: Tensor, given: Tensor, keep: int) -> Tensor:
+def greedy_dpp_by_rows(
+    unit: Tensor, order: Tensor, given: Tensor, keep: int, quality: Tensor | None = None
+) -> Tensor:
     """Do what ``greedy_dpp`` does, one row of cosines at a time: O(N K) memory instead of O(N^2) for a matrix.
 
     Args:
         unit: ``(N, D)`` float64 tokens of length 1, or 0.
-        order, given, keep: See ``greedy_dpp``.
+        order, given, keep, quality: See ``greedy_dpp``.
     """
     first = unit.index_select(0, order[:keep])  # (K, D) the tokens that may be given
     is_new = torch.arange(keep, device=order.device) >= given
     nearest = (unit @ first.T).masked_fill_(is_new, -torch.inf).amax(dim=1)
     state = _GrowingSet((unit * unit).sum(dim=1), order, given, keep)
-    return _grow(lambda pick: unit @ unit.index_select(0, pick).squeeze(0), nearest, state, None)
+    return _grow(lambda pick: unit @ unit.index_select(0, pick).squeeze(0), nearest, state, quality)
 
 
 def _grow(row: Callable[[Tensor], Tensor], nearest: Tensor, state: _GrowingSet, quality: Tensor | None) -> Tensor:

@@ -131,15 +131,25 @@ class Cosines:
             return list(entropies_of_grams(self._grams))
         return [spectral_entropy(group) for group in self._groups]
 
-    def greedy_dpp(self, orders: Sequence[Tensor], given: Sequence[Tensor], keeps: Sequence[int]) -> list[Tensor]:
+    def greedy_dpp(
+        self,
+        orders: Sequence[Tensor],
+        given: Sequence[Tensor],
+        keeps: Sequence[int],
+        qualities: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Return the tokens of each group: the first ``keep`` of as many choices as the largest of ``keeps``."""
         if self._groups[0].shape[0] > DENSE:
+            weighted: Sequence[Tensor | None] = qualities or [None] * len(keeps)
             return [
-                torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(group), order, count, keep)
-                for group, order, count, keep in zip(self._groups, orders, given, keeps, strict=True)
+                torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(group), order, count, keep, quality)
+                for group, order, count, keep, quality in zip(
+                    self._groups, orders, given, keeps, weighted, strict=True
+                )
             ]
+        weights = None if qualities is None else torch.stack([each.detach().double() for each in qualities])
         picks = triton_greedy.greedy_dpp(
-            self._grams, torch.stack(list(orders)), torch.stack(list(given)), max(keeps)
+            self._grams, torch.stack(list(orders)), torch.stack(list(given)), max(keeps), weights
         )
         return [tokens[:keep] for tokens, keep in zip(picks, keeps, strict=True)]
 

@@ -126,12 +126,12 @@ class PromPrune:
 
     def entropy_of(self, features: VisionFeatures) -> Tensor:
         """Return H of a group, 0-d float64 in [0, 1], which decides how its budget is split."""
-        return self._entropies([features], cosines([features.projected]))[0]
+        return self.entropies([features], cosines([features.projected]))[0]
 
     def _select_batch(self, groups: Sequence[VisionFeatures], keeps: Sequence[int]) -> list[Selection]:
         similarity = cosines([group.projected for group in groups])  # one Gram for the entropy and the coverage
-        entropies = self._entropies(groups, similarity)
-        salient = [self._salient_count(entropy, keep) for entropy, keep in zip(entropies, keeps, strict=True)]
+        entropies = self.entropies(groups, similarity)
+        salient = [self.salient_count(entropy, keep) for entropy, keep in zip(entropies, keeps, strict=True)]
         orders = [descending_order(group.saliency) for group in groups if group.saliency is not None]  # (N,) each
         picks = self._cover(similarity, orders, salient, keeps)
         return [
@@ -139,12 +139,14 @@ class PromPrune:
             for tokens, entropy, count in zip(picks, entropies, salient, strict=True)
         ]
 
-    def _salient_count(self, entropy: Tensor, keep: int) -> Tensor:
+    def salient_count(self, entropy: Tensor, keep: int | Tensor) -> Tensor:
+        """Return how many of ``keep`` tokens are salient ones at an entropy, 0-d int64 from 0 to ``keep``."""
         z = ((entropy - self.mu) / self.tau).clamp(-20, 20)
         share = self.kr_min + (self.kr_max - self.kr_min) * (1 - torch.sigmoid(z))
-        return (share * keep).round().clamp(0, keep).to(torch.int64)  # half to even, like the reference
+        return (share * keep).round().to(torch.int64)  # half to even, like the reference
 
-    def _entropies(self, groups: Sequence[VisionFeatures], similarity: Cosines) -> list[Tensor]:
+    def entropies(self, groups: Sequence[VisionFeatures], similarity: Cosines) -> list[Tensor]:
+        """Return H of each group, 0-d float64, given their cosines."""
         preset = [group.entropy for group in groups if group.entropy is not None]
         if len(preset) == len(groups):
             return preset

@@ -2,7 +2,7 @@
 
 The paper's own ablation (arXiv 2603.14892, Table 4) uses the same two stages with a fixed salient share, whatever
 the entropy. These methods are ``promprune`` with ``kr_min = kr_max``, under their own names so that a request can
-choose one. A share of 100 % is ``fastervlm``.
+choose one. A share of 100% is ``fastervlm``.
 """
 
 from __future__ import annotations

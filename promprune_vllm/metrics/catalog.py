@@ -2,76 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Literal, get_args
-
-from promprune_vllm.errors import BudgetReason
-
-UNPRUNED = "none"
-"""Value of the label ``method`` for images and videos that keep every token: no method runs on them."""
-MODALITIES = ("image", "video")
-OUTCOMES = ("pruned", "full", "text", "refused", "failed")
-REASONS: tuple[str, ...] = get_args(BudgetReason)
-FORMS = ("tokens", "share", "full", "auto", "per_frame", "list", "total")
-STAGES = ("choose", "assemble")
-DECISIONS = ("sure", "asked_again", "no_room", "failed")
-DISCARDED = ("prompt", "visual", "answer")
-RESULTS = ("hit", "miss")
-LABELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "model_name": ("the name the model is served under, as in vLLM's own series", ()),
-    "method": (f"a method the server allows; `{UNPRUNED}` for images and videos that keep every token", ()),
-    "modality": ("what has the visual tokens", MODALITIES),
-    "outcome": ("how the prompt was handled", OUTCOMES),
-    "reason": ("why a budget was refused", REASONS),
-    "form": ("what kind of budget was sent", FORMS),
-    "stage": ("stage of a selection", STAGES),
-    "decision": ("whether a first answer was good enough", DECISIONS),
-    "tokens": ("which tokens; the visual ones are among those of the prompt", DISCARDED),
-    "cached": ("whether the image or video came from vLLM's processor cache", ("true", "false")),
-    "result": ("whether the feature cache had the image", RESULTS),
-    "version": ("version of promprune-vllm", ()),
-    "vllm_version": ("version of vLLM", ()),
-    "vllm_tested": ("whether this release was tested with that very version", ("true", "false")),
-    "part": ("a part of promprune-vllm that depends on code of vLLM", ()),
-}
-"""Label -> its meaning, and every value it can take; no values if they depend on the server's settings."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric family.
-
-    Args:
-        name: Name in Prometheus; counters end in ``_total``.
-        kind: ``counter``, ``histogram`` or ``gauge``.
-        help: What it measures, as shown in ``/metrics``.
-        labels: Label names, keys of ``LABELS``.
-        buckets: Upper bounds of a histogram's buckets, in the unit of its name.
-        unpruned: Whether the label ``method`` can also be ``none``.
-        derived: Whether it is shown only for models whose sizes are known.
-        combine: Whether a gauge shows the lowest value of all processes, or their sum.
-    """
-
-    name: str
-    kind: Literal["counter", "histogram", "gauge"]
-    help: str
-    labels: tuple[str, ...] = ("model_name",)
-    buckets: tuple[float, ...] = ()
-    unpruned: bool = False
-    derived: bool = False
-    combine: Literal["min", "sum"] = "min"
-
-    def series(self, model_name: str, methods: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """Yield the label values of every series that a server of one model can have; none for ``build_info``."""
-        if "version" in self.labels:
-            return
-        values = {name: possible for name, (_, possible) in LABELS.items()}
-        values["model_name"] = (model_name,)
-        values["method"] = (*methods, UNPRUNED) if self.unpruned else tuple(methods)
-        yield from product(*(values[label] for label in self.labels))
-
+from promprune_vllm.metrics.metric import Metric
 
 _BY_METHOD = ("model_name", "method")
 _BY_MODALITY = (*_BY_METHOD, "modality")
@@ -154,11 +85,20 @@ IMAGE_KEPT_TOKENS = Metric(
     buckets=_TOKENS,
     unpruned=True,
 )
+FIRST_TOKEN_SECONDS = Metric(
+    "promprune_first_token_seconds",
+    "histogram",
+    "Time from a processed prompt with images or videos to the first token of its answer, by whether the prompt "
+    "was pruned. A first answer that was thrown away is part of it.",
+    labels=("model_name", "pruned"),
+    # As vllm:time_to_first_token_seconds has them, without the shortest and the longest.
+    buckets=(0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
 SELECTION_SECONDS = Metric(
     "promprune_selection_seconds",
     "histogram",
-    "Time to choose the tokens of one image (stage choose), and to gather or merge their rows (stage assemble); "
-    "once per encoded image. Images in the encoder cache are not selected again.",
+    "Time to choose the tokens of one image or video (stage choose), and to gather or merge their rows (stage "
+    "assemble); once per encoding. What is in the encoder cache is not selected again.",
     labels=(*_BY_METHOD, "stage"),
     # From a fused kernel (50 us) to a 16k-token image on a CPU (1 s).
     buckets=(5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0),
@@ -167,7 +107,7 @@ SPECTRAL_ENTROPY = Metric(
     "promprune_spectral_entropy",
     "histogram",
     "Spectral entropy of an image's tokens, 0 (all alike) to 1 (all different), for methods that use it. Observed "
-    "once per selection: per encoded image, or per tile.",
+    "once per selection: per encoded image, per tile of it, or per frame of a video.",
     labels=_BY_METHOD,
     buckets=_SHARES,
 )
@@ -175,15 +115,15 @@ SALIENCY_SHARE = Metric(
     "promprune_saliency_share",
     "histogram",
     "Share of the kept tokens chosen for saliency rather than coverage, for methods that split the budget this "
-    "way. Observed once per selection: per encoded image, or per tile.",
+    "way. Observed once per selection: per encoded image, per tile of it, or per frame of a video.",
     labels=_BY_METHOD,
     buckets=_SHARES,
 )
 ENCODER_BATCH_TOKENS = Metric(
     "promprune_encoder_batch_tokens",
     "histogram",
-    "Unpruned visual tokens per call of the vision encoder: a step's images are encoded in micro-batches of at "
-    "most the size that the encoder's memory was profiled for.",
+    "Unpruned visual tokens per call of the vision encoder: a step's images, or videos, are encoded in "
+    "micro-batches of at most the size that the encoder's memory was profiled for.",
     buckets=(256.0, 576.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0),
 )
 ESCALATIONS = Metric(
@@ -209,18 +149,60 @@ DISCARDED_TOKENS = Metric(
     "answer. They are not among the tokens that other metrics count.",
     labels=("model_name", "tokens"),
 )
+_BY_SIZE = ("model_name", "size")
+_AUDITED = (*_BY_METHOD, "kept", "agrees")
+_ACCEPTED = (
+    "A greedy token agrees if all visual tokens rank it first too; any other token agrees with probability "
+    "min(1, p / q): p is its probability with all visual tokens, q with the kept ones"
+)
+AUDIT_REQUESTS = Metric(
+    "promprune_audits_total",
+    "counter",
+    "Pruned requests drawn for an audit (--visual-token-audit), by what became of it: audited; busy (requests "
+    "began to wait); no_space (too many audits waited, or the images are too large to be held); too_long (the "
+    "prompt with all visual tokens and the answer); refused (vLLM does not take that prompt, for example because "
+    "an image was only named); unsupported (several answers, or another engine prefills); unanswered (the client "
+    "left, or the answer failed); failed.",
+    labels=("model_name", "audit"),
+)
+AUDITED_TOKENS = Metric(
+    "promprune_audited_tokens_total",
+    "counter",
+    f"Tokens of audited answers, by whether all visual tokens would have said the same. {_ACCEPTED}.",
+    labels=_AUDITED,
+)
+AUDITED_ANSWERS = Metric(
+    "promprune_audited_answers_total",
+    "counter",
+    "Audited answers, by whether all visual tokens would have given the same answer: whether every token agrees. "
+    "Of sampled answers, the probability that they do.",
+    labels=_AUDITED,
+)
+AUDIT_NATS = Metric(
+    "promprune_audit_nats",
+    "histogram",
+    "By how many nats per token all visual tokens make an audited answer less probable than the kept ones do; 0 "
+    "if they make it more probable.",
+    labels=_BY_METHOD,
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+)
+AUDIT_TOKENS = Metric(
+    "promprune_audit_tokens_total",
+    "counter",
+    "Tokens that finished audits processed: all of the prompt, and the answer.",
+)
 FEATURE_STORE_IMAGES = Metric(
     "promprune_feature_store_images_total",
     "counter",
-    "Images that the worker needed and found in the feature cache (hit: not encoded again) or not (miss). Zero "
-    "without --visual-token-feature-cache-gb.",
+    "Images and videos that the worker needed and found in the feature cache (hit: not encoded again) or not "
+    "(miss). Zero without --visual-token-feature-cache-gb.",
     labels=("model_name", "result"),
 )
 FEATURE_STORE_BYTES = Metric(
     "promprune_feature_store_bytes",
     "gauge",
-    "Host memory of the images in the feature cache, summed over engines, of the first rank of each. Zero without "
-    "--visual-token-feature-cache-gb.",
+    "Host memory of the images and videos in the feature cache, summed over engines, of the first rank of each. "
+    "Zero without --visual-token-feature-cache-gb.",
     combine="sum",
 )
 POLICY_LEVEL = Metric(
@@ -228,6 +210,27 @@ POLICY_LEVEL = Metric(
     "gauge",
     "Share of the default budget that images and videos currently keep if their request sets no budget; below 1 "
     "under load. With several API servers, the lowest.",
+)
+TARGET_SHARE = Metric(
+    "promprune_target_share",
+    "gauge",
+    "Share of its visual tokens that an image keeps under --visual-token-target if its request sets no budget; 1 "
+    "without a target.",
+    labels=_BY_SIZE,
+)
+TARGET_PROOF = Metric(
+    "promprune_target_proof",
+    "gauge",
+    "How far audits have proven that the next smaller share keeps the target too: at 1, it is taken. 0 without a "
+    "target, or at the smallest share.",
+    labels=_BY_SIZE,
+)
+TARGET_TRIALS = Metric(
+    "promprune_target_trials_total",
+    "counter",
+    "Audited answers that were also scored with the next smaller share, by whether all visual tokens and that "
+    "share would both have given them. Of sampled answers, the probability that they would.",
+    labels=(*_BY_SIZE, "agrees"),
 )
 BUILD_INFO = Metric(
     "promprune_build_info",
@@ -254,6 +257,7 @@ CATALOG = (
     KV_BYTES_SAVED,
     FLOPS_AVOIDED,
     IMAGE_KEPT_TOKENS,
+    FIRST_TOKEN_SECONDS,
     SELECTION_SECONDS,
     SPECTRAL_ENTROPY,
     SALIENCY_SHARE,
@@ -261,9 +265,17 @@ CATALOG = (
     ESCALATIONS,
     CONFIDENCE,
     DISCARDED_TOKENS,
+    AUDIT_REQUESTS,
+    AUDITED_TOKENS,
+    AUDITED_ANSWERS,
+    AUDIT_NATS,
+    AUDIT_TOKENS,
     FEATURE_STORE_IMAGES,
     FEATURE_STORE_BYTES,
     POLICY_LEVEL,
+    TARGET_SHARE,
+    TARGET_PROOF,
+    TARGET_TRIALS,
     BUILD_INFO,
     PART_OFF,
 )

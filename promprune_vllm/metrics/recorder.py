@@ -19,15 +19,14 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
-from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics import catalog
-from promprune_vllm.metrics.catalog import CATALOG, Metric
+from promprune_vllm.metrics.catalog import CATALOG
+from promprune_vllm.metrics.mapped_files import mapped_values
+from promprune_vllm.metrics.metric import RESULTS, SIZES, UNPRUNED, Metric
 
 DIRECTORY_VARIABLE = "PROMPRUNE_METRICS_DIR"
 _OWNER_VARIABLE = "PROMPRUNE_METRICS_OWNER"
 VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_FILE_BYTES = 1 << 20
-"""Size of each of a process's four files. All series of all methods need two thirds of it, so files never grow."""
 
 
 def prepare_directory() -> None:
@@ -66,6 +65,8 @@ def expose(model_name: str, methods: Sequence[str], build: Build, *, derived: bo
     writer = recorder(model_name)
     writer.create([metric for metric in CATALOG if derived or not metric.derived], methods)
     writer.level(Fraction(1))
+    for size in SIZES:
+        writer.target(size, Fraction(1), 0.0)
     writer.build(methods[0], build)
     if VLLM_VARIABLE not in os.environ:
         _attach(os.environ[DIRECTORY_VARIABLE])
@@ -110,7 +111,7 @@ class Recorder:
         self._directory = directory
         self._model_name = model_name
         self._series: dict[tuple[str, ...], Any] = {}
-        self._values = _mapped_values(directory, os.getpid())
+        self._values = mapped_values(directory, os.getpid())
         with self._mapping():
             self._families = {metric.name: _family(metric) for metric in CATALOG}
 
@@ -134,7 +135,7 @@ class Recorder:
             saving: What pruning saves, if known.
         """
         for modality, total, kept, cached in items:
-            labels = (method if kept < total else catalog.UNPRUNED, modality)
+            labels = (method if kept < total else UNPRUNED, modality)
             self._at(catalog.IMAGES, *labels, str(cached).lower()).inc()
             self._at(catalog.TOKENS_SEEN, *labels).inc(total)
             self._at(catalog.TOKENS_KEPT, *labels).inc(kept)
@@ -171,6 +172,35 @@ class Recorder:
         for kind, count in tokens.items():
             self._at(catalog.DISCARDED_TOKENS, kind).inc(count)
 
+    def audit(self, result: str) -> None:
+        """Count what became of a request that was drawn for an audit, one of ``AUDITS``."""
+        self._at(catalog.AUDIT_REQUESTS, result).inc()
+
+    def audit_tokens(self, tokens: int) -> None:
+        """Count the tokens that an audit processed."""
+        self._at(catalog.AUDIT_TOKENS).inc(tokens)
+
+    def audited(self, method: str, kept: str, *, tokens: int, agreeing: float, whole: float, nats: float) -> None:
+        """Count what an audit found; see ``Finding``.
+
+        Args:
+            method: The method that pruned the prompt.
+            kept: One of ``KEPT``.
+            tokens: Tokens of the answer.
+            agreeing: How many of them agree.
+            whole: Probability that all of them do.
+            nats: Nats per token.
+        """
+        counts = ((catalog.AUDITED_TOKENS, tokens, agreeing), (catalog.AUDITED_ANSWERS, 1, whole))
+        for metric, all_of_them, agree in counts:
+            self._at(metric, method, kept, "true").inc(agree)
+            self._at(metric, method, kept, "false").inc(max(0.0, all_of_them - agree))
+        self._at(catalog.AUDIT_NATS, method).observe(nats)
+
+    def first_token(self, pruned: bool, seconds: float) -> None:
+        """Observe how long a client waited for the first token of an answer."""
+        self._at(catalog.FIRST_TOKEN_SECONDS, str(pruned).lower()).observe(seconds)
+
     def selection(self, method: str, stage: str, seconds: float) -> None:
         """Observe how long one of ``STAGES`` took for one image."""
         self._at(catalog.SELECTION_SECONDS, method, stage).observe(seconds)
@@ -189,7 +219,7 @@ class Recorder:
 
     def feature_lookups(self, hits: int, misses: int) -> None:
         """Count images that the feature cache had and had not."""
-        for result, images in zip(catalog.RESULTS, (hits, misses), strict=True):
+        for result, images in zip(RESULTS, (hits, misses), strict=True):
             self._at(catalog.FEATURE_STORE_IMAGES, result).inc(images)
 
     def feature_store_bytes(self, stored_bytes: int) -> None:
@@ -199,6 +229,16 @@ class Recorder:
     def level(self, level: Fraction) -> None:
         """Set the share of the default that images and videos keep from now on."""
         self._at(catalog.POLICY_LEVEL).set(float(level))
+
+    def target(self, size: str, share: Fraction, proof: float) -> None:
+        """Set what one of ``SIZES`` keeps under a target, and how far the next smaller share is proven."""
+        self._at(catalog.TARGET_SHARE, size).set(float(share))
+        self._at(catalog.TARGET_PROOF, size).set(proof)
+
+    def trial(self, size: str, agreed: float) -> None:
+        """Count an answer that was scored with the next smaller share: how probably it is the same."""
+        self._at(catalog.TARGET_TRIALS, size, "true").inc(agreed)
+        self._at(catalog.TARGET_TRIALS, size, "false").inc(1 - agreed)
 
     def build(self, method: str, build: Build) -> None:
         """Set the build info: the default method, the versions, and the parts that are off."""
@@ -258,34 +298,3 @@ def _family(metric: Metric) -> Any:
     if metric.kind == "gauge":
         return Gauge(metric.name, metric.help, metric.labels, registry=None, multiprocess_mode=metric.combine)
     return Histogram(metric.name, metric.help, metric.labels, registry=None, buckets=metric.buckets)
-
-
-@cache
-def _mapped_values(directory: str, pid: int) -> Any:
-    """Return prometheus_client's class for values in mmap files, with separate files in ``directory`` for us.
-
-    The files are allocated in full at once: writing to a mapped page that no longer fits on the disk kills the
-    process, with no error to catch. The files have their own names because vLLM's files in its directory are also
-    named by process, and two writers of one file overwrite each other. There is one class per directory for the
-    same reason.
-
-    Raises:
-        SettingsError: The directory cannot be written to.
-    """
-    from prometheus_client import values
-
-    for kind in ("counter", "gauge_min", "gauge_sum", "histogram"):
-        path = os.path.join(directory, f"{kind}_{_name(pid)}.db")
-        try:
-            with open(path, "ab") as file:
-                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
-        except OSError as error:
-            raise SettingsError(
-                f"Metrics cannot be kept in {directory} ({error.strerror}): free some space there, or set TMPDIR "
-                "to another directory."
-            ) from error
-    return values.MultiProcessValue(lambda: _name(pid))  # type: ignore[no-untyped-call]
-
-
-def _name(pid: int) -> str:
-    return f"promprune-{pid}"

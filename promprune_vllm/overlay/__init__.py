@@ -1,1 +1,1 @@
-"""``promprune select``: draws which visual tokens of images a server keeps."""
+"""``promprune select``: draws which visual tokens of images and videos a server keeps."""

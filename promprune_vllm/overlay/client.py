@@ -39,14 +39,21 @@ class InspectClient:
         self._client.close()
 
     def inspect(
-        self, image: Path, budget: object, method: str | None = None, text: str | None = None
+        self,
+        file: Path,
+        budget: object,
+        method: str | None = None,
+        text: str | None = None,
+        *,
+        answer: bool | None = None,
     ) -> dict[str, Any]:
-        """Return the reply of ``POST /v1/visual_tokens/inspect``.
+        """Return the reply of ``POST /v1/visual_tokens/inspect`` about a file; the rest are fields.
 
         Raises:
-            InspectError: No server answers, it has no inspector, or it refuses the image or a setting.
+            InspectError: No server answers, it has no inspector, or it refuses the file or a setting.
         """
-        fields = {"image": _data_url(image), FIELD: budget, METHOD_FIELD: method, "text": text}
+        kind = "video" if is_video(file) else "image"
+        fields = {kind: _data_url(file), FIELD: budget, METHOD_FIELD: method, "text": text, "answer": answer}
         body = {name: value for name, value in fields.items() if value is not None}
         try:
             response = self._client.post(PATH, json=body)
@@ -58,15 +65,20 @@ class InspectClient:
         if response.status_code == httpx.codes.OK:
             reply: dict[str, Any] = response.json()
             return reply
-        raise InspectError(f"{image}: {_error_text(response, self.url)}")
+        raise InspectError(f"{file}: {_error_text(response, self.url)}")
 
 
-def _data_url(image: Path) -> str:
+def is_video(file: Path) -> bool:
+    """Whether a file is a video, by its name."""
+    return (mimetypes.guess_type(file.name)[0] or "").startswith("video/")
+
+
+def _data_url(file: Path) -> str:
     try:
-        content = image.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
-        raise InspectError(f"{image} cannot be read: {error.strerror}.") from error
-    kind = mimetypes.guess_type(image.name)[0] or "image/png"
+        raise InspectError(f"{file} cannot be read: {error.strerror}.") from error
+    kind = mimetypes.guess_type(file.name)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

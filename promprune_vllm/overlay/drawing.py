@@ -1,7 +1,9 @@
-"""Draws which tokens of an image are kept: kept tokens bright, dropped ones dark, one outline color per stage."""
+"""Draws which tokens are kept: kept tokens bright, dropped ones dark, one outline color per stage."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ _DARK, _PAPER, _INK = 0.25, (255, 255, 255), (20, 20, 20)
 _MIN_CELL_PX = 14
 _GAP = 8
 _LETTER_PX = 15
+_FRAMES_PER_LINE = 8
 
 
 def overlay(image: Image.Image, reply: Mapping[str, Any]) -> Image.Image:
@@ -34,6 +37,28 @@ def overlay(image: Image.Image, reply: Mapping[str, Any]) -> Image.Image:
     return beside(
         [_view(image, reply["boxes"], outlines, span) for span in zip(reply["views"], ends, strict=True)]
     )
+
+
+def contact_sheet(reply: Mapping[str, Any]) -> Image.Image:
+    """Draw the frames of a video with their tokens, each below its number and what it keeps.
+
+    Args:
+        reply: The reply of ``POST /v1/visual_tokens/inspect``, with pictures.
+    """
+    each, outlines = len(reply["boxes"]), outline_colors(reply)
+    drawn = []
+    for number, frame in enumerate(reply["frames"]):
+        with Image.open(io.BytesIO(base64.b64decode(frame["picture"].partition(",")[2]))) as file:
+            picture = file.convert("RGB")
+        scale = picture.width / reply["width"], picture.height / reply["height"]
+        boxes = [
+            (left * scale[0], top * scale[1], right * scale[0], bottom * scale[1])
+            for left, top, right, bottom in reply["boxes"]
+        ]
+        own = {token: outlines[number * each + token] for token in frame["kept"]}
+        title = f"{number + 1}: {len(frame['kept'])} of {each}"
+        drawn.append(titled(_view(picture, boxes, own, (0, each)), title))
+    return sheet([drawn], min(len(drawn), _FRAMES_PER_LINE))
 
 
 def outline_colors(reply: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]:

@@ -124,8 +124,9 @@ def plan(facts: Facts, server: Server, traffic: Traffic, budgets: Sequence[objec
         PlanError: A budget is invalid, the model does not fit, or it takes no videos.
     """
     if traffic.frames:
-        frames, each = facts.video_grid(traffic.frames, *traffic.size)
-        seen, encode = frames * each, facts.video_encoder_flops(traffic.frames, *traffic.size)
+        frames, _ = facts.video_grid(traffic.frames, *traffic.size)
+        seen = facts.video_tokens(traffic.frames, *traffic.size)
+        encode = facts.video_encoder_flops(traffic.frames, *traffic.size)
     else:
         frames, seen, encode = 1, facts.visual_tokens(*traffic.size), facts.encoder_flops(*traffic.size)
     memory = kv_memory(facts, server)

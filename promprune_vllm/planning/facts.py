@@ -112,10 +112,15 @@ class Facts:
         """Return the frames that the model has of a video, and the visual tokens of each before pruning."""
         return videos.grid(self.config, self.video_processor, frames, width, height)
 
+    def video_tokens(self, frames: int, width: int, height: int) -> int:
+        """Return the visual tokens of a video before pruning."""
+        count, tokens = self.video_grid(frames, width, height)
+        return count * tokens + videos.newlines(self.config)
+
     def video_encoder_flops(self, frames: int, width: int, height: int) -> int:
         """Return the operations of encoding a video, whose patches attend within their frame."""
         count, tokens = self.video_grid(frames, width, height)
-        return count * self.tower.flops(images.patches_of(self.config, tokens))
+        return count * self.tower.flops(videos.patches(self.config, tokens))
 
 
 def read(model: str) -> Facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,8 +39,8 @@ def visual_tokens(config: Config, processor: Config, width: int, height: int) ->
 
 def patches(config: Config, processor: Config, width: int, height: int) -> int:
     """Return the number of patches that the vision tower encodes for an image, over all tiles."""
-    if config.get("model_type") == "llava_next":
-        return _side(config) ** 2 * _tiles(config, width, height)
+    if config.get("model_type") in ("llava_next", "llava_onevision"):
+        return patches_of_tile(config) * _tiles(config, width, height)
     return patches_of(config, visual_tokens(config, processor, width, height))
 
 
@@ -48,6 +49,11 @@ def patches_of(config: Config, tokens: int) -> int:
     if "spatial_merge_size" in config["vision_config"]:
         return tokens * int(config["vision_config"]["spatial_merge_size"]) ** 2
     return int(tokens / config.get("downsample_ratio", 1) ** 2)
+
+
+def patches_of_tile(config: Config) -> int:
+    """Return the patches of a tile, in models with tiles of one size."""
+    return _side(config) ** 2
 
 
 def _side(config: Config) -> int:
@@ -86,6 +92,25 @@ def _resolution(config: Config, width: int, height: int) -> tuple[int, int]:
 
 
 def _llava_next(config: Config, _: Config, width: int, height: int) -> int:
+    rows, columns = _crops(config, width, height)
+    return _side(config) ** 2 + rows * columns + rows  # a newline ends each row
+
+
+def _llava_onevision(config: Config, _: Config, width: int, height: int) -> int:
+    rows, columns = _crops(config, width, height)
+    # vLLM shrinks crops of more patches than nine tiles have, whatever the configuration says.
+    ratio = math.sqrt(rows * columns / (9 * _side(config) ** 2))
+    if ratio > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return _side(config) ** 2 + rows * columns + rows
+
+
+def _no_images(config: Config, _: Config, __: int, ___: int) -> int:
+    raise PlanError(f"Models of type {config['model_type']!r} take no images: give --video instead of --image.")
+
+
+def _crops(config: Config, width: int, height: int) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image's crops, without padding."""
     side, size = _side(config), _tile_size(config)
     canvas = _resolution(config, width, height)
     rows, columns = side * (canvas[0] // size), side * (canvas[1] // size)
@@ -93,7 +118,7 @@ def _llava_next(config: Config, _: Config, width: int, height: int) -> int:
         rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
     else:
         columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
-    return side**2 + rows * columns + rows  # a newline ends each row
+    return rows, columns
 
 
 def _qwen(config: Config, processor: Config, width: int, height: int) -> int:
@@ -186,6 +211,8 @@ def _glm4v(config: Config, processor: Config, width: int, height: int) -> int:
 COUNTERS: Mapping[str, Callable[[Config, Config, int, int], int]] = {
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "llava_next_video": _no_images,
     **dict.fromkeys(_QWEN_PIXELS, _qwen),
     "internvl": _internvl,
     "internvl_chat": _internvl_chat,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from promprune_vllm.planning import images
 
 Config = Mapping[str, Any]
 # Limits (min, max) of the pixels of all frames together, of the published video processors.
+_POOLED = ("llava_onevision", "llava_next_video")  # a frame is one tile, whose rows are shrunk behind the tower
 _QWEN3_PIXELS, _GLM_PIXELS = (4096, 25_165_824), (12_544, 47_040_000)
 
 
@@ -28,6 +30,9 @@ def grid(config: Config, processor: Config, frames: int, width: int, height: int
     kind, vision = str(config.get("model_type")), config["vision_config"]
     if kind.startswith("internvl"):
         return frames, images.tokens_of_tiles(config, 1)
+    if kind in _POOLED:
+        stride = int(config.get("spatial_pool_stride", 2))
+        return frames, math.ceil(math.isqrt(images.patches_of_tile(config)) / stride) ** 2
     if not kind.startswith(("qwen", "glm")):
         raise PlanError(f"Models of type {kind!r} take no videos: give --image instead of --video.")
     merged = int(vision["temporal_patch_size"])
@@ -36,6 +41,18 @@ def grid(config: Config, processor: Config, frames: int, width: int, height: int
         return count, images.visual_tokens(config, processor, width, height)
     limits = _GLM_PIXELS if kind.startswith("glm") else _QWEN3_PIXELS
     return count, _of_volume(vision, processor, limits, (max(frames, merged), width, height))
+
+
+def newlines(config: Config) -> int:
+    """Return the visual tokens of a video that are in no frame."""
+    return int(config.get("model_type") == "llava_onevision")
+
+
+def patches(config: Config, tokens: int) -> int:
+    """Return the patches of a frame with so many tokens."""
+    if config.get("model_type") in _POOLED:
+        return images.patches_of_tile(config)
+    return images.patches_of(config, tokens)
 
 
 def _of_volume(vision: Config, processor: Config, limits: tuple[int, int], video: tuple[int, int, int]) -> int:

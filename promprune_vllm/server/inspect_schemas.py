@@ -16,13 +16,21 @@ AnyEscalation = Annotated[Any, WithJsonSchema(escalation_schema())]
 
 
 class InspectRequest(Strict):
-    """One image, and how to prune it."""
+    """One image or one video, and how to prune it."""
 
-    image: str = Field(
+    image: str | None = Field(
+        default=None,
         min_length=1,
         description="Image URL, as in a chat request: a data: URL, or http(s) if the server fetches images.",
         examples=["data:image/png;base64,..."],
     )
+    video: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Video URL, as in a chat request; in place of an image.",
+        examples=["data:video/mp4;base64,..."],
+    )
+    pictures: bool = Field(default=True, description="Whether the reply has a picture of each frame of a video.")
     visual_token_budget: AnyBudget = None
     visual_token_method: Any = Field(default=None, description=f"Same as {METHOD_FIELD} in a chat request.")
     detail: Literal["low", "high", "auto"] | None = Field(
@@ -38,9 +46,12 @@ class InspectRequest(Strict):
 
 
 class Group(BaseModel):
-    """Tokens that were pruned together, by their own statistics: the whole image, or one of its crops."""
+    """Tokens that were pruned together, by their own statistics: of an image, of a crop, or of a frame of a video.
 
-    tokens: list[int] = Field(description="Indices of the group's tokens in the image.")
+    Methods that compare frames have one group for the whole video. A frame that keeps nothing has none.
+    """
+
+    tokens: list[int] = Field(description="Indices of the group's tokens in the image or video.")
     kept: list[int] = Field(description="The indices among them that are kept.")
     salient: list[int] | None = Field(
         description="The kept indices selected for saliency; the others were selected for coverage. Null if the "
@@ -51,6 +62,16 @@ class Group(BaseModel):
     report: dict[str, float] = Field(description="All figures that the method reports.")
 
 
+class Frame(BaseModel):
+    """One frame of a video, as the model has them: some towers merge two sampled frames into one."""
+
+    kept: list[int] = Field(description="Indices of its kept tokens among those of the frame, ascending.")
+    picture: str | None = Field(
+        description="data: URL of what the model gets of the frame, at most 384 pixels wide and high; of merged "
+        "frames, the first. Null without `pictures`."
+    )
+
+
 class Try(BaseModel):
     """One answer to the question: greedy, without penalties, cut off after 32 tokens."""
 
@@ -59,7 +80,7 @@ class Try(BaseModel):
         description="Lowest probability of the likeliest token among its first tokens. Null if the server returns "
         "no log-probabilities that it can be read from."
     )
-    kept: int = Field(description="Visual tokens of the image in its prompt.")
+    kept: int = Field(description="Visual tokens in its prompt.")
     prompt_tokens: int
     completion_tokens: int
 
@@ -76,20 +97,22 @@ class Answer(Try):
 
 
 class InspectReply(BaseModel):
-    """Which of an image's tokens are kept, and why."""
+    """Which tokens of an image or a video are kept, and why."""
 
-    width: int = Field(description="Image width in pixels.")
-    height: int = Field(description="Image height in pixels.")
+    width: int = Field(description="Width in pixels: of an image as it was sent, of a video as the model gets it.")
+    height: int = Field(description="Height in pixels, likewise.")
     seen: int = Field(description="Visual tokens before pruning.")
     kept: int = Field(description="Visual tokens that enter the language model.")
     method: Method | None = Field(description="Null if every token is kept.")
     boxes: list[tuple[float, float, float, float] | None] = Field(
-        description="Pixel box of each token: left, top, right, bottom; null for a newline token."
+        description="Pixel box of each token: left, top, right, bottom; null for a newline token. Of a video: of "
+        "each token of a frame, since they are the same in all frames."
     )
     views: list[int] = Field(
         description="Index of the first token of each view: the whole image and, if there are any, its crops, in "
-        "the model's order."
+        "the model's order; or each frame of a video."
     )
+    frames: list[Frame] | None = Field(description="Of a video, in order of time; null for an image.")
     indices: list[int] = Field(description="Indices of the kept tokens, ascending.")
     groups: list[Group] = Field(description="Empty if every token is kept.")
     selection_ms: float | None

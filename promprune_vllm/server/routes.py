@@ -1,8 +1,7 @@
-"""Our routes: the server's settings, counts for a budget, cache contents, and inspection of one image."""
+"""Our routes: the server's settings, counts for a budget, cache contents, inspection of an image or a video."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -21,20 +20,14 @@ class Backend(Protocol):
     def state(self) -> VisualTokens:
         """Return the model, methods and limits in force."""
 
-    def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
-        """Return how many tokens a request would keep.
-
-        Args:
-            sizes: Width and height of each image in pixels.
-            budget: ``visual_token_budget``, not yet validated.
-            details: OpenAI's detail for each image.
-        """
+    async def count(self, body: CountRequest) -> CountReply | Response:
+        """Return how many tokens a request would keep, or vLLM's refusal of its videos."""
 
     async def caches(self) -> CachesReply:
         """Return what the image caches hold."""
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
-        """Return which of an image's tokens are kept, or the engine's error response."""
+        """Return which tokens of an image or a video are kept, or the engine's error response."""
 
 
 def router(*, inspector: bool) -> APIRouter:
@@ -47,15 +40,18 @@ def router(*, inspector: bool) -> APIRouter:
     # Documents our errors; FastAPI would document its own 422 instead.
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Error in OpenAI's format."}}
 
-    # The first two are plain functions, so that counting does not block the event loop.
     @routes.get("", responses=errors, summary="Model, method and limits in force")
     def visual_tokens(request: Request) -> VisualTokens:
         return _backend(request).state()
 
-    @routes.post("/count", responses=errors, summary="How many tokens a budget keeps of images of given sizes")
-    def count(body: CountRequest, request: Request) -> CountReply:
-        sizes = [(image.width, image.height) for image in body.images]
-        return _backend(request).count(sizes, body.visual_token_budget, body.detail)
+    @routes.post(
+        "/count",
+        response_model=CountReply,
+        responses=errors,
+        summary="How many tokens a budget keeps of images of given sizes, or of videos",
+    )
+    async def count(body: CountRequest, request: Request) -> CountReply | Response:
+        return await _backend(request).count(body)
 
     @routes.get("/caches", responses=errors, summary="What the image caches hold right now")
     async def caches(request: Request) -> CachesReply:
@@ -67,7 +63,7 @@ def router(*, inspector: bool) -> APIRouter:
             "/inspect",
             response_model=InspectReply,
             responses=errors,
-            summary="Which tokens of an image are kept, and why",
+            summary="Which tokens of an image or a video are kept, and why",
         )
         async def inspect(body: InspectRequest, request: Request) -> InspectReply | Response:
             return await _backend(request).inspect(body, request)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from promprune_vllm.core.budget import METHOD_FIELD
 from promprune_vllm.server.field_schemas import budget_schema
 
 MAX_COUNTED_IMAGES = 64
@@ -30,15 +31,28 @@ class ImageSize(Strict):
 
 
 class CountRequest(Strict):
-    """Image sizes and a budget, for counting."""
+    """Image sizes or videos, and a budget, for counting."""
 
-    images: list[ImageSize] = Field(
+    images: list[ImageSize] | None = Field(
+        default=None,
         min_length=1,
         max_length=MAX_COUNTED_IMAGES,
         description="In order of appearance. The server's limit of images per request is not applied.",
         examples=[[{"width": 1024, "height": 768}]],
     )
+    videos: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="URLs of videos, in place of images. To count their tokens, the server loads, samples and "
+        "resizes them, under the limits of a chat request.",
+        examples=[["data:video/mp4;base64,..."]],
+    )
     visual_token_budget: AnyBudget = None
+    visual_token_method: Any = Field(
+        default=None,
+        description=f"Same as {METHOD_FIELD} in a chat request. It changes no count, but there are budgets that a "
+        "method does not take.",
+    )
     detail: list[Literal["low", "high", "auto"]] | None = Field(
         default=None,
         description="OpenAI's detail for each image. Used if the server honors it and there is no budget.",
@@ -46,7 +60,7 @@ class CountRequest(Strict):
 
 
 class ImageCount(BaseModel):
-    """Visual tokens of one image."""
+    """Visual tokens of one image or video."""
 
     seen: int = Field(description="Visual tokens before pruning.")
     kept: int = Field(description="Visual tokens that enter the language model.")
@@ -62,11 +76,12 @@ class CacheBytes(BaseModel):
 
 
 class CountReply(BaseModel):
-    """Tokens and KV cache that a request with these images and this budget would use right now."""
+    """Tokens and KV cache that a request with these images or videos and this budget would use right now."""
 
     seen: int
     kept: int
     images: list[ImageCount]
+    videos: list[ImageCount]
     kv_cache: CacheBytes | None = Field(
         description="Null if bytes per token cannot be computed, as with packed cache types."
     )
@@ -110,11 +125,13 @@ class Method(BaseModel):
     """A method with every option in force, including the calibration for the model's family.
 
     ``over_frames``: it compares the frames of a video, and prunes no images.
+    ``prunes``: what it prunes on this server, "image" and "video".
     """
 
     name: str
     options: dict[str, Any]
     over_frames: bool = False
+    prunes: list[str] = Field(default_factory=list)
 
 
 class Range(BaseModel):
@@ -153,6 +170,32 @@ class Escalation(BaseModel):
     reason: str | None = Field(description="Why this server answers once; null if it can answer again.")
 
 
+class Audit(BaseModel):
+    """Whether answers of pruned requests are compared with what all visual tokens would say."""
+
+    on: bool
+    share: float = Field(description="Share of the pruned requests that are audited.")
+    reason: str | None = Field(description="Why this server cannot audit answers; null if it can.")
+
+
+class TargetSize(BaseModel):
+    """What images of one class of sizes keep under a target, and what audits have found."""
+
+    up_to: int | None = Field(description="Visual tokens of the largest image; null for the last class.")
+    share: float = Field(description="Share of its visual tokens that an image keeps.")
+    next_share: float | None = Field(description="The share on trial; null at the smallest.")
+    proof: float = Field(description="How far it is proven that the share on trial keeps the target; taken at 1.")
+    agreed: float = Field(description="Answers that would have been the same with the share on trial.")
+    differed: float = Field(description="Those that would not.")
+
+
+class Target(BaseModel):
+    """Whether audits decide what images of requests without a budget keep."""
+
+    agreement: float | None = Field(description="Share of the answers that are to stay the same; null if off.")
+    sizes: list[TargetSize]
+
+
 class PartOff(BaseModel):
     """A part of promprune-vllm that does not run on this vLLM."""
 
@@ -187,4 +230,6 @@ class VisualTokens(BaseModel):
     limits: Limits
     adaptation: Adaptation
     escalation: Escalation
+    audit: Audit
+    target: Target
     fields: dict[str, dict[str, Any]] = Field(description="JSON schemas of the fields that requests may add.")

@@ -6,7 +6,7 @@ use a context variable that the middleware sets for each request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -51,6 +51,7 @@ class ImageUsage:
         sizes: Width and height of each in pixels; ``None`` for one that was sent as embeddings.
         kinds: ``IMAGE`` or ``VIDEO`` for each.
         first_tries: Of the prompts whose answer may be asked for again, in the order in which they were decided.
+        second_lengths: Placeholder tokens by modality of a prompt that was asked again; empty if none was.
     """
 
     images: list[tuple[int, int]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class ImageUsage:
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     first_tries: list[FirstTry] = field(default_factory=list)
+    second_lengths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -115,11 +117,17 @@ def record_images(
     return start
 
 
-def record_first_try(first: FirstTry) -> None:
-    """Add a first try to the usage of the request being handled; outside of one, do nothing."""
+def record_first_try(first: FirstTry, second_lengths: Mapping[str, int] | None = None) -> None:
+    """Add a first try to the usage of the request being handled; outside of one, do nothing.
+
+    Args:
+        first: The try.
+        second_lengths: Placeholder tokens by modality of the second try, if there is one.
+    """
     current = _usage.get()
     if current is not None:
         current.first_tries.append(first)
+        current.second_lengths = second_lengths or {}
 
 
 def current_usage() -> ImageUsage | None:

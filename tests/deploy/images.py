@@ -16,10 +16,14 @@ from pathlib import Path
 
 import yaml
 
+from promprune_vllm.commands.serve_options import variable
+from promprune_vllm.config import Settings
 from tests.deploy.docker_engine import Compose, Engine, environment, run
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+SETTINGS = {variable(name) for name in Settings.model_fields}
+"""The variables that a server reads."""
 BASE_IMAGE = "python:3.11-slim"
 _BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 # Upstream's image declares the same user, entry point and data directory.

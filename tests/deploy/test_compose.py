@@ -17,7 +17,7 @@ from promprune_vllm.commands.serve_options import variable
 from promprune_vllm.config import Settings
 from tests.deploy.conftest import API_KEY
 from tests.deploy.docker_engine import EngineError, run
-from tests.deploy.images import DEPLOY, ROOT
+from tests.deploy.images import DEPLOY, ROOT, SETTINGS
 
 FILES = ("compose.yaml", "compose.cpu.yaml")
 STACKS = {"gpu": FILES[:1], "cpu": FILES}
@@ -97,8 +97,17 @@ def test_the_server_is_started_safely(resolved: dict[str, Any]) -> None:
     assert command[command.index("--allowed-media-domains") + 1] == "none.invalid"
     assert environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     assert int(server["shm_size"]) >= 1 << 30
-    known = {variable(name) for name in Settings.model_fields}
-    assert {name for name in environment if name.startswith("PROMPRUNE_")} <= known
+    assert {name for name in environment if name.startswith("PROMPRUNE_")} == SETTINGS
+    assert {environment[name] for name in SETTINGS} == {None}  # not even empty: the plugin's own defaults hold
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_setting_of_the_env_file_reaches_the_server(stack: str, env_file: Path, tmp_path: Path) -> None:
+    written = tmp_path / ".env"
+    written.write_text(env_file.read_text() + "".join(f"{name}=of {name}\n" for name in SETTINGS))
+    found = json.loads(config("--format=json", files=STACKS[stack], env_file=written))
+    environment = found["services"]["vllm"]["environment"]
+    assert {name: environment[name] for name in SETTINGS} == {name: f"of {name}" for name in SETTINGS}
 
 
 def test_the_gpu_is_asked_for_only_without_the_override(env_file: Path) -> None:
@@ -117,14 +126,25 @@ def test_services_wait_for_what_they_need(resolved: dict[str, Any]) -> None:
 def test_the_example_explains_every_variable() -> None:
     text = "".join((DEPLOY / name).read_text() for name in FILES)
     read = set(re.findall(r"\$\{(\w+)", text)) | {"HF_TOKEN", "COMPOSE_FILE"}
-    assert set(re.findall(r"^#?([A-Z_]+)=", (DEPLOY / ".env.example").read_text(), re.MULTILINE)) == read
+    example = (DEPLOY / ".env.example").read_text()
+    shown = set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
+    assert shown - SETTINGS == read
+    # A few settings stand there; the table of all is where the file says.
+    assert shown & SETTINGS
+    assert "every PROMPRUNE_ variable of docs/server.md" in example
+    page = (ROOT / "docs" / "server.md").read_text()
+    assert {name for name in SETTINGS if f"| `{name}` |" not in page} == set()
 
 
 def test_the_example_shows_the_defaults() -> None:
     values = dict(re.findall(r"^#([A-Z_]+)=(.*)$", (DEPLOY / ".env.example").read_text(), re.MULTILINE))
     defaults = dict(re.findall(r"\$\{(\w+):?-([^}]*)\}", (DEPLOY / FILES[1]).read_text()))
     defaults |= dict(re.findall(r"\$\{(\w+):?-([^}]*)\}", (DEPLOY / FILES[0]).read_text()))
+    for name, field in Settings.model_fields.items():
+        if variable(name) in values:
+            defaults[variable(name)] = "full" if field.default is None else str(field.default).lower()
     assert {name: values[name] for name in defaults} == defaults
+    assert "PROMPRUNE_BUDGET" in defaults
 
 
 def test_prometheus_scrapes_the_service_by_its_name() -> None:
@@ -135,6 +155,15 @@ def test_prometheus_scrapes_the_service_by_its_name() -> None:
         run(["promtool", "check", "config", str(DEPLOY / "prometheus" / "prometheus.yml")])
     except FileNotFoundError:
         pytest.skip("promtool is not on this machine (`make tools` fetches it on Debian)")
+
+
+def test_nginx_closes_idle_connections_before_vllm_does() -> None:
+    """Otherwise a request may be sent on one that vLLM is closing, and gets HTTP 502."""
+    from vllm import envs
+
+    site = (DEPLOY / "nginx" / "promprune.conf").read_text()
+    (seconds,) = re.findall(r"^    keepalive_timeout (\d+)s;", site, re.MULTILINE)
+    assert int(seconds) < envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE
 
 
 def test_provisioned_paths_are_mounted(resolved: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from promprune_vllm.engine import keys
-from promprune_vllm.metrics.catalog import CATALOG, LABELS
+from promprune_vllm.metrics.catalog import CATALOG
+from promprune_vllm.metrics.metric import LABELS
 from tests.deploy.watching import (
     DASHBOARDS,
     GRAFANA,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import pytest
 import yaml
 
 from promprune_vllm import __version__
-from promprune_vllm.commands.serve_options import variable
-from promprune_vllm.config import Settings
+from promprune_vllm.config import PREFIX, Settings
 from tests.deploy.docker_engine import run
-from tests.deploy.images import DEPLOY
+from tests.deploy.images import DEPLOY, SETTINGS
 
 BIN = Path(sys.executable).parent
 KUBERNETES = DEPLOY / "kubernetes"
@@ -53,6 +53,51 @@ POD_MONITOR_SPEC = {
 }
 
 
+# servingEngineSpec of vLLM's production-stack chart, 0.1.12: the values we use, no others.
+_TEXT, _INTEGER = {"type": "string"}, {"type": "integer"}
+_PROBE = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"periodSeconds": _INTEGER, "failureThreshold": _INTEGER, "timeoutSeconds": _INTEGER},
+}
+_VLLM_CONFIG = {
+    "enablePrefixCaching": {"type": "boolean"},
+    "tensorParallelSize": _INTEGER,
+    "extraArgs": {"type": "array", "items": _TEXT},
+}
+_MODEL = {
+    "name": _TEXT,
+    "repository": _TEXT,
+    "tag": _TEXT,
+    "modelURL": _TEXT,
+    "replicaCount": _INTEGER,
+    "requestCPU": _INTEGER,
+    "requestMemory": _TEXT,
+    "requestGPU": _INTEGER,
+    "pvcStorage": _TEXT,
+    "shmSize": _TEXT,
+    "vllmConfig": {"type": "object", "additionalProperties": False, "properties": _VLLM_CONFIG},
+    "env": {"type": "array", "items": {"type": "object"}},
+}
+ENGINE_SPEC = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "runtimeClassName": _TEXT,
+        "imagePullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
+        "vllmApiKey": {"type": "object"},
+        "securityContext": {"type": "object"},
+        "containerSecurityContext": {"type": "object"},
+        "startupProbe": _PROBE,
+        "livenessProbe": _PROBE,
+        "modelSpec": {
+            "type": "array",
+            "items": {"type": "object", "additionalProperties": False, "properties": _MODEL},
+        },
+    },
+}
+
+
 def kustomize(folder: Path) -> str:
     try:
         return run(["kubectl", "kustomize", str(folder)])
@@ -71,16 +116,23 @@ def manifests(overlay: str) -> dict[str, Any]:
     return {document["kind"]: document for document in documents}
 
 
-def test_manifests_fit_the_schemas_of_kubernetes(overlay: str, tmp_path: Path) -> None:
-    documents = list(yaml.safe_load_all(kustomize(KUBERNETES / overlay)))
-    file = tmp_path / "manifests.yaml"
-    file.write_text(yaml.safe_dump_all(document for document in documents if document["kind"] != "PodMonitor"))
+def validate(documents: Sequence[Any], folder: Path) -> str:
+    """Hold documents against the schemas of Kubernetes, all of which must pass, and return what was said."""
+    file = folder / "manifests.yaml"
+    file.write_text(yaml.safe_dump_all(documents))
     command = [str(BIN / "kubernetes-validate"), "--strict", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert said.count(" passed for resource ") == len(documents) - 1
-    assert "WARN" not in said
+    assert said.count(" passed for resource ") == len(documents)
+    return said
+
+
+def test_manifests_fit_the_schemas_of_kubernetes(overlay: str, tmp_path: Path) -> None:
+    documents = list(yaml.safe_load_all(kustomize(KUBERNETES / overlay)))
+    known = [document for document in documents if document["kind"] != "PodMonitor"]
+    assert len(known) == len(documents) - 1
+    assert "WARN" not in validate(known, tmp_path)
 
 
 def test_pods_run_with_no_rights(manifests: dict[str, Any], overlay: str) -> None:
@@ -109,8 +161,7 @@ def test_secrets_are_named_and_not_written(manifests: dict[str, Any]) -> None:
     environment = {entry["name"]: entry for entry in server["env"]}
     assert environment["VLLM_API_KEY"]["valueFrom"]["secretKeyRef"] == {"name": "promprune", "key": "api-key"}
     assert environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"]["value"] == "0"
-    known = {variable(name) for name in Settings.model_fields}
-    assert {name for name in environment if name.startswith("PROMPRUNE_")} <= known
+    assert {name for name in environment if name.startswith(PREFIX)} <= SETTINGS
 
 
 def test_everything_selects_the_pods(manifests: dict[str, Any]) -> None:
@@ -123,6 +174,8 @@ def test_everything_selects_the_pods(manifests: dict[str, Any]) -> None:
     monitor = manifests["PodMonitor"]["spec"]
     jsonschema.validate(monitor, POD_MONITOR_SPEC)
     assert monitor["selector"]["matchLabels"] == labels
+    # Without it, kube-prometheus-stack scrapes nothing and says nothing.
+    assert manifests["PodMonitor"]["metadata"]["labels"]["release"] == "kube-prometheus-stack"
     ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
     assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= ports
 
@@ -136,16 +189,84 @@ def test_the_config_map_holds_every_dashboard(manifests: dict[str, Any]) -> None
     assert sum(map(len, dashboards.values())) < 1 << 20  # more does not fit into a ConfigMap
 
 
-def test_the_production_stack_gets_the_plugin() -> None:
-    """Names of the chart's values cannot be checked without helm; they were read in its values and templates."""
-    engine = yaml.safe_load((KUBERNETES / "production-stack-values.yaml").read_text())["servingEngineSpec"]
+@pytest.fixture
+def stack_values() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((KUBERNETES / "production-stack-values.yaml").read_text())
+    return values
+
+
+def test_the_production_stack_gets_the_plugin(stack_values: dict[str, Any]) -> None:
+    """The chart cannot be had here: names of values are held against those read in its schema and templates."""
+    assert sorted(stack_values) == ["extraObjects", "servingEngineSpec"]
+    engine = stack_values["servingEngineSpec"]
+    jsonschema.validate(engine, ENGINE_SPEC)
     (model,) = engine["modelSpec"]
     assert f"{model['repository']}:{model['tag']}" == IMAGES["overlays/gpu"]
     assert engine["vllmApiKey"] == {"secretName": "promprune", "secretKey": "api-key"}
-    assert engine["securityContext"]["runAsNonRoot"]
     assert "--allowed-media-domains=none.invalid" in model["vllmConfig"]["extraArgs"]
     names = {entry["name"] for entry in model["env"]}
-    assert {name for name in names if name.startswith("PROMPRUNE_")} <= {
-        variable(s) for s in Settings.model_fields
-    }
+    assert {name for name in names if name.startswith(PREFIX)} <= SETTINGS
     assert "VLLM_MEDIA_URL_ALLOW_REDIRECTS" in names
+
+
+def test_what_the_production_stack_copies_into_a_pod_fits_the_schemas_of_kubernetes(
+    stack_values: dict[str, Any], tmp_path: Path
+) -> None:
+    engine = stack_values["servingEngineSpec"]
+    (model,) = engine["modelSpec"]
+    health = {"httpGet": {"path": "/health", "port": 8000}}
+    server = {
+        "name": "vllm",
+        "image": f"{model['repository']}:{model['tag']}",
+        "imagePullPolicy": engine["imagePullPolicy"],
+        "env": model["env"],
+        "securityContext": engine["containerSecurityContext"],
+        "startupProbe": engine["startupProbe"] | health,
+        "livenessProbe": engine["livenessProbe"] | health,
+        "resources": {"requests": {"cpu": str(model["requestCPU"]), "memory": model["requestMemory"]}},
+    }
+    spec = {"securityContext": engine["securityContext"], "containers": [server]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "vllm"}, "spec": spec}
+    assert "WARN" not in validate([pod, *stack_values["extraObjects"]], tmp_path)
+    # A container's own value goes before its pod's, and the chart's default is false.
+    assert server["securityContext"]["runAsNonRoot"]
+    assert engine["securityContext"]["runAsNonRoot"]
+
+
+def test_the_engines_of_the_production_stack_are_as_closed_as_ours(stack_values: dict[str, Any]) -> None:
+    ours = yaml.safe_load((KUBERNETES / "base" / "networkpolicy.yaml").read_text())["spec"]
+    (policy,) = stack_values["extraObjects"]
+    (allowed,), (expected,) = policy["spec"]["ingress"], ours["ingress"]
+    assert allowed["from"] == expected["from"]
+    assert policy["spec"]["policyTypes"] == ours["policyTypes"] == ["Ingress"]
+    # Labels that the chart gives every engine, and no router.
+    labels = {"app.kubernetes.io/component": "serving-engine", "app.kubernetes.io/part-of": "vllm-stack"}
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+
+
+def variables(node: Any) -> Iterator[tuple[str, str]]:
+    """Yield the settings in a document: as keys of a mapping, or as names of a container's list."""
+    if isinstance(node, list):
+        for each in node:
+            yield from variables(each)
+    elif isinstance(node, dict):
+        if str(node.get("name")).startswith(PREFIX):
+            yield node["name"], node["value"]
+        for key, value in node.items():
+            if str(key).startswith(PREFIX) and value is not None:
+                yield key, value
+            yield from variables(value)
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.rglob("*.y*ml")), ids=lambda file: str(file.relative_to(DEPLOY)))
+def test_no_file_prunes_what_nobody_asked_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables(list(yaml.safe_load_all(file.read_text().replace("!reset ", "")))):
+        monkeypatch.setenv(name, value)
+    settings = Settings.from_environment()
+    assert not settings.prunes_by_default
+    assert settings.allowed == ("promprune",)
+
+
+def test_settings_of_every_form_are_found() -> None:
+    forms = [{"env": [{"name": "PROMPRUNE_MIN", "value": "1"}]}, {"PROMPRUNE_MAX": "2", "PROMPRUNE_LOW": None}]
+    assert dict(variables(forms)) == {"PROMPRUNE_MIN": "1", "PROMPRUNE_MAX": "2"}

@@ -7,30 +7,42 @@ import math
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from deploy.draw_dashboards.queries import Prometheus, filled
 from promprune_vllm import cli
 from promprune_vllm.demo import run
 from promprune_vllm.demo.sender import Report, Traffic, send
-from promprune_vllm.demo.server import Server, free_port
+from promprune_vllm.demo.server import Server
 from promprune_vllm.demo.traffic import REFUSED
-from promprune_vllm.metrics.catalog import CATALOG, DISCARDED, FORMS, OUTCOMES, PART_OFF, STAGES
-from tests.deploy.watching import DASHBOARDS, RULES, dashboard, names, recorded, targets, tool, vllms_series
+from promprune_vllm.metrics.catalog import CATALOG, PART_OFF, TARGET_PROOF, TARGET_TRIALS
+from promprune_vllm.metrics.metric import DISCARDED, FORMS, OUTCOMES, STAGES
+from tests.deploy.watching import (
+    DASHBOARDS,
+    dashboard,
+    names,
+    prometheus,
+    recorded,
+    targets,
+    tool,
+    vllms_series,
+)
 
 pytestmark = [pytest.mark.server, pytest.mark.release]
 TRAFFIC = Traffic(seconds=20, concurrency=4, seed=0)
 _STEP_SECONDS = 2
 _EMPTY_IF_WELL = {"Parts that are off": PART_OFF}
 """Panels that list what is wrong, and the metric they read: it is 0 on a server where nothing is."""
+_WITHOUT_A_TARGET = {"Trials that agree": TARGET_TRIALS}
+"""Panels that are empty without --visual-token-target, and the metric they read."""
+_EMPTY = _EMPTY_IF_WELL | _WITHOUT_A_TARGET
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class Watched:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROMPRUNE_FEATURE_CACHE_GB", "0.1")  # for its panels
+        patch.setenv("PROMPRUNE_AUDIT", "100%")
         yield from _watch(tmp_path_factory.mktemp("watched"))
 
 
@@ -71,89 +84,30 @@ def _watch(directory: Path) -> Iterator[Watched]:
     tool("prometheus")  # before the server is started in vain
     with (
         run._demo_server(Console(stderr=True), 0, TRAFFIC) as server,
-        _prometheus(directory, server.url) as prometheus,
+        prometheus(directory, server.url) as address,
     ):
         started = time.time()
         report = send(server.url, TRAFFIC)
         time.sleep(3)  # two more scrapes
-        yield Watched(server, prometheus, report, server.metrics("promprune"), started)
-
-
-@contextmanager
-def _prometheus(directory: Path, url: str) -> Iterator[str]:
-    """Run Prometheus with our rules, and yield its address once it has read the server's metrics."""
-    targets_of = [{"targets": [url.removeprefix("http://")]}]
-    config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(path) for path in RULES],
-        "scrape_configs": [{"job_name": "promprune", "static_configs": targets_of}],
-    }
-    file, address = directory / "prometheus.yml", f"127.0.0.1:{free_port()}"
-    file.write_text(yaml.safe_dump(config))
-    options = [f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}"]
-    with (directory / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(
-            [tool("prometheus"), *options, f"--web.listen-address={address}"], stdout=log, stderr=log
-        )
-    try:
-        _wait_for_a_scrape(f"http://{address}", process, directory / "prometheus.log")
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_for_a_scrape(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(120):
-        assert process.poll() is None, log.read_text()
-        try:
-            found = httpx.get(f"{url}/api/v1/query", params={"query": "up == 1"}, timeout=5).json()
-            if found["data"]["result"]:
-                return
-        except (httpx.TransportError, ValueError):
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"Prometheus has read nothing within a minute:\n{log.read_text()}")
+        yield Watched(server, address, report, server.metrics("promprune"), started)
 
 
 def _variables(watched: Watched, uid: str) -> dict[str, str]:
     """Return what Grafana would put in the place of each variable, everything being chosen."""
     (document,) = [each for each in map(dashboard, DASHBOARDS) if each["uid"] == uid]
-    values = {"$__range": f"{math.ceil(time.time() - watched.started) + 2}s"}
-    for variable in document["templating"]["list"]:
-        name = f"${variable['name']}"
-        if variable["type"] == "interval":
-            values[name] = variable["current"]["value"]
-        elif variable["type"] == "query":
-            known = _label_values(watched, variable["query"]["query"], values)
-            values[name] = variable.get("allValue") or f"({'|'.join(known)})"
-    return values
-
-
-def _label_values(watched: Watched, query: str, values: dict[str, str]) -> list[str]:
-    selector, _, label = query.removeprefix("label_values(").removesuffix(")").rpartition(", ")
-    found: list[str] = watched.api(f"label/{label}/values", **{"match[]": _filled(selector, values)})
-    assert found, f"the variable {query} has nothing to choose from"
-    return found
-
-
-def _filled(expression: str, values: dict[str, str]) -> str:
-    for name in sorted(values, key=len, reverse=True):
-        expression = expression.replace(name, values[name])
-    assert "$" not in expression
-    return expression
+    return Prometheus(watched.prometheus, watched.started, time.time() + 2).variables(document)
 
 
 def test_every_query_of_every_panel_returns_numbers(watched: Watched) -> None:
     variables = {uid: _variables(watched, uid) for uid in {uid for uid, _, _ in targets()}}
     empty = []
     for uid, panel, target in targets():
-        expression = _filled(target["expr"], variables[uid])
+        expression = filled(target["expr"], variables[uid])
         if target["instant"]:
             samples = [series["value"] for series in watched.now(expression)]
         else:
             samples = [sample for series in watched.over_time(expression) for sample in series["values"]]
-        if not any(math.isfinite(float(value)) for _, value in samples) and panel["title"] not in _EMPTY_IF_WELL:
+        if not any(math.isfinite(float(value)) for _, value in samples) and panel["title"] not in _EMPTY:
             empty.append(f"{uid}, {panel['title']}, {target['legendFormat']}: {expression}")
     assert not empty, "\n".join(empty)
 
@@ -170,7 +124,7 @@ def test_variables_offer_the_model_and_its_methods(watched: Watched) -> None:
     variables = _variables(watched, "promprune-selection")
     assert variables["$model"] == ".*"
     assert "promprune" in variables["$method"].strip("()").split("|")
-    assert _label_values(watched, "label_values(promprune_build_info, model_name)", {}) == ["demo"]
+    assert watched.api("label/model_name/values", **{"match[]": "promprune_build_info"}) == ["demo"]
 
 
 def test_the_traffic_moves_what_it_can_move(watched: Watched) -> None:
@@ -186,7 +140,7 @@ def test_the_traffic_moves_what_it_can_move(watched: Watched) -> None:
     assert moved("promprune_images_total", "modality") == {"image"}
     assert moved("promprune_selection_seconds_count", "stage") == set(STAGES)
     assert {"promprune", "none", "random"} <= moved("promprune_visual_tokens_kept_total", "method")
-    for metric in set(CATALOG) - set(_EMPTY_IF_WELL.values()):
+    for metric in set(CATALOG) - {*_EMPTY.values(), TARGET_PROOF}:
         name = metric.name + ("_count" if metric.kind == "histogram" else "")
         assert watched.now(f"sum({name}) > 0"), f"{metric.name} is zero after the traffic"
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.watching import PROMETHEUS, RULES, recorded, rules, tool
+from tests.deploy.watching import PROMETHEUS, ROOT, RULES, recorded, rules, tool
+from tests.documents import example
 
 TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 ALERTS = [rule for rule in rules() if "alert" in rule]
@@ -31,6 +32,19 @@ def test_rules_are_in_order() -> None:
 
 def test_rules_do_what_their_tests_say() -> None:
     _promtool("test", "rules", *TESTS)
+
+
+def test_kubernetes_gets_the_same_rules() -> None:
+    """The command of the documents that makes a PrometheusRule of them, without what sends it to a cluster."""
+    script, sent, rest = example("prometheus-rule").partition("| kubectl apply -f -")
+    assert (sent != "", rest) == (True, "\n")
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = yaml.safe_load(done.stdout)
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    monitor = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "base" / "podmonitor.yaml").read_text())
+    assert made["metadata"] == monitor["metadata"]
+    groups = [group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]]
+    assert made["spec"] == {"groups": groups}
 
 
 def test_prometheus_reads_the_rules_and_they_know_its_jobs() -> None:

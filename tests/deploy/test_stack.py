@@ -17,7 +17,7 @@ from tests.deploy.images import DEPLOY, ROOT
 from tests.documents import example
 
 pytestmark = [pytest.mark.deploy, pytest.mark.release, pytest.mark.timeout(1500)]
-IMAGE = "promprune-vllm:0.1.0-cpu"
+IMAGE = "promprune-vllm:0.2.0-cpu"
 URL = "http://127.0.0.1:8000"
 KEPT = "promprune_visual_tokens_kept_total"
 

@@ -121,15 +121,19 @@ def whole_suite() -> Iterator[ModuleType]:
 
 
 def test_the_release_tier_has_the_tests_of_the_engine_on_both_runners(whole_suite: ModuleType) -> None:
-    (commit,) = whole_suite.runs(["--randomly-seed=1"])
-    assert commit == ([*whole_suite.MEASURED, "--randomly-seed=1"], {})
-    release, other, v2 = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
+    assert [*whole_suite.runs(["--randomly-seed=1"])] == [(["--randomly-seed=1"], {})]
+    (measured,) = whole_suite.runs([whole_suite.COVERED, "--randomly-seed=1"])
+    assert measured == ([*whole_suite.MEASURED, "--randomly-seed=1"], {})
+    release, v2 = whole_suite.runs(["-mrelease", "--randomly-seed=1"])
     assert release == (["-mrelease", "--randomly-seed=1"], {VARIABLE: "v1"})
-    without = [f"--ignore={path}" for path in whole_suite.WITHOUT_RUNNER]
-    of_engine = ["-m", "not release", "--randomly-seed=1", *whole_suite.ENGINE_TESTS, *without]
-    assert other == (of_engine, {VARIABLE: "v1"})
     assert v2 == (["-mrelease", "--randomly-seed=1", *whole_suite.V2_TESTS], {VARIABLE: RUNNERS[0]})
-    named = (*whole_suite.ENGINE_TESTS, *whole_suite.V2_TESTS, *whole_suite.WITHOUT_RUNNER)
+    families, v1 = whole_suite.runs([whole_suite.LEFT_OUT, "--randomly-seed=1"])
+    others, few = (
+        {VARIABLE: runner, whole_suite.FAMILIES: each} for runner, each in ((RUNNERS[0], "others"), ("v1", "few"))
+    )
+    assert families == (["--randomly-seed=1", *whole_suite.FAMILY_TESTS], others)
+    assert v1 == (["--randomly-seed=1", *whole_suite.V1_TESTS], few)
+    named = (*whole_suite.V1_TESTS, *whole_suite.V2_TESTS, *whole_suite.FAMILY_TESTS)
     assert all((ROOT / path).exists() for path in named)
 
 
@@ -140,6 +144,28 @@ def test_no_test_is_left_out_of_every_run(whole_suite: ModuleType) -> None:
     of_v2_alone = {path for path in modules if skipped.search(text := path.read_text()) and "mark.release" in text}
     assert of_v2_alone
     assert of_v2_alone <= {ROOT / path for path in whole_suite.V2_TESTS}
+
+
+@pytest.mark.release
+def test_every_test_of_a_family_has_its_turn_with_the_others(whole_suite: ModuleType) -> None:
+    """A module whose tests take the families one by one is in the run of those that `make test` leaves out."""
+
+    def collected(families: str) -> dict[str, set[str]]:
+        words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-cov", "tests/engine"]
+        environment = {**os.environ, whole_suite.FAMILIES: families}
+        shown = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        found: dict[str, set[str]] = {}
+        for module, test in re.findall(r"^(tests/engine/\S+?)::(.+)$", shown, flags=re.MULTILINE):
+            found.setdefault(module, set()).add(test)
+        return found
+
+    each_commit, others, everything = map(collected, ("", "others", "all"))
+    differing = {module for module in everything if everything[module] != each_commit[module]}
+    assert differing == {*whole_suite.FAMILY_TESTS}
+    for module in everything:
+        # An empty list of parameters makes one test that is skipped.
+        tests = each_commit[module] | others.get(module, set())
+        assert {test for test in tests if "NOTSET" not in test} == everything[module]
 
 
 def test_continuous_integration_runs_both() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of dashboards and rules share: where they lie, and which metric names a PromQL expression has."""
+"""What the tests of dashboards and rules share: where they lie, the metrics they name, and a real Prometheus."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
+from promprune_vllm.demo.server import free_port
 from promprune_vllm.metrics.catalog import CATALOG
 from tests.deploy.docker_engine import environment
 
@@ -96,3 +101,40 @@ def vllms_series() -> set[str]:
                 base = str(name.value).removesuffix("_total") if kind == "counter" else str(name.value)
                 found |= {base + suffix for suffix in _SUFFIXES[kind]}
     return found
+
+
+@contextmanager
+def prometheus(directory: Path, url: str) -> Iterator[str]:
+    """Run Prometheus with our rules, and yield its address once it has read the server's metrics."""
+    targets_of = [{"targets": [url.removeprefix("http://")]}]
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(path) for path in RULES],
+        "scrape_configs": [{"job_name": "promprune", "static_configs": targets_of}],
+    }
+    file, address = directory / "prometheus.yml", f"127.0.0.1:{free_port()}"
+    file.write_text(yaml.safe_dump(config))
+    options = [f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}"]
+    with (directory / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(
+            [tool("prometheus"), *options, f"--web.listen-address={address}"], stdout=log, stderr=log
+        )
+    try:
+        _wait_for_a_scrape(f"http://{address}", process, directory / "prometheus.log")
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_for_a_scrape(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(120):
+        assert process.poll() is None, log.read_text()
+        try:
+            found = httpx.get(f"{url}/api/v1/query", params={"query": "up == 1"}, timeout=5).json()
+            if found["data"]["result"]:
+                return
+        except (httpx.TransportError, ValueError):
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"Prometheus has read nothing within a minute:\n{log.read_text()}")

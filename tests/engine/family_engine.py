@@ -71,8 +71,11 @@ class FamilyEngine(Engine):
     @property
     def towers(self) -> dict[str, torch.nn.Module]:
         """The vision tower, and what projects its output: modules by name, one may be within another."""
-        mapping = self.model.get_mm_mapping()
-        names = [name.rstrip(".") for name in (*mapping.tower_model, *mapping.connector)]
+        if hasattr(self.model, "get_mm_mapping"):
+            mapping = self.model.get_mm_mapping()
+            names = [name.rstrip(".") for name in (*mapping.tower_model, *mapping.connector)]
+        else:  # a model that vLLM loads no adapters for tells no names of parts
+            names = [name for name, _ in self.model.named_children() if name in self.model._tower_model_names]
         return {name: self.model.get_submodule(name) for name in names}
 
     @property
@@ -95,9 +98,22 @@ class FamilyEngine(Engine):
         return int(self.llm.llm_engine.vllm_config.cache_config.block_size)
 
     def ask(
-        self, *media: str | Clip, budget: object = None, before: str = "", text: str = "What?"
+        self,
+        *media: str | Clip,
+        budget: object = None,
+        method: str | None = None,
+        before: str = "",
+        text: str = "What?",
     ) -> dict[str, Any]:
-        """A prompt with images of these shapes and with clips, text before, between and after them."""
+        """A prompt with images of these shapes and with clips, text before, between and after them.
+
+        A family that takes no images gets the clips, and the budgets in a list that are theirs.
+        """
+        if "image" not in self.modalities:
+            if isinstance(budget, list):
+                pairs = zip(media, budget, strict=True)
+                budget = [each for medium, each in pairs if isinstance(medium, Clip)]
+            media = tuple(medium for medium in media if isinstance(medium, Clip))
         items: dict[str, list[Any]] = {}
         between = ""
         for i, medium in enumerate(media):
@@ -109,6 +125,8 @@ class FamilyEngine(Engine):
             prompt["multi_modal_data"] = items
         if budget is not None:
             prompt["mm_processor_kwargs"] = {"visual_token_budget": budget}
+        if method is not None:
+            prompt.setdefault("mm_processor_kwargs", {})["visual_token_method"] = method
         return prompt
 
     @contextmanager

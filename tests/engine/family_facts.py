@@ -8,6 +8,7 @@ has no column here: ``FamilyEngine`` asks for it. No other file of the contract 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from promprune_vllm.demo.families import serving_dtype
 from promprune_vllm.engine.compat import versions
-from tests import runner
 from tests.engine import saliency_references as saliency
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class FamilyFacts:
         saliency: The saliency according to transformers.
         mu: PromPrune's calibration, in force where neither the operator nor the checkpoint has one.
         views: How many times an image's tokens see its area, at least and at most.
-        projector: The module that gets what the encoder returns, where vLLM counts it as part of the tower.
+        projector: The module that gets what the encoder returns, where vLLM counts it as part of the tower or does
+            not name it.
         mrope: Whether positions are M-RoPE's; for lists of parameters, made before there is an engine to ask.
         options: Further options of vLLM's engine, without which the family cannot be served.
         variant: Whether all of its code is another family's, which has another language model.
@@ -117,6 +118,13 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
             # The whole image, then crops of it without the patches at the edge that are half padding.
             views=(1.85, 2),
         ),
+        "llava_onevision": FamilyFacts(
+            inputs=image_processor("pixel_values", "image_sizes"),
+            saliency=saliency.received_in_tiles,
+            mu=0.42,
+            views=(1.75, 2),  # the same; a tile has five patches along each side
+            projector="multi_modal_projector",
+        ),
         "internvl": FamilyFacts(
             inputs=image_processor("pixel_values", "image_num_patches=num_patches", crop_to_patches=True),
             saliency=saliency.paid_by_cls_to_squares,
@@ -141,15 +149,30 @@ FACTS: Mapping[str, FamilyFacts] = MappingProxyType(
         "glm_ocr": replace(_GLM, variant=True),
     }
 )
-_V1 = ("llava_next", "internvl_chat", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
-"""One of each layout, for Model Runner V1 where a minor has V2, which runs all."""
-FAMILIES = tuple(FACTS) if runner.is_v2() or versions.before("0.32") else _V1
+VARIABLE = "PROMPRUNE_TEST_FAMILIES"
+"""``few``: three families; ``others``: those that `make test` leaves out; ``all``: all of them."""
+_OF_EACH_KIND = ("llava_next", "llava_onevision", "internvl_chat", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
+"""One of each tower, layout and kind of positions: the others share code with them."""
+_FEW = ("llava_next", "qwen2_5_vl", "qwen3_vl")
+"""Tiles, M-RoPE, and channels of DeepStack: what a model runner handles differently."""
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "few": _FEW,
+    "": _OF_EACH_KIND,
+    "all": tuple(FACTS),
+    "others": tuple(family for family in FACTS if family not in _OF_EACH_KIND),
+}
+FAMILIES = _CHOICES[os.environ.get(VARIABLE, "")]
 KINDS = tuple(family for family in FAMILIES if not FACTS[family].variant)
 """Those with code of their own. What variants share with them is tested with them."""
 VARIANTS = tuple(family for family, facts in FACTS.items() if facts.variant)
-VIDEO_LAYOUTS = tuple(f for f in FAMILIES if f in ("qwen2_5_vl", "qwen3_vl", "glm4v", "internvl_chat"))
-"""One of each way to put a video in a prompt: one run, a run per frame with M-RoPE, a run per frame without."""
-OWN_TESTS = ("llava",)  # test_llava.py, with the demo model
+CROPPED_FRAMES = ("llava_next_video",)
+"""Families whose processor cuts the middle out of a frame; the others resize all of it."""
+VIDEO_ONLY = ("llava_next_video",)
+"""Those that take no images."""
+_LAYOUTS = ("qwen2_5_vl", "qwen3_vl", "glm4v", "internvl_chat", "llava_onevision", *VIDEO_ONLY)
+VIDEO_LAYOUTS = tuple(f for f in (*FAMILIES, *VIDEO_ONLY) if f in _LAYOUTS)
+"""One of each way to put a video in a prompt, with M-RoPE and without: one run, or a run per frame."""
+OWN_TESTS = ("llava", *VIDEO_ONLY)  # test_llava.py, with the demo model; test_llava_video.py
 TILED = tuple(family for family, facts in FACTS.items() if facts.tiled)
 UNLOADABLE = tuple(family for family, facts in FACTS.items() if not facts.loadable)
 

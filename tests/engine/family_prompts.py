@@ -11,6 +11,7 @@ from PIL import Image
 from promprune_vllm.demo import photo_path
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+LLAVA_VIDEO = ("llava_onevision", "llava_next_video")
 INTERNVL = ("internvl", "internvl_chat")
 GLM = ("glm4v", "glm4v_moe", "glm_ocr")
 PHOTO = {"type": "image"}

@@ -95,6 +95,52 @@ def paid_by_cls(engine: FamilyEngine, shape: str) -> PerGroup:
     return found[0], found[1]
 
 
+def received_in_tiles(engine: FamilyEngine, shape: str) -> PerGroup:
+    """Attention that a patch of a tile receives, shrunk as transformers shrinks crops; and in the layer before."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        _directory(engine), attn_implementation="eager", dtype=torch.float32
+    )
+    inputs = engine.inputs(shape)
+    with torch.inference_mode():
+        attentions = model.model.vision_tower(inputs["pixel_values"][0], output_attentions=True).attentions
+    size = inputs["image_sizes"]
+    found = []
+    for layer in (-1, -2):
+        tiles = attentions[layer].mean(dim=(1, 2))  # (T, n)
+        (packed,), _ = model.model.pack_image_features([tiles[..., None]], size)
+        crops = packed[tiles.shape[1] :, 0]
+        of_tile = _tiles_of_crops(engine, size[0].tolist(), len(crops))
+        found.append([tiles[0], *(crops[of_tile == tile] for tile in of_tile.unique())])
+    return found[0], found[1]
+
+
+def _tiles_of_crops(engine: FamilyEngine, size: list[int], tokens: int) -> Tensor:
+    """The tile that holds the middle of each of the crops' tokens, which may be fewer than their patches."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        get_anyres_image_grid_shape,
+        unpad_image,
+    )
+
+    config = engine.llm.model_config.hf_config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    patches = torch.arange(rows * side * columns * side).view(1, rows * side, columns * side)
+    shown = unpad_image(patches, size)[0]
+    top, left = divmod(int(shown[0, 0]), columns * side)
+    height, width = shown.shape
+    if tokens < height * width:
+        ratio = (height * width / (9 * side**2)) ** 0.5
+        down, across = int(height // ratio), int(width // ratio)
+    else:
+        down, across = height, width
+    assert down * across == tokens
+    row = (top + (torch.arange(down) + 0.5) * height / down) // side
+    column = (left + (torch.arange(across) + 0.5) * width / across) // side
+    return (row[:, None] * columns + column).flatten()
+
+
 def paid_by_cls_to_squares(engine: FamilyEngine, shape: str) -> PerGroup:
     """Attention of CLS in the last layer to each token's 2 x 2 patches, tile by tile; and in the layer before."""
     from transformers import InternVLForConditionalGeneration

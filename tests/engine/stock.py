@@ -40,7 +40,8 @@ print("ANSWERS", json.dumps(answers))
 
 def media(engine: FamilyEngine) -> dict[str, tuple[str | Clip, ...]]:
     """Images and clips of each prompt, by name: the shapes, and ``CLIP`` where the family takes videos."""
-    asked: dict[str, tuple[str | Clip, ...]] = {shape: (shape,) for shape in SHAPES}
+    shapes = SHAPES if "image" in engine.modalities else ()
+    asked: dict[str, tuple[str | Clip, ...]] = {shape: (shape,) for shape in shapes}
     return asked | ({CLIP: ("portrait", Clip(7), "tiny")} if "video" in engine.modalities else {})
 
 

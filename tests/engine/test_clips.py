@@ -10,7 +10,8 @@ import pytest
 from tests.clips import FPS, Clip
 from tests.engine import stock
 from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine
-from tests.engine.test_families import each_kind, engine  # noqa: F401  a fixture
+from tests.engine.test_families import engine  # noqa: F401  a fixture
+from tests.engine.videos import each_kind
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES

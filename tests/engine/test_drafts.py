@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from promprune_vllm import methods
 from promprune_vllm.demo.families import serving_dtype
 from tests import runner
 from tests.engine.draft_head import EAGLE, EAGLE3, build_draft_head, build_with_mtp_head
 from tests.engine.family_engine import FamilyEngine
+from tests.engine.videos import METHODS, SPLITS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.release]
 STEP = 48  # tokens: steps begin and end inside images
 TOKENS = 24
 BUDGETS = (None, 33, 7)
@@ -32,10 +34,14 @@ class Drafting:
 
 
 def asks(engine: FamilyEngine, budget: int | None) -> list[dict[str, Any]]:
-    return [
+    found = [
         engine.ask("landscape", "portrait", budget=budget),
         engine.ask("square", budget=budget, text="Why is it so?"),
     ]
+    if budget is not None and "video" in engine.modalities:  # text between frames is among their rows
+        clip, _, method = SPLITS[METHODS[-1]]
+        found.append(engine.ask(clip, budget=budget, method=method, text="And then?"))
+    return found
 
 
 def answers(engine: FamilyEngine, budget: int | None) -> list[Any]:
@@ -87,14 +93,16 @@ def drafting(
     family, method = request.param
     if method == MTP and not runner.is_v2():
         pytest.skip("vLLM's Model Runner V1 moves states beside drafts with a Triton kernel, which no CPU runs")
-    without = FamilyEngine(family, models[family])
-    expected = {budget: answers(without, budget) for budget in BUDGETS}
-    without.close()
-    directory = tmp_path_factory.mktemp(family) / "head"
-    model, config = speculation(method, models[family], directory, [*chain(*expected.values())])
-    engine = FamilyEngine(
-        family, model, speculative_config=config, max_num_batched_tokens=STEP, disable_log_stats=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROMPRUNE_ALLOW_METHODS", ",".join(methods()))
+        without = FamilyEngine(family, models[family])
+        expected = {budget: answers(without, budget) for budget in BUDGETS}
+        without.close()
+        directory = tmp_path_factory.mktemp(family) / "head"
+        model, config = speculation(method, models[family], directory, [*chain(*expected.values())])
+        engine = FamilyEngine(
+            family, model, speculative_config=config, max_num_batched_tokens=STEP, disable_log_stats=False
+        )
     yield Drafting(engine, expected)
     engine.close()
 

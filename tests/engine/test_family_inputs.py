@@ -27,13 +27,16 @@ def watched(processor: Any) -> Any:
 
 
 # Coffee is 600 x 400 pixels, rocket is taller than wide. LLaVA-NeXT: the whole image (64), and the crops without
-# padding with one newline per row of theirs. InternVL: 3 x 2 or 2 x 3 tiles, and the whole image.
+# padding with one newline per row of theirs; LLaVA-OneVision shrinks crops of more than nine tiles. InternVL:
+# 3 x 2 or 2 x 3 tiles, and the whole image.
 @pytest.mark.parametrize(
     ("family", "name", "expected"),
     [
         ("llava", "coffee", 144),
         ("llava", "rocket", 144),
         ("llava_next", "coffee", 64 + 10 * (16 + 1)),
+        ("llava_onevision", "coffee", 25 + 13 * (20 + 1)),
+        ("llava_onevision", "astronaut", 25 + 15 * (15 + 1)),
         ("qwen2_vl", "coffee", 13 * 19),
         ("qwen2_5_vl", "coffee", 13 * 19),
         ("qwen3_vl", "coffee", 12 * 19),
@@ -103,6 +106,16 @@ def test_a_glm_video_is_images_with_their_times(models: dict[str, Path], family:
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "tokens"), [("llava_onevision", 4 * 3 * 3 + 1), ("llava_next_video", 4 * 4 * 4)]
+)
+def test_a_llava_video_is_one_run_of_tokens(models: dict[str, Path], family: str, tokens: int) -> None:
+    processor = processor_of(models[family])
+    inputs = watched(processor)
+    assert inputs["pixel_values_videos"].shape[:3] == (1, 4, 3)
+    assert f"{'<video>' * tokens}\nWhat?" in processor.tokenizer.decode(inputs["input_ids"][0])
+
+
 def test_an_internvl_video_is_a_tile_per_frame(models: dict[str, Path]) -> None:
     processor = processor_of(models["internvl"])
     inputs = watched(processor)
@@ -170,7 +183,13 @@ def test_the_glm_template_renders_parts_in_their_order(models: dict[str, Path], 
     )
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_the_onevision_template_renders_parts_in_their_order(models: dict[str, Path]) -> None:
+    assert prompt(processor_of(models["llava_onevision"]), TEXT, PHOTO, VIDEO, TEXT) == (
+        "<|im_start|>user\nWhat?<image>\n<video>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_next_video"])
 def test_the_llava_template_puts_images_first(models: dict[str, Path], family: str) -> None:
     assert prompt(processor_of(models[family]), TEXT, PHOTO) == "<s>USER: <image>\nWhat? ASSISTANT:"
     spoken = processor_of(models[family]).apply_chat_template([{"role": "user", "content": "Hello"}])

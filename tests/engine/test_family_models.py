@@ -22,7 +22,7 @@ from promprune_vllm.core.savings import read_decoder
 from promprune_vllm.demo import model as demo
 from promprune_vllm.demo.families import FAMILIES, build_family_model, has_remote_code
 from promprune_vllm.planning.facts import read as read_facts
-from tests.engine.family_prompts import GLM, INTERNVL, PHOTO, QWEN, TEXT, photo, processor_of, prompt
+from tests.engine.family_prompts import GLM, INTERNVL, LLAVA_VIDEO, PHOTO, QWEN, TEXT, photo, processor_of, prompt
 
 # Names as in the published checkpoints, up to the part that is a tower, a projector or a language model.
 ROOTS = {
@@ -39,7 +39,7 @@ ROOTS = {
     "internvl_chat": {"vision_model", "mlp1", "language_model.model", "language_model.lm_head"},
 }
 ROOTS |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", *GLM), ROOTS["qwen3_vl"])
-ROOTS["llava_next"] = ROOTS["llava"] | {"image_newline"}
+ROOTS |= dict.fromkeys(("llava_next", *LLAVA_VIDEO), ROOTS["llava"] | {"image_newline"})
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 # transformers has no code for the others.
@@ -53,7 +53,7 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 def test_these_families_are_built() -> None:
-    assert list(FAMILIES) == ["llava", "llava_next", *QWEN, *INTERNVL, *GLM]
+    assert list(FAMILIES) == ["llava", "llava_next", *LLAVA_VIDEO, *QWEN, *INTERNVL, *GLM]
 
 
 def test_importing_it_is_cheap() -> None:
@@ -240,7 +240,7 @@ def test_the_command_refuses_what_it_cannot_build(tmp_path: Path) -> None:
     arguments = ["demo-model", "--out", str(tmp_path / "model"), "--family"]
     unknown = CliRunner().invoke(cli.app, [*arguments, "gpt"])
     assert unknown.exit_code == 2
-    assert "there is no model family 'gpt'; choose from llava, llava_next, qwen2_vl" in unknown.stderr
+    assert "there is no model family 'gpt'; choose from llava, llava_next, llava_onevision" in unknown.stderr
     assert not (tmp_path / "model").exists()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "diary.txt").write_text("dear diary")

@@ -45,7 +45,7 @@ AROUND = {
 }
 
 
-@pytest.fixture(params=(*INTERNVL, *GLM))
+@pytest.fixture(params=("llava_onevision", *INTERNVL, *GLM))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

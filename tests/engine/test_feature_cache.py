@@ -219,6 +219,7 @@ def test_rows_of_all_tokens_keep_nothing_else_in_memory(engine: Engine, store: F
         evict(engine)
 
 
+@pytest.mark.release
 def test_many_requests_over_a_small_store_are_answered_as_without(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

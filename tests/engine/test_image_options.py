@@ -11,7 +11,7 @@ from PIL import Image
 
 from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.engine import plugin
-from promprune_vllm.engine.api_server.endpoints import _Sizes
+from promprune_vllm.engine.api_server.counting import _Sizes
 from tests.engine.family_prompts import processor_of
 
 pytestmark = pytest.mark.engine

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from promprune_vllm.demo import families as demo
-from promprune_vllm.demo import glm_processing, model, qwen_processing
+from promprune_vllm.demo import glm_processing, llava_video, model, qwen_processing
 from promprune_vllm.demo import internvl as demo_internvl
 from promprune_vllm.engine import plugin
-from promprune_vllm.engine.api_server.endpoints import _Sizes
+from promprune_vllm.engine.api_server.counting import _Sizes
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.families import FAMILIES
 from tests.documents import README, table
@@ -35,6 +35,13 @@ def llava_next(directory: Path, patch: pytest.MonkeyPatch) -> Path:
     built = demo.build_family_model("llava_next", directory)
     assert json.loads((built / "config.json").read_text())["image_grid_pinpoints"] == PINPOINTS
     return built
+
+
+def llava_onevision(directory: Path, patch: pytest.MonkeyPatch) -> Path:
+    """With the published size of tiles, and their grids: from 1 x 1 to 6 x 6."""
+    patch.setattr(llava_video, "_ONEVISION_PX", 384)
+    patch.setattr(llava_video, "_MAX_TILES", 6)
+    return demo.build_family_model("llava_onevision", directory)
 
 
 def qwen(kind: str, least: int, most: int, directory: Path, patch: pytest.MonkeyPatch) -> Path:
@@ -65,6 +72,7 @@ def glm(kind: str, directory: Path, patch: pytest.MonkeyPatch) -> Path:
 PUBLISHED: Mapping[str, Build] = {
     "Llava": llava,
     "LlavaNext": llava_next,
+    "LlavaOnevision": llava_onevision,
     "Qwen2VL": partial(qwen, "qwen2_vl", 3136 // 28**2, 12_845_056 // 28**2),
     "Qwen2_5_VL": partial(qwen, "qwen2_5_vl", 3136 // 28**2, 12_845_056 // 28**2),
     "Qwen3VL": partial(qwen, "qwen3_vl", 65_536 // 32**2, 16_777_216 // 32**2),
@@ -80,7 +88,7 @@ PUBLISHED: Mapping[str, Build] = {
 """Class of the model -> a tiny checkpoint that cuts images as the published ones do."""
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if family.megapixel_tokens])
 def test_a_megapixel_has_the_tokens_that_the_table_says(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,9 +113,13 @@ def test_a_megapixel_has_the_tokens_that_the_table_says(
 
 def test_the_documents_say_it_of_every_model() -> None:
     shown = table("families")
-    models = README.read_text().partition("\n## Models\n")[2].partition("\n## ")[0]
+    models = README.read_text().partition("\n## Is it for you?\n")[2].partition("\n## ")[0]
     for family in FAMILIES.values():
+        if family.megapixel_tokens is None:
+            assert f"| {family.model} | takes no images |" in shown
+            continue
         assert f"| {family.model} | {family.megapixel_tokens:,} |" in shown
         name = family.model.partition(",")[0].removesuffix("-MoE")
-        (row,) = (line.split("|") for line in models.splitlines() if name in line.partition(" | ")[0])
+        rows = (line.split("|") for line in models.splitlines() if line.startswith("|"))
+        (row,) = (row for row in rows if name in map(str.strip, row[1].split(",")))
         assert f"{family.megapixel_tokens:,}" in row[2]

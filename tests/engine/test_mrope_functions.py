@@ -45,14 +45,14 @@ def test_every_row_and_column_survives_every_precision(dtype: torch.dtype) -> No
     along = torch.arange(height)
     for cells in (along * width, along, along * width + along, along * width + width - 1):
         rows = torch.randn(len(cells), 6).to(dtype)
-        marked = encode_cells(rows, cells // width, cells % width, cells * 97 % 256**3)
+        marked = encode_cells(rows, cells // width, cells % width, cells * 97 % 256**3 - 1)
         assert marked.dtype == dtype
         assert marked.shape == (len(cells), 6 + CHANNELS)
         assert torch.equal(marked[:, :6], rows)
         row, column, offset = decode_cells(marked[:, 6:])
         assert row.dtype == column.dtype == torch.int64
         assert torch.equal(row * width + column, cells)
-        assert torch.equal(offset, cells * 97 % 256**3)
+        assert torch.equal(offset, cells * 97 % 256**3 - 1)
 
 
 @given(st.sampled_from(DTYPES), st.integers(1, 65_535), st.integers(0, 65_535), st.data())
@@ -75,7 +75,9 @@ def test_channels_of_what_was_not_pruned_decode_to_no_cell(dtype: torch.dtype) -
 def test_cells_are_written_where_their_tokens_are(media: list[bool], data: st.DataObject) -> None:
     """A chunk may end within an image, and has no cells for images after it, nor for what was not pruned."""
     media[data.draw(st.integers(0, len(media) - 1))] = True
-    cells = data.draw(st.lists(st.none() | st.tuples(*[st.integers(0, 700)] * 3), min_size=1, max_size=sum(media)))
+    numbers = st.tuples(*[st.integers(0, 700)] * 2, st.integers(-1, 700))
+    cells = data.draw(st.lists(st.none() | numbers, min_size=1, max_size=sum(media)))
+    in_time_only = data.draw(st.booleans())
     nothing = torch.full((1, CHANNELS), -1.0)
     marks = [nothing if at is None else encode_cells(nothing[:, :0], *torch.tensor(at).split(1)) for at in cells]
     positions, starts = torch.randint(0, 1000, (3, len(media))), torch.randint(0, 1000, (len(media),))
@@ -83,12 +85,14 @@ def test_cells_are_written_where_their_tokens_are(media: list[bool], data: st.Da
     for column in range(len(media)):
         if media[column] and (at := next(left, None)) is not None:
             row, across, ahead = at
-            expected[:, column] = starts[column] + torch.tensor([ahead, row, across])
+            start = positions[0, column] if ahead < 0 else starts[column]  # of its own, or of a run
+            moved = torch.tensor([1, not in_time_only, not in_time_only]) * max(ahead, 0)
+            expected[:, column] = start + moved + torch.tensor([0, row, across])
     arguments = positions, starts, torch.tensor(media), torch.cat(marks)
-    assert torch.equal(write_cells(*arguments), expected)
+    assert torch.equal(write_cells(*arguments, in_time_only=in_time_only), expected)
     without_values = to_gpu(arguments)
     with NoWaits():
-        assert write_cells(*without_values).shape == positions.shape
+        assert write_cells(*without_values, in_time_only=in_time_only).shape == positions.shape
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))

@@ -16,7 +16,7 @@ import pytest
 from promprune_vllm import Need, get_method, methods
 from promprune_vllm.core.features import OF_TOWER
 from tests.engine.family_engine import EVERYTHING, FAMILY_ENGINES, FamilyEngine, shared_engine
-from tests.engine.family_facts import FAMILIES
+from tests.engine.family_facts import KINDS
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -25,7 +25,7 @@ SERVED = [
 ]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEngine:
     return shared_engine(request.param, models[request.param])
 

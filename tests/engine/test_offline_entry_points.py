@@ -18,7 +18,7 @@ from promprune_vllm.server.route_table import OFFLINE
 
 pytestmark = pytest.mark.engine
 FULL, DEFAULT, ASKED = 16, 4, 5
-"""Tokens of the small model's image: all, those of a default of 25 %, and those that tests ask for."""
+"""Tokens of the small model's image: all, those of a default of 25%, and those that tests ask for."""
 BUDGET = "visual_token_budget"
 SPEC = DemoModelSpec(image_px=56, hidden=64, heads=2, mlp=128, layers=2)
 OPTIONS = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block_size": 32, "seed": 0}

@@ -110,12 +110,13 @@ def test_installing_twice_wraps_once() -> None:
     assert {target: _there(next(each for each in PATCHES if each.target == target)) for target in before} == before
     wrappers = {target: getattr(function, PATCHED_BY) for target, function in before.items()}
     for each in PATCHES:
-        if each.target in before and each.applies:
+        if each.stage is Stage.PLUGIN and each.applies:
             assert wrappers[each.target].count(each.wrapper) == 1
     assert wrappers["vllm.v1.engine.async_llm:AsyncLLM.generate"] == (
         "vllm_fixes.resending:resend_on_cache_miss",
         "api_server.rendered_features:record_prompt",
         "api_server.escalation:ask_again_if_unsure",
+        "api_server.first_tokens:observe_first_tokens",
     )
 
 

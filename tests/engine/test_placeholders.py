@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import PromptInsertion, PromptReplacement, PromptUpdateDetails
 
 from promprune_vllm import VisionFeatures, get_method
+from promprune_vllm.core.budget import VIDEO
 from promprune_vllm.engine.api_server import placeholders, rendered_features
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
+from promprune_vllm.engine.keys import COUNTS, FRAME, LAYOUT, field_of
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from promprune_vllm.errors import BudgetError
@@ -26,15 +29,18 @@ TILED = [TEXT, *[VISUAL] * 6, TEXT, TEXT, *[VISUAL] * 3, TEXT]
 LAYOUTS = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
 
 
-def counts(plan: ImagePlan) -> torch.Tensor:
-    return torch.tensor([plan.total, plan.kept, plan.method])
+def fields(plan: ImagePlan) -> dict[str, Any]:
+    """An image's or a video's fields, as our processor makes them before the placeholder is known."""
+    counts = torch.tensor([plan.total, plan.kept, plan.method])
+    values = {COUNTS: counts, LAYOUT: torch.empty(0, dtype=torch.int64)}
+    return {field_of(plan.kind, name): SimpleNamespace(data=value) for name, value in values.items()}
 
 
 def shortened(content: Any, plan: ImagePlan, update: Any = PromptReplacement) -> Any:
     """What vLLM gets from our update for an image, as token ids and a mask."""
     name = "replacement" if update is PromptReplacement else "insertion"
     ours = placeholders.shorten(
-        update(modality="image", target=[VISUAL], **{name: content}), [plan], [counts(plan)]
+        update(modality="image", target=[VISUAL], **{name: content}), [plan], [fields(plan)]
     )
     found = ours.content(0)
     if isinstance(found, list):
@@ -58,10 +64,26 @@ def test_content_may_be_the_same_for_all_images_and_an_insertion() -> None:
 )
 def test_what_an_unpruned_image_is_said_to_have_is_what_vllm_made_of_it(made: Any) -> None:
     """Before a processor cache takes the fields: one in shared memory gives nothing back that could be changed."""
-    said = counts(ImagePlan(9, 9, 2))
+    said = fields(ImagePlan(9, 9, 2))
     update = PromptReplacement(modality="image", target=[VISUAL], replacement=made)
     assert placeholders.shorten(update, [ImagePlan(9, 9, 2)], [said]).content(0) is made
-    assert said.tolist() == [7, 7, 2]
+    assert said[COUNTS].data.tolist() == [7, 7, 2]
+
+
+def test_text_between_frames_is_one_run_with_them_if_a_method_decides_what_they_keep() -> None:
+    """The ids of the text go to the worker: no cache of processed prompts may lose them."""
+    plan = ImagePlan(9, 4, kind=VIDEO, between=2)
+    details = PromptUpdateDetails.select_token_id(TILED, VISUAL)
+    update = PromptReplacement(modality="video", target=[VISUAL], replacement=details)
+    assert placeholders.text_between(update, 0) == 2
+    said = fields(plan)
+    found = placeholders.shorten(update, [plan], [said]).content(0)
+    assert found.full == [TEXT, *[VISUAL] * 6, TEXT]
+    assert found.is_embed(found.full).tolist() == [False, *[True] * 6, False]
+    assert said[field_of(VIDEO, LAYOUT)].data.tolist() == [FRAME, TEXT, TEXT, FRAME]
+    assert said[field_of(VIDEO, COUNTS)].data.tolist() == [9, 4, 0]
+    run = PromptReplacement(modality="video", target=[VISUAL], replacement=[VISUAL] * 9)
+    assert placeholders.text_between(run, 0) == 0
 
 
 def test_text_stays_and_runs_share_the_budget() -> None:
@@ -140,7 +162,7 @@ def test_vllm_finds_the_shorter_placeholder() -> None:
             replacement=lambda _: PromptUpdateDetails.select_token_id(TILED, VISUAL),
         ),
         [ImagePlan(9, 6)],
-        [counts(ImagePlan(9, 6))],
+        [fields(ImagePlan(9, 6))],
     )
     prompt = [1, 2, *update.content(0).full, 5]
     (found,) = find_mm_placeholders(prompt, {"image": [[update.resolve(0)]]})["image"]

@@ -45,7 +45,7 @@ def run(*tests: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("name", "tests"),
     [
-        pytest.param("v1", OF_V1, id="v1"),
+        pytest.param("v1", OF_V1, id="v1", marks=pytest.mark.release),
         pytest.param("v2", (FAILURES, f"{HERE}/test_preemption.py"), id="v2", marks=pytest.mark.release),
     ],
 )

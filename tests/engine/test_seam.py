@@ -102,8 +102,22 @@ def test_families_give_the_reason_they_cannot_prune(engine: Engine) -> None:
         ({"vision_feature_layer": [-2, -3]}, "mixes the vision layers"),
         ({"vision_feature_select_strategy": "full"}, "feeds the CLS token"),
     ):
-        for architecture in ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"):
-            assert said in (families.unsupported_reason(_server(architecture, LlavaConfig(**changed))) or "")
+        for name in ("Llava", "LlavaNext", "LlavaNextVideo"):
+            server = _server(f"{name}ForConditionalGeneration", LlavaConfig(**changed))
+            assert said in (families.unsupported_reason(server) or "")
+
+
+def test_what_llava_onevision_refuses() -> None:
+    from transformers import LlavaOnevisionConfig
+
+    def reason(**changed: Any) -> str:
+        server = _server("LlavaOnevisionForConditionalGeneration", LlavaOnevisionConfig(**changed))
+        return families.unsupported_reason(server) or ""
+
+    assert reason() == ""
+    assert "only SigLIP is supported" in reason(vision_config={"model_type": "clip_vision_model"})
+    assert "mixes the vision layers" in reason(vision_feature_layer=[-1, -2])
+    assert "drops the first patch" in reason(vision_feature_select_strategy="default")
 
 
 @pytest.mark.parametrize("architecture", families.FAMILIES)

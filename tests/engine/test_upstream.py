@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,49 @@ def test_positions_are_wrong_as_reported(script: str) -> None:
 
 
 @pytest.mark.release
+@pytest.mark.parametrize(
+    "script",
+    [
+        "mrope_bfloat16.py",
+        "vidcom2_frame.py",
+        "cpu_linear.py",
+        "cpu_seed.py",
+        "refused_media.py",
+        "one_frame_video.py",
+    ],
+)
+def test_a_fault_is_still_as_reported(script: str) -> None:
+    printed = run(script)
+    assert set(shown(script)) <= set(printed)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize(
+    ("script", "family"),
+    [
+        ("mrope_prefix_cache.py", "qwen2_5_vl"),
+        ("cpu_video_pruning.py", "qwen2_5_vl"),
+        ("unsent_image.py", "qwen2_5_vl"),
+        ("preempted_image.py", "llava"),
+        ("two_videos.py", "llava_onevision"),
+    ],
+)
+def test_a_fault_of_a_family_is_still_as_reported(script: str, family: str, tmp_path: Path) -> None:
+    build_family_model(family, tmp_path / "model")
+    printed = run(script, str(tmp_path / "model"))
+    assert set(shown(script)) <= set(printed)
+
+
+@pytest.mark.release
+def test_tiles_are_counted_as_reported(tmp_path: Path) -> None:
+    model = build_family_model("internvl", tmp_path / "model")
+    for file in model.glob("*.json"):  # as published checkpoints say
+        file.write_text(file.read_text().replace('"crop_to_patches": true', '"crop_to_patches": false'))
+    printed = run("internvl_tiles.py", str(model))
+    assert set(shown("internvl_tiles.py")) <= set(printed)
+
+
+@pytest.mark.release
 def test_a_step_encodes_more_than_its_budget_as_reported(tmp_path: Path) -> None:
     build_family_model("qwen2_5_vl", tmp_path / "model")
     printed = run("encoder_budget.py", str(tmp_path / "model"))
@@ -74,3 +118,17 @@ def test_every_script_is_reported_and_tried() -> None:
     assert named == {script.name for script in SCRIPTS.glob("*.py")}
     tried = Path(__file__).read_text()
     assert all(script in tried for script in named)
+
+
+def test_the_letter_to_the_rfc_counts_the_patches_that_each_hook_would_drop() -> None:
+    """Only fixes, the end of older minors and another package are left: no hook of vLLM drops those."""
+    from promprune_vllm.engine.patches import PATCHES
+
+    told = dict(re.findall(r"^> \| (.+?) \| .+ \| (\d+) \|$", PAGE.read_text(), flags=re.MULTILINE))
+    rows = Counter(patch.reason.until for patch in PATCHES)
+    assert {hook: int(count) for hook, count in told.items()} == {hook: rows[hook] for hook in told}
+    assert {until for until in rows if until not in told} == {
+        "a fix of this bug in vLLM",
+        "the end of support for older vLLM minors",
+        "a CPU build of vLLM under the package name vllm",
+    }

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
 from promprune_vllm.config import Settings
-from tests.clips import Clip
+from promprune_vllm.planning.facts import read
+from tests.clips import CLIP_SHAPES, Clip
 from tests.engine import naming
 from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine
 from tests.engine.test_families import engine  # noqa: F401  a fixture
-from tests.engine.videos import counted, each_layout, rendered
+from tests.engine.videos import counted, each_layout, each_layout_with_images, rendered
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
@@ -35,8 +37,9 @@ def calls(engine: FamilyEngine, monkeypatch: pytest.MonkeyPatch) -> Calls:  # no
     original = context.call_hf_processor
 
     def call(self: Any, hf_processor: Any, data: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if videos := data.get("videos"):
-            seen.append(len(videos))
+        videos = data.get("videos")
+        if videos is not None and len(videos):
+            seen.append(len(videos) if isinstance(videos, list) else 1)  # some are processed one by one
         return original(self, hf_processor, data, *args, **kwargs)
 
     monkeypatch.setattr(context, "call_hf_processor", call)
@@ -61,7 +64,11 @@ def frames(engine: FamilyEngine, clip: Clip = CLIP) -> int:  # noqa: F811
     engine.forget()
     (item,) = rendered(engine, engine.ask(clip))["mm_kwargs"]["video"]
     values = item.get_data()
-    return int(values["video_grid_thw"][0] if "video_grid_thw" in values else values["video_num_patches"])
+    if "video_grid_thw" in values:
+        return int(values["video_grid_thw"][0])
+    return (
+        int(values["video_num_patches"]) if "video_num_patches" in values else len(values["pixel_values_videos"])
+    )
 
 
 @each_layout
@@ -70,6 +77,15 @@ def test_a_clip_is_processed_once_for_each_number_of_tokens(engine: FamilyEngine
         rendered(engine, engine.ask(CLIP, budget=budget))
         assert sum(calls) == processed, budget
         calls.clear()
+
+
+@each_layout
+def test_a_plan_counts_a_clip_as_the_engine_does(engine: FamilyEngine, models: dict[str, Path]) -> None:  # noqa: F811
+    facts = read(str(models[engine.family]))
+    for clip in (CLIP, Clip(4, "portrait")):
+        size = CLIP_SHAPES[clip.shape]
+        assert facts.video_grid(clip.frames, *size)[0] == frames(engine, clip)
+        assert facts.video_tokens(clip.frames, *size) == total(engine, clip)
 
 
 @each_layout
@@ -103,6 +119,18 @@ def test_each_number_of_tokens_has_one_entry_in_the_caches(engine: FamilyEngine)
 
 
 @each_layout
+def test_of_two_clips_each_is_processed_once(engine: FamilyEngine, calls: Calls) -> None:  # noqa: F811
+    if engine.processor.info.get_supported_mm_limits()["video"] == 1:
+        pytest.skip("the family takes one video")
+    for budget in (["full", 5], [5, "full"], {"total": 9}):
+        engine.forget()
+        for processed in (2, 0):
+            rendered(engine, engine.ask(CLIP, Clip(2), budget=budget))
+            assert sum(calls) == processed, budget
+            calls.clear()
+
+
+@each_layout
 def test_without_a_processor_cache(
     engine: FamilyEngine,  # noqa: F811
     calls: Calls,
@@ -125,6 +153,7 @@ def test_without_a_processor_cache(
                 len(places) for places in found["mm_placeholders"].values()
             ]
     assert calls[:4] == [1] * 4
+    assert sum(calls[4:]) == (2 * 4 * 2 if several else 0), "each clip of the others is processed once"
     with pytest.raises(VLLMValidationError, match=r"caches no videos .* send the video itself"):
         rendered(engine, naming.named(naming.sent(lambda: engine.ask(CLIP), 9)))
 
@@ -146,7 +175,7 @@ def test_of_named_clips_none_is_taken_for_another(engine: FamilyEngine) -> None:
         assert rendered(engine, request)["prompt_token_ids"] == rendered(engine, expected)["prompt_token_ids"]
 
 
-@each_layout
+@each_layout_with_images
 def test_the_order_of_appearance_decides(engine: FamilyEngine) -> None:  # noqa: F811
     for media, kinds in (((CLIP, "tiny"), ["video", "image"]), (("tiny", CLIP), ["image", "video"])):
         request = engine.ask(*media, budget=[3, 2])
@@ -161,7 +190,7 @@ def test_the_order_of_appearance_decides(engine: FamilyEngine) -> None:  # noqa:
             )
 
 
-@each_layout
+@each_layout_with_images
 def test_budgets_per_frame_and_for_all_together(engine: FamilyEngine) -> None:  # noqa: F811
     everything, count = total(engine), frames(engine)
     (image,) = counted(engine, engine.ask("portrait"))
@@ -177,7 +206,7 @@ def test_budgets_per_frame_and_for_all_together(engine: FamilyEngine) -> None:  
         assert all(1 < kept < tokens for _, tokens, kept in found)
 
 
-@each_layout
+@each_layout_with_images
 def test_what_does_not_fit_is_refused_and_the_engine_goes_on(engine: FamilyEngine) -> None:  # noqa: F811
     for media, budget, said in (
         (("tiny", CLIP), [5], "has 1 entries, but the prompt has 1 image.* and 1 video"),
@@ -193,7 +222,7 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(engine: FamilyEngin
     assert len(output.outputs[0].token_ids) == 1
 
 
-@each_layout
+@each_layout_with_images
 def test_a_servers_defaults_for_images_and_for_videos_are_apart(
     engine: FamilyEngine,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

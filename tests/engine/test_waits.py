@@ -20,14 +20,14 @@ from promprune_vllm.engine.worker import device_copies
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 from tests import runner
 from tests.engine.family_engine import FAMILY_ENGINES, FamilyEngine, shared_engine
-from tests.engine.family_facts import FAMILIES, TILED
+from tests.engine.family_facts import KINDS, TILED
 from tests.waits import EIGENVALUES, GPU, NoWaits, to_gpu
 
 pytestmark = pytest.mark.engine
 TOGETHER = FAMILY_ENGINES
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> FamilyEngine:
     return shared_engine(request.param, models[request.param])
 

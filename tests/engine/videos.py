@@ -8,11 +8,23 @@ from typing import Any
 import pytest
 import torch
 
+from promprune_vllm import methods
 from promprune_vllm.engine.keys import SUMMARY
-from tests.engine.family_engine import FamilyEngine
-from tests.engine.family_facts import VIDEO_LAYOUTS
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
+from tests.clips import Clip
+from tests.engine.family_engine import EVERYTHING, FamilyEngine
+from tests.engine.family_facts import KINDS, VIDEO_LAYOUTS, VIDEO_ONLY
 
+METHODS = tuple(methods(over_frames=True))
+"""Those that decide how many tokens each frame keeps."""
+SPLITS = {"evenly": (Clip(40), 90, None), METHODS[-1]: (Clip(7, "tall"), 50, METHODS[-1])}
+"""Clip, budget and method: each frame keeps equally many tokens, or as many as the method says."""
+each_split = pytest.mark.parametrize(("clip", "budget", "method"), SPLITS.values(), ids=SPLITS)
 each_layout = pytest.mark.parametrize("engine", VIDEO_LAYOUTS, indirect=True)
+each_layout_with_images = pytest.mark.parametrize(
+    "engine", [layout for layout in VIDEO_LAYOUTS if layout not in VIDEO_ONLY], indirect=True
+)
+each_kind = pytest.mark.parametrize("engine", [*KINDS, *VIDEO_ONLY], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -90,3 +102,31 @@ def place(prompt: dict[str, Any]) -> tuple[int, int]:
     (found,) = prompt["mm_placeholders"]["video"]
     runs = found.extract_embeds_range()
     return runs[0][0], runs[-1][1] + 1
+
+
+def check_it_is_part_of(whole: Given, engine: FamilyEngine, request: dict[str, Any]) -> Given:
+    """A pruned prompt has some of the whole one's rows and positions, and lacks only as many as are pruned."""
+    some = given(engine, request)
+    dropped = sum(total - kept for _, total, kept in counted(engine, request))
+    assert len(some.tokens) == len(whole.tokens) - dropped
+    instead = embedded(rendered(engine, request))  # of a token, whose row says what it is
+    for i, at in enumerate(where(some, whole, mrope=engine.mrope)):
+        assert i in instead or some.tokens[i] == whole.tokens[at]
+    return some
+
+
+def embedded(prompt: dict[str, Any]) -> set[int]:
+    """Where embeddings of images and videos are put in a processed prompt."""
+    ranges = [place.extract_embeds_range() for places in prompt["mm_placeholders"].values() for place in places]
+    return {i for runs in ranges for start, last in runs for i in range(start, last + 1)}
+
+
+@torch.inference_mode()
+def encoded(engine: FamilyEngine, clip: Clip) -> EncodedImage:
+    """A clip with everything a method may look at, without what the processor says of a budget."""
+    engine.forget()
+    (item,) = rendered(engine, engine.ask(clip))["mm_kwargs"]["video"]
+    fields = {name: value for name, value in item.items() if not name.startswith("visual_token")}
+    inputs = {name: value.field.reduce_data([value]) for name, value in fields.items()}  # as vLLM makes a batch
+    (video,) = engine.model.capture(inputs, slice(0, 1), EVERYTHING)
+    return video

@@ -143,11 +143,15 @@ def test_drawn_tokens_give_what_float64_gives(
 
 @pytest.mark.parametrize("n", [5, 123, 577])
 def test_quality_weights_the_choice_as_in_the_reference(n: int) -> None:
-    gram, order = torch_ops.cosine_gram(_power(n, 64)), _order(n)
+    x, order = _power(n, 64), _order(n)
+    gram = torch_ops.cosine_gram(x)
     for quality in (torch.rand(n, generator=torch.Generator().manual_seed(1)), torch.ones(n), torch.zeros(n)):
         for keep in {1, 2, min(n - 1, 40)}:
-            expected = torch_greedy.greedy_dpp(gram, order, torch.tensor(0), keep, quality.double())
-            assert torch.equal(cpu_ops.greedy_dpp(gram, order, torch.tensor(0), keep, quality), expected)
+            for salient in {0, keep // 2, keep}:
+                count = torch.tensor(salient)
+                expected = torch_greedy.greedy_dpp(gram, order, count, keep, quality.double())
+                assert torch.equal(cpu_ops.greedy_dpp(gram, order, count, keep, quality), expected)
+                assert torch.equal(cpu_cosines.Cosines(x).greedy_dpp(order, count, keep, quality), expected)
 
 
 def test_a_near_tie_below_float32_is_decided_in_float64() -> None:

@@ -79,7 +79,7 @@ def test_a_value_asked_for_is_noticed(launches: list[Any], monkeypatch: pytest.M
     monkeypatch.setattr(
         triton_greedy,
         "greedy_dpp",
-        lambda gram, order, given, keep: choose(gram, order, given + int(given[0]), keep),
+        lambda gram, order, given, *rest: choose(gram, order, given + int(given[0]), *rest),
     )
     with pytest.raises(RuntimeError, match="meta"):
         select(_features(90), 12)

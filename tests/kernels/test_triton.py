@@ -134,6 +134,8 @@ def test_panels_are_one_loop(panel: int, device: torch.device, monkeypatch: pyte
         for quality in (None, torch.rand(31, generator=torch.Generator().manual_seed(1)).double().to(device)):
             expected = torch_greedy.greedy_dpp(gram, order, count, keep, quality)
             assert torch.equal(triton_ops.greedy_dpp(gram, order, count, keep, quality), expected)
+            by_rows = torch_greedy.greedy_dpp_by_rows(torch_ops.unit_rows(x), order, count, keep, quality)
+            assert torch.equal(by_rows, expected)
 
 
 def test_images_in_one_launch_are_those_one_by_one(device: torch.device) -> None:

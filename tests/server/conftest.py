@@ -16,6 +16,7 @@ from PIL import Image
 
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo import photo_path
+from promprune_vllm.demo.families import build_family_model
 from promprune_vllm.demo.server import Server, one_worker, serving
 from promprune_vllm.demo.trained import TRAINED
 from tests import runner
@@ -54,7 +55,19 @@ def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def every_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The trained model, and a request may choose any method for images."""
     allowed = ("--visual-token-allow-methods", ",".join(methods(over_frames=False)))
-    yield from _serving(TRAINED, tmp_path_factory.mktemp("every-method"), *allowed)
+    # Thousands of images come here, and by default the engine keeps 4 GiB of them.
+    little = ("--mm-processor-cache-gb", "0.5")
+    yield from _serving(TRAINED, tmp_path_factory.mktemp("every-method"), *allowed, *little)
+
+
+@pytest.fixture(scope="package")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A tiny Qwen2.5-VL, which takes videos; a request may choose a method that compares frames."""
+    directory = tmp_path_factory.mktemp("videos")
+    options, variables = measured()
+    allowed = ("--visual-token-allow-methods", "evs,vidcom2")
+    words = ("--enable-scale-out", "--enable-mm-embeds", "--enable-prompt-tokens-details", *allowed, *options)
+    yield from _serving(build_family_model("qwen2_5_vl", directory / "model"), directory, *words, **variables)
 
 
 def _serving(model: Path, directory: Path, *options: str, **environment: str) -> Iterator[Server]:
@@ -124,8 +137,9 @@ def series(server: Server) -> Series:
 
 
 def grown(after: Series, before: Series) -> Series:
-    """Return what changed, and by how much."""
-    return {key: value - before.get(key, 0) for key, value in after.items() if value != before.get(key, 0)}
+    """Return what changed, and by how much: rounded, because counters of shares are a rounding error off."""
+    changed = {key: round(value - before.get(key, 0), 9) for key, value in after.items()}
+    return {key: value for key, value in changed.items() if value}
 
 
 def ask(server: Server, *photos: str, **fields: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ COMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {
 }
 # Every other command, which starts no process; one that runs vLLM in its own process ends as vLLM does.
 WITHOUT = {
-    *("serve", "vllm", "methods", "families", "metrics", "calibrate", "demo-model", "select", "plan"),
+    *("serve", "vllm", "methods", "families", "metrics", "calibrate", "demo-model", "select", "plan", "tune"),
     *("bench content", "bench prefill", "bench kernels"),
 }
 TERMINAL = "closed terminal"
@@ -200,7 +200,10 @@ def left_behind(command: Running, ports: Sequence[int], ours: Callable[[str], bo
     """Return what there still is of a command that was ended, in words; of its files, those that are ours."""
 
     def left() -> list[str]:
-        found = [f"process {each.pid} {each.name()}" for each in command.processes()]
+        found = []
+        for each in command.processes():
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                found.append(f"process {each.pid} {each.name()}")
         found += [f"port {port}" for port in ports if not is_free(port)]
         found += [path.name for path in command.temporary.iterdir() if ours(path.name)]
         return found + [path for path in command.shared if Path(path).exists()]

@@ -19,7 +19,7 @@ from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import _serving, ask, measured, saved
 from tests.server.test_named import answer, named, refusal, sent
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 LEVEL = "promprune_policy_level"
 SEEN, KEPT = "promprune_visual_tokens_seen_total", "promprune_visual_tokens_kept_total"
 PATIENCE_SECONDS = 240
@@ -58,7 +58,6 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.release
 def test_two_api_servers_give_way_and_come_back_as_one(two_api_servers: Server) -> None:
     test_the_default_gives_way_under_load_and_comes_back(two_api_servers)
 

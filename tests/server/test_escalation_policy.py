@@ -18,7 +18,7 @@ from tests.server.conftest import Series, _serving, body, grown, image_url, post
 from tests.server.test_escalation import content
 from tests.server.test_reply import CHAT
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 OPTIONS = (
     *("--visual-token-budget", "32", "--visual-token-escalate", "1", "--visual-token-escalate-to", "128"),
     *("--visual-token-escalate-window", "4", "--visual-token-feature-cache-gb", "0.05"),

@@ -21,7 +21,7 @@ from tests import runner
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import MODEL
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 LMMS = Path(sys.prefix) / "lmms-only"  # `setup_env.py --lmms` fills it, and so does `make test-release`
 TASK = Path(__file__).parents[1] / "lmms"
 
@@ -108,7 +108,6 @@ def _task(folder: Path) -> None:
     (folder / "promprune_scenes.yaml").write_text(written)
 
 
-@pytest.mark.release
 @pytest.mark.timeout(900)  # lmms-eval is run twice, and indexes some thousand tasks each time
 @pytest.mark.skipif(not LMMS.is_dir(), reason="no lmms-eval: python deploy/environment/setup_env.py --lmms")
 def test_lmms_eval_asks_at_the_budget_it_is_told(every_method: Server, tmp_path: Path) -> None:

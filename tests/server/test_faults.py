@@ -114,6 +114,7 @@ def test_an_image_of_a_refused_request_is_answered_the_next_time(server: Server,
     assert "is sent again" in server.log.read_text()
 
 
+@pytest.mark.release
 def test_a_life_with_a_scrape_at_birth_a_lost_directory_and_a_killed_engine(
     server: Server, demo_model: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """Requests made from the server's own API document: whatever a client sends, never a 5xx.
 
 First our own fields by their schemas; then everything that vLLM takes, on every route, compared with a server
-without the plugin. A commit sends some hundred of each, a release 5,000, and ``PROMPRUNE_FUZZ=20000`` so many.
+without the plugin. A commit sends a hundred of each, a release 1,500, and ``PROMPRUNE_FUZZ=20000`` so many.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STATE, COUNT = "/v1/visual_tokens", "/v1/visual_tokens/count"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FIELDS = ("visual_token_budget", "visual_token_method")
 SENDERS = 8
-BODIES = {"commit": 300, "release": int(os.environ.get("PROMPRUNE_FUZZ", "5000"))}
+BODIES = {"commit": 100, "release": int(os.environ.get("PROMPRUNE_FUZZ", "1500"))}
 """Made-up bodies on all routes, over both families."""
 SHARE = {"commit": 10, "release": 1}
 """Of `PLAN`, one request in so many is made."""

@@ -12,7 +12,7 @@ from promprune_vllm.demo.server import Server
 from promprune_vllm.engine.api_server.inspected_answer import ANSWER_TOKENS
 from tests.server.conftest import MODEL, grown, image_url, post, saved, series
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 INSPECT = "/v1/visual_tokens/inspect"
 ESCALATE = "visual_token_escalate"
 QUESTION = "What is on the table?"

@@ -140,7 +140,7 @@ def test_overlays_from_the_command_line(server: Server, tmp_path: Path) -> None:
 
 
 def test_every_method_side_by_side(every_method: Server) -> None:
-    """The contact sheet of the README."""
+    """The picture of docs/methods.md."""
     names = list(methods(over_frames=False))
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     sheet = ARTEFACTS / "methods.png"

@@ -20,7 +20,7 @@ from tests.server.conftest import ask, body, image_url, noise, post, saved
 from tests.server.test_bad_images import ODD
 from tests.server.test_reply import _same
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 CHAT = "/v1/chat/completions"
 KEPT = 20
 

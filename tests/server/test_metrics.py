@@ -14,7 +14,8 @@ import pytest
 
 from promprune_vllm.demo import photo_path
 from promprune_vllm.demo.server import Server, serving
-from promprune_vllm.metrics.catalog import CATALOG, UNPRUNED
+from promprune_vllm.metrics.catalog import CATALOG
+from promprune_vllm.metrics.metric import UNPRUNED
 from tests.conftest import VISUAL_TOKENS
 from tests.server.conftest import ENVIRONMENT, MODEL, OPTIONS, Series, ask, body, grown, post, saved, series
 
@@ -155,6 +156,7 @@ def expected(lengths: Sequence[int]) -> Series:
 def counted(after: Series, before: Series) -> Series:
     """What the API servers counted: all but the caches and what workers observe."""
     others = ("selection_seconds", "spectral_entropy", "saliency_share", "encoder_batch", "images_total")
+    others += ("first_token_seconds",)
     changed = grown(after, before)
     return {
         key: value
@@ -175,6 +177,11 @@ def test_a_script_of_requests_gives_the_counts_computed_by_hand(server: Server) 
         ("promprune_images_total", "false", UNPRUNED, "image"): 1,
         ("promprune_images_total", "true", UNPRUNED, "image"): 3,
     }
+    # The client that hung up may have left before its answer was complete.
+    assert changed["promprune_first_token_seconds_count", "true"] in (8, 9)
+    assert changed["promprune_first_token_seconds_count", "false"] == 3
+    for pruned in ("true", "false"):
+        assert 0 < changed["promprune_first_token_seconds_sum", pruned] < 60
     for stage in ("choose", "assemble"):
         assert changed["promprune_selection_seconds_count", "promprune", stage] == 8
         assert 0 < changed["promprune_selection_seconds_sum", "promprune", stage] < 60

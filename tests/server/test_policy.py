@@ -172,3 +172,22 @@ def test_features_with_an_identity_that_is_none_are_refused() -> None:
     for wrong in (right[:15], right.long(), right[None], [*range(16)]):
         with pytest.raises(BudgetError, match="visual_token_identity has a wrong shape or type"):
             _checked_plan({COUNTS: counts, IDENTITY: SimpleNamespace(data=wrong)}, 16, Settings(), 300)
+
+
+def test_features_with_text_among_visual_tokens_are_refused() -> None:
+    """The place of such a video has text in front of it, which is refused, unless a client has changed it."""
+    import torch
+
+    from promprune_vllm.config import Settings
+    from promprune_vllm.core.budget import VIDEO
+    from promprune_vllm.engine.api_server.rendered_features import _checked_plan
+    from promprune_vllm.engine.keys import COUNTS, LAYOUT, field_of
+
+    names = field_of(VIDEO, COUNTS), field_of(VIDEO, LAYOUT)
+    values = torch.tensor([16, 7, 0]), torch.empty(0, dtype=torch.int64)
+    item = {name: SimpleNamespace(data=value) for name, value in zip(names, values, strict=True)}
+    assert _checked_plan(item, 7, Settings(), 300, VIDEO).kept == 7
+    for wrong in (torch.tensor([-1, 5, -1]), torch.empty(0), [5], None):
+        item[names[1]].data = wrong
+        with pytest.raises(BudgetError, match="they have text among the visual tokens"):
+            _checked_plan(item, 7, Settings(), 300, VIDEO)

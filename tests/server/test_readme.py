@@ -161,22 +161,17 @@ def check_inspect(printed: str, _: Path) -> None:
     assert (reply["seen"], reply["kept"], len(reply["indices"])) == (VISUAL_TOKENS, 64, 64)
 
 
-def check_select(_: str, directory: Path) -> None:
+def check_pictures(printed: str, directory: Path) -> None:
     for name in ("overlay.png", "strip.png"):
         with Image.open(directory / name) as picture:
             assert picture.width > 300
         (directory / name).unlink()
-
-
-def check_pictures(printed: str, directory: Path) -> None:
-    check_select(printed, directory)
     assert json.loads((directory / "kept.jsonl").read_text())["kept"] == 64
 
 
 CHECKS: dict[str, Callable[[str, Path], None]] = {
     example("curl"): check_curl,
     example("openai"): check_openai,
-    example("select"): check_select,
     example("stream"): check_stream,
     example("langchain"): check_langchain,
     example("count"): check_count,
@@ -193,12 +188,13 @@ def test_the_readme_runs_from_top_to_bottom_and_the_page_of_requests_after_it(us
     assert installing == example("serve"), "the README shows a request before the server"
     assert set(blocks) == set(CHECKS), "an example that nobody checks"
     install, serve = installing.splitlines()
-    assert install.startswith("pip install promprune-vllm ")  # done already; tests/server/test_wheel.py does it
+    assert install.startswith("pip install . ")  # done already; tests/server/test_wheel.py does it
     with user.serving(serve):
         for block in blocks:
             CHECKS[block](user.run(block), user.directory)
 
 
+@pytest.mark.release
 def test_offline(user: User) -> None:
     _is_prompt_of(64, _last_number(user.run(example("offline"), VLLM_ENABLE_V1_MULTIPROCESSING="0")))
 

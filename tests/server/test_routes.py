@@ -251,12 +251,17 @@ def test_the_inspector_asks_for_the_key_and_sends_it(guarded_server: Server) -> 
         page = browser.new_page()
         page.goto(f"{guarded_server.url}/promprune")
         expect(page.locator("#error")).to_contain_text("API key")
+        for early in ({"name": "a.mp4", "mimeType": "video/mp4", "buffer": b"a video"}, photo_path("rocket")):
+            page.set_input_files("#file", early)  # nobody knows yet what the server takes
+            expect(page.locator("#picture")).to_have_attribute("aria-busy", "false")
+            expect(page.locator("#error")).to_contain_text("API key")
+            expect(page.locator("#send")).to_be_disabled()
         page.click("#key-row summary")
         page.fill("#key", KEY)
         page.locator("#key").press("Tab")
-        expect(page.locator("#error")).to_be_hidden()
-        page.set_input_files("#file", photo_path("rocket"))
         expect(page.locator("rect.cell")).to_have_count(counted["seen"], timeout=120_000)
+        expect(page.locator("#error")).to_be_hidden()
+        expect(page.locator("#send")).to_be_enabled()
         expect(page.locator("rect.cell:not(.dropped)")).to_have_count(40)
 
 

@@ -1,4 +1,4 @@
-"""What users' libraries make of a budget and of its errors: OpenAI's, Anthropic's, LiteLLM's."""
+"""What users' libraries make of a budget and of its errors: OpenAI's, Anthropic's."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def test_the_openai_sdk_raises_its_own_errors(server: Server, stock: Server) -> 
             )
 
 
+@pytest.mark.release
 def test_the_anthropic_sdk_obeys_and_raises_its_own_errors(server: Server, stock: Server) -> None:
     request: Any = messages_request()
     # A picture of this test's own: nothing of the prompt is cached on either server.
@@ -63,25 +64,3 @@ def test_the_anthropic_sdk_obeys_and_raises_its_own_errors(server: Server, stock
     for each in (server, stock):
         with pytest.raises(anthropic.NotFoundError, match="`nobody` does not exist"):
             told(each, model="nobody", extra_body={"visual_token_budget": KEPT})
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_litellm_sdk_obeys_and_raises_its_own_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it looks for prices on the internet
-    litellm = pytest.importorskip("litellm", reason="LiteLLM pins versions of its own, so it is not in the lock")
-
-    def told(**fields: Any) -> Any:
-        return litellm.completion(
-            model=f"hosted_vllm/{MODEL}",
-            api_base=f"{server.url}/v1",
-            api_key="none",
-            messages=body("coffee")["messages"],
-            max_tokens=1,
-            **fields,
-        )
-
-    full, few = told(), told(extra_body={"visual_token_budget": KEPT})
-    assert full.usage.prompt_tokens - few.usage.prompt_tokens == VISUAL_TOKENS - KEPT
-    assert told(visual_token_budget=KEPT).usage.prompt_tokens == few.usage.prompt_tokens
-    with pytest.raises(litellm.BadRequestError, match="visual_token_budget must be"):
-        told(extra_body={"visual_token_budget": -5})

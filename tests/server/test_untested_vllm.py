@@ -87,7 +87,7 @@ print(json.dumps({
 OURS = "promprune_vllm.engine.families"
 STOCK = "vllm.model_executor.models"
 RESEND, RECORD = "vllm_fixes.resending:resend_on_cache_miss", "api_server.rendered_features:record_prompt"
-AGAIN = "api_server.escalation:ask_again_if_unsure"
+AGAIN, WAIT = "api_server.escalation:ask_again_if_unsure", "api_server.first_tokens:observe_first_tokens"
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class Effect:
 
 
 EFFECTS = {
-    "nothing": ({}, Effect({}, OURS, OURS, [RESEND, RECORD, AGAIN])),
-    "call": (CALL, Effect({}, OURS, OURS, [RESEND, RECORD, AGAIN])),
-    "side": (SIDE, Effect({"resending": [HANDLER]}, OURS, OURS, [RECORD, AGAIN])),
-    "family": (FAMILY, Effect({"LLaVA": [EMBED]}, STOCK, OURS, [RESEND, RECORD, AGAIN])),
+    "nothing": ({}, Effect({}, OURS, OURS, [RESEND, RECORD, AGAIN, WAIT])),
+    "call": (CALL, Effect({}, OURS, OURS, [RESEND, RECORD, AGAIN, WAIT])),
+    "side": (SIDE, Effect({"resending": [HANDLER]}, OURS, OURS, [RECORD, AGAIN, WAIT])),
+    "family": (FAMILY, Effect({"LLaVA": [EMBED]}, STOCK, OURS, [RESEND, RECORD, AGAIN, WAIT])),
     "core": (CORE, Effect({"processor": [HASH]}, STOCK, STOCK, [])),
 }
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from promprune_vllm.demo.families import build_family_model
+from promprune_vllm.cli import app
 from promprune_vllm.demo.server import Server, is_healthy
-from promprune_vllm.metrics.catalog import UNPRUNED
+from promprune_vllm.evaluation.records import FILE, read
+from promprune_vllm.metrics.metric import UNPRUNED
 from tests.clips import Clip
-from tests.server.conftest import MODEL, Series, _serving, grown, image_url, measured, post, saved, series
+from tests.server.conftest import MODEL, Series, grown, image_url, post, saved, series
 from tests.server.requests_with_videos import (
     BUDGET,
     BUDGETS,
@@ -32,17 +34,9 @@ from tests.server.requests_with_videos import (
     video,
 )
 from tests.server.test_every_route import tampered
-from tests.server.test_reply import events, headers
+from tests.server.test_reply import events, headers, messages_request, responses_request
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("videos")
-    options, variables = measured()
-    words = ("--enable-scale-out", "--enable-mm-embeds", *options)
-    yield from _serving(build_family_model("qwen2_5_vl", directory / "model"), directory, *words, **variables)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -71,6 +65,64 @@ def test_the_openai_sdk_gets_exactly_what_a_budget_says(videos: Server, form: st
             assert usage.visual_tokens == told(*media), budget
             assert whole.prompt_tokens - usage.prompt_tokens == sum(seen) - sum(kept), budget
             assert counts == (str(sum(seen)), str(sum(kept)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, "/invocations"])
+def test_vllms_own_count_is_what_was_kept(videos: Server, path: str, stream: bool) -> None:
+    """This model's placeholders hold nothing but visual tokens; docs/requests.md says how it is with others."""
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    for parts in ((photo(), video(), photo()), (photo(),), (video(),)):
+        for budget in (None, 7, {"total": 20}, "full"):
+            response = post(videos, path, asked(*parts, visual_token_budget=budget, **options))
+            usage = events(response)[-1]["usage"] if stream else response.json()["usage"]
+            ours = usage["visual_tokens"]
+            kept = {name: sum(each["kept"] for each in ours.get(f"{name}s", ())) for name in ("image", "video")}
+            theirs = usage["prompt_tokens_details"]["multimodal_tokens"]
+            assert theirs == {name: tokens for name, tokens in kept.items() if tokens}, (parts, budget)
+
+
+def test_downsample_of_the_evaluation_is_a_smaller_image(videos: Server, tmp_path: Path) -> None:
+    """The server allows no such method, and needs none: this tower has native resolution."""
+    out = ("--out", str(tmp_path), "--no-plots", "--json")
+    asks = (
+        "eval",
+        "--url",
+        videos.url,
+        "--methods",
+        "downsample",
+        "--tasks",
+        "presence",
+        "--questions",
+        "1",
+        *out,
+    )
+    result = CliRunner().invoke(app, [*asks, "--budgets", "64,10%"])
+    assert result.exit_code == 0, result.output
+    kept = {answer.budget: (answer.seen, answer.kept) for answer in read(tmp_path / FILE).answers.values()}
+    assert kept == {"full": (144, 144), "64": (64, 64), "10%": (9, 9)}
+    left_out = CliRunner().invoke(app, [*asks, "--budgets", "64,10%,1"])
+    assert left_out.exit_code == 0, left_out.output
+    assert "'downsample' was left out at budget 1." in left_out.output
+
+
+def test_where_vllms_own_count_is_missing_and_that_it_is_of_the_try_that_is_answered(videos: Server) -> None:
+    """docs/requests.md says both, and this test when one is no longer true."""
+    conversations = [asked(photo())["messages"], asked(photo(), photo())["messages"]]
+    for path, request in (
+        ("/v1/responses", responses_request(visual_token_budget=7)),
+        ("/v1/messages", messages_request(visual_token_budget=7)),
+        (f"{CHAT}/batch", {**asked(), "messages": conversations, BUDGET: 7}),
+    ):
+        response = post(videos, path, request)
+        assert response.json()["usage"]["visual_tokens"]["kept"] in (7, 21)
+        assert "multimodal_tokens" not in response.text
+    again = asked(photo(), video(), **{BUDGET: 7, ESCALATE: {"below": 1, "to": 9}})
+    streamed = {**again, "stream": True, "stream_options": {"include_usage": True}}
+    for usage in (post(videos, CHAT, again).json()["usage"], events(post(videos, CHAT, streamed))[-1]["usage"]):
+        assert usage["visual_tokens"]["first_tries"][0]["kept"] == 14
+        assert usage["visual_tokens"]["kept"] == 18
+        assert usage["prompt_tokens_details"]["multimodal_tokens"] == {"image": 9, "video": 9}
 
 
 def test_a_list_is_in_order_of_appearance(videos: Server) -> None:
@@ -176,21 +228,12 @@ def test_encoded_videos_keep_their_tokens(videos: Server) -> None:
 
 def test_a_clip_is_named_with_the_budget_it_was_sent_with(videos: Server) -> None:
     named = {"type": "video_url", "video_url": None, "uuid": "a clip"}
-    sent = answered(videos, video(uuid="a clip"), visual_token_budget=11)
-    assert answered(videos, named, visual_token_budget=11) == sent
+    sent, again = (answered(videos, each, visual_token_budget=11) for each in (video(uuid="a clip"), named))
+    details = [usage.pop("prompt_tokens_details")["multimodal_tokens"] for usage in (sent, again)]
+    assert (again, details) == (sent, [{"video": 11}] * 2)
     message = "Cache miss for video at index 0 but data is not provided. With 12 of its 45 tokens"
     error = refused(videos, CHAT, asked(named, visual_token_budget=12), message)
     assert "Send the video itself once" in error["message"]
-
-
-def test_our_own_routes_take_images_and_say_so(videos: Server) -> None:
-    for url, _ in URLS.values():
-        error = refused(videos, "/v1/visual_tokens/inspect", {"image": url, BUDGET: 5}, "shows images, not videos")
-        assert error["param"] == "image"
-    size = {"width": 640, "height": 360}
-    count = "/v1/visual_tokens/count"
-    refused(videos, count, {"images": [size], "videos": [{**size, "frames": 8}]}, "Extra inputs are not permitted")
-    refused(videos, count, {"images": [size], BUDGET: {"per_frame": 2}}, "no video")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +249,8 @@ def test_an_unsure_answer_about_a_clip_is_asked_for_again(
     (first,) = reply["usage"]["visual_tokens"].pop("first_tries")
     assert (first["asked_again"], first["kept"]) == (True, 13)
     assert first["prompt_tokens"] == direct["usage"]["prompt_tokens"] - sum(kept) + 13
+    own = [each["usage"].pop("prompt_tokens_details")["multimodal_tokens"] for each in (reply, direct)]
+    assert own == [dict(zip(("image", "video"), kept, strict=True))] * 2
     assert reply["usage"] == direct["usage"]
     assert reply["choices"] == direct["choices"]
     stream = {

@@ -110,11 +110,37 @@ def reply(
     return 200, {"choices": [{"message": {"content": said}, "logprobs": {"content": tokens}}], "usage": usage}
 
 
+def fixed_tokens(width: int, height: int) -> int:
+    """Tokens of an image on a tower that resizes it."""
+    return 576
+
+
+def native_tokens(width: int, height: int) -> int:
+    """Tokens of an image on a tower of native resolution: one per 28 x 28 pixels, at least four."""
+    return max(4, round(width / 28) * round(height / 28))
+
+
+def counted(body: dict[str, Any], tokens: Callable[[int, int], int]) -> dict[str, Any]:
+    """What the server's counting route says."""
+    seen = [tokens(image["width"], image["height"]) for image in body["images"]]
+    budget = body["visual_token_budget"]
+    share = float(budget.rstrip("%")) / 100 if isinstance(budget, str) and "%" in budget else 1
+    most = budget if isinstance(budget, int) else max(seen)
+    return {"images": [{"seen": each, "kept": min(round(each * share), most)} for each in seen]}
+
+
 @contextmanager
 def server(
-    respond: Responder = reply, *, state: dict[str, Any] | None = STATE, api_key: str | None = None
+    respond: Responder = reply,
+    *,
+    state: dict[str, Any] | None = STATE,
+    api_key: str | None = None,
+    tokens: Callable[[int, int], int] | None = fixed_tokens,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server on the loopback interface; yields its address and the bodies it got."""
+    """A server on the loopback interface; yields its address and the bodies of the chat requests that it got.
+
+    Without ``tokens``, it does not count images by their sizes.
+    """
     got: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -132,6 +158,9 @@ def server(
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/v1/visual_tokens/count":
+                self._send(404 if tokens is None else 200, {} if tokens is None else counted(body, tokens))
+                return
             got.append(body)
             status, content = respond(body)
             if status:

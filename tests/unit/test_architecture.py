@@ -16,7 +16,7 @@ from promprune_vllm import cli
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "promprune_vllm"
-OUTSIDE = (ROOT / "deploy" / "documents", ROOT / "deploy" / "training")
+OUTSIDE = tuple(ROOT / "deploy" / name for name in ("documents", "draw_dashboards", "training"))
 """Code that no wheel carries, held to the same rules."""
 MODULES = sorted(path for folder in (PACKAGE, *OUTSIDE) for path in folder.rglob("*.py"))
 HOST = {"vllm", "fastapi", "starlette", "transformers", "prometheus_client"}
@@ -29,6 +29,7 @@ FORBIDDEN = {
     "demo": {"vllm"},
     "bench": {"vllm"},
     "evaluation": {"vllm", "torch", "transformers"},
+    "tuning": {"vllm", "torch", "transformers"},
     "overlay": HOST | {"torch"},
     "planning": HOST - {"transformers"} | {"torch"},
     "commands": {"fastapi", "starlette", "transformers", "prometheus_client", "torch"},
@@ -40,6 +41,7 @@ FORBIDDEN = {
     "__init__.py": HOST | {"torch"},
     "__main__.py": HOST | {"torch"},
     "deploy/documents": HOST | {"torch"},
+    "deploy/draw_dashboards": HOST | {"torch"},
     "deploy/training": {"vllm"},
 }
 """Part -> what it never imports of other programs: a folder or file of the package, or a folder outside it."""
@@ -53,10 +55,11 @@ OURS_ALLOWED: dict[str, set[str]] = {
     "demo": {"demo", "core", "client", "errors"},
     "bench": {"bench", "client", "core", "demo", "engine", "errors", "kernels", "markdown"},
     "evaluation": {"evaluation", "client", "core", "demo", "errors", "bench", "markdown"},
+    "tuning": {"tuning", "evaluation", "overlay", "core", "demo", "errors", "bench"},
     "overlay": {"overlay", "client", "core", "errors"},
     "planning": {"planning", "core", "errors"},
     "commands": {
-        *("commands", "bench", "demo", "evaluation", "overlay", "planning"),
+        *("commands", "bench", "demo", "evaluation", "overlay", "planning", "tuning"),
         *("core", "engine", "metrics", "config", "errors", "markdown"),
     },
     "cli.py": {"commands", "demo", "__version__"},
@@ -70,6 +73,7 @@ OURS_ALLOWED: dict[str, set[str]] = {
         *("deploy/documents", "bench", "commands", "config", "engine", "errors", "evaluation"),
         *("markdown", "server"),
     },
+    "deploy/draw_dashboards": {"deploy/draw_dashboards"},
     "deploy/training": {"deploy/training", "demo"},
 }
 """Part -> what it may import of ours. Each part needs a row here: a new file at the top is one."""

@@ -95,7 +95,7 @@ def test_the_saturated_zone_begins_at_three_tau() -> None:
     measured = report((0.43,), (0.48,), (0.5,), (0.55,), (0.57,))
     assert measured.saturated(0.5) == 2 / 5  # 0.43 and 0.57
     assert measured.as_document()["saturated_share"] == {"mu": 2 / 5, "mu_in_force": 3 / 5}
-    assert "that is 40 % with this mu, 60 % with the mu in force, 0.42." in shown(measured)
+    assert "that is 40% with this mu, 60% with the mu in force, 0.42." in shown(measured)
 
 
 def test_the_suggestion_can_be_pasted_and_keeps_the_operators_options() -> None:

@@ -26,7 +26,8 @@ from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.demo.scenes import Question
 from promprune_vllm.engine.api_server import command_line
 from promprune_vllm.engine.families import FAMILIES
-from promprune_vllm.metrics.catalog import CATALOG, LABELS
+from promprune_vllm.metrics.catalog import CATALOG
+from promprune_vllm.metrics.metric import LABELS
 from tests.documents import table
 
 run = CliRunner().invoke
@@ -233,7 +234,8 @@ def test_families_say_which_mu_they_have_and_where_it_comes_from() -> None:
     shown = run(cli.app, ["families"], env={"COLUMNS": "300"}).output
     for text in ("mu 0.5744 (the authors', at 1296 tokens)", "mu 0.42 (the method's default)"):
         assert text in shown
-    assert all(f"{count:,} of 1024 x 1024 pixels" in shown for count in tokens.values())
+    assert all(f"{count:,} of 1024 x 1024 pixels" in shown for count in tokens.values() if count is not None)
+    assert shown.count("takes no images") == list(tokens.values()).count(None)
     for row in listed.values():
         assert all(row[name] in shown for name in ("architecture", "model", "saliency", "positions", "refused"))
 

@@ -24,6 +24,14 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         settings.method = "uniform"
 
 
+def test_a_method_may_use_another_ones_calibration() -> None:
+    calibration = {"promprune": {"mu": 0.57}}
+    settings = Settings(method="promprune", method_options={"tau": 0.1}, allow_methods="promprune-video,fastervlm")
+    assert settings.selector(calibration, "promprune-video").mu == 0.57  # type: ignore[attr-defined]
+    assert settings.digest(calibration, "promprune-video") != settings.digest(method="promprune-video")
+    assert settings.digest(calibration, "fastervlm") == settings.digest(method="fastervlm")
+
+
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "1 GB"])
 def test_a_size_of_the_feature_cache_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PROMPRUNE_FEATURE_CACHE_GB", value)

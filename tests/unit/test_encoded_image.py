@@ -181,6 +181,8 @@ def test_the_frames_of_a_video_share_its_memory() -> None:
     (whole,) = video.joined().groups
     assert whole.features.grid == (4, 2, 3)
     assert torch.equal(whole.features.projected, features.projected)
+    assert whole.features.saliency is not None
+    assert torch.equal(whole.features.saliency, features.saliency)
     assert not EncodedImage.of_frames(torch.randn(6, 3), video.groups[0].features).is_video
 
 

@@ -185,26 +185,23 @@ def report() -> Report:
 def test_recommendations_are_sentences(report: Report) -> None:
     assert [recommendation(each) for each in report.curves if each.method == "promprune"] == [
         "First try 64 with `promprune`, ask again below 0.8: "
-        "100.0 ± 0.0 % right (all tokens 100.0 %), 31 % of the tokens.",
+        "100.0 ± 0.0% right (all tokens 100.0%), 31% of the tokens.",
         "First try 8 with `promprune`: no threshold is within one standard error of all tokens and spends fewer.",
     ]
     good = known([replace(answer, correct=True) for answer in FIRST], FULL)
     assert recommendation(good) == (
-        "First try 64 with `promprune`, never ask again: 100.0 ± 0.0 % right (all tokens 87.5 %), "
-        "11 % of the tokens."
+        "First try 64 with `promprune`, never ask again: 100.0 ± 0.0% right (all tokens 87.5%), 11% of the tokens."
     )
 
 
 def test_tables_show_what_asking_again_gives(report: Report) -> None:
     text = asking_again(report)
-    assert "| 64 | never | 0.0 % | 80.0 ± 6.4 | -20.0 ± 6.4 | 64 | 11 % |" in text
-    assert "| 64 | 0.8 | 20.0 % | 100.0 ± 0.0 | +0.0 ± 0.0 | 179 | 31 % |" in text
-    assert (
-        "| all tokens |  | 100.0 ± 0.0 |\n| 64 | never | 80.0 ± 6.4 |\n| 64 | 0.8 | 100.0 ± 0.0 (20 %) |" in text
-    )
+    assert "| 64 | never | 0.0% | 80.0 ± 6.4 | -20.0 ± 6.4 | 64 | 11% |" in text
+    assert "| 64 | 0.8 | 20.0% | 100.0 ± 0.0 | +0.0 ± 0.0 | 179 | 31% |" in text
+    assert "| all tokens |  | 100.0 ± 0.0 |\n| 64 | never | 80.0 ± 6.4 |\n| 64 | 0.8 | 100.0 ± 0.0 (20%) |" in text
     # Those of `random` that are not right are surer than the others: these are asked again first, and all at once.
-    assert "| `promprune` | +0.0 ± 0.0 (20 %) | - |\n| `random` | -20.0 ± 6.4 (80 %) | - |" in text
-    assert "| `promprune` | 31 % (0.8) | - |\n| `random` | - | - |" in text
+    assert "| `promprune` | +0.0 ± 0.0 (20%) | - |\n| `random` | -20.0 ± 6.4 (80%) | - |" in text
+    assert "| `promprune` | 31% (0.8) | - |\n| `random` | - | - |" in text
     assert terminal_asking_again(report).row_count == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,16 +11,23 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from promprune_vllm.cli import app
+from promprune_vllm.core.registry import get_method
 from promprune_vllm.errors import EvaluationError
 from promprune_vllm.evaluation import lmms
+from promprune_vllm.evaluation.plan import parse_options, split_list
 from promprune_vllm.evaluation.proxy import proxy
+from promprune_vllm.evaluation.published import PUBLISHED
 from promprune_vllm.evaluation.sender import Way
 from promprune_vllm.evaluation.target import find_target
+from tests.documents import BLOCK, ROOT
 from tests.unit.evaluated import reply, server
+
+LMMS_TASKS = Path(sys.prefix) / "lmms-only" / "lmms_eval" / "tasks"
 
 STAND_IN = """
 import json, os, pathlib, sys, urllib.error, urllib.request
@@ -140,6 +148,61 @@ def test_without_figures_the_table_says_so_beside_the_papers() -> None:
     assert all(line.count("*not measured here*") == 7 for line in ours)
     theirs = [line for line in lines[2:] if line not in ours]
     assert all("the paper's, arXiv 2603." in line for line in theirs)
+
+
+def test_the_newest_figures_have_a_source_and_are_shares_of_all_tokens() -> None:
+    for each in PUBLISHED:
+        assert each.source
+        assert all(len(means) == len(each.budgets) for means in each.means.values())
+        assert all(mean is None or 0 < mean < each.full for means in each.means.values() for mean in means)
+    line = next(line for line in lmms.published_table().splitlines() if "| EADP | 512 of 1,024" in line)
+    assert "| 512 of 1,024: 86.7; 256: 80.9; 128: 74.4 |" in line  # 73.1, 68.2 and 62.7 of 84.3
+
+
+def shown(program: str) -> list[list[str]]:
+    """Commands about large models that docs/evaluation.md shows, as words."""
+    codes = [code for *_, code in BLOCK.findall((ROOT / "docs" / "evaluation.md").read_text())]
+    shell = [code.replace("\\\n", " ") for code in codes if "--lmms" in code or "promprune serve" in code]
+    lines = [shlex.split(line) for code in shell for line in code.splitlines()]
+    wanted = ["promprune", program]
+    return [words for words in lines if words[:2] == wanted and (program == "serve" or "--lmms" in words)]
+
+
+def test_every_model_has_a_server_and_a_command() -> None:
+    assert [words[2].partition("/")[2] for words in shown("serve")] == [
+        "llava-1.5-7b-hf",
+        "Qwen2.5-VL-7B-Instruct",
+        "Qwen3-VL-8B-Instruct",
+        "Qwen3.8-27B",
+    ]
+    assert len(shown("eval")) == 4
+    with_figures = {each.model for each in PUBLISHED}
+    assert with_figures == {words[2] for words in shown("serve")[:3]}
+
+
+@pytest.mark.parametrize(("serve", "words"), list(zip(shown("serve"), shown("eval"), strict=True)))
+def test_the_documented_commands_are_valid(serve: list[str], words: list[str]) -> None:
+    command = typer.main.get_command(app).commands["eval"]  # type: ignore[attr-defined]
+    given = command.make_context("eval", words[2:]).params
+    options = parse_options(
+        *(given[name] for name in ("tasks", "budgets", "methods")), questions=1, concurrency=1, check=get_method
+    )
+    assert len(options.budgets) > 2
+    allowed = serve[serve.index("--visual-token-allow-methods") + 1].split(",")
+    assert {name for name, _ in options.methods} == {"promprune", *allowed}
+    tasks = split_list(given["lmms"])
+    assert len(set(tasks)) == len(tasks) > 7
+    assert given["url"] == "http://127.0.0.1:8000"
+
+
+@pytest.mark.skipif(not LMMS_TASKS.is_dir(), reason="no lmms-eval: python deploy/environment/setup_env.py --lmms")
+def test_lmms_eval_has_the_documented_tasks() -> None:
+    wanted = {task for words in shown("eval") for task in split_list(words[words.index("--lmms") + 1])}
+    names = (
+        re.findall(r"^task: *\"?([\w-]+)\"?", file.read_text(), re.MULTILINE)
+        for file in LMMS_TASKS.rglob("*.yaml")
+    )
+    assert wanted - {name for found in names for name in found} == set()
 
 
 def test_an_unknown_task_is_read_by_its_first_metric() -> None:

@@ -54,7 +54,7 @@ def test_levels_are_comparable_though_methods_were_asked_differently_much() -> N
         records(
             answers("full", "full", lambda seed, _: seed < 30),
             answers("promprune", "64", lambda seed, _: seed < 20),
-            answers("fsr", "64", lambda seed, _: seed < 20, images=20),  # the easy half: 100 %, as all tokens have
+            answers("fsr", "64", lambda seed, _: seed < 20, images=20),  # the easy half: 100%, as all tokens have
         )
     )
     cell, level = report.cell("fsr", "64"), report.level("fsr", "64")
@@ -79,10 +79,10 @@ def test_without_all_tokens_a_level_is_the_plain_accuracy() -> None:
 
 def test_pairs_name_the_best_fixed_split_and_everything_that_was_asked(report: Report) -> None:
     first, second = pairs_table(report).splitlines()[2:]
-    budget, random, uniform, split, full = (cell.strip() for cell in first.strip("|").split("|"))
+    budget, random, uniform, downsample, split, full = (cell.strip() for cell in first.strip("|").split("|"))
     assert budget == "64"
     assert random.startswith("+30.0 (")
-    assert uniform == "-"
+    assert uniform == downsample == "-"
     assert split.startswith("+5.0 (")
     assert split.endswith("; split-0")
     assert full.startswith("-20.0 (")

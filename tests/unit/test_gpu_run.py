@@ -297,13 +297,13 @@ def test_figures_reach_the_documents_with_their_machine_and_command(tmp_path: Pa
     assert f"| 576x4096:64, LLaVA-1.5-7B | {spread} | {spread} | {spread} | 1.0 ms |" in blocks[1]
     assert f"| 1296x3584:256, received attention | {spread} | {spread} | - | - |" in blocks[1]
     assert "| 5x576x4096:64, LLaVA-NeXT-7B | not measured yet |" in blocks[1]
-    others = "20.0 (50.0 %) | 0.60 (98.5 %) | 0.04 (99.9 %) | 90 % |"
-    assert f"| LLaVA-1.5-7B | 576 to 64 | 50.0 | 10.0 | 1.00 (97.5 %) | - | {others}" in blocks[2]
-    assert f"| 576 to 64 | 50.0 | 10.0 | 1.00 (97.5 %) | 30 % | {others}" in blocks[2]
+    others = "20.0 (50.0%) | 0.60 (98.5%) | 0.04 (99.9%) | 90% |"
+    assert f"| LLaVA-1.5-7B | 576 to 64 | 50.0 | 10.0 | 1.00 (97.5%) | - | {others}" in blocks[2]
+    assert f"| 576 to 64 | 50.0 | 10.0 | 1.00 (97.5%) | 30% | {others}" in blocks[2]
     assert text.PREFILL_COLUMNS[-3:] == ("plain", *(f"`{method}`" for method in FREE))
     assert len({line.count("|") for line in blocks[2].splitlines() if line.startswith("| ")}) == 1
     assert "| Qwen3-VL-8B, with received attention | 1024 to 256 | not measured yet |" in blocks[2]
-    assert "| 256 | 64 | 100 % | 50.00 (1.00x) | 100 ms (1.00x) | 200 ms | 1,000 | ? |" in blocks[3]
+    assert "| 256 | 64 | 100% | 50.00 (1.00x) | 100 ms (1.00x) | 200 ms | 1,000 | ? |" in blocks[3]
     assert "Model Runner V2, CUDA graphs, 12,345 KV blocks of 16 tokens" in blocks[3]
     summary = documents.summary_markdown(results)
     assert summary.startswith("On one NVIDIA H200, that takes 0.50 ms, or 0.50 ms from a CUDA graph. LLaVA-1.5-7B")

@@ -136,12 +136,39 @@ def test_api_servers_share_what_the_engines_say(tmp_path: Path, monkeypatch: pyt
     assert heard.level == silent.level == 1, "an engine that says nothing for half a minute is idle"
 
 
-def test_statistics_that_are_off_are_refused_by_both_names() -> None:
+def start(self: object, vllm_config: object, executor_class: object, log_stats: bool) -> None:
+    """As vLLM's clients of an engine are started."""
+    raise AssertionError("started")
+
+
+@pytest.mark.parametrize(
+    ("variables", "option"),
+    [
+        ({}, r"adapt-to-load \(PROMPRUNE_ADAPT_TO_LOAD\)"),
+        ({"PROMPRUNE_AUDIT": "1%"}, r"audit \(PROMPRUNE_AUDIT\)"),
+        ({"PROMPRUNE_AUDIT": "1%", "PROMPRUNE_ADAPT_TO_LOAD": "1"}, r"adapt-to-load \(PROMPRUNE_ADAPT_TO_LOAD\)"),
+    ],
+)
+def test_statistics_that_are_off_are_refused_by_both_names(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], option: str
+) -> None:
     load = pytest.importorskip("promprune_vllm.engine.api_server.load_monitor")
     from promprune_vllm.errors import SettingsError
 
-    def start(self: object, vllm_config: object, executor_class: object, log_stats: bool) -> None:
-        raise AssertionError("started")
-
-    with pytest.raises(SettingsError, match=r"adapt-to-load .*--disable-log-stats"):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=rf"--visual-token-{option} .*--disable-log-stats"):
         load.require_statistics(start)(object(), None, None, log_stats=False)
+
+
+def test_a_program_of_vllms_without_statistics_starts_and_audits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = pytest.importorskip("promprune_vllm.engine.api_server.load_monitor")
+    monkeypatch.setenv("PROMPRUNE_AUDIT", "1%")
+
+    class Program:
+        def step(self) -> None:
+            """As that of vllm.LLM has."""
+
+    with pytest.raises(AssertionError, match="started"):
+        load.require_statistics(start)(Program(), None, None, log_stats=False)
+    assert load.current_load() == Load()

@@ -14,11 +14,11 @@ from promprune_vllm.core.budget import IMAGE, MAX_BUDGET_TOKENS, VIDEO, Budget, 
 from promprune_vllm.core.frames import split_over_frames
 from promprune_vllm.core.policy import BudgetPolicy, MediaPolicy, Medium
 from promprune_vllm.errors import BudgetError
-from promprune_vllm.metrics.catalog import FORMS
+from promprune_vllm.metrics.metric import FORMS
 
 # An image of 576 tokens, a video of 7 frames of 100 tokens each, and an image of 100 tokens.
 MEDIA = [Medium(IMAGE, 576), Medium(VIDEO, 700, frames=7), Medium(IMAGE, 100)]
-# What a client may send with them, and what they keep where the default of images is 200, that of videos 20 %.
+# What a client may send with them, and what they keep where the default of images is 200, that of videos 20%.
 KEPT: list[tuple[object, tuple[int, int, int]]] = [
     (64, (64, 64, 64)),
     (600, (576, 600, 100)),

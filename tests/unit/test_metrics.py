@@ -18,8 +18,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from promprune_vllm.core.savings import Decoder, read_decoder, saved_blocks
 from promprune_vllm.errors import SettingsError
+from promprune_vllm.metrics import mapped_files
 from promprune_vllm.metrics import recorder as module
-from promprune_vllm.metrics.catalog import CATALOG, LABELS, UNPRUNED, Metric
+from promprune_vllm.metrics.catalog import CATALOG
+from promprune_vllm.metrics.metric import LABELS, UNPRUNED, Metric
 from promprune_vllm.metrics.recorder import Build, Recorder, Saving
 
 METHODS = ["promprune", "random"]
@@ -292,8 +294,8 @@ def test_series_take_no_files_of_their_own(tmp_path: Path) -> None:
     recorder.create(CATALOG, [f"method-{i}" for i in range(16)])
     assert len(os.listdir("/proc/self/fd")) <= before + 6  # three files, and their mappings
     # They never grow, so a disk that fills up later has their room.
-    assert {file.stat().st_size for file in tmp_path.iterdir()} == {module._FILE_BYTES}
-    assert all(file.stat().st_blocks * 512 >= module._FILE_BYTES for file in tmp_path.iterdir())
+    assert {file.stat().st_size for file in tmp_path.iterdir()} == {mapped_files._FILE_BYTES}
+    assert all(file.stat().st_blocks * 512 >= mapped_files._FILE_BYTES for file in tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:

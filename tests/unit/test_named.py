@@ -74,7 +74,8 @@ def decide(
 ) -> list[Fraction]:
     every = AllMedia({IMAGE: images}, [(IMAGE, i) for i in range(images.get_count())])
     policy = MediaPolicy(images=PLAIN)
-    return every.decide_levels(BudgetRequest.parse(budget), policy, Fraction(1, level), adapts=adapts)
+    now = dict.fromkeys(every.kinds, Fraction(1, level))
+    return every.decide_levels(BudgetRequest.parse(budget), policy, now, adapts=adapts)
 
 
 def test_a_name_is_remembered_beside_its_cache_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from promprune_vllm.cli import app
 from promprune_vllm.core.geometry import Box, grid
 from promprune_vllm.errors import InspectError
 from promprune_vllm.overlay.client import InspectClient
-from promprune_vllm.overlay.drawing import COVERING, SALIENT, caption, overlay, sheet, titled
+from promprune_vllm.overlay.drawing import COVERING, SALIENT, caption, contact_sheet, overlay, sheet, titled
 
 
 def reply(boxes: list[Box | None], kept: list[int], salient: list[int] | None, **more: Any) -> dict[str, Any]:
@@ -58,6 +60,26 @@ def test_views_stand_side_by_side_and_newlines_nowhere() -> None:
     assert drawn.getpixel((60, 20)) == (50, 50, 50)
     assert drawn.getpixel((88 + 10, 20)) == (50, 50, 50)
     assert drawn.getpixel((88 + 70, 20)) == (200, 200, 200)  # the last crop
+
+
+def test_a_contact_sheet_has_each_frame_under_what_it_keeps() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20), (200, 200, 200)).save(file, "PNG")  # a picture may be smaller than the frame
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    frames = [{"kept": kept, "picture": picture} for kept in ([1], [], [0, 1], *[[]] * 6)]
+    told = reply(list(grid(1, 2, (0, 0, 80, 40))), [1, 4, 5], [5], seen=18, frames=frames)
+    drawn = contact_sheet(told)
+    high = titled(Image.new("RGB", (40, 20)), "").height
+    assert drawn.size == (8 * 40 + 7 * 8, 2 * high + 8)  # nine frames: eight, and one below
+    top = high - 20
+
+    def inside(frame: int, token: int) -> Any:
+        return drawn.getpixel((frame * 48 + token * 20 + 10, top + 10))
+
+    lit = {(frame, token) for frame in range(8) for token in range(2) if inside(frame, token) == (200, 200, 200)}
+    assert lit == {(0, 1), (2, 0), (2, 1)}
+    assert drawn.getpixel((2 * 48 + 20, top)) == SALIENT
+    assert drawn.getpixel((2 * 48, top)) == COVERING
 
 
 def test_another_image_is_refused() -> None:

@@ -14,6 +14,7 @@ from promprune_vllm.errors import PlanError
 from promprune_vllm.planning import videos
 from promprune_vllm.planning.capacity import GPUS, Gpu, Server, Traffic, kv_memory, plan
 from promprune_vllm.planning.facts import Facts, read
+from tests.documents import README, ROOT
 
 GIB = 2**30
 
@@ -21,7 +22,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configurations with the published models' sizes."""
-    from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig, Qwen3_5MoeConfig
+    from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig, Qwen3_5Config, Qwen3_5MoeConfig
 
     folder = tmp_path_factory.mktemp("models")
     vicuna: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064}
@@ -63,6 +64,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Qwen3_5MoeConfig(
         text_config=hybrid, vision_config={"out_hidden_size": 2048}, dtype="bfloat16"
     ).save_pretrained(folder / "hybrid")
+    dense = {
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "intermediate_size": 17408,
+        "linear_num_value_heads": 48,
+        "vocab_size": 248320,
+        "mamba_ssm_dtype": "float32",
+    }
+    Qwen3_5Config(text_config=dense, vision_config={"out_hidden_size": 5120}, dtype="bfloat16").save_pretrained(
+        folder / "dense"
+    )
     return folder
 
 
@@ -73,7 +88,7 @@ def llava(models: Path) -> Facts:
 
 @pytest.mark.parametrize(
     ("name", "billions", "kib_a_token"),
-    [("llava", 7.06, 512), ("next", 7.06, 512), ("qwen", 8.29, 56), ("hybrid", 35.1, 20)],
+    [("llava", 7.06, 512), ("next", 7.06, 512), ("qwen", 8.29, 56), ("hybrid", 35.1, 20), ("dense", 27.35, 64)],
 )
 def test_published_models_have_the_sizes_they_are_known_for(
     models: Path, name: str, billions: float, kib_a_token: int
@@ -142,6 +157,41 @@ def test_a_chat_of_a_hybrid_takes_long_blocks_and_a_state_in_each_linear_layer(m
     shown = " ".join(CliRunner().invoke(app, ["plan", "--model", str(models / "hybrid")]).stdout.split())
     said = f"30 of 40 layers keep a state instead of a KV cache, as large as a block of {block:,} tokens"
     assert said in shown
+
+
+def test_blocks_of_the_dense_hybrid_are_as_long_as_vllm_logs_for_it(models: Path) -> None:
+    """LMCache's recipe for Qwen3.6-27B has vLLM's line: "Setting attention block size to 784 tokens"."""
+    assert read(str(models / "dense")).block_tokens(16) == 784
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llava", ""),
+        ("next", ""),
+        ("qwen", ""),
+        ("dense", "--image 1024x1024"),
+        ("dense", "--image 1024x1024 --images 4 --budgets 25%,64"),
+        ("qwen", "--video 180x640x360 --budgets 25%,2880,720"),
+    ],
+)
+def test_the_tables_of_the_documents_are_what_the_command_prints(models: Path, name: str, options: str) -> None:
+    call = ["plan", "--model", str(models / name), "--gpu", "h100", "--markdown", *options.split()]
+    printed = [line for line in CliRunner().invoke(app, call).stdout.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    assert len(printed) > 3
+    assert "\n".join(printed[2:]) in page
+
+
+@pytest.mark.parametrize("name", ["llava", "dense"])
+def test_the_savings_of_the_readme_are_what_the_command_calculates(models: Path, name: str) -> None:
+    options = ["--gpu", "h100", "--image", "1024x1024", "--budgets", "25%,64", "--json"]
+    told = json.loads(CliRunner().invoke(app, ["plan", "--model", str(models / name), *options]).stdout)
+    readme = README.read_text()
+    for row in told["budgets"]:
+        kept = f"{row['kept']:,}" + (", all" if row["budget"] == "full" else "")
+        kv = f"{row['kv_bytes_per_image'] / 2**20:.0f} MiB"
+        assert f"| {kept} | {kv} | {row['chats']} | {row['arithmetic'] * 100:.0f}% |" in readme, row
 
 
 def test_windows_of_a_tower_cost_less_than_looking_everywhere(models: Path) -> None:

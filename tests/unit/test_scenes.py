@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 
 from promprune_vllm.demo.scenes import KINDS, PIXELS, SPLITS, TASKS, make_scene, pair_question
 from promprune_vllm.demo.scenes.assets import digit_samples, photo_names
+from promprune_vllm.demo.scenes.clips import CLIP_KINDS, FRAMES, make_clip, mp4
 from promprune_vllm.demo.scenes.record import SHAPES, Question, Thing
 
 CHANCE = {
@@ -180,3 +182,61 @@ def test_scenes_need_no_torch() -> None:
     code = "import sys, promprune_vllm.demo.scenes; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "skimage", "vllm"} & set(result.stdout.split())
+
+
+@pytest.mark.parametrize("kind", CLIP_KINDS)
+def test_a_seed_is_one_clip_whose_events_can_be_seen(kind: str) -> None:
+    clips = [make_clip(kind, seed) for seed in range(40)]
+    assert clips == [make_clip(kind, seed) for seed in range(40)]
+    for made in clips:
+        assert len(made.events) in {"count": (3, 4, 5), "order": (2,)}.get(kind, (1,))
+        assert [mask.keys() for mask in made.masks()] == [dict.fromkeys(e.frames).keys() for e in made.events]
+        seen = [frame for event in made.events for frame in event.frames]
+        assert len(set(seen)) == len(seen)  # one at a time
+        assert kind == "still" or 0 not in seen
+        assert max(seen) < FRAMES
+    frames = clips[3].frames()
+    assert frames.shape == (FRAMES, PIXELS, PIXELS, 3)
+    assert np.array_equal(frames, clips[3].frames())
+    assert not np.array_equal(frames, make_clip(kind, 3, "train").frames())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLIP_KINDS if kind not in ("pan", "still")])
+def test_in_a_clip_nothing_changes_but_where_its_events_are(kind: str) -> None:
+    """Beyond the noise. A patch of which an event covers little changes too, beside those of its mask."""
+    made = make_clip(kind, 5)
+    frames, masks = made.frames().astype(int), made.masks()
+    for number in range(1, FRAMES):
+        changed = abs(frames[number] - frames[0]).max(axis=2) > 12
+        patches = changed.reshape(24, 14, 24, 14).any(axis=(1, 3))
+        here = [mask[number] for mask in masks if number in mask]
+        assert patches.any() == bool(here)
+        for mask in here:
+            near = np.pad(mask, 1)
+            around = [near[1 + y : 25 + y, 1 + x : 25 + x] for y in (-1, 0, 1) for x in (-1, 0, 1)]
+            assert not (patches & ~np.logical_or.reduce(around)).any()
+
+
+def test_a_digit_is_on_its_card_in_some_frames_only() -> None:
+    made = make_clip("digit", 2)
+    (event,) = made.events
+    assert event.thing.what == "card"
+    assert made.things[-1] == replace(event.thing, what="plate", sample=-1, digit=-1)
+
+
+def test_a_clip_as_a_file_has_its_frames() -> None:
+    import cv2
+
+    frames = make_clip("order", 1).frames()
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(mp4(frames))
+        file.flush()
+        video = cv2.VideoCapture(file.name)
+        read = [cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for ok, frame in iter(video.read, (False, None)) if ok]
+    assert len(read) == FRAMES
+    assert abs(np.stack(read).astype(int) - frames).mean() < 12
+
+
+def test_a_clip_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="no clip is 'zoom'"):
+        make_clip("zoom", 0)

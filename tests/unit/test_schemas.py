@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
@@ -22,12 +21,15 @@ from promprune_vllm.server.openapi import add_fields, document
 from promprune_vllm.server.routes import PATH, router
 from promprune_vllm.server.schemas import (
     Adaptation,
+    Audit,
     CountReply,
+    CountRequest,
     Escalation,
     ImageCount,
     Limits,
     Method,
     Range,
+    Target,
     VisualTokens,
     VllmCheck,
 )
@@ -206,14 +208,16 @@ class _Backend:
                 detail=False,
             ),
             escalation=Escalation(on=False, below=0.9, to="full", window=16, reason=None),
+            audit=Audit(on=False, share=0, reason=None),
+            target=Target(agreement=None, sizes=[]),
             adaptation=Adaptation(to_load=False, to_content=False, level=1.0),
             fields=field_schemas(["promprune"]),
         )
 
-    def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
-        self.asked = (list(sizes), budget, details)
-        images = [ImageCount(seen=width, kept=height) for width, height in sizes]
-        return CountReply(seen=3, kept=2, images=images, kv_cache=None)
+    async def count(self, body: CountRequest) -> CountReply:
+        self.asked = body
+        images = [ImageCount(seen=image.width, kept=image.height) for image in body.images or ()]
+        return CountReply(seen=3, kept=2, images=images, videos=[], kv_cache=None)
 
     async def inspect(self, body: InspectRequest, request: Request) -> Response:
         return JSONResponse({"kept": body.visual_token_budget})
@@ -231,13 +235,24 @@ def test_the_routes_hand_on_what_was_sent() -> None:
         "seen": 3,
         "kept": 2,
         "images": [{"seen": 3, "kept": 2}],
+        "videos": [],
         "kv_cache": None,
     }
-    assert backend.asked == ([(3, 2)], [0.25], ["low"])
+    assert backend.asked == CountRequest.model_validate(request)
     assert {PATH, f"{PATH}/count"} <= set(client.get("/openapi.json").json()["paths"])
-    assert client.post(f"{PATH}/count", json={**request, "budget": 64}).status_code == 422
+    videos = {
+        "videos": ["data:video/mp4;base64,"],
+        "visual_token_budget": {"per_frame": 2},
+        "visual_token_method": "evs",
+    }
+    assert client.post(f"{PATH}/count", json=videos).json()["images"] == []
+    assert backend.asked == CountRequest.model_validate(videos)
+    assert backend.asked.visual_token_method == "evs"
+    for wrong in ({**request, "budget": 64}, {"images": []}, {"videos": []}, {"videos": [{"width": 3}]}):
+        assert client.post(f"{PATH}/count", json=wrong).status_code == 422
     assert client.post(f"{PATH}/inspect", json={"image": "data:,", "visual_token_budget": 7}).json() == {"kept": 7}
-    assert client.post(f"{PATH}/inspect", json={"image": ""}).status_code == 422
+    for wrong in ({"image": ""}, {"video": ""}, {"video": "data:,", "pictures": 7}):
+        assert client.post(f"{PATH}/inspect", json=wrong).status_code == 422
 
 
 def test_no_inspector_means_no_route_and_no_page() -> None:

@@ -67,7 +67,7 @@ def test_every_part_depends_on_something_and_says_what_is_lost() -> None:
         assert bool(part.architectures) == (part.kind is Kind.FAMILY), part.name
 
 
-_ENCODE = ("_process_image_input", "_process_vision_input")
+_ENCODE = ("_process_image_input", "_process_vision_input", "_process_video_pixels")
 
 
 def test_every_family_depends_on_a_tower_a_processor_and_positions() -> None:

@@ -13,7 +13,7 @@ from promprune_vllm.core.escalation import EscalationRequest as Again
 from promprune_vllm.demo import sender
 from promprune_vllm.demo.traffic import PLAIN, POOL, REFUSED, TEXT, UNSURE, Picture, Result, lines, plan, total
 from promprune_vllm.errors import BudgetError
-from promprune_vllm.metrics.catalog import FORMS
+from promprune_vllm.metrics.metric import FORMS
 
 METHODS = ("divprune", "random")
 SENT = {*FORMS} - {"per_frame"}

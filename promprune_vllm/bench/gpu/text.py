@@ -99,14 +99,14 @@ def prefill_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the cells of a row after the model's name."""
     share, kept = row["attention_share"], row["saving_kept"]
     ours, *others = (
-        f"{milliseconds(cost)} ({100 * kept[name]:.1f} %)" for name, cost in row["selection_ms"].items()
+        f"{milliseconds(cost)} ({100 * kept[name]:.1f}%)" for name, cost in row["selection_ms"].items()
     )
     return (
         f"{row['tokens']} to {row['kept']}",
         milliseconds(row["full_ms"]),
         milliseconds(row["native_ms"]),
         ours,
-        "-" if share is None else f"{100 * share:.0f} %",
+        "-" if share is None else f"{100 * share:.0f}%",
         *others,
     )
 
@@ -134,7 +134,7 @@ def vllm_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         str(row["concurrency"]),
         str(row["budget"]),
-        f"{100 * row['kept_share']:.0f} %",
+        f"{100 * row['kept_share']:.0f}%",
         f"{row['requests_per_second']:.2f} ({by['requests_per_second']:.2f}x)",
         f"{row['ttft_p50_ms']:.0f} ms ({by['ttft_p50_ms']:.2f}x)",
         f"{row['ttft_p99_ms']:.0f} ms",

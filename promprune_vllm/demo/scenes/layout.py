@@ -77,11 +77,37 @@ def concentrated_things(rng: Random, split: str) -> tuple[Thing, ...]:
     return tuple(things)
 
 
-def _place(rng: Random, taken: list[tuple[float, float, float]], size: float) -> tuple[float, float]:
+def placed_among(
+    rng: Random, split: str, things: tuple[Thing, ...], what: str, number: int, *, middle: bool = False
+) -> list[Thing]:
+    """Place more things where there is room between others, each of 34-42 px and of another color.
+
+    Args:
+        rng: Source of random numbers.
+        split: One of `SPLITS`.
+        things: What is there.
+        what: "card", or "shape" for any shape.
+        number: How many to place, at most as many as there are colors.
+        middle: Whether they must be in the middle half of the picture, each way.
+    """
+    taken = [(thing.x, thing.y, thing.width) for thing in things]
+    placed = []
+    for colour in rng.sample(COLOURS, number):
+        size = rng.uniform(34, 42)
+        at = _place(rng, taken, size, margin=PIXELS / 4 if middle else 1)
+        name = (what if what == "card" else rng.choice(SHAPES), colour)
+        placed.append(_written(rng, split, name, at, size) if what == "card" else _painted(rng, name, at, size))
+    return placed
+
+
+def _place(
+    rng: Random, taken: list[tuple[float, float, float]], size: float, margin: float = 1
+) -> tuple[float, float]:
     """Return a free position for a square of `size` pixels, or (rarely) the last one tried."""
     x = y = PIXELS / 2
+    low, high = size / 2 + margin, PIXELS - size / 2 - margin
     for _ in range(200):
-        x, y = rng.uniform(size / 2 + 1, PIXELS - size / 2 - 1), rng.uniform(size / 2 + 1, PIXELS - size / 2 - 1)
+        x, y = rng.uniform(low, high), rng.uniform(low, high)
         reach = [(abs(x - a), abs(y - b), (size + other) / 2 + _GAP) for a, b, other in taken]
         if all(across > room or down > room for across, down, room in reach):
             break

@@ -12,6 +12,7 @@ TASKS = SCATTERED_TASKS + CONCENTRATED_TASKS
 PIXELS = 336
 PATCH = 14  # side of a patch of the vision tower, in pixels
 GRID = PIXELS // PATCH  # patches a side
+HELD = 0.25  # a patch counts as part of a thing if things cover at least this share of it
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}

@@ -18,9 +18,7 @@ from promprune_vllm.demo.scenes.backgrounds import (
 from promprune_vllm.demo.scenes.drawing import cover, draw
 from promprune_vllm.demo.scenes.layout import concentrated_things, scattered_things
 from promprune_vllm.demo.scenes.questions import concentrated_questions, scattered_questions, shown
-from promprune_vllm.demo.scenes.record import KINDS, PATCH, PIXELS, SPLITS, Question, Thing
-
-_HELD = 0.25  # a patch counts as part of a thing if things cover at least this share of it
+from promprune_vllm.demo.scenes.record import HELD, KINDS, PATCH, PIXELS, SPLITS, Question, Thing
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class Scene:
         for thing in self.things:
             if thing.what != ("glyph" if faces else "plate"):
                 cover(covered, thing)
-        return np.asarray(covered.reduce(PATCH)) >= 255 * _HELD
+        return np.asarray(covered.reduce(PATCH)) >= 255 * HELD
 
     def _key(self, purpose: str) -> str:
         return _key(self.kind, self.seed, self.split, purpose)

@@ -41,6 +41,18 @@ def unsupported_reason(renderer: Any) -> str | None:
     return reason
 
 
+def require_prunable(renderer: Any, verb: str) -> None:
+    """Raise ``BudgetError`` if this renderer's model cannot be pruned.
+
+    Args:
+        renderer: vLLM's.
+        verb: What there is nothing to do with, such as "count".
+    """
+    if reason := unsupported_reason(renderer):
+        model = served_name(renderer.model_config)
+        raise BudgetError(f"Nothing to {verb}: {model} cannot be pruned, {reason}.", param="model")
+
+
 def served_name(model_config: Any) -> str:
     """Return the model's name for clients; they must not see its path."""
     names = model_config.served_model_name

@@ -95,15 +95,20 @@ class AllMedia:
         """Width and height of each image; ``None`` for videos and where they are not known."""
         return [size if kind == IMAGE else None for kind, size in zip(self.kinds, self.sizes, strict=True)]
 
+    @property
+    def images(self) -> PromptMedia | None:
+        """The images, if there are any."""
+        return self._media.get(IMAGE)
+
     def decide_levels(
-        self, budget: BudgetRequest, policy: MediaPolicy, now: Fraction, *, adapts: bool
+        self, budget: BudgetRequest, policy: MediaPolicy, now: Mapping[str, Fraction], *, adapts: bool
     ) -> list[Fraction]:
         """Return the share of the default that ``"auto"`` keeps of each.
 
         Args:
             budget: The request's budget.
             policy: The server's policy.
-            now: The level that the load allows.
+            now: The level that load and target allow, by kind.
             adapts: Whether an image's content counts, too.
 
         Raises:
@@ -114,7 +119,7 @@ class AllMedia:
             SHARED if shared else budget.for_medium(n, kind) for n, kind in enumerate(self.kinds)
         )
         levels = {
-            kind: each.decide_levels(wishes[kind], policy.of(kind), now, adapts=adapts and kind == IMAGE)
+            kind: each.decide_levels(wishes[kind], policy.of(kind), now[kind], adapts=adapts and kind == IMAGE)
             for kind, each in self._media.items()
         }
         return [levels[kind][i] for kind, i in self._order]

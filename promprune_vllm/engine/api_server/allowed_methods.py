@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from promprune_vllm.config import Settings, environment
-from promprune_vllm.core.budget import METHOD_FIELD, VIDEO, shown
+from promprune_vllm.core.budget import FIELD, METHOD_FIELD, VIDEO, shown
 from promprune_vllm.core.features import Need
 from promprune_vllm.core.registry import Selector, methods
 from promprune_vllm.engine import families
@@ -61,29 +61,53 @@ class AllowedMethods:
             )
         return allowed.index(name)
 
-    def check_frames(self, index: int, kind: str, frames: int, *, videos_are_runs: bool) -> None:
-        """Raise ``BudgetError`` if a method compares frames, and cannot with what it should prune.
+    def text_between(self, index: int, kind: str, size: Any, kept: int) -> int:
+        """Return how many tokens of text enter among the kept tokens of a video, as embeddings like them.
+
+        Where text is between frames and a method decides how many tokens each frame keeps, all of that text does.
 
         Args:
             index: The method's index.
             kind: What is to be pruned, ``IMAGE`` or ``VIDEO``.
-            frames: Frames of a video.
-            videos_are_runs: Whether the model's frames may keep any numbers of tokens.
+            size: Of a video, its ``VideoShape``.
+            kept: Tokens to keep, fewer than it has.
+
+        Raises:
+            BudgetError: The method compares frames, and there are none to compare; or a video would take more
+                embeddings than unpruned, for which vLLM has made no room.
         """
-        if not self.selectors[index].over_frames or (kind == VIDEO and frames > 1 and videos_are_runs):
-            return
-        why = "compares the frames of a video, and an image has none"
-        if kind == VIDEO:
-            why = "compares the frames of a video, and this one has a single frame"
-        if kind == VIDEO and not videos_are_runs:
-            why = "decides how many tokens each frame keeps, and in this model all frames keep equally many"
-        others = ", ".join(each.name for each in self.selectors if not each.over_frames)
-        raise BudgetError(
-            f"Method {self.selectors[index].name!r} {why}. Send another {METHOD_FIELD} "
-            f'({others or "this server allows no other"}), or "full" for the {kind}.',
+        if not self.selectors[index].over_frames:
+            return 0
+        if kind != VIDEO:
+            raise self._frames_error(index, kind, "an image has none")
+        if size.frames == 1:
+            raise self._frames_error(index, kind, "this one has a single frame")
+        if kept > size.total - size.between:
+            raise self._room_error(index, size, kept)
+        return int(size.between)
+
+    def _room_error(self, index: int, size: Any, kept: int) -> BudgetError:
+        most = size.total - size.between
+        cure = f"Send a {FIELD} that keeps at most {most}" if most > 0 else "No budget is small enough"
+        return BudgetError(
+            f"Method {self.selectors[index].name!r} cannot keep {kept} of the {size.total} tokens of this video. "
+            f"It decides how many each frame keeps, so the {size.between} tokens of text between the frames "
+            f"become embeddings too, and all together may not be more than {size.total}. {cure}; send another "
+            f'{METHOD_FIELD} ({self._others()}), or "full" for the video.',
+            reason="limits",
+        )
+
+    def _frames_error(self, index: int, kind: str, why: str) -> BudgetError:
+        return BudgetError(
+            f"Method {self.selectors[index].name!r} compares the frames of a video, and {why}. Send another "
+            f'{METHOD_FIELD} ({self._others()}), or "full" for the {kind}.',
             param=METHOD_FIELD,
             reason="method",
         )
+
+    def _others(self) -> str:
+        names = [each.name for each in self.selectors if not each.over_frames]
+        return ", ".join(names) or "this server allows no other"
 
     def needs_text(self) -> bool:
         """Return whether any of the methods uses the user's text."""

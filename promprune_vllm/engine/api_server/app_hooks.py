@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from promprune_vllm.engine.api_server import borrowed_mu, prompt_metrics
+from promprune_vllm.engine.api_server import audit, borrowed_mu, prompt_metrics
 from promprune_vllm.engine.keys import ENDPOINTS
 
 
@@ -28,12 +28,13 @@ def attach_endpoints(original: Any) -> Any:
 
 
 def init_endpoints(original: Any) -> Any:
-    """Wrap the second step: give the app's state the backend of our routes, and warn of a borrowed mu."""
+    """Wrap the second step: give the app's state the backend of our routes, and check and warn about settings."""
 
     async def init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
         await original(engine_client, state, args)
         if (renderer := getattr(state, "online_renderer", None)) is not None:  # else it is no server of vLLM's
             borrowed_mu.warn(renderer.renderer)
+            audit.start(engine_client, renderer.renderer.config)
         endpoints = getattr(state, ENDPOINTS, None)
         if endpoints is None:  # a batch run, which has a state but no app
             return

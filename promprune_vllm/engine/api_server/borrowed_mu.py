@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from promprune_vllm.config import FLAG, Settings
-from promprune_vllm.core.registry import options_of
+from promprune_vllm.core.registry import methods, options_of
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server.admission import unsupported_reason
 from promprune_vllm.engine.keys import CALIBRATION
@@ -41,13 +41,14 @@ def describe(model_config: Any, settings: Settings) -> str | None:
         settings: The server's settings.
     """
     family = families.family_of(model_config.architectures)
-    if family is None or family.measured or _METHOD not in settings.allowed:
+    concerned = [name for name in settings.allowed if methods()[name].calibrated_as == _METHOD]
+    if family is None or family.measured or not concerned:
         return None
     of_checkpoint = getattr(model_config.hf_config, CALIBRATION, {}).get(_METHOD, {})
-    is_configured = settings.method == _METHOD
+    is_configured = settings.method in concerned
     if "mu" in of_checkpoint or (is_configured and "mu" in settings.method_options):
         return None
-    options = options_of(settings.selector(families.calibration(model_config), _METHOD))
+    options = options_of(settings.selector(families.calibration(model_config), concerned[0]))
     if options["kr_min"] == options["kr_max"]:  # the split is fixed
         return None
     # The server's options apply to the configured method only.

@@ -6,22 +6,24 @@ only read settings and count tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import vllm
 from fastapi import Request
 from fastapi.responses import Response
-from vllm.multimodal.parse import ImageSize
 
 import promprune_vllm
 from promprune_vllm.config import Settings
+from promprune_vllm.core.budget import VIDEO
 from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
-from promprune_vllm.engine.api_server import escalation_refusals, http_fields, inspector
-from promprune_vllm.engine.api_server.admission import admit, served_name, unsupported_reason
+from promprune_vllm.engine.api_server import audit, escalation_refusals, http_fields, inspected_reply
+from promprune_vllm.engine.api_server.admission import admit, require_prunable, served_name, unsupported_reason
+from promprune_vllm.engine.api_server.counting import TokenCounter
 from promprune_vllm.engine.api_server.inspected_answer import Question
 from promprune_vllm.engine.api_server.inspector import Inspector
 from promprune_vllm.engine.api_server.prompt_savings import bytes_per_token
@@ -29,9 +31,9 @@ from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.request_fields import PruningFields, find_field
 from promprune_vllm.engine.api_server.retry_plan import escalation_in_force
+from promprune_vllm.engine.api_server.target_levels import target_state
+from promprune_vllm.engine.api_server.vllm_check import vllm_check
 from promprune_vllm.engine.compat import parts, seams, verdict
-from promprune_vllm.engine.compat.parts import Kind
-from promprune_vllm.engine.compat.verdict import Verdict
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.field_schemas import field_schemas
 from promprune_vllm.server.inspect_schemas import InspectReply, InspectRequest
@@ -44,20 +46,20 @@ from promprune_vllm.server.route_table import POST_ROUTES
 from promprune_vllm.server.routes import router
 from promprune_vllm.server.schemas import (
     Adaptation,
+    Audit,
     CacheBytes,
     CachesReply,
     CountReply,
+    CountRequest,
     EncoderCache,
     Escalation,
     FeatureCache,
     ImageCount,
     Limits,
     Method,
-    PartOff,
     ProcessorCache,
     Range,
     VisualTokens,
-    VllmCheck,
 )
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class EngineBackend:
     def __init__(self, renderer: Any, inspector: Inspector) -> None:
         self._renderer = renderer
         self._inspector = inspector
+        self._counter = TokenCounter(renderer, inspector)
         self._settings = Settings.from_environment()
 
     def check_fields(self, body: Mapping[str, Any], path: str) -> PruningRequest:
@@ -132,7 +135,7 @@ class EngineBackend:
         return VisualTokens(
             version=promprune_vllm.__version__,
             vllm_version=vllm.__version__,
-            vllm_check=_vllm_check(verdict.current()),
+            vllm_check=vllm_check(verdict.current()),
             model=served_name(config),
             architecture=config.architecture,
             family=None if family is None else family.model,
@@ -147,6 +150,8 @@ class EngineBackend:
                 level=1.0 if reason else float(self._renderer.mm_processor.current_level()),
             ),
             escalation=self._escalation(),
+            audit=self._audit(),
+            target=target_state(self._settings.agreement(), config.served_model_name),
             fields=field_schemas(self._settings.allowed),
         )
 
@@ -155,23 +160,25 @@ class EngineBackend:
         switch = {"on": self._settings.escalate is not None, "reason": reason}
         return Escalation.model_validate({**self._settings.escalation().printed(), **switch})
 
-    def count(self, sizes: Sequence[tuple[int, int]], budget: object, details: Sequence[str] | None) -> CountReply:
+    def _audit(self) -> Audit:
+        share = self._settings.audited_share()
+        reason = audit.unsupported_reason(self._renderer.config) if self._inspector.has_engine else audit.NO_ENGINE
+        return Audit(on=share > 0, share=share, reason=reason)
+
+    async def count(self, body: CountRequest) -> CountReply | Response:
         """Return how many tokens a request would keep; raise the same errors as that request."""
-        with refusing(None):
-            request = PruningRequest.parse(PruningFields(budget=budget, details=self._honored_details(details)))
-            if details is not None and len(details) != len(sizes):
-                raise BudgetError(f"detail has {len(details)} entries for {len(sizes)} images.", param="detail")
-            admit(self._renderer, request)
-            self._require_pruning("count")
-            counts = self._count(sizes, request)
+        counts = await self._counter.count(body)
+        if isinstance(counts, Response):
+            return counts
         seen, kept = (sum(values) for values in zip(*counts, strict=True))
-        images = [ImageCount(seen=before, kept=after) for before, after in counts]
-        return CountReply(seen=seen, kept=kept, images=images, kv_cache=self._bytes(seen, kept))
+        each = [ImageCount(seen=before, kept=after) for before, after in counts]
+        images, videos = (each, []) if body.videos is None else ([], each)
+        return CountReply(seen=seen, kept=kept, images=images, videos=videos, kv_cache=self._bytes(seen, kept))
 
     async def caches(self) -> CachesReply:
         """Return what the image caches hold."""
         with refusing(None):
-            self._require_pruning("report")
+            require_prunable(self._renderer, "report")
         engines = await self._inspector.cache_sizes()
         capacity = self._inspector.capacity_rows
         encoder = [EncoderCache(images=images, rows=rows, capacity_rows=capacity) for images, rows, _ in engines]
@@ -189,20 +196,20 @@ class EngineBackend:
         return CachesReply(processor=processor, encoder=encoder, features=features or None)
 
     async def inspect(self, body: InspectRequest, request: Request) -> InspectReply | Response:
-        """Return which tokens of an image were kept, and why."""
+        """Return which tokens of an image or a video were kept, and why."""
         with refusing(None):
-            self._require_pruning("inspect")
-            if body.image[: len(_VIDEO_URL)].lower() == _VIDEO_URL:
-                raise BudgetError(
-                    "The inspector shows images, not videos: send a frame as an image.", param="image"
-                )
+            require_prunable(self._renderer, "inspect")
+            _check_medium(body)
             question = self._question(body)
         found = await self._inspector.run(body, question, request)
         if isinstance(found, Response):
             return found
-        boxes = self._renderer.mm_processor.boxes
         kv_cache = self._bytes(found.usage.seen, found.usage.kept)
-        return inspector.reply(found, boxes, self._methods, kv_cache)
+        boxes = self._renderer.mm_processor.boxes
+        # In a thread: the pictures of many frames take a while.
+        return await asyncio.to_thread(
+            inspected_reply.reply, found, boxes, self._methods, kv_cache, pictures=body.pictures
+        )
 
     def _question(self, body: InspectRequest) -> Question | None:
         """Return how a question is answered; raise the same errors as a chat request with it."""
@@ -215,23 +222,6 @@ class EngineBackend:
         reason = escalation_refusals.unsupported_reason(self._renderer.model_config)
         again = escalation_in_force(self._settings, request)
         return Question(self._settings.escalate_window, reason is None, again, body.visual_token_escalate)
-
-    def _require_pruning(self, verb: str) -> None:
-        if reason := unsupported_reason(self._renderer):
-            model = served_name(self._renderer.model_config)
-            raise BudgetError(f"Nothing to {verb}: {model} cannot be pruned, {reason}.", param="model")
-
-    def _count(self, sizes: Sequence[tuple[int, int]], request: PruningRequest) -> list[tuple[int, int]]:
-        try:
-            counts: list[tuple[int, int]] = self._renderer.mm_processor.count(_Sizes(sizes), request)
-        except BudgetError:
-            raise
-        except ValueError as error:  # such as an aspect ratio that the model does not accept
-            raise BudgetError(f"The model takes no images of these sizes: {error}", param="images") from error
-        return counts
-
-    def _honored_details(self, details: Sequence[str] | None) -> tuple[str, ...] | None:
-        return tuple(details) if details is not None and self._settings.detail else None
 
     def _limits(self) -> Limits:
         policies = self._settings.media_policy()
@@ -249,8 +239,14 @@ class EngineBackend:
     def _methods(self) -> list[Method]:
         calibration = families.calibration(self._renderer.model_config)
         selectors = [self._settings.selector(calibration, name) for name in self._settings.allowed]
+        kinds = () if unsupported_reason(self._renderer) else self._renderer.mm_processor.kinds
         return [
-            Method(name=method.name, options=options_of(method), over_frames=method.over_frames)
+            Method(
+                name=method.name,
+                options=options_of(method),
+                over_frames=method.over_frames,
+                prunes=[kind for kind in kinds if kind == VIDEO or not method.over_frames],
+            )
             for method in selectors
         ]
 
@@ -265,32 +261,19 @@ class EngineBackend:
         return bytes_per_token(self._renderer.config)
 
 
+def _check_medium(body: InspectRequest) -> None:
+    """Raise ``BudgetError`` unless there is one image or one video."""
+    wrong = None
+    if (body.image is None) == (body.video is None):
+        wrong = "Send one image as `image`, or one video as `video`."
+    elif (body.image or "")[: len(_VIDEO_URL)].lower() == _VIDEO_URL:
+        wrong = "This is a video: send it as `video`, not as `image`."
+    if wrong:
+        raise BudgetError(wrong, param="image")
+    if body.video is not None and body.detail is not None:
+        raise BudgetError("detail is for images: leave it out with a video.", param="detail")
+
+
 def _range(policy: BudgetPolicy) -> dict[str, Any]:
     default = "full" if policy.default is None else policy.default.printed()
     return {"default": default, "min": policy.minimum, "max": policy.maximum}
-
-
-def _vllm_check(found: Verdict) -> VllmCheck:
-    off = (*found.of_kind(Kind.FAMILY).items(), *found.of_kind(Kind.FEATURE).items())
-    return VllmCheck(
-        tested=found.tested,
-        compared_with=found.reference,
-        compared=found.seams,
-        off=[PartOff(part=part.name, effect=part.without, changed=list(changed)) for part, changed in off],
-        ignored=[change for changed in found.ignored.values() for change in changed],
-    )
-
-
-class _Sizes:
-    """Images of which only the sizes are known; enough for the processor to count their tokens."""
-
-    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
-        self.sizes = [ImageSize(width=width, height=height) for width, height in sizes]
-
-    def get_count(self) -> int:
-        """Return the number of images."""
-        return len(self.sizes)
-
-    def get_image_size(self, index: int) -> ImageSize:
-        """Return the size of one image."""
-        return self.sizes[index]

@@ -1,13 +1,15 @@
-"""Shows which tokens the engine kept of one image: sends a one-token request, then reads the worker's trace.
+"""Shows which tokens the engine kept of an image or a video: sends a one-token request, then reads the trace.
 
 So the engine does the work, in its own queue and with its own limits. An image whose rows it still has is not
 encoded again, and the reply shows the very rows that enter the language model. Then the question is answered.
+What the model gets of a video, only the processor knows: its prompt is processed once more, as ``/tokenize`` does.
 """
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +17,14 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from promprune_vllm.core import geometry
-from promprune_vllm.core.budget import FIELD, METHOD_FIELD
+from promprune_vllm.core.budget import FIELD, IMAGE, METHOD_FIELD, VIDEO
 from promprune_vllm.core.escalation import ESCALATE_FIELD
-from promprune_vllm.core.geometry import Box
+from promprune_vllm.engine.api_server.audit import never_drawn
 from promprune_vllm.engine.api_server.inspected_answer import Question
-from promprune_vllm.engine.compat import older_minors, parts, verdict
+from promprune_vllm.engine.api_server.seen_frames import SeenFrames
+from promprune_vllm.engine.compat import feature_cache, older_minors, parts, verdict
 from promprune_vllm.engine.keys import CACHE_SIZE_METHOD, TRACES_METHOD
-from promprune_vllm.server.inspect_schemas import Answer, Group, InspectReply, InspectRequest
-from promprune_vllm.server.schemas import CacheBytes, Method
+from promprune_vllm.server.inspect_schemas import Answer, InspectRequest
 from promprune_vllm.server.usage import ImageUsage, current_usage, recording
 
 _EVICTED = (
@@ -34,22 +35,28 @@ _ENCODED_ELSEWHERE = (
     "Another engine encoded the image and sent its rows through an encoder cache connector. Only that engine "
     "knows which tokens were kept: inspect the image on the server that encodes."
 )
-_ONE_TOKEN = {"max_tokens": 1, ESCALATE_FIELD: False}
+_CHANGED = (
+    "The video at this URL changed between two loads: its frames are not those that the engine pruned. Try again, "
+    "or send the video itself in a data: URL."
+)
+ONE_TOKEN = {"max_tokens": 1, ESCALATE_FIELD: False}
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the engine did with one image.
+    """What the engine did with one image or video.
 
     Args:
-        usage: Of a request with this image alone.
-        trace: From the worker, ``{}`` if the image kept every token.
+        usage: Of a request with it alone.
+        trace: From the worker, ``{}`` if every token was kept.
         answer: To the question, if there is one.
+        frames: Of a video.
     """
 
     usage: ImageUsage
     trace: Mapping[str, Any]
     answer: Answer | None = None
+    frames: SeenFrames | None = None
 
 
 class Inspector:
@@ -67,10 +74,10 @@ class Inspector:
     async def run(
         self, body: InspectRequest, question: Question | None, request: Request
     ) -> Inspection | Response:
-        """Send an image through the engine.
+        """Send an image or a video through the engine.
 
         Args:
-            body: The image, and how to prune it.
+            body: The image or video, and how to prune it.
             question: How to answer its question; ``None`` for no answer.
             request: The HTTP request.
 
@@ -78,12 +85,12 @@ class Inspector:
             What was found, or vLLM's refusal.
 
         Raises:
-            HTTPException: 503 if the image's rows have already been evicted; 501 if the server does not answer
-                chat requests or does not encode images.
+            HTTPException: 503 if the image's rows have already been evicted; 409 if another video is at the URL
+                now; 501 if the server does not answer chat requests or does not encode images.
         """
         _require_part()
         salt = uuid.uuid4().hex
-        reply = await self._send(_chat(body, salt, _ONE_TOKEN), request)
+        reply = await self._send(_chat(body, salt, ONE_TOKEN), request)
         if isinstance(reply, ErrorResponse):
             return JSONResponse(reply.model_dump(), reply.error.code)
         usage = current_usage()
@@ -92,10 +99,38 @@ class Inspector:
         trace = await self._read_trace(usage.identifiers)
         if not trace and usage.kept < usage.seen:
             raise HTTPException(501, _ENCODED_ELSEWHERE)
+        frames = None if body.video is None else await self._seen_frames(_chat(body, salt, ONE_TOKEN), usage)
         answer = None if question is None else await self._answer(body, question, salt, request)
-        if isinstance(answer, ErrorResponse):
-            return JSONResponse(answer.model_dump(), answer.error.code)
-        return Inspection(usage, trace, answer)
+        for each in (frames, answer):
+            if isinstance(each, ErrorResponse):
+                return JSONResponse(each.model_dump(), each.error.code)
+        return Inspection(usage, trace, answer, frames)
+
+    async def _seen_frames(self, chat: Any, usage: ImageUsage) -> SeenFrames | ErrorResponse:
+        """Return the frames of the video of a chat request, which is loaded a second time for that.
+
+        Args:
+            chat: The request.
+            usage: Of the same request when the engine had it.
+        """
+        with recording() as again:
+            made = await self.process(chat)
+        if isinstance(made, ErrorResponse):
+            return made
+        renderer = self._state.online_renderer.renderer
+        # The cache's key depends on the tokens that are kept, and these on the load if the budget does.
+        comparable = again.images == usage.images and feature_cache.hashes_media(renderer.config)
+        if again.seen != usage.seen or (comparable and again.identifiers != usage.identifiers):
+            raise HTTPException(409, _CHANGED)
+        (item,) = made["mm_kwargs"][VIDEO]
+        frames: SeenFrames = await asyncio.to_thread(renderer.mm_processor.seen_frames, item)
+        return frames
+
+    async def process(self, chat: Any) -> Any:
+        """Return what vLLM makes of a chat request's prompt, or its refusal; the engine is not asked."""
+        _require_part()
+        made = await self._state.online_renderer.render_chat(chat, skip_mm_cache=True)
+        return made if isinstance(made, ErrorResponse) else made[1][0]
 
     async def _answer(
         self, body: InspectRequest, question: Question, salt: str, request: Request
@@ -118,7 +153,13 @@ class Inspector:
         handler = getattr(self._state, "openai_serving_chat", None)
         if handler is None:
             raise HTTPException(501, "This server does not answer chat requests, and the inspector needs one.")
-        return await handler.create_chat_completion(chat, request)
+        with never_drawn():
+            return await handler.create_chat_completion(chat, request)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether it is no render server."""
+        return self._client is not None
 
     @property
     def capacity_rows(self) -> int:
@@ -162,80 +203,27 @@ def _require_part() -> None:
 
 
 def _chat(body: InspectRequest, salt: str, more: Mapping[str, Any]) -> Any:
-    """Return vLLM's chat request about the image, with more fields.
+    """Return vLLM's chat request about the image or video, with more fields.
 
     With a fresh salt, the prefix cache has nothing of it, so the encoder cache must have the image's rows then.
     """
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-    image: dict[str, Any] = {"url": body.image}
-    if body.detail is not None:
-        image["detail"] = body.detail
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": image}]
+    kind, url = (IMAGE, body.image) if body.video is None else (VIDEO, body.video)
+    medium = {"url": url} if body.detail is None else {"url": url, "detail": body.detail}
+    content: list[dict[str, Any]] = [{"type": f"{kind}_url", f"{kind}_url": medium}]
     if body.text:
         content.append({"type": "text", "text": body.text})
     fields = {FIELD: body.visual_token_budget, METHOD_FIELD: body.visual_token_method}
-    return ChatCompletionRequest.model_validate(
-        {
-            "messages": [{"role": "user", "content": content}],
-            "cache_salt": salt,
-            **{name: value for name, value in fields.items() if value is not None},
-            **more,
-        }
-    )
+    return chat_request(content, {"cache_salt": salt, **fields, **more})
 
 
-def reply(
-    found: Inspection,
-    boxes: Callable[[int, int], Sequence[Box | None]],
-    methods: Sequence[Method],
-    kv_cache: CacheBytes | None,
-) -> InspectReply:
-    """Build the reply for one image.
+def chat_request(content: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> Any:
+    """Return vLLM's chat request with one message.
 
     Args:
-        found: What the engine did with it.
-        boxes: Returns the pixel boxes of the tokens of an image of a width and height.
-        methods: The allowed methods.
-        kv_cache: Bytes of KV cache that the image takes and saves.
+        content: The parts of the message.
+        fields: Further fields; those that are ``None`` are left out.
     """
-    usage, trace = found.usage, found.trace
-    ((seen, kept),) = usage.images
-    (size,) = usage.sizes
-    assert size is not None  # only image_embeds have no size
-    groups = [_group(part) for part in trace.get("parts", ())]
-    visual = sorted(position for group in groups for position in group.kept) if groups else list(range(seen))
-    positions = sorted([*visual, *trace.get("newlines", ())])
-    token_boxes = boxes(*size)
-    if len(token_boxes) != seen or len(positions) != kept:
-        raise RuntimeError(
-            f"{len(token_boxes)} boxes and {len(positions)} kept positions for an image with {seen} and {kept}"
-        )
-    method_by_name = {method.name: method for method in methods}
-    return InspectReply(
-        width=size[0],
-        height=size[1],
-        seen=seen,
-        kept=kept,
-        method=method_by_name[trace["method"]] if trace else None,
-        boxes=[None if box is None else geometry.rounded(box) for box in token_boxes],
-        views=[i for i, box in enumerate(token_boxes) if i == 0 or (box is not None and box[:2] == (0.0, 0.0))],
-        indices=positions,
-        groups=groups,
-        selection_ms=round(1000 * trace["seconds"], 3) if trace else None,
-        kv_cache=kv_cache,
-        answer=found.answer,
-    )
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-
-def _group(part: Mapping[str, Any]) -> Group:
-    report = part["report"]
-    entropy = next((value for name, value in report.items() if name.endswith("_entropy")), None)
-    return Group(
-        tokens=part["positions"],
-        kept=part["kept"],
-        salient=part["salient"],
-        saliency=None if part["saliency"] is None else [float(f"{value:.6g}") for value in part["saliency"]],
-        entropy=entropy,
-        report=report,
-    )
+    sent = {name: value for name, value in fields.items() if value is not None}
+    return ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": [*content]}], **sent})

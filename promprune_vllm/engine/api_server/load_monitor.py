@@ -1,7 +1,8 @@
 """Reads the engines' load in the API server, and derives the level: the share of the default that images keep.
 
 vLLM's plugins for statistics cannot be switched off: one that is merely installed turns the statistics on and is
-called in every step. So we wrap the one method that receives the statistics, and only with ``adapt_to_load``.
+called in every step. So we wrap the one method that receives the statistics, and only with ``adapt_to_load`` or
+``audit``.
 
 With several API servers, an engine sends each step's statistics to only one of them. So all servers write what
 they get to one small file, and each reads the whole file, at slightly different times. Their levels may therefore
@@ -22,7 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from promprune_vllm.config import FLAG, PREFIX
+from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.load_levels import Load, LoadLevels, LoadLimits
 from promprune_vllm.errors import SettingsError
 from promprune_vllm.metrics.recorder import DIRECTORY_VARIABLE, prepare_directory, recorder
@@ -40,6 +41,11 @@ _monitor: LoadMonitor | None = None
 def current_level() -> Fraction:
     """Return the share of the default that images keep now; 1 unless budgets adapt to load."""
     return Fraction(1) if _monitor is None else _monitor.level
+
+
+def current_load() -> Load:
+    """Return the load of the busiest engine, as reported last; none where no monitor runs."""
+    return Load() if _monitor is None else _monitor.load()
 
 
 class LoadMonitor:
@@ -78,9 +84,8 @@ class LoadMonitor:
 
     def update_level(self) -> None:
         """Read the latest load of every engine and adjust the level."""
-        now = self._clock()
-        load = Load.worst(self._recent(now))
-        before, self.level = self.level, self._levels.observe(load, now)
+        load = self.load()
+        before, self.level = self.level, self._levels.observe(load, self._clock())
         if self.level != before:
             recorder(self._model_name).level(self.level)
             logger.info(
@@ -90,7 +95,12 @@ class LoadMonitor:
                 load.waiting,
             )
 
-    def _recent(self, now: float) -> Iterator[Load]:
+    def load(self) -> Load:
+        """Return the fullest cache and the longest queue of all engines."""
+        return Load.worst(self._recent())
+
+    def _recent(self) -> Iterator[Load]:
+        now = self._clock()
         for when, usage, waiting in _SLOT.iter_unpack(self._slots):
             if when and now - when < _STALE_SECONDS:
                 yield Load(usage, int(waiting))
@@ -100,29 +110,37 @@ def require_statistics(original: Any) -> Any:
     """Wrap the start of vLLM's engine client: refuse to start without statistics, otherwise start the monitor."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        settings = Settings.from_environment()
+        adapts = settings.adapt_to_load or not settings.audited_share()
+        option = "adapt-to-load" if adapts else "audit" if settings.target is None else "target"
+        if not adapts and hasattr(self, "step"):  # the engine of vllm.LLM, which audits nothing
+            original(self, *args, **kwargs)
+            return
         arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
         if not arguments["log_stats"]:
             raise SettingsError(
-                f"{FLAG}adapt-to-load ({PREFIX}ADAPT_TO_LOAD) needs the engine's statistics, and "
+                f"{FLAG}{option} ({PREFIX}{option.replace('-', '_').upper()}) needs the engine's statistics, and "
                 "--disable-log-stats (disable_log_stats, the default of vllm.LLM) turns them off. Drop one of "
                 "the two."
             )
         original(self, *args, **kwargs)
         model_name = arguments["vllm_config"].model_config.served_model_name
-        _start_monitor(model_name)  # after the engine's processes have started: they must not inherit the thread
+        # After the engine's processes have started: they must not inherit the thread.
+        _start_monitor(model_name, adapts=adapts)
 
     return init
 
 
-def _start_monitor(model_name: str) -> None:
+def _start_monitor(model_name: str, *, adapts: bool) -> None:
     global _monitor  # noqa: PLW0603  one per process, like the engine client
     if _monitor is not None:
         return
     prepare_directory()
     _monitor = LoadMonitor(Path(os.environ[DIRECTORY_VARIABLE]) / "load", model_name)
-    logger.info('PromPrune adapts to load: under pressure, "auto" keeps fewer tokens of an image.')
-    # A thread, so that the level also recovers when no more steps and requests come.
-    threading.Thread(target=_update_forever, args=(_monitor,), name="promprune-load", daemon=True).start()
+    if adapts:
+        logger.info('PromPrune adapts to load: under pressure, "auto" keeps fewer tokens of an image.')
+        # A thread, so that the level also recovers when no more steps and requests come.
+        threading.Thread(target=_update_forever, args=(_monitor,), name="promprune-load", daemon=True).start()
 
 
 def _update_forever(monitor: LoadMonitor) -> None:

@@ -189,21 +189,21 @@ class PromptMedia:
 
         Args:
             plans: One per image.
-            lengths: Tokens of each image's placeholder.
+            lengths: Embeddings in each image's placeholder.
 
         Raises:
             BudgetError: The cached image has another number of tokens than the one that a budget was applied to.
         """
         final = []
         for i, (plan, length) in enumerate(zip(plans, lengths, strict=True)):
-            if length != plan.kept and self._may_lose_tokens[i]:
+            if length != plan.rows and self._may_lose_tokens[i]:
                 kind = plan.kind
                 raise BudgetError(
                     f"uuid {shown(self._uuids[i])} was given to two {kind}s: the one in the cache has {length} "
                     f"tokens, and {FIELD} was applied to one of {plan.total}. Give each {kind} a uuid of its own.",
                     reason="unsupported",
                 )
-            final.append(plan if length == plan.kept else replace(plan, total=length, kept=length))
+            final.append(plan if length == plan.rows else replace(plan, total=length, kept=length))
         return tuple(final)
 
     def remember(self, cached: Sequence[bool]) -> None:

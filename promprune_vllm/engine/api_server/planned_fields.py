@@ -18,7 +18,7 @@ from promprune_vllm.engine.api_server.named_images import require_cached
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan, split_plan
 from promprune_vllm.engine.compat import older_minors
 from promprune_vllm.engine.families.contract import ProcessorBase
-from promprune_vllm.engine.keys import COUNTS, IDENTITY, PLAN, TEXT_TOKENS, field_of
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, LAYOUT, PLAN, TEXT_TOKENS, field_of
 
 _KEY_PREFIX = "promprune-"
 
@@ -27,7 +27,6 @@ class PlannedFieldsMixin(ProcessorBase):
     """Obeys the ``Plan`` that the options of a processor call have; without one, does as vLLM does."""
 
     kinds: ClassVar[Sequence[str]] = (IMAGE,)
-    videos_are_runs: ClassVar[bool] = False
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
         super().__init__(info, dummy_inputs, **options)
@@ -79,6 +78,8 @@ class PlannedFieldsMixin(ProcessorBase):
                 output[field_of(kind, COUNTS)] = torch.tensor(counts)  # (images, 3)
                 texts = [torch.tensor(image.text, dtype=torch.int64) for image in images]
                 output[field_of(kind, TEXT_TOKENS)] = texts
+            if images and kind == VIDEO:  # filled in with the placeholders, which are made of this output
+                output[field_of(kind, LAYOUT)] = [torch.empty(0, dtype=torch.int64) for _ in images]
             if identities := plan.identities.get(kind):
                 rows = torch.tensor([list(each) for each in identities], dtype=torch.uint8)
                 output[field_of(kind, IDENTITY)] = rows
@@ -91,6 +92,8 @@ class PlannedFieldsMixin(ProcessorBase):
             fields[field_of(kind, COUNTS)] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
             fields[field_of(kind, TEXT_TOKENS)] = MultiModalFieldConfig.batched(kind)
             fields[field_of(kind, IDENTITY)] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
+        if VIDEO in self.kinds:
+            fields[field_of(VIDEO, LAYOUT)] = MultiModalFieldConfig.batched(VIDEO, keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(
@@ -99,11 +102,7 @@ class PlannedFieldsMixin(ProcessorBase):
         plan, kwargs = split_plan(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)
         return [
-            placeholders.shorten(
-                update,
-                plan.media[update.modality],
-                [item[field_of(update.modality, COUNTS)].data for item in out_mm_kwargs.get(update.modality, ())],
-            )
+            placeholders.shorten(update, plan.media[update.modality], out_mm_kwargs.get(update.modality, ()))
             if update.modality in plan.media
             else update
             for update in updates

@@ -38,11 +38,14 @@ from promprune_vllm.engine.api_server.pruning_plan import (
     Plan,
     ProcessedVideos,
     Summary,
+    Targeted,
     identity,
 )
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest
 from promprune_vllm.engine.api_server.refusals import refusing
 from promprune_vllm.engine.api_server.retry_plan import plan_retry
+from promprune_vllm.engine.api_server.seen_frames import SeenFrames
+from promprune_vllm.engine.api_server.target_levels import find_targeted
 from promprune_vllm.engine.compat import feature_cache, older_minors, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.keys import PLAN, PROFILE, SUMMARY
@@ -62,10 +65,9 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
 
     def __init__(self, info: Any, dummy_inputs: Any, **options: Any) -> None:
         super().__init__(info, dummy_inputs, **options)
-        model_config = self.info.ctx.model_config
-        self._methods.require_supplied(self.supplies | Need.TEXT, model_config.architecture)
+        self._methods.require_supplied(self.supplies | Need.TEXT, self.info.ctx.model_config.architecture)
         self._settings = self._methods.settings
-        self._policy = self._settings.media_policy()
+        self._policy, self.agreement = self._settings.media_policy(), self._settings.agreement()
         self.unsupported_reason: str | None = None
         """Why this server cannot prune at all; then every image keeps all its tokens."""
 
@@ -137,7 +139,9 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         cached = tuple(plan.cached[kind][i] for kind, i in order)
         method = self._methods.selectors[self._methods.index(request.method)].name
         form = request.budget.form if request.sent else None
-        return Summary(images, cached, method, form, plan_retry(self._settings, request, images, order))
+        retry = plan_retry(self._settings, request, images, order)
+        targeted = None if any(each.kept < each.total for each in plans.get(VIDEO, ())) else plan.targeted
+        return Summary(images, cached, method, form, retry, targeted)
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of vLLM's profiling run. It needs the worst case, so they are never pruned."""
@@ -153,20 +157,25 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         budget.check_media(every.kinds)
         if prunes and request.sent:
             every.refuse_encoded()
-        adapts = self._settings.adapt_to_content
-        levels = every.decide_levels(budget, self._policy, self.current_level(), adapts=adapts) if prunes else []
+        levels: list[Fraction] = []
+        if prunes:
+            levels, plan.targeted = self._levels(request, every, budget, inputs.hf_processor_mm_kwargs)
         text = self._text(inputs, request) if Need.TEXT in self._methods.selectors[method].needs else ()
 
         def plans() -> dict[str, tuple[ImagePlan, ...]]:
             kwargs = inputs.hf_processor_mm_kwargs
             totals = every.count(lambda images, i: self.image_tokens(images, i, kwargs))
-            counts = self._kept(every, totals, budget, levels, kwargs) if prunes else totals
-            for kind, frames, total, kept in zip(every.kinds, every.frames, totals, counts, strict=True):
-                if kept < total:
-                    self._methods.check_frames(method, kind, frames, videos_are_runs=self.videos_are_runs)
+            all_kept = not prunes or request.unpruned
+            counts = totals if all_kept else self._kept(every, totals, budget, levels, kwargs)
+            each = zip(every.kinds, every.sizes, every.pixels, totals, counts, strict=True)
             return every.by_kind(
-                ImagePlan(total, kept, method if kept < total else 0, text if kept < total else (), size, kind)
-                for total, kept, size, kind in zip(totals, counts, every.pixels, every.kinds, strict=True)
+                ImagePlan(total, kept, size=pixels, kind=kind)
+                if kept == total
+                else ImagePlan(
+                    *(total, kept, method, text, pixels, kind),
+                    between=self._methods.text_between(method, kind, size, kept),
+                )
+                for kind, size, pixels, total, kept in each
             )
 
         videos = media.get(VIDEO)
@@ -178,6 +187,17 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         changed = videos.unsure([*keys], older_minors.processor_cache(self, inputs))
         self._process_videos(inputs, videos, changed, plan)
         return plans() if changed else planned
+
+    def _levels(
+        self, request: PruningRequest, every: AllMedia, budget: BudgetRequest, kwargs: Mapping[str, object]
+    ) -> tuple[list[Fraction], Targeted | None]:
+        """Return the share of the default that ``"auto"`` keeps of each, and the target if it alone decides."""
+        now = dict.fromkeys((IMAGE, VIDEO), self.current_level())
+        if targeted := find_targeted(self, request, every.images, kwargs):
+            now[IMAGE] *= targeted.share
+        levels = every.decide_levels(budget, self._policy, now, adapts=self._settings.adapt_to_content)
+        alone = targeted and targeted.decides(request, budget, every.by_kind(levels)[IMAGE])
+        return levels, targeted if alone else None
 
     def _order(self, inputs: Any, media: Mapping[str, PromptMedia], request: PruningRequest) -> Sequence[Place]:
         """Return the images and videos in order of appearance, or in any if a budget does not depend on it."""
@@ -208,24 +228,26 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         made = MultiModalKwargsItems.from_hf_inputs(output, self._get_mm_fields_config(output, kwargs))
         updates = [each for each in self._get_prompt_updates(items, kwargs, made) if each.modality == VIDEO]
         for n, i in enumerate(indices):
-            videos.learn(i, self.video_shape(made[VIDEO][n], placeholders.visual_tokens(updates[0], n)))
+            shape = self.video_shape(made[VIDEO][n], placeholders.visual_tokens(updates[0], n))
+            videos.learn(i, shape._replace(between=placeholders.text_between(updates[0], n)))
         plan.processed = ProcessedVideos(tuple(indices), output)
 
     def count(self, images: Any, request: PruningRequest) -> list[tuple[int, int]]:
-        """Return the total and kept tokens of images, given only their sizes.
+        """Return the total and kept tokens of images, or raise the ``BudgetError`` that a request with them would.
 
         Args:
             images: Has ``get_count()``, ``get_image_size(index)`` and ``sizes``.
             request: The budget and method to count for.
-
-        Raises:
-            BudgetError: A request with these images would be refused.
         """
         every = AllMedia({IMAGE: images}, [(IMAGE, i) for i in range(images.get_count())])
         totals = every.count(lambda images, i: self.image_tokens(images, i, {}))
         budget = request.with_details(every.kinds, self._policy.images)
-        levels = [self.current_level()] * len(totals)
-        return list(zip(totals, self._kept(every, totals, budget, levels, {}), strict=True))
+        targeted = find_targeted(self, request, images, {})
+        levels = [self.current_level() * (targeted.share if targeted else 1)] * len(totals)
+        counts = list(zip(totals, self._kept(every, totals, budget, levels, {}), strict=True))
+        if any(kept < total for total, kept in counts):  # refuses methods for videos
+            self._methods.text_between(self._methods.index(request.method), IMAGE, None, 1)
+        return counts
 
     def _kept(
         self,
@@ -235,11 +257,7 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
         levels: Sequence[Fraction],
         kwargs: Mapping[str, object],
     ) -> Sequence[int]:
-        """Return how many tokens each keeps.
-
-        Raises:
-            BudgetError: The model cannot handle so few tokens, or the budget does not fit.
-        """
+        """Return how many tokens each keeps; raise ``BudgetError`` if the model cannot handle so few."""
         if self.unsupported_reason:
             return totals
         media = list(map(Medium, every.kinds, totals, levels, every.frames))
@@ -249,6 +267,10 @@ class PrunedProcessorMixin(PlannedFieldsMixin):
 
     def video_shape(self, item: Any, total: int) -> VideoShape:
         """Return the shape of a video; see ``ProcessorFamily``."""
+        raise NotImplementedError
+
+    def seen_frames(self, item: Any) -> SeenFrames:
+        """Return the frames of a video as the model gets them; see ``ProcessorFamily``."""
         raise NotImplementedError
 
     def check_kept(self, media: Sequence[Counted], kwargs: Mapping[str, object]) -> None:

@@ -21,11 +21,13 @@ class VideoShape(NamedTuple):
             two frames into one.
         total: Visual tokens of all frames, before pruning.
         positions: Positions that it takes in the model's rotary table.
+        between: Tokens of text between its frames.
     """
 
     frames: int
     total: int
     positions: int
+    between: int = 0
 
 
 class PromptVideos(PromptMedia):
@@ -42,6 +44,7 @@ class PromptVideos(PromptMedia):
 
     def __init__(self, items: Any, uuids: Sequence[object] | None, cache: Any, keys: Sequence[str]) -> None:
         super().__init__(items, uuids, cache, [(VIDEO, key) for key in keys] or [None] * items.get_count())
+        self._cache, self._own_keys = cache, keys
         self._found: dict[int, VideoShape] = {}
 
     @property
@@ -52,8 +55,23 @@ class PromptVideos(PromptMedia):
 
     @property
     def to_process(self) -> list[int]:
-        """Which videos may lose tokens, of a number that is not known yet."""
-        return [i for i, shape in enumerate(self.sizes) if shape is None and self._may_lose_tokens[i]]
+        """Which videos to process before the plan: those that may lose tokens, of a number that is not known.
+
+        With them go those that vLLM asks for anyway: all that are not in its processor cache. What it asks for is
+        then mostly what was processed. Where it is not, vLLM processes again what it asks for: if one whose shape
+        is remembered now keeps another number of tokens, for instance, a new one beside it is processed twice.
+        """
+        unknown = [i for i, shape in enumerate(self.sizes) if shape is None and self._may_lose_tokens[i]]
+        return [i for i in range(self.get_count()) if i in unknown or (unknown and self._is_asked_for(i))]
+
+    def _is_asked_for(self, index: int) -> bool:
+        """Whether vLLM has to process a video, as far as that is known before there is a plan."""
+        if self._is_named(index):
+            return False
+        if self._cache is None:
+            return True
+        # One that may lose tokens has another key for each number of them.
+        return not self._may_lose_tokens[index] and not self._cache.is_cached([self._own_keys[index]])[0]
 
     def unsure(self, keys: Sequence[str], cache: Any) -> list[int]:
         """Return which videos that may lose tokens may have another shape than the one remembered.

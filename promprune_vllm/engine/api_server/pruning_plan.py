@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from promprune_vllm.core.budget import IMAGE, VIDEO
+from promprune_vllm.core.budget import IMAGE, VIDEO, BudgetRequest
 from promprune_vllm.engine.keys import PLAN, RECORDED, SUMMARY
 from promprune_vllm.server.usage import record_images
 
@@ -30,6 +31,7 @@ class ImagePlan:
         text: Tokens of the user's text, if the method uses it.
         size: Width and height in pixels; ``None`` for videos, ``image_embeds`` and unknown named images.
         kind: ``IMAGE`` or ``VIDEO``.
+        between: Tokens of text that enter among the kept ones as embeddings; see ``keys.LAYOUT``.
     """
 
     total: int
@@ -38,6 +40,12 @@ class ImagePlan:
     text: tuple[int, ...] = ()
     size: tuple[int, int] | None = None
     kind: str = IMAGE
+    between: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Embeddings that enter the language model."""
+        return self.kept + self.between
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,29 @@ class ProcessedVideos:
     output: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Targeted:
+    """That a prompt's images keep what the server's target says.
+
+    Args:
+        size: Class of the largest image, by its tokens before pruning; see ``core.target.size_class``.
+        share: Share of their tokens that all images keep.
+    """
+
+    size: int
+    share: Fraction
+
+    def decides(self, request: PruningRequest, budget: BudgetRequest, levels: Sequence[Fraction]) -> bool:
+        """Whether nothing else has a say: not the client, and neither load nor content.
+
+        Args:
+            request: What the client sent.
+            budget: Its budget, also by OpenAI's ``detail``.
+            levels: Share of the default that each image keeps.
+        """
+        return request.method is None and budget == BudgetRequest() and {*levels} == {self.share}
+
+
 @dataclass(slots=True)
 class Plan:
     """The plans of the images and videos in one processor call, each by kind: ``IMAGE`` or ``VIDEO``.
@@ -64,6 +95,7 @@ class Plan:
         hashes: vLLM's own cache keys, before ours; empty unless something needs them before vLLM does.
         identities: ``IDENTITY`` of each; none unless the feature cache is on.
         processed: What the Hugging Face processor has already made of the videos; see ``prompt_videos``.
+        targeted: See ``Summary``.
     """
 
     media: Mapping[str, tuple[ImagePlan, ...]] = field(default_factory=dict)
@@ -72,6 +104,7 @@ class Plan:
     hashes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     identities: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
     processed: ProcessedVideos | None = None
+    targeted: Targeted | None = None
 
     def take(self, indices: Mapping[str, Sequence[int]]) -> Plan:
         """Return the plan of some of the images and videos, given their indices by kind."""
@@ -112,6 +145,7 @@ class Summary:
         method: Name of the request's method.
         form: How the request wrote its budget (see ``BudgetRequest.form``), ``None`` if it did not send one.
         retry: The second try that this prompt may have. Ignored by ``==``.
+        targeted: What a target says its images keep, if nothing else decides what it keeps. Ignored by ``==``.
     """
 
     images: tuple[ImagePlan, ...]
@@ -119,6 +153,22 @@ class Summary:
     method: str
     form: str | None
     retry: Retry | None = field(default=None, compare=False)
+    targeted: Targeted | None = field(default=None, compare=False)
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether there is anything to learn from an audit of its answer."""
+        return self.kept < self.total or self.targeted is not None
+
+    @property
+    def total(self) -> int:
+        """Visual tokens before pruning."""
+        return sum(image.total for image in self.images)
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens after pruning."""
+        return sum(image.kept for image in self.images)
 
 
 def split_plan(kwargs: Mapping[str, object]) -> tuple[Plan, dict[str, object]]:

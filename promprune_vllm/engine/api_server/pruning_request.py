@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from promprune_vllm.core.budget import IMAGE, Budget, BudgetRequest
 from promprune_vllm.core.escalation import EscalationRequest
@@ -30,6 +31,8 @@ class PruningRequest:
         escalate: Whether and when the answer is asked for again; ``None`` if the client does not say.
         order: ``IMAGE`` or ``VIDEO`` and index among its kind of each, in order of appearance, where the prompt
             was processed before; ``None`` if it is yet to be found.
+        unpruned: Whether all tokens are kept, whatever the server's limits: for audits.
+        share: Share that images keep in place of the server's target's: for audits.
     """
 
     budget: BudgetRequest = field(default_factory=BudgetRequest)
@@ -39,6 +42,8 @@ class PruningRequest:
     details: tuple[str, ...] | None = None
     escalate: EscalationRequest | None = None
     order: tuple[tuple[str, int], ...] | None = None
+    unpruned: bool = False
+    share: Fraction | None = None
 
     @property
     def asks_again(self) -> bool:

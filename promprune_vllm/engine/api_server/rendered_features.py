@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from promprune_vllm.config import Settings
-from promprune_vllm.core.budget import IMAGE, KINDS
+from promprune_vllm.core.budget import IMAGE, KINDS, VIDEO
 from promprune_vllm.core.escalation import ESCALATE_FIELD
 from promprune_vllm.core.registry import methods
 from promprune_vllm.engine.api_server import request_fields
@@ -21,7 +21,7 @@ from promprune_vllm.engine.api_server.all_media import order_of_ranges
 from promprune_vllm.engine.api_server.placeholders import ARTICLES
 from promprune_vllm.engine.api_server.pruning_plan import MAX_TEXT_TOKENS, ImagePlan, Summary, record_prompt_images
 from promprune_vllm.engine.api_server.refusals import refusing
-from promprune_vllm.engine.keys import ASK_AGAIN, COUNTS, IDENTITY, SUMMARY, TEXT_TOKENS, field_of
+from promprune_vllm.engine.keys import ASK_AGAIN, AUDIT, COUNTS, IDENTITY, LAYOUT, SUMMARY, TEXT_TOKENS, field_of
 from promprune_vllm.errors import BudgetError
 from promprune_vllm.server.near_misses import FIELDS
 from promprune_vllm.server.usage import current_usage
@@ -41,7 +41,8 @@ def record_prompt(original: Any) -> Any:
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
         if isinstance(prompt, dict) and prompt.get("type") == "multimodal":
-            prompt.pop(ASK_AGAIN, None)  # frees the images: what is pooled is not asked again
+            for key in (ASK_AGAIN, AUDIT):  # frees the images: what is pooled is not asked again
+                prompt.pop(key, None)
             # If images are recorded already, this is a beam of the same request; it has no summary.
             if SUMMARY not in prompt and current_usage() is None:
                 _add_summary(prompt, self.model_config, self.input_processor.renderer.mm_processor)
@@ -126,6 +127,12 @@ def _checked_plan(item: Any, length: int, settings: Settings, vocabulary: int, k
     if identity_name in item and not _is_identity(item[identity_name].data):
         raise _features_error(kind, f"{identity_name} has a wrong shape or type")
     total, kept, method = counts.tolist()
+    layout = item.get(field_of(VIDEO, LAYOUT))
+    if layout is not None and not (_is_ids(layout.data) and layout.data.shape == (0,)):
+        # Where there is such text, there is some before the frames as well, which ``refuse_text_among`` refuses.
+        raise _features_error(
+            kind, "they have text among the visual tokens, and their place in the prompt has none"
+        )
     if not 1 <= kept <= total or kept != length:
         raise _features_error(kind, f"they keep {kept} of {total} tokens, but the placeholder has {length}")
     if not 0 <= method < len(settings.allowed):

@@ -19,7 +19,7 @@ from PIL.Image import DecompressionBombError
 
 from promprune_vllm.config import FLAG, PREFIX, Settings
 from promprune_vllm.core.budget import FIELD
-from promprune_vllm.engine.api_server import escalation_refusals
+from promprune_vllm.engine.api_server import audit, escalation_refusals
 from promprune_vllm.engine.api_server.admission import admit, unsupported_reason
 from promprune_vllm.engine.api_server.pruning_plan import record_prompt_images
 from promprune_vllm.engine.api_server.pruning_request import PruningRequest, admitted_request
@@ -164,6 +164,7 @@ def prepare_renderer(original: Any) -> Any:
             return
         _refuse_engine_options(self.model_config)
         _require_escalation(self.model_config)
+        audit.require_audits(self.config)
         reason = unsupported_reason(self)
         if reason is None:
             feature_cache.require_hashes(self.config, Settings.from_environment())

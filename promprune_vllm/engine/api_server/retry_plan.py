@@ -34,7 +34,7 @@ def plan_retry(
         return None
     policies = settings.media_policy()
     kept = [
-        max(plan.kept, replace(policies.of(plan.kind), out_of_range="clamp").resolve(escalation.to, plan.total))
+        _kept(plan, replace(policies.of(plan.kind), out_of_range="clamp").resolve(escalation.to, plan.total))
         for plan in plans
     ]
     more = sum(kept) - sum(plan.kept for plan in plans)
@@ -44,3 +44,10 @@ def plan_retry(
     never = EscalationRequest(wanted=False)
     again = replace(request, budget=BudgetRequest(each=budgets), sent=True, escalate=never, order=tuple(order))
     return Retry(escalation, again, more, sent=request.asks_again)
+
+
+def _kept(plan: ImagePlan, wanted: int) -> int:
+    """Return how many tokens an image or a video keeps in the second try: no fewer than in the first."""
+    if plan.between and wanted < plan.total:
+        wanted = min(wanted, plan.total - plan.between)  # ``AllowedMethods`` refuses more
+    return max(plan.kept, wanted)

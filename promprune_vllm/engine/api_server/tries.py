@@ -72,10 +72,12 @@ class Tries:
         """
         again = prompt is not self.prompt
         summary: Summary = self.prompt[SUMMARY]
-        kept = sum(image.kept for image in summary.images)
         length = len(self.prompt["prompt_token_ids"])
         self._metrics.escalation("asked_again" if again else "failed", watch.confidence)
-        self._metrics.discarded(prompt=length, visual=kept, answer=watch.tokens)
-        record_first_try(FirstTry(watch.confidence, again, kept, length, watch.tokens))
+        self._metrics.discarded(prompt=length, visual=summary.kept, answer=watch.tokens)
+        placeholders = prompt["mm_placeholders"] if again else {}
+        lengths = {kind: sum(each.length for each in ranges) for kind, ranges in placeholders.items()}
+        record_first_try(FirstTry(watch.confidence, again, summary.kept, length, watch.tokens), lengths)
         replace_prompt_images(self.prompt, prompt)
+        self.prompt[SUMMARY] = prompt[SUMMARY]  # an audit looks at what was answered
         self.prompt.pop(REPROCESS, None)

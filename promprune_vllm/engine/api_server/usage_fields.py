@@ -51,6 +51,18 @@ def fill_in_usage(original: Any) -> Any:
     return init
 
 
+def count_second_try(original: Any) -> Any:
+    """Wrap the constructor of a prompt's token details, whose count by modality vLLM takes from the first try."""
+
+    def init(self: Any, **data: Any) -> None:
+        images = current_usage()
+        if images is not None and images.second_lengths and data.get("multimodal_tokens"):
+            data["multimodal_tokens"] = dict(images.second_lengths)
+        original(self, **data)
+
+    return init
+
+
 def record_batch_line(original: Any) -> Any:
     """Wrap the function that answers one line of a batch: record its images. Over HTTP, a middleware does this."""
 

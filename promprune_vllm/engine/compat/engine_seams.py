@@ -171,6 +171,9 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         parts.METRICS,
         wrap(f"{_INPUTS}.__init__", "vllm_config"),
         wrap(f"{_INPUTS}.process_inputs", "request_id", "prompt"),
+        wrap(f"{_ASYNC}.generate", "prompt", "sampling_params", "request_id"),
+        call("vllm.outputs:RequestOutput", "finished", "metrics"),
+        rely("vllm.v1.metrics.stats:RequestStateStats", words=("first_token_ts", "last_token_ts")),
     ),
     *of(
         parts.SAVINGS,
@@ -213,9 +216,19 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         call("vllm.logprobs:FlatLogprobs.append", "logprobs_one_position"),
     ),
     *of(
+        parts.AUDIT,
+        wrap(f"{_RENDERER}._process_singleton_async", "prompt"),
+        wrap(f"{_ASYNC}.generate", "prompt", "sampling_params", "request_id", "lora_request", "priority"),
+        call("vllm.outputs:CompletionOutput", "token_ids", "logprobs", "cumulative_logprob", "finish_reason"),
+        call("vllm.outputs:RequestOutput", "outputs", "finished", "prompt_logprobs"),
+        call("vllm.sampling_params:SamplingParams.clone"),
+        # What it relies on in sampling parameters is among the seams of escalation.
+    ),
+    *of(
         parts.USAGE,
         wrap(f"{_ONLINE}.__init__", "model_config", "renderer"),
         wrap(f"{_ENTRY}.serve.engine.protocol:UsageInfo", "prompt_tokens"),
+        wrap(f"{_ENTRY}.serve.engine.protocol:PromptTokenUsageInfo", "multimodal_tokens"),
         wrap(f"{_ENTRY}.openai.responses.protocol:ResponseUsage", "input_tokens"),
         wrap(f"{_ANTHROPIC}:AnthropicUsage", "input_tokens"),
         call(f"{_ANTHROPIC}:AnthropicMessagesResponse", "usage"),
@@ -252,6 +265,7 @@ ENGINE_SEAMS: tuple[Seam, ...] = (
         ),
         call(f"{_CLIENT}.call_utility_all_async", "method", since="0.32"),
         call(f"{_CLIENT}._call_utility_async", "method", "engine", before="0.32"),
+        call(f"{_ONLINE}.render_chat", "request", "skip_mm_cache"),
         call("vllm.v1.worker.gpu_worker:Worker.get_model"),
         add(f"{_WORKER}.{CACHE_SIZE_METHOD}"),
         add(f"{_WORKER}.{TRACES_METHOD}"),

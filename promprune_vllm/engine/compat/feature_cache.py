@@ -23,10 +23,18 @@ def require_hashes(config: Any, settings: Settings) -> None:
         config: vLLM's ``VllmConfig``.
         settings: The server's settings.
     """
-    if not capacity_bytes(settings) or config.cache_config.enable_prefix_caching:
-        return
-    if config.model_config.multimodal_config.mm_processor_cache_gb == 0:
+    if capacity_bytes(settings) and not hashes_media(config):
         raise SettingsError(
             f"{FLAG}feature-cache-gb ({PREFIX}FEATURE_CACHE_GB) has no effect with both --mm-processor-cache-gb 0 "
             "and --no-enable-prefix-caching: vLLM then hashes no images. Turn one of them on, or drop the option."
         )
+
+
+def hashes_media(config: Any) -> bool:
+    """Return whether vLLM names images and videos by their content, and not anew in each request.
+
+    Args:
+        config: vLLM's ``VllmConfig``.
+    """
+    processor_cache_gb = config.model_config.multimodal_config.mm_processor_cache_gb
+    return bool(config.cache_config.enable_prefix_caching or processor_cache_gb)

@@ -9,6 +9,10 @@ _MODELS = "vllm.model_executor.models"
 _LLAVA = f"{_MODELS}.llava"
 _NEXT = f"{_MODELS}.llava_next"
 _NEXT_MODEL = f"{_NEXT}:LlavaNextForConditionalGeneration"
+_ONEVISION = f"{_MODELS}.llava_onevision"
+_ONEVISION_MODEL = f"{_ONEVISION}:LlavaOnevisionForConditionalGeneration"
+_NEXT_VIDEO = f"{_MODELS}.llava_next_video"
+_NEXT_VIDEO_MODEL = f"{_NEXT_VIDEO}:LlavaNextVideoForConditionalGeneration"
 _QWEN2 = f"{_MODELS}.qwen2_vl"
 _QWEN2_MODEL = f"{_QWEN2}:Qwen2VLForConditionalGeneration"
 _QWEN2_5 = f"{_MODELS}.qwen2_5_vl"
@@ -62,6 +66,46 @@ MODEL_SEAMS: tuple[Seam, ...] = (
         rely(f"{_NEXT_MODEL}._process_image_input", body=True),
         rely(f"{_NEXT_MODEL}.embed_multimodal", body=True),
         call(_PINNED),
+    ),
+    *of(
+        parts.LLAVA_ONEVISION,
+        call(f"{_ONEVISION}:LlavaOnevisionMultiModalProcessor"),
+        call(f"{_ONEVISION}:LlavaOnevisionDummyInputsBuilder"),
+        call(f"{_NEXT}:LlavaNextProcessingInfo.get_num_image_tokens", "image_width", "image_height", body=True),
+        rely(f"{_ONEVISION}:LlavaOnevisionProcessingInfo._get_num_unpadded_features", body=True),
+        rely(f"{_ONEVISION}:LlavaOnevisionProcessingInfo.get_num_video_tokens", body=True),
+        rely(f"{_ONEVISION}:LlavaOnevisionMultiModalProcessor._apply_hf_processor_main", body=True),
+        rely(f"{_ONEVISION}:LlavaOnevisionMultiModalProcessor._get_prompt_updates", body=True),
+        call(f"{_ONEVISION_MODEL}._image_pixels_to_features", "vision_tower", "pixel_values", body=True),
+        call(
+            f"{_ONEVISION_MODEL}._merge_image_patch_embeddings",
+            *("image_size", "patch_embeddings", "image_newline", "strategy"),
+            body=True,
+        ),
+        call(f"{_ONEVISION_MODEL}.apply_pooling", "image_features", body=True),
+        rely(f"{_ONEVISION_MODEL}._process_image_pixels", body=True),
+        rely(f"{_ONEVISION_MODEL}._process_image_input", body=True),
+        rely(f"{_ONEVISION_MODEL}._process_video_pixels", body=True),
+        rely(f"{_ONEVISION_MODEL}._video_pixels_to_features", body=True),
+        rely(f"{_ONEVISION_MODEL}.embed_multimodal", body=True),
+        rely(f"{_ONEVISION}:LlavaOnevisionMultiModalProjector.forward", body=True),
+        call(f"{_MODELS}.siglip:SiglipAttention.forward", "hidden_states", body=True),
+        rely(f"{_MODELS}.siglip:SiglipEncoderLayer.forward", body=True),
+        rely(f"{_MODELS}.siglip:SiglipVisionTransformer.forward", body=True),
+        call(_PINNED),
+    ),
+    *of(
+        parts.LLAVA_NEXT_VIDEO,
+        call(f"{_NEXT_VIDEO}:LlavaNextVideoMultiModalProcessor"),
+        call(f"{_NEXT_VIDEO}:LlavaNextVideoProcessingInfo"),
+        call(f"{_NEXT_VIDEO}:LlavaNextVideoDummyInputsBuilder"),
+        rely(f"{_NEXT_VIDEO}:LlavaNextVideoProcessingInfo.get_num_video_tokens", body=True),
+        rely(f"{_NEXT_VIDEO}:LlavaNextVideoMultiModalProcessor._get_prompt_updates", body=True),
+        call(f"{_NEXT_VIDEO}:LlavaNextVideoPooler.forward", "image_features", body=True),
+        call(f"{_NEXT_VIDEO_MODEL}._video_pixels_to_features", "vision_tower", "pixel_values", body=True),
+        rely(f"{_NEXT_VIDEO_MODEL}._process_video_pixels", body=True),
+        rely(f"{_NEXT_VIDEO_MODEL}.embed_multimodal", body=True),
+        rely(f"{_NEXT_VIDEO}:LlavaNextMultiModalProjector.forward", body=True),
     ),
     *of(
         parts.MROPE,

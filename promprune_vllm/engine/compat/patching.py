@@ -23,7 +23,8 @@ class Stage(enum.Enum):
     """When patches are installed: in which process, and at what moment."""
 
     PLUGIN = "every process, when vLLM loads the plugin"
-    LOAD = "every process, when vLLM loads the plugin, only if budgets adapt to load"
+    LOAD = "every process, when vLLM loads the plugin, only if budgets adapt to load or answers are audited"
+    AUDIT = "every process, when vLLM loads the plugin, only if answers are audited"
     REPLIES = "API server and `vllm run-batch`, when the renderer is created"
     SCHEDULER = "engine core, when it selects its scheduler class"
     PROCESSOR = "every process that preprocesses images, when our processor is imported"

@@ -32,6 +32,12 @@ COUNT = Reason(
     "Only `InputProcessor` knows which prompts the engine accepts, and with which images.",
     "request statistics that carry data from the multimodal processor",
 )
+WAIT = Reason(
+    parts.METRICS,
+    "the wait for the first token, with pruning and without",
+    "vLLM's histogram has no label that tells pruned prompts from others.",
+    COUNT.until,
+)
 FEATURES = Reason(
     parts.RENDERED,
     "headers and metrics for images that a render server has processed",
@@ -44,9 +50,15 @@ ESCALATION = Reason(
     "Every route gets its answer from `AsyncLLM.generate`, and no plugin hook can replace an answer.",
     "a plugin hook around the generation of an answer",
 )
+AUDIT = Reason(
+    parts.AUDIT,
+    "audits: answers scored again with all visual tokens",
+    "Every route gets its answer from `AsyncLLM.generate`, and no plugin hook sees an answer's tokens.",
+    ESCALATION.until,
+)
 LOAD = Reason(
     parts.LOAD,
-    "budgets that adapt to load",
+    "budgets that adapt to load, and audits while no request waits",
     "A plugin for statistics cannot be switched off: once installed, vLLM calls it in every step.",
     "plugins for statistics that can be switched off",
 )
@@ -91,7 +103,7 @@ LOOKAHEAD = Reason(
 )
 DELTA = Reason(
     parts.MROPE,
-    "no wait for the GPU in a step with an image, in Model Runner V2",
+    "steps with images do not wait for the GPU (Model Runner V2)",
     "vLLM takes the offset of later positions from the model again, which could only read it on the GPU.",
     "recomputed positions without an offset",
 )

@@ -20,6 +20,10 @@ _RECEIVED = (
     "attention that a patch receives from all patches of its image in {}, mean over heads, then over the token's "
     "2 x 2 patches"
 )
+_RECEIVED_IN_TILE = (
+    "attention that a patch receives from all patches of its tile in the layer that feeds the projector, mean "
+    "over heads, shrunk as the tokens are"
+)
 _RECOUNTED = "consecutive over the kept tokens"
 _ORIGINAL = "kept tokens and text have the same (t, h, w) as without pruning"
 _CLS_OF_TOKEN = (
@@ -28,6 +32,10 @@ _CLS_OF_TOKEN = (
 )
 _INTERN = "`ps_version` v1, tokens of other than 2 x 2 patches, LoRA on the tower"
 _CLIP_ONLY = "towers other than CLIP, several feature layers, CLS fed to the language model, LoRA on the tower"
+_SIGLIP_ONLY = (
+    "towers other than SigLIP, several feature layers, the first patch dropped (`vision_feature_select_strategy` "
+    "other than `full`), LoRA on the tower"
+)
 _MROPE = "pipeline parallelism, `--video-pruning-rate`, LoRA on the tower, a prompt that ends with a pruned image"
 # `promprune calibrate` measures mu for other towers and image sizes.
 _QWEN_MU: Calibration = MappingProxyType({"promprune": MappingProxyType({"mu": 0.5744})})
@@ -49,7 +57,7 @@ class Family:
         measured: Whether it was measured for this family's vision tower, and not borrowed from another one.
         videos: How videos are pruned.
         megapixel_tokens: Visual tokens, before pruning, of an image of 1024 x 1024 pixels with the published
-            checkpoints' processors.
+            checkpoints' processors; ``None`` if the model takes no images.
     """
 
     model: str
@@ -61,12 +69,12 @@ class Family:
     calibrated: str = "the method's default"
     measured: bool = field(kw_only=True)
     videos: str = "it takes none"
-    megapixel_tokens: int = field(kw_only=True)
+    megapixel_tokens: int | None = field(kw_only=True)
 
 
 _MODULES = "promprune_vllm.engine.families"
-_ONE_RUN = "frame by frame, or as `evs` and `vidcom2` decide"
-_FRAMES = "frame by frame; what is written between frames stays"
+_ONE_RUN = "frame by frame, or as `evs`, `promprune-video` and `vidcom2` decide"
+_FRAMES = f"{_ONE_RUN}; what is written between frames stays"
 _patches = partial(
     Family,
     saliency=_RECEIVED.format("the last block"),
@@ -100,6 +108,26 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             measured=True,
             megapixel_tokens=2928,
         ),
+        "LlavaOnevisionForConditionalGeneration": Family(
+            "LLaVA-OneVision",
+            f"{_MODULES}.llava_onevision:PrunedLlavaOnevision",
+            f"{_RECEIVED_IN_TILE}, tile by tile",
+            _RECOUNTED,
+            _SIGLIP_ONLY,
+            measured=False,
+            videos=_ONE_RUN,
+            megapixel_tokens=7371,
+        ),
+        "LlavaNextVideoForConditionalGeneration": Family(
+            "LLaVA-NeXT-Video",
+            f"{_MODULES}.llava_next_video:PrunedLlavaNextVideo",
+            f"{_CLS}, then over the token's 2 x 2 patches",
+            _RECOUNTED,
+            _CLIP_ONLY,
+            measured=False,
+            videos=_ONE_RUN,
+            megapixel_tokens=None,
+        ),
         "Qwen2VLForConditionalGeneration": _patches(
             "Qwen2-VL", f"{_MODULES}.qwen2_vl:PrunedQwen2VL", megapixel_tokens=1369, videos=_ONE_RUN
         ),
@@ -122,7 +150,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             megapixel_tokens=1024,
         ),
         "Qwen3_5ForConditionalGeneration": _patches(
-            "Qwen3.5, Qwen3.6", f"{_MODULES}.qwen3_5:PrunedQwen3_5", positions=_LINEAR, megapixel_tokens=1024
+            "Qwen3.5, Qwen3.6, Qwen3.8",
+            f"{_MODULES}.qwen3_5:PrunedQwen3_5",
+            positions=_LINEAR,
+            megapixel_tokens=1024,
         ),
         "Qwen3_5MoeForConditionalGeneration": _patches(
             "Qwen3.5-MoE, Qwen3.6-MoE",

@@ -1,4 +1,4 @@
-"""Shared code of the families with a CLIP tower: LLaVA-1.5 and LLaVA-NeXT."""
+"""Shared code of the families with a CLIP tower: LLaVA-1.5, LLaVA-NeXT and LLaVA-NeXT-Video."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def visible_area(image_processor: Any, width: int, height: int) -> Box:
 
 
 class ClipTowerMixin(TileTowerMixin):
-    """Captures features of a CLIP tower; comes before vLLM's model class."""
+    """Captures features of a CLIP tower, or of SigLIP's with the same names; comes before vLLM's model class."""
 
     def saliency_layer(self) -> Any:
         """Return the attention of the layer that feeds the projector: vLLM does not create the layers after it."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from promprune_vllm.core.geometry import Box
     from promprune_vllm.engine.api_server.all_media import Counted
     from promprune_vllm.engine.api_server.prompt_videos import VideoShape
+    from promprune_vllm.engine.api_server.seen_frames import SeenFrames
     from promprune_vllm.engine.worker.encoded_image import EncodedImage
 
 
@@ -29,9 +30,6 @@ class ProcessorFamily(Protocol):
 
     supplies: ClassVar[Need]
     """Features that the family's model can capture, all of them unless the family says otherwise; and the text."""
-
-    videos_are_runs: ClassVar[bool]
-    """Whether a video is one run of tokens in the prompt, so that its frames may keep any numbers of them."""
 
     kinds: ClassVar[Sequence[str]]
     """What is pruned, vLLM's modalities: images unless the family says otherwise, or images and videos."""
@@ -51,6 +49,13 @@ class ProcessorFamily(Protocol):
         Args:
             item: What vLLM would send to the worker, by field.
             total: Visual tokens of the video.
+        """
+
+    def seen_frames(self, item: Any) -> SeenFrames:
+        """Return the frames of a video as the model gets them.
+
+        Args:
+            item: What vLLM would send to the worker, by field.
         """
 
     def boxes(self, width: int, height: int) -> list[Box | None]:

@@ -20,11 +20,16 @@ from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.engine import families
 from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.api_server.prompt_videos import VideoShape
+from promprune_vllm.engine.api_server.seen_frames import SeenFrames
 from promprune_vllm.engine.families import tile_tower
-from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
+from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.encoder_graphs import keep_eager
 from promprune_vllm.engine.worker.patch_merge import PatchMerge
 from promprune_vllm.engine.worker.pruned_model import PrunedModelMixin
+
+_VIDEO_PIXELS = ("pixel_values_flat_video", "pixel_values_videos")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, with which vLLM's own processor of the original layout normalizes."""
 
 
 class InternVLProcessorMixin(PrunedProcessorMixin):
@@ -39,6 +44,15 @@ class InternVLProcessorMixin(PrunedProcessorMixin):
     def video_shape(self, item: Any, total: int) -> VideoShape:
         """Return the shape of a video, each of whose frames is one tile."""
         return VideoShape(int(item["video_num_patches"].data), total, positions=total)
+
+    def seen_frames(self, item: Any) -> SeenFrames:
+        """Return the frames of a video as the tower gets them: each is resized to a square."""
+        processor = self.info.get_hf_processor()
+        side = round(processor.image_seq_length**0.5)
+        pixels = next(item[name].data for name in _VIDEO_PIXELS if name in item)  # (T, 3, H, W)
+        videos = processor.video_processor
+        mean, std = (getattr(videos, f"image_{name}", None) for name in ("mean", "std"))
+        return SeenFrames.of(pixels.permute(0, 2, 3, 1), (side, side), mean or _MEAN, std or _STD)
 
     def boxes(self, width: int, height: int) -> list[geometry.Box | None]:
         """Return the pixel box of each visual token: of the tiles, then of the whole image if it is one more."""
@@ -91,15 +105,9 @@ class InternVLMixin(PrunedModelMixin, tile_tower.TileTowerMixin):
         tiles = self.tile_features(pixels[start : start + sum(counts[items])], needs)
         images = []
         for count in counts[items]:
-            images.append(self._video(tiles[:count]) if is_video else self._image(tiles[:count]))
+            images.append(self.video_of_frames(tiles[:count]) if is_video else self._image(tiles[:count]))
             tiles = tiles[count:]
         return images
-
-    def _video(self, frames: Sequence[VisionFeatures]) -> EncodedImage:
-        rows = torch.cat([frame.projected for frame in frames])
-        places = torch.split(torch.arange(len(rows), device=rows.device), [frame.tokens for frame in frames])
-        groups = [Group(frame, place) for frame, place in zip(frames, places, strict=True)]
-        return EncodedImage(rows, groups, places[0][:0], is_video=True)
 
     def _image(self, tiles: Sequence[VisionFeatures]) -> EncodedImage:
         rows = torch.cat([tile.projected for tile in tiles])

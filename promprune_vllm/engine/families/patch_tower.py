@@ -24,6 +24,7 @@ from promprune_vllm.engine.api_server.processor import PrunedProcessorMixin
 from promprune_vllm.engine.api_server.prompt_videos import VideoShape
 from promprune_vllm.engine.api_server.pruning_plan import ImagePlan
 from promprune_vllm.engine.api_server.refusals import refusing
+from promprune_vllm.engine.api_server.seen_frames import SeenFrames
 from promprune_vllm.engine.keys import SUMMARY
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
 from promprune_vllm.engine.worker.encoder_graphs import keep_eager
@@ -40,6 +41,8 @@ class PatchTowerProcessorMixin(PrunedProcessorMixin):
     """Placeholders of K tokens. A family implements ``image_tokens`` and ``token_grid``."""
 
     kinds = KINDS
+    videos_are_runs: ClassVar[bool] = False
+    """Whether a video is one run of tokens in the prompt, without text between its frames."""
     end_token: ClassVar[str]
     """The token that chat templates put after an image."""
 
@@ -79,6 +82,17 @@ class PatchTowerProcessorMixin(PrunedProcessorMixin):
         frames, height, width = item["video_grid_thw"].data.tolist()
         side = math.isqrt(frames * height * width // total)
         return VideoShape(frames, total, frames * max(height, width) // side)
+
+    def seen_frames(self, item: Any) -> SeenFrames:
+        """Return the frames of a video as the tower gets them; of frames that it merges into one, the first."""
+        videos = self.info.get_hf_processor().video_processor
+        frames, height, width = item["video_grid_thw"].data.tolist()
+        merge, side = videos.merge_size, videos.patch_size
+        rows, columns = height // merge, width // merge
+        patches = item["pixel_values_videos"].data  # (T * H * W, 3 * merged frames * side * side)
+        cells = patches.view(frames, rows, columns, merge, merge, 3, -1, side, side)[..., 0, :, :]
+        pixels = cells.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(frames, height * side, width * side, 3)
+        return SeenFrames.of(pixels, (rows, columns), videos.image_mean, videos.image_std)
 
     def check_kept(self, media: Sequence[Counted], kwargs: Mapping[str, object]) -> None:
         """Refuse images and videos whose positions could exceed the model's rotary table."""

@@ -1,4 +1,4 @@
-"""Qwen3.5, which Qwen3.6 is too: three of four layers have a state of fixed size instead of a KV cache."""
+"""Qwen3.5, with Qwen3.6 and 3.8: three of four layers have a state of fixed size instead of a KV cache."""
 
 from __future__ import annotations
 

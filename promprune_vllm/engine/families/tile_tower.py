@@ -1,4 +1,4 @@
-"""Shared code of the families whose tower encodes square tiles and has a CLS token: LLaVA and InternVL.
+"""Shared code of the families whose tower encodes square tiles: LLaVA and InternVL.
 
 The budget covers a whole image. It is divided among its tiles in proportion to their valid tokens, and each tile
 is pruned separately (``PROMPRUNE_TILES`` has other modes).
@@ -24,10 +24,11 @@ from promprune_vllm.engine.worker.tower_hooks import ClassToken, attention_featu
 class TileTowerMixin:
     """Captures features of tiles of ``image_size`` pixels; comes before vLLM's model class."""
 
-    merge: ClassVar = PatchMerge(side=1, in_raster_order=True)
+    merge = PatchMerge(side=1, in_raster_order=True)
+    class_token: ClassVar[ClassToken | None] = ClassToken.FIRST
 
     def saliency_layer(self) -> Any:
-        """Return the attention layer whose CLS token gives the saliency."""
+        """Return the attention layer that gives the saliency."""
         raise NotImplementedError
 
     def projector(self) -> Any:
@@ -54,7 +55,7 @@ class TileTowerMixin:
         shares = share_tiles(len(pixels), side**2, sharded=bool(getattr(self, "use_data_parallel", False)))
         layer = self.saliency_layer()
         with (
-            attention_features(layer, needs, class_token=ClassToken.FIRST) as own,
+            attention_features(layer, needs, class_token=self.class_token) as own,
             encoder_rows(self.projector(), needs) as encoder,
         ):
             projected = self.embed_tiles(pixels)  # (T, n, D)
@@ -65,10 +66,28 @@ class TileTowerMixin:
                 projected=rows,
                 grid=(1, per_side, per_side),
                 encoder=encoder[0][i] if Need.ENCODER in needs else None,
-                **{name: self.merge.mean(tiles[i], side) for name, tiles in captured.items()},
+                **{name: self.of_tokens(tiles[i], side) for name, tiles in captured.items()},
             )
             for i, rows in enumerate(projected)
         ]
+
+    def of_tokens(self, patches: Tensor, side: int) -> Tensor:
+        """Return ``(n, ...)`` values of a tile's tokens from ``(side * side, ...)`` values of its patches."""
+        return self.merge.mean(patches, side)
+
+    def video_of_frames(self, frames: Sequence[VisionFeatures], *newlines: Tensor) -> EncodedImage:
+        """Return a video, each of whose frames is a tile.
+
+        Args:
+            frames: Its T frames, each with n tokens.
+            newlines: ``(D,)`` rows behind all frames that show nothing of them.
+        """
+        rows = torch.cat([*(frame.projected for frame in frames), *(row[None] for row in newlines)])
+        *places, last = torch.split(
+            torch.arange(len(rows), device=rows.device), [*(frame.tokens for frame in frames), len(newlines)]
+        )
+        groups = [Group(frame, place) for frame, place in zip(frames, places, strict=True)]
+        return EncodedImage(rows, groups, last, is_video=True)
 
     def image_of_tiles(
         self, rows: Tensor, tiles: Sequence[VisionFeatures], source: Tensor, *, whole: int
@@ -81,14 +100,22 @@ class TileTowerMixin:
             source: ``(N,)`` int64 on the CPU, ``tile * n + token`` that each row is from, or -1 for a newline.
             whole: The tile that shows the whole image.
         """
+        groups = [_merge_tiles(tiles, source)] if self.merges_tiles() else _tile_groups(tiles, source)
+        return EncodedImage(rows, self.with_entropy(groups, tiles[whole]), indices(source < 0, rows.device))
+
+    def merges_tiles(self) -> bool:
+        """Return whether all tiles of an image are one group."""
         model: Any = self
-        mode = model._settings.tiles
-        groups = [_merge_tiles(tiles, source)] if mode == "merged" else _tile_groups(tiles, source)
-        if mode == "base":
-            # The settings allow this only for PromPrune, which has an entropy.
-            entropy = model._methods[0].entropy_of(tiles[whole])
-            groups = [Group(replace(group.features, entropy=entropy), group.positions) for group in groups]
-        return EncodedImage(rows, groups, _indices(source < 0, rows.device))
+        return bool(model._settings.tiles == "merged")
+
+    def with_entropy(self, groups: Sequence[Group], whole: VisionFeatures) -> Sequence[Group]:
+        """Return an image's groups with the entropy of the tile that shows all of it, if the settings say so."""
+        model: Any = self
+        if model._settings.tiles != "base":
+            return groups
+        # The settings allow this only for PromPrune, which has an entropy.
+        entropy = model._methods[0].entropy_of(whole)
+        return [Group(replace(group.features, entropy=entropy), group.positions) for group in groups]
 
     def project(self, rows: Tensor) -> Tensor:
         """Project ``(K, Dv)`` rows that a method merged before the projector, to ``(K, D)``."""
@@ -107,7 +134,7 @@ def _tile_groups(tiles: Sequence[VisionFeatures], source: Tensor) -> list[Group]
             height = int(tokens[-1] // side - tokens[0] // side) + 1
             grid = (1, height, tokens.numel() // height)
             device = tile.projected.device
-            groups.append(Group(tile.take(copy_to_device(tokens, device), grid), _indices(in_tile, device)))
+            groups.append(Group(tile.take(copy_to_device(tokens, device), grid), indices(in_tile, device)))
     return groups
 
 
@@ -121,9 +148,9 @@ def _merge_tiles(tiles: Sequence[VisionFeatures], source: Tensor) -> Group:
     joined = VisionFeatures.join(shares)
     device = joined.projected.device
     visual = copy_to_device(source[source >= 0], device)
-    return Group(joined.take(visual, (1, 1, visual.numel())), _indices(source >= 0, device))
+    return Group(joined.take(visual, (1, 1, visual.numel())), indices(source >= 0, device))
 
 
-def _indices(mask: Tensor, device: torch.device) -> Tensor:
+def indices(mask: Tensor, device: torch.device) -> Tensor:
     """Return where a mask on the CPU is true, as int64 on a device."""
     return copy_to_device(mask.nonzero().flatten(), device)

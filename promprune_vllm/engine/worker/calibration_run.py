@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from promprune_vllm.config import PREFIX, Settings
-from promprune_vllm.core.budget import FIELD, IMAGE
+from promprune_vllm.core.budget import FIELD, IMAGE, VIDEO
 from promprune_vllm.core.calibration import CalibrationReport, MeasuredImage, SkippedImage
 from promprune_vllm.core.registry import options_of
 from promprune_vllm.engine import families
@@ -149,6 +149,8 @@ def load_model(model: str, arguments: Sequence[str]) -> Iterator[Any]:
         raise CalibrationError(f"vLLM cannot load {model}: {error}") from error
     if (reason := families.unsupported_reason(config)) is not None:
         raise UnsupportedModelError(f"The visual tokens of {model} cannot be pruned: {reason}.")
+    if _kind(config.model_config) == VIDEO:
+        engine_arguments.limit_mm_per_prompt = {VIDEO: 1}
     llm = LLM.from_engine_args(engine_arguments)
     try:
         llm.apply_model(_record_entropies)
@@ -158,23 +160,27 @@ def load_model(model: str, arguments: Sequence[str]) -> Iterator[Any]:
 
 
 def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
-    """Encode one image.
+    """Encode one image; a model that takes only videos gets it as a frame.
 
     Args:
         llm: From ``load_model``.
         file: The image.
     """
+    import numpy as np
     from PIL import Image
     from vllm import SamplingParams
     from vllm.model_executor.model_loader import get_model_cls
     from vllm.multimodal.media import ImageMediaIO
 
-    placeholder = get_model_cls(llm.model_config).get_placeholder_str(IMAGE, 0)
+    kind = _kind(llm.model_config)
+    placeholder = get_model_cls(llm.model_config).get_placeholder_str(kind, 0)
     try:
+        image = ImageMediaIO().load_file(file)
         prompt = {
             "prompt": f"{placeholder}\n",
-            "multi_modal_data": {IMAGE: ImageMediaIO().load_file(file)},
-            "multi_modal_uuids": {IMAGE: uuid.uuid4().hex},  # so that no image comes from a cache
+            # A copy, because torch warns of arrays that cannot be written.
+            "multi_modal_data": {kind: image if kind == IMAGE else [np.array(image)[None]]},
+            "multi_modal_uuids": {kind: uuid.uuid4().hex},  # so that no image comes from a cache
             "mm_processor_kwargs": {FIELD: 1},
         }
         llm.generate(prompt, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
@@ -184,6 +190,12 @@ def measure(llm: Any, file: Path) -> MeasuredImage | SkippedImage:
     if len(measured) != 1:
         return SkippedImage(file.name, "it has a single visual token, so it has no entropy")
     return MeasuredImage(file.name, *measured[0])
+
+
+def _kind(model_config: Any) -> str:
+    """Return what a model is measured with: images, or videos of one frame if it takes no images."""
+    family = families.family_of(model_config.architectures)
+    return VIDEO if family is not None and family.megapixel_tokens is None else IMAGE
 
 
 def _record_entropies(model: Any) -> None:

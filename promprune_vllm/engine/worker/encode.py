@@ -23,7 +23,7 @@ class Model(Protocol):
         """Encode some of the images and capture the features that their methods use."""
 
     def select(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
-        """Select an image's tokens, and return a function that assembles their ``(kept, W)`` embeddings."""
+        """Select an image's tokens, and return a function that assembles their ``(rows, W)`` embeddings."""
 
     def zeros(self, rows: int) -> Tensor:
         """Return ``(rows, W)`` zeros."""
@@ -39,7 +39,7 @@ class Model(Protocol):
 
 
 def embed_images(model: Model, inputs: dict[str, Any], jobs: Sequence[PruneJob], limit: int) -> list[Tensor]:
-    """Return the ``(kept, W)`` embeddings of each image of a batch.
+    """Return the ``(rows, W)`` embeddings of each image of a batch; see ``PruneJob.rows``.
 
     Args:
         model: Encodes and selects.
@@ -66,7 +66,7 @@ def _embed(
         return [None for _ in jobs]
     selected = guard.agree([guard.run_alone(model.select, *pair) for pair in zip(images, jobs, strict=True)])
     embeddings = [
-        None if assemble is None else guard.run_together(_assemble_checked, assemble, job.kept)
+        None if assemble is None else guard.run_together(_assemble_checked, assemble, job.rows)
         for assemble, job in zip(selected, jobs, strict=True)
     ]
     for image, job, rows in zip(images, jobs, embeddings, strict=True):
@@ -77,10 +77,10 @@ def _embed(
     return embeddings
 
 
-def _assemble_checked(assemble: Callable[[], Tensor], kept: int) -> Tensor:
+def _assemble_checked(assemble: Callable[[], Tensor], count: int) -> Tensor:
     rows = assemble()
-    if rows.ndim != 2 or rows.shape[0] != kept:
-        raise RuntimeError(f"got rows of shape {tuple(rows.shape)} for a placeholder of {kept} tokens")
+    if rows.ndim != 2 or rows.shape[0] != count:
+        raise RuntimeError(f"got rows of shape {tuple(rows.shape)} for a placeholder of {count} tokens")
     return rows
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from promprune_vllm.core.features import Need, VisionFeatures
 from promprune_vllm.core.registry import Selector
+from promprune_vllm.engine.keys import FRAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class PruneJob:
         method: Selects the kept tokens.
         text: ``(M,)`` int64, tokens of the user's text, if the method uses it.
         key: The image's key in the feature store; ``None`` if it is not to be stored.
+        layout: What ``keys.LAYOUT`` says of a video.
     """
 
     total: int
@@ -29,6 +31,12 @@ class PruneJob:
     method: Selector
     text: Tensor | None = None
     key: tuple[bytes, int] | None = None
+    layout: Sequence[int] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows that enter the language model: the kept tokens, and the text between frames in ``layout``."""
+        return self.kept + sum(entry != FRAME for entry in self.layout)
 
     @property
     def needs(self) -> Need:
@@ -50,6 +58,25 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class TextBetween:
+    """S tokens of text among the N visual tokens of a video.
+
+    Args:
+        rows: ``(S, W)``: the language model's embeddings, and zeros in columns that a tower appends.
+        places: ``(S,)`` int64, positions of the text among all N + S rows.
+        visual: ``(N,)`` int64, positions of the visual tokens there.
+        offsets: ``(S,)`` int64, M-RoPE positions of the text behind the first position of the video.
+        frame_offsets: The same of each frame's first cell.
+    """
+
+    rows: Tensor
+    places: Tensor
+    visual: Tensor
+    offsets: Tensor
+    frame_offsets: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedImage:
     """One image or video as the encoder returned it.
 
@@ -60,7 +87,8 @@ class EncodedImage:
         newlines: ``(N - V,)`` int64, positions of the rows in no group, which show nothing of the image: the
             learned newline that ends each row of LLaVA-NeXT's crops.
         is_video: Whether the groups are the frames of a video, which share a budget evenly.
-        offsets: Offset in time of each group; see ``cells.CHANNELS``. None if all are 0.
+        offsets: Offset in time of each group; see ``cells.CHANNELS``. None if groups have a position of their own.
+        between: The text between the frames of a video, if its rows are among those of the frames.
     """
 
     rows: Tensor
@@ -68,6 +96,7 @@ class EncodedImage:
     newlines: Tensor
     is_video: bool = False
     offsets: Sequence[int] = ()
+    between: TextBetween | None = None
 
     @classmethod
     def whole(cls, rows: Tensor, features: VisionFeatures) -> EncodedImage:
@@ -101,14 +130,22 @@ class EncodedImage:
         """Return where tokens are in the grid of their group, an image or a frame of a video.
 
         Args:
-            positions: ``(K,)`` int64, positions of visual tokens among the image's rows.
+            positions: ``(K,)`` int64, positions of visual tokens among the image's rows; or of visual tokens and
+                text among both, see ``TextBetween``.
 
         Returns:
-            Rows, columns and offsets in time, ``(K,)`` int64 each.
+            Rows, columns and offsets (-1 for none), ``(K,)`` int64 each; see ``cells.encode_cells``.
         """
-        cell, width, offset = (positions.new_zeros(len(self.rows)) for _ in range(3))
-        for group, ahead in zip(self.groups, self.offsets or [0] * len(self.groups), strict=True):
-            cell[group.positions] = torch.arange(len(group.positions), device=positions.device)
-            width[group.positions] = group.features.grid[2]
-            offset[group.positions] = ahead
+        count, offsets = len(self.rows), self.offsets or [-1] * len(self.groups)
+        if self.between is not None:
+            count, offsets = count + len(self.between.rows), self.between.frame_offsets
+        cell, offset = positions.new_zeros(count), positions.new_zeros(count)
+        width = positions.new_ones(count)
+        for group, ahead in zip(self.groups, offsets, strict=True):
+            at = group.positions if self.between is None else self.between.visual[group.positions]
+            cell[at] = torch.arange(len(at), device=positions.device)
+            width[at] = group.features.grid[2]
+            offset[at] = ahead
+        if self.between is not None:
+            offset[self.between.places] = self.between.offsets
         return cell[positions] // width[positions], cell[positions] % width[positions], offset[positions]

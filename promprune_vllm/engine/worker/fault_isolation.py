@@ -111,7 +111,7 @@ class _StepGuard:
 
 
 Attempt = Callable[[slice, Sequence[PruneJob], Guard], list[Tensor | None]]
-"""Encodes some images under a guard; returns ``(kept, W)`` embeddings per image, ``None`` for failed ones."""
+"""Encodes some images under a guard; returns ``(rows, W)`` embeddings per image, ``None`` for failed ones."""
 
 
 def contain(
@@ -137,7 +137,7 @@ def contain(
             index = items.start + i
             (embeddings[i],) = attempt(slice(index, index + 1), [job], _StepGuard(step, [job]))
     return [
-        step.fill(zeros(job.kept)) if rows is None else rows for rows, job in zip(embeddings, jobs, strict=True)
+        step.fill(zeros(job.rows)) if rows is None else rows for rows, job in zip(embeddings, jobs, strict=True)
     ]
 
 

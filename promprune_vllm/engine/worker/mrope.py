@@ -2,8 +2,9 @@
 
 Kept tokens and text have the same positions as in the unpruned prompt. Text positions follow from sizes alone, so
 they are right before the encoder has run, and also if the prefix cache already has the image. Which cells of its
-grid an image keeps is known only after the encoder: each embedding carries its row and column in four extra
-channels. vLLM's hook for pruned videos, which we implement, removes the channels and writes the positions.
+grid an image keeps is known only after the encoder: each embedding carries its row and column in extra channels.
+If a video is one run of tokens, with the text between its frames or without, they also carry how far they are
+behind its start. vLLM's hook for pruned videos, which we implement, removes the channels and writes the positions.
 
 We do not use vLLM's own implementation of that hook: it restarts the text after a portrait image at a wrong
 position, overwrites the first image's positions with the second's after a long text, and stores positions as
@@ -29,6 +30,7 @@ from promprune_vllm.core.positions import table_rows
 from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import parts, seams
 from promprune_vllm.engine.compat.patching import Stage
+from promprune_vllm.engine.keys import FRAME, LAYOUT, field_of
 from promprune_vllm.engine.worker import rotary_tables
 from promprune_vllm.engine.worker.cells import CHANNELS, UNCHANGED, encode_cells, starts_of_runs, write_cells
 from promprune_vllm.engine.worker.encoded_image import EncodedImage
@@ -93,7 +95,7 @@ class MRopePrunedMixin(PrunedModelMixin):
 
     supports_multimodal_pruning = True
     videos_are_runs: ClassVar[bool] = False
-    """Whether a video is one run of tokens, whose frames all start at one position in height and width."""
+    """Whether a video is always one run of tokens, whose frames all start at one position in height and width."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self._prunes = families.unsupported_reason(vllm_config) is None
@@ -209,18 +211,21 @@ class MRopePrunedMixin(PrunedModelMixin):
         ids = torch.as_tensor(input_ids, device=positions.device)  # (L,)
         media = torch.stack([ids == self.token_of(kind) for kind in KINDS]).any(dim=0)
         # All tokens of an image or a frame have one position in time, which is right before anything is encoded.
-        starts = positions[0]
-        if self.videos_are_runs:
-            starts = starts_of_runs(starts, ids == self.token_of(VIDEO))
+        # That of a row with an offset is not: it is counted from where its video begins, behind a token of text.
+        starts = starts_of_runs(positions[0], ids == self.token_of(VIDEO))
         # V2 has all of this on the GPU. V1 keeps positions on the CPU, so here it waits for the GPU's digits.
         ahead = positions[:, start:], starts[start:], media[start:]
-        written = write_cells(*ahead, digits.to(positions.device))
+        written = write_cells(*ahead, digits.to(positions.device), in_time_only=self.videos_are_runs)
         return torch.cat([positions[:, :start], written], dim=1)
 
     def _spans(self, feature: Any, tokens: Sequence[int]) -> list[Span]:
         """Return the run of a pruned image, or of each frame of a pruned video; none for anything else."""
         grid, placeholder = self.grid_of(feature), feature.mm_position
-        if grid is None or placeholder.get_num_embeds() == math.prod(grid):
+        if grid is None:
+            return []
+        if (layout := feature.data.get(field_of(VIDEO, LAYOUT))) is not None and layout.data.numel():
+            return [self._span_with_text(placeholder, layout.data.tolist(), grid)]
+        if placeholder.get_num_embeds() == math.prod(grid):
             return []
         frames, rows, columns = grid
         token, start, end = (
@@ -235,6 +240,13 @@ class MRopePrunedMixin(PrunedModelMixin):
             starts = [i + 1 for i in range(start, end) if tokens[i] == self.frame_start()]
             counts = tuple(sum(1 for _ in takewhile(lambda n: tokens[n] == token, range(i, end))) for i in starts)
         return [Span(i, kept, rows * columns, token) for i, kept in zip(starts, counts, strict=True)]
+
+    def _span_with_text(self, placeholder: Any, layout: Sequence[int], grid: tuple[int, int, int]) -> Span:
+        """Return the one run of a pruned video that has the text between its frames in it; see ``keys.LAYOUT``."""
+        token, size = self.token_of(VIDEO), math.prod(grid[1:])
+        whole = [each for entry in layout for each in ([token] * size if entry == FRAME else [entry])]
+        ((start, end),) = placeholder.extract_embeds_range()
+        return Span(start, end + 1 - start, len(whole), token, whole)
 
 
 def _unchanged(rows: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ def _with_tensors(image: EncodedImage, change: Callable[[Tensor], Tensor]) -> En
         values = {name: getattr(group.features, name) for name in _FEATURES}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if value is not None}
         groups.append(Group(replace(group.features, text=None, **changed), change(group.positions)))
-    return replace(image, rows=change(image.rows), groups=groups, newlines=change(image.newlines))
+    # The text between frames belongs to a request, too.
+    return replace(image, rows=change(image.rows), groups=groups, newlines=change(image.newlines), between=None)
 
 
 def _note(tensors: list[Tensor], tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from promprune_vllm.engine import families, patches
 from promprune_vllm.engine.compat import feature_cache, parts, seams
 from promprune_vllm.engine.compat.patching import Stage
 from promprune_vllm.engine.families.contract import ModelBase
-from promprune_vllm.engine.keys import COUNTS, IDENTITY, TEXT_TOKENS, field_of
+from promprune_vllm.engine.keys import COUNTS, IDENTITY, LAYOUT, TEXT_TOKENS, field_of
 from promprune_vllm.engine.worker import fault_isolation, selection_trace
+from promprune_vllm.engine.worker.adapters import without_adapters, wrapped_embeddings
 from promprune_vllm.engine.worker.encode import embed_images, runs, sources
 from promprune_vllm.engine.worker.encoded_image import EncodedImage, PruneJob
 from promprune_vllm.engine.worker.encoder_graphs import log_cost
@@ -28,6 +30,7 @@ from promprune_vllm.engine.worker.feature_store import FeatureStore
 from promprune_vllm.engine.worker.selected_tokens import select_tokens
 from promprune_vllm.engine.worker.selection_metrics import SelectionMetrics
 from promprune_vllm.engine.worker.selection_trace import Trace
+from promprune_vllm.engine.worker.text_between import with_text_between
 from promprune_vllm.kernels import ops
 from promprune_vllm.metrics.recorder import recorder
 
@@ -81,13 +84,15 @@ class PrunedModelMixin(ModelBase):
 
         Args:
             inputs: vLLM's inputs of images or of videos, plus from our processor ``(B, 3)`` counts (total tokens,
-                kept tokens, index of the method), the text, and with the feature cache the identities. Without
-                counts, or if no image is pruned or stored, vLLM's own method is used.
+                kept tokens, index of the method), the text, with the feature cache the identities, and the layouts
+                of videos. Without counts, or if no image is pruned or stored, vLLM's own method is used.
         """
         kind = VIDEO if field_of(VIDEO, COUNTS) in inputs else IMAGE
-        names = [field_of(kind, name) for name in (COUNTS, TEXT_TOKENS, IDENTITY)]
-        counts, texts, identities = (inputs.pop(name, None) for name in names)
+        names = [field_of(kind, name) for name in (COUNTS, TEXT_TOKENS, IDENTITY, LAYOUT)]
+        counts, texts, identities, layouts = (inputs.pop(name, None) for name in names)
         jobs = [] if counts is None else [self._job(row, texts, i) for i, row in enumerate(counts.tolist())]
+        if layouts is not None:
+            jobs = [replace(job, layout=each.tolist()) for job, each in zip(jobs, layouts, strict=True)]
         if self._store is not None and identities is not None:
             keys = [bytes(each) for each in identities.tolist()]
             jobs = [replace(job, key=(key, job.total)) for job, key in zip(jobs, keys, strict=True)]
@@ -121,10 +126,20 @@ class PrunedModelMixin(ModelBase):
             captured = self.capture(inputs, part, self._captured(jobs))
             images.update(zip(range(run.start, run.stop), captured, strict=True))
         self._count_found(jobs, missing)
-        return [
-            image if job.text is None else image.with_text(self.get_language_model().embed_input_ids(job.text))
-            for image, job in zip((images[i] for i in used), jobs, strict=True)
-        ]
+        return [self._with_texts(images[i], job) for i, job in zip(used, jobs, strict=True)]
+
+    def _with_texts(self, image: EncodedImage, job: PruneJob) -> EncodedImage:
+        """Return an image with the texts of its request: what the method reads, and what is between frames."""
+        embed = self.get_language_model().embed_input_ids
+        with without_adapters(self._wrapped_embeddings):
+            if job.text is not None:
+                image = image.with_text(embed(job.text))
+            return with_text_between(image, job.layout, embed) if job.layout else image
+
+    @cached_property
+    def _wrapped_embeddings(self) -> list[Any]:
+        """Not known before the first batch: vLLM wraps them after it has made the model."""
+        return wrapped_embeddings(self.get_language_model())
 
     def _find(self, jobs: Sequence[PruneJob]) -> list[EncodedImage | None]:
         """Return the images that the stores of all ranks have: where one rank encodes, all do."""
@@ -195,7 +210,7 @@ class PrunedModelMixin(ModelBase):
         return embeddings
 
     def select(self, image: EncodedImage, job: PruneJob) -> Callable[[], Tensor]:
-        """Select an image's tokens, and return a function that assembles their ``(kept, W)`` rows.
+        """Select an image's tokens, and return a function that assembles their ``(rows, W)``.
 
         There are two steps because only the second may communicate between ranks, see ``fault_isolation.Step``.
         """

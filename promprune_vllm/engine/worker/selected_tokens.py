@@ -13,7 +13,7 @@ from promprune_vllm.core.policy import BudgetPolicy
 from promprune_vllm.core.registry import Selector
 from promprune_vllm.core.select import select_many
 from promprune_vllm.core.selection import Selection
-from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group
+from promprune_vllm.engine.worker.encoded_image import EncodedImage, Group, TextBetween
 
 Project = Callable[[Tensor], Tensor]
 
@@ -38,7 +38,7 @@ def select_tokens(image: EncodedImage, keep: int, method: Selector) -> SelectedT
     used = [(group, count) for group, count in zip(image.groups, counts, strict=True) if count]
     selections = select_many([group.features for group, _ in used], [count for _, count in used], method)
     parts = [(group, selection) for (group, _), selection in zip(used, selections, strict=True)]
-    return SelectedTokens(image.rows, parts, image.newlines[: max(0, keep - sum(sizes))])
+    return SelectedTokens(image.rows, parts, image.newlines[: max(0, keep - sum(sizes))], image.between)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,13 @@ class SelectedTokens:
         image: ``(N, W)``, the image's rows.
         parts: The groups that keep any tokens, each with its selection.
         newlines: ``(s,)`` int64, positions of the newline rows that are kept.
+        between: The text between frames, all of which is kept with them; see ``EncodedImage``.
     """
 
     image: Tensor
     parts: Sequence[tuple[Group, Selection]]
     newlines: Tensor
+    between: TextBetween | None = None
 
     def rows(self, project: Project) -> tuple[Tensor, Tensor]:
         """Return the kept rows and their positions in the image.
@@ -63,11 +65,15 @@ class SelectedTokens:
 
         Returns:
             ``(K, W)`` rows in the order of the prompt, as a new tensor, so that caches do not keep the unpruned
-            rows alive; and their positions ``(K,)`` int64, strictly increasing.
+            rows alive; and their positions ``(K,)`` int64, strictly increasing. With text between frames,
+            ``K + S`` of them, and positions among the rows of both.
         """
         kept = [self._part(group, selection, project) for group, selection in self.parts]
         positions = torch.cat([*(positions for positions, _ in kept), self.newlines])
         rows = torch.cat([*(rows for _, rows in kept), self.image[self.newlines]])
+        if self.between is not None:
+            positions = torch.cat([self.between.visual[positions], self.between.places])
+            rows = torch.cat([rows, self.between.rows])
         order = positions.argsort()
         return rows[order], positions[order]
 

@@ -12,19 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of visual tokens in a prompt: an image, or one of the frames of a video.
+    """A run of embeddings in a prompt: an image, one of the frames of a video, or a whole video.
 
     Args:
         offset: Index of its first token in the pruned prompt.
         kept: Tokens after pruning; a frame of a video may keep none.
         total: Tokens before pruning.
         token: What its visual tokens are in the prompt.
+        layout: Its tokens before pruning, if there is text among them.
     """
 
     offset: int
     kept: int
     total: int
     token: int
+    layout: Sequence[int] = ()
 
 
 def unpruned_columns(length: int, spans: Sequence[Span]) -> Tensor:
@@ -48,7 +50,7 @@ def unpruned_tokens(tokens: list[int], spans: Sequence[Span]) -> list[int]:
     unpruned: list[int] = []
     done = 0
     for span in spans:
-        unpruned += tokens[done : span.offset] + [span.token] * span.total
+        unpruned += tokens[done : span.offset] + list(span.layout or [span.token] * span.total)
         done = span.offset + span.kept
     return unpruned + list(tokens[done:])
 
@@ -77,6 +79,7 @@ def _unpruned_mask(mask: Tensor, offset: int, spans: Sequence[Span]) -> Tensor:
     """Return which tokens of a placeholder in the unpruned prompt are visual."""
     parts, done = [], 0
     for span in spans:
-        parts += [mask[done : span.offset - offset], mask.new_ones(span.total)]
+        run = mask.new_tensor([token == span.token for token in span.layout]) if span.layout else None
+        parts += [mask[done : span.offset - offset], mask.new_ones(span.total) if run is None else run]
         done = span.offset - offset + span.kept
     return torch.cat([*parts, mask[done:]])

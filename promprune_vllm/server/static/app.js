@@ -1,11 +1,12 @@
 import * as api from "./api.js";
+import * as clip from "./clip.js";
 import * as curve from "./curve.js";
 import * as view from "./view.js";
 
 const get = (id) => document.getElementById(id);
 const MAX_BYTES = 32 * 2 ** 20;
 const SETTLE_MS = 150, STRIP_MS = 2000, ANSWER_TOKENS = 128;
-const image = { url: null, name: "" };
+const medium = { kind: "image", url: null, name: "", pictures: null, frame: 0 };  // a video's pictures, of its frames
 let server = null, pendingInspection = null, pendingChat = null;
 
 function showError(sentence) {
@@ -28,33 +29,38 @@ const key = () => get("key").value.trim();
 const budget = () => Number(get("budget").value);
 const method = () => get("method").value;
 const again = () => ({ visual_token_escalate: Number(get("below").value) || false });
+const sent = () => ({ [medium.kind]: medium.url, text: get("question").value || null });
+const takes = (kind) => server?.allowed_methods.some((each) => each.prunes.includes(kind));
 const wanted = () => ({ visual_token_budget: budget(), ...(method() ? { visual_token_method: method() } : {}) });
 
-// ---- the image -------------------------------------------------------------------------------------------------
+// ---- the image or video ----------------------------------------------------------------------------------------
 
 async function take(files) {
   showError("");
-  if (files.length > 1) return showError(`One image at a time, please: these are ${files.length}.`);
+  if (files.length > 1) return showError(`One ${takes("video") ? "file" : "image"} at a time, please: these are ${files.length}.`);
   const [file] = files;
   if (!file) return undefined;
   if (file.size > MAX_BYTES) {
     return showError(`${file.name} has ${(file.size / 2 ** 20).toFixed(0)} MB; this page sends at most ${MAX_BYTES / 2 ** 20} MB.`);
   }
+  // Before the API key is typed, nobody knows what the server takes.
+  const kind = (takes("video") || !server) && file.type.startsWith("video/") ? "video" : "image";
   try {
-    (await createImageBitmap(file)).close();
+    if (kind === "image") (await createImageBitmap(file)).close();  // not every browser can read what the server can of videos
   } catch {
-    return showError(`${file.name || "This"} is not an image that the browser can read.`);
+    return showError(`${file.name || "This"} is not an image that the browser can read${takes("video") ? ", and not a video" : ""}.`);
   }
   const url = await new Promise((done) => {
     const reader = new FileReader();
     reader.onload = () => done(reader.result);
     reader.readAsDataURL(file);
   });
-  Object.assign(image, { url, name: file.name || "image" });
-  get("send").disabled = false;
+  Object.assign(medium, { kind, url, name: file.name || kind, pictures: null, frame: 0 });
+  offerMethods();
+  get("send").disabled = !server;
   for (const id of ["answer-full", "answer-pruned", "time-full", "time-pruned"]) get(id).textContent = "";
   get("sureness").hidden = true;
-  return inspectImage();
+  return inspect();
 }
 
 async function takeSample(name) {
@@ -67,13 +73,14 @@ async function takeSample(name) {
 
 // ---- what is kept ----------------------------------------------------------------------------------------------
 
-async function inspectImage() {
-  if (!image.url) return;
+async function inspect() {
+  if (!medium.url) return;
   pendingInspection?.abort();
   pendingInspection = new AbortController();
   const { signal } = pendingInspection;
   get("picture").setAttribute("aria-busy", "true");
-  const body = { image: image.url, text: get("question").value || null, answer: false, ...wanted() };
+  const pictures = medium.kind === "video" && !medium.pictures;
+  const body = { ...sent(), ...(pictures ? {} : { pictures: false }), answer: false, ...wanted() };
   const reply = await guarded(() => api.inspect(body, key(), signal));
   if (signal.aborted) return;
   get("picture").setAttribute("aria-busy", "false");
@@ -84,9 +91,11 @@ async function inspectImage() {
 
 function show(reply) {
   for (const id of ["budget", "budget-number"]) get(id).max = reply.seen;
-  const { states, heat, cropped } = view.draw(get("views"), reply, image.url, image.name);
+  const cropped = drawn(reply);
   get("legend").hidden = false;
-  const stages = states.includes("salient") || states.includes("covering");
+  // Of a video, in any frame: some keep nothing, and another one may be chosen.
+  const stages = reply.groups.some((group) => group.salient !== null);
+  const heat = reply.groups.some((group) => group.saliency !== null);
   get("legend-salient").hidden = !stages;
   get("legend-covering").textContent = stages ? "covering" : "kept";
   get("legend-unseen").hidden = !cropped;
@@ -96,11 +105,12 @@ function show(reply) {
   const bytes = (n) => (n >= 2 ** 20 ? `${(n / 2 ** 20).toFixed(1)} MiB` : `${(n / 1024).toFixed(0)} KiB`);
   const rows = [
     ["seen", reply.seen], ["kept", reply.kept],
-    ["saved", `${reply.seen - reply.kept} (${(100 * (1 - reply.kept / reply.seen)).toFixed(1)} %)`],
+    ["saved", `${reply.seen - reply.kept} (${(100 * (1 - reply.kept / reply.seen)).toFixed(1)}%)`],
     ["KV cache saved", reply.kv_cache ? `${bytes(reply.kv_cache.saved)} of ${bytes(reply.kv_cache.seen)}` : "unknown"],
     ["method", reply.method?.name ?? "none (all kept)"],
     ["selection", reply.selection_ms === null ? "–" : `${reply.selection_ms.toFixed(1)} ms`],
-    ["image", `${reply.width} × ${reply.height} px`],
+    ...(reply.frames ? [["frames", `${reply.frames.length} × ${reply.boxes.length} tokens`]] : []),
+    [reply.frames ? "frame" : "image", `${reply.width} × ${reply.height} px`],
   ];
   get("counts").replaceChildren(...rows.flatMap(([name, value]) => {
     const term = document.createElement("dt"), data = document.createElement("dd");
@@ -108,6 +118,15 @@ function show(reply) {
     return [term, data];
   }));
   get("title-pruned").textContent = `${reply.kept} of ${reply.seen} tokens`;
+}
+
+// Draws the image or video, and returns whether a part of it is cropped.
+function drawn(reply) {
+  get("frames").hidden = !reply.frames;
+  if (!reply.frames) return view.draw(get("views"), reply, medium.url, medium.name);
+  medium.pictures ??= reply.frames.map((frame) => frame.picture);
+  const chosen = (frame) => { medium.frame = frame; };
+  return clip.draw(get("views"), get("frames"), reply, medium.pictures, medium.name, medium.frame, chosen);
 }
 
 // ---- answers ---------------------------------------------------------------------------------------------------
@@ -120,7 +139,8 @@ async function ask() {
   get("note").hidden = false;
   get("sureness").hidden = true;
   get("send").disabled = true;
-  const content = [{ type: "image_url", image_url: { url: image.url } }, { type: "text", text: get("question").value }];
+  const part = { type: `${medium.kind}_url`, [`${medium.kind}_url`]: { url: medium.url } };
+  const content = [part, { type: "text", text: get("question").value }];
   for (const [side, fields] of [["full", { visual_token_budget: "full" }], ["pruned", { ...wanted(), visual_token_escalate: false }]]) {
     get(`answer-${side}`).textContent = "";
     get(`time-${side}`).textContent = "…";
@@ -139,7 +159,7 @@ async function ask() {
 
 // Says in one paragraph how sure the model is of its answer with these tokens, and whether a client gets another.
 async function showSureness(signal) {
-  const body = { image: image.url, text: get("question").value || null, ...wanted(), ...again() };
+  const body = { ...sent(), pictures: false, ...wanted(), ...again() };
   const reply = signal.aborted ? undefined : await guarded(() => api.inspect(body, key(), signal));
   if (!reply?.answer || signal.aborted) return;
   get("sureness").textContent = sureness(reply.answer, reply.seen);
@@ -173,7 +193,7 @@ async function strip() {
   const now = performance.now(), requests = sums.promprune_requests_total ?? 0;
   const seen = sums.promprune_visual_tokens_seen_total ?? 0, kept = sums.promprune_visual_tokens_kept_total ?? 0;
   get("strip-saved").textContent = (seen - kept).toLocaleString("en");
-  get("strip-share").textContent = seen ? `${((100 * kept) / seen).toFixed(1)} %` : "–";
+  get("strip-share").textContent = seen ? `${((100 * kept) / seen).toFixed(1)}%` : "–";
   if (before) get("strip-rate").textContent = ((1000 * (requests - before.requests)) / (now - before.now)).toFixed(1);
   before = { now, requests };
 }
@@ -186,27 +206,37 @@ async function start() {
   get("model").textContent = `· ${server.model} (${server.family ?? server.architecture})`;
   if (!server.prunable) return showError(`This server cannot prune: ${server.reason}.`);
   showError("");
-  const methods = server.allowed_methods.filter((method) => !method.over_frames);  // the others need a video
-  get("method").replaceChildren(...methods.map(({ name }) => new Option(name)));
-  get("method-row").hidden = methods.length < 2;
+  get("file").accept = takes("video") ? "image/*,video/*" : "image/*";
+  get("choose").textContent = takes("video") ? "Choose an image or a video" : "Choose an image";
+  offerMethods();
   get("below").value = server.escalation.on ? server.escalation.below : "";
   get("below-row").hidden = server.escalation.reason !== null;
-  return undefined;
+  get("send").disabled = !medium.url;
+  return inspect();  // what was chosen before the server answered, or what another API key may see
+}
+
+// Some methods compare the frames of a video, and prune no images.
+function offerMethods() {
+  const before = method(), known = server?.allowed_methods ?? [];
+  const offered = known.filter(({ prunes }) => prunes.includes(medium.kind)).map(({ name }) => name);
+  get("method").replaceChildren(...offered.map((name) => new Option(name)));
+  if (offered.includes(before)) get("method").value = before;
+  get("method-row").hidden = offered.length < 2;
 }
 
 function listen() {
   let timer = 0;
-  const soon = () => { clearTimeout(timer); timer = setTimeout(inspectImage, SETTLE_MS); };
+  const soon = () => { clearTimeout(timer); timer = setTimeout(inspect, SETTLE_MS); };
   get("budget").addEventListener("input", () => { get("budget-number").value = budget(); soon(); });
   get("budget-number").addEventListener("input", () => {
     const value = Math.round(Number(get("budget-number").value));
     if (value >= 1) { get("budget").value = value; soon(); }
   });
-  get("method").addEventListener("change", inspectImage);
+  get("method").addEventListener("change", inspect);
   get("heat").addEventListener("change", () => get("views").classList.toggle("heat", get("heat").checked));
   get("key").addEventListener("change", start);
   get("file").addEventListener("change", () => guarded(() => take([...get("file").files])));
-  get("ask").addEventListener("submit", (event) => { event.preventDefault(); if (image.url) ask(); });
+  get("ask").addEventListener("submit", (event) => { event.preventDefault(); if (server && medium.url) ask(); });
   get("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); get("ask").requestSubmit(get("send")); }
   });

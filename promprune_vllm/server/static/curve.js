@@ -32,7 +32,9 @@ export function draw(figure, reply) {
   }
   const salient = groups.reduce((sum, group) => sum + group.salient.length, 0);
   const kept = groups.reduce((sum, group) => sum + group.kept.length, 0);
-  const entropies = groups.map((group) => group.entropy.toFixed(3)).join(", ");
+  const each = groups.map((group) => group.entropy);  // a long video has many
+  const entropies = each.length > 8 ? [Math.min(...each), Math.max(...each)].map((h) => h.toFixed(3)).join(" to ")
+    : each.map((h) => h.toFixed(3)).join(", ");
   figure.querySelector("figcaption").textContent =
     `Entropy ${entropies}: ${salient} tokens selected for saliency, ${kept - salient} for coverage.`;
 }

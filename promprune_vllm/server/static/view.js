@@ -10,7 +10,7 @@ export function element(name, attributes, parent) {
 }
 
 // State of each token: "salient", "covering", "kept" (the method has no stages) or "dropped".
-function tokenStates(reply) {
+export function tokenStates(reply) {
   const states = new Array(reply.seen).fill("dropped");
   for (const i of reply.indices) states[i] = "kept";
   for (const group of reply.groups) {
@@ -46,6 +46,7 @@ function hatch(svg, reply, boxes) {
   return true;
 }
 
+// Returns whether there is a part that no token covers.
 export function draw(container, reply, url, name) {
   const states = tokenStates(reply), heat = saliencyRanks(reply);
   let cropped = false;
@@ -79,5 +80,5 @@ export function draw(container, reply, url, name) {
     figure.append(line);
     container.append(figure);
   });
-  return { states, heat, cropped };
+  return cropped;
 }

@@ -1,0 +1,1 @@
+"""Draws the dashboards as pictures from a Prometheus, without Grafana: to see them before they are deployed."""
