@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ def fail(message: str, status: int = 2) -> NoReturn:
         message: What is wrong, and what to do about it.
         status: Exit status of the process.
     """
-    typer.secho(f"promprune: {message}", err=True, fg=typer.colors.RED)
+    # Of the stderr that vLLM 0.29 and 0.30 put a prefix before, `err=True` believes that it takes bytes.
+    typer.secho(f"promprune: {message}", file=sys.stderr, fg=typer.colors.RED)
     raise typer.Exit(code=status)
 
 

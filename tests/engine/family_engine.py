@@ -170,7 +170,7 @@ class FamilyEngine(Engine):
 
         config, device = self.llm.llm_engine.vllm_config, next(self.tower.parameters()).device
         graphs = EncoderCudaGraphManager(config, device, config.model_config.dtype, self.model)
-        patch.setattr(graphs, "_path_fitting_budget", lambda *_: None)
+        patch.setattr(graphs, "_find_smallest_fitting_budget_given_tokens", lambda *_: None)
         patch.setattr(graphs, "is_captured", lambda: True)
         encoder = getattr(getattr(self.runner, "model_state", None), "encoder_runner", None)  # of Model Runner V2
         if encoder is None:
