@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from promprune_vllm import __version__, cli
-from promprune_vllm.commands import checkout, failures, serve_options, vllm_cli
+from promprune_vllm.commands import checkout, serve_options, vllm_cli
 from promprune_vllm.config import Settings, Tiles
 from promprune_vllm.core.registry import methods
 from promprune_vllm.demo.next_steps import next_steps
@@ -27,7 +26,6 @@ from promprune_vllm.demo.run import Row, _table
 from promprune_vllm.demo.scenes import Question
 from promprune_vllm.engine.api_server import command_line
 from promprune_vllm.engine.families import FAMILIES
-from promprune_vllm.errors import PromPruneError
 from promprune_vllm.metrics.catalog import CATALOG
 from promprune_vllm.metrics.metric import LABELS
 from tests.documents import table
@@ -35,29 +33,11 @@ from tests.documents import table
 run = CliRunner().invoke
 
 
-class _Prefixed(io.TextIOWrapper):
-    """Stderr as vLLM 0.29 and 0.30 leave it: writing nothing is no error, whatever its type."""
-
-    def write(self, text: str) -> int:
-        return super().write(f"(APIServer) {text}") if text else 0
-
-
 def test_help_names_every_command() -> None:
     shown = run(cli.app, ["--help"])
     assert shown.exit_code == 0
     for command in ("serve", "vllm", "methods", "families", "calibrate", "demo", "demo-model"):
         assert command in shown.output
-
-
-def test_a_failure_is_told_through_the_stderr_that_vllm_puts_a_prefix_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", _Prefixed(written, encoding="utf-8"))
-    with pytest.raises(typer.Exit) as ended, failures.failing(3):
-        raise PromPruneError("What is wrong.")
-    assert ended.value.exit_code == 3
-    assert written.getvalue().decode() == "(APIServer) promprune: What is wrong.\n"
 
 
 def test_the_demos_table_fits_into_eighty_columns() -> None:
