@@ -71,7 +71,11 @@ class SmallSteps(FamilyEngine):
         self._folder = tempfile.TemporaryDirectory()
         copied = shutil.copytree(model, Path(self._folder.name) / family)
         name_spare_token(copied)
-        super().__init__(family, copied, **options)
+        try:
+            super().__init__(family, copied, **options)
+        except BaseException:  # a family that this minor cannot load is skipped
+            self._folder.cleanup()
+            raise
 
     def close(self) -> None:
         super().close()

@@ -68,6 +68,7 @@ def test_graphs_and_compilation_of_the_encoder_stay_on(half: FamilyEngine) -> No
     assert all(module.do_not_compile for module in hooked)
 
 
+@pytest.mark.skipif(versions.before("0.30"), reason="the graphs of vLLM 0.29 get pixels that nobody normalized")
 def test_the_encoders_graphs_encode_whole_images_and_leave_out_pruned_ones(
     half: FamilyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
