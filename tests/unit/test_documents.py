@@ -27,9 +27,6 @@ TEXTS = {".md", ".py", ".sh", ".yaml", ".yml", ".html", ".js", ".example", ".cpu
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 OUT_OF_DATE = {
     "bench kernels, bb49e17": "of --large, which was not run again; loops of the kernels were rewritten",
-    "compatibility, 1994940": "0.33: videos by content, audits and targets came later",
-    "compatibility, 609f94c": "0.29, 0.30, 0.32: families, videos, second tries, audits and targets came later",
-    "compatibility, db2dee6": "0.31: families, videos, second tries, audits and targets came later",
 }
 """Figures (``Figures.name``) of something that has changed since. Whoever measures them anew removes them here."""
 
