@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _STAGES = (
     ("Starting vLLM server", "opening the port"),
 )
 _SERVE = (sys.executable, "-m", "promprune_vllm", "serve")
+_PORTS = (20_000, 30_000)
 _MAX_SOCKET_FOLDER = 60  # bytes: socket paths are limited to 103 or 107, and vLLM adds a name of 36
 
 
@@ -70,10 +72,16 @@ def is_healthy(url: str, timeout_seconds: float = 60) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that nobody is listening on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody is listening on right now.
+
+    It is none of those that a system gives to whoever asks for any (Linux: 32768 and above). Engines ask for a
+    dozen each, and would take it while the server is still importing vLLM.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
