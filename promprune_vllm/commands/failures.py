@@ -20,7 +20,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
         message: What is wrong, and what to do about it.
         status: Exit status of the process.
     """
-    # Of the stderr that vLLM 0.29 and 0.30 put a prefix before, `err=True` believes that it takes bytes.
+    # Not `err=True`: vLLM 0.29 and 0.30 wrap stderr to prefix lines, and click mistakes that for a byte stream.
     typer.secho(f"promprune: {message}", file=sys.stderr, fg=typer.colors.RED)
     raise typer.Exit(code=status)
 

@@ -29,7 +29,7 @@ _STAGES = (
     ("Starting vLLM server", "opening the port"),
 )
 _SERVE = (sys.executable, "-m", "promprune_vllm", "serve")
-_PORTS = (20_000, 30_000)
+_PORTS = (20_000, 30_000)  # the first one, and the one after the last
 _MAX_SOCKET_FOLDER = 60  # bytes: socket paths are limited to 103 or 107, and vLLM adds a name of 36
 
 
@@ -74,8 +74,8 @@ def is_healthy(url: str, timeout_seconds: float = 60) -> bool:
 def free_port() -> int:
     """Return a port that nobody is listening on right now.
 
-    It is none of those that a system gives to whoever asks for any (Linux: 32768 and above). Engines ask for a
-    dozen each, and would take it while the server is still importing vLLM.
+    It is outside the range from which the system assigns ports (Linux: 32768 and above): an engine that starts at
+    the same time gets a dozen of those, and could take this one before the server listens on it.
     """
     while True:
         port = random.SystemRandom().randrange(*_PORTS)
